@@ -1,0 +1,326 @@
+"""Llama 2's mathematics (Touvron et al. 2023, https://arxiv.org/abs/2307.09288). Knows no files, prompts or sampling.
+
+Letters in shapes:
+    B  rows of the batch                        H  query heads on this rank
+    S  new tokens of each row                   K  key/value heads on this rank
+    T  cache columns that are looked at         D  size of a head
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, group_size, model_parallel_group
+
+
+@dataclass
+class ModelArgs:
+    """The keys of Meta's params.json, and the two limits that size the cache. Prints Meta's ten fields."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: Optional[int] = None  # None: as many as n_heads
+    vocab_size: int = -1  # set by the tokenizer
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    ffn_dim_multiplier: Optional[float] = None
+    norm_eps: float = 1e-5
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    rope_theta: float = field(default=10000.0, repr=False)  # Code Llama: 1e6
+
+
+def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Optional[float]) -> int:
+    """Meta's rule for SwiGLU's inner width: two thirds, times the multiplier, rounded up. Truncates twice, in this order."""
+    width = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return multiple_of * ((width + multiple_of - 1) // multiple_of)
+
+
+def process_counts(args: ModelArgs) -> list[int]:
+    """The model-parallel sizes that share this model's heads and matrices evenly, smallest first."""
+    shared = (
+        args.n_heads,
+        args.n_kv_heads or args.n_heads,
+        args.dim,
+        args.vocab_size,
+        feed_forward_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier),
+    )
+    return [n for n in range(1, args.n_heads + 1) if all(size % n == 0 for size in shared)]
+
+
+def check_args(args: ModelArgs, processes: int) -> None:
+    """Refuse, with a ValueError, a shape that cannot be built or cannot be shared by that many processes."""
+    n_kv_heads = args.n_kv_heads or args.n_heads
+    if args.vocab_size < 1:
+        raise ValueError(f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer")
+    if args.dim % args.n_heads or (args.dim // args.n_heads) % 2:
+        raise ValueError(f"dim ({args.dim}) must be n_heads ({args.n_heads}) times an even head size")
+    if args.n_heads % n_kv_heads:
+        raise ValueError(f"n_heads ({args.n_heads}) must be a multiple of n_kv_heads ({n_kv_heads})")
+    counts = process_counts(args)
+    if processes not in counts:
+        raise ValueError(
+            f"{args.n_heads} query heads, {n_kv_heads} key/value heads and a vocabulary of {args.vocab_size} cannot be "
+            f"shared by {processes} processes; use {' or '.join(map(str, counts))}"
+        )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang & Sennrich 2019): normalised in float32, scaled in x's dtype. (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+# Meta's functions, on complex numbers and with repeated heads. The model computes the same with `rotate` and `attend`.
+
+
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
+    """e^(i t theta^(-2j/dim)) for t < end, j < dim/2 (RoFormer, Su et al. 2021): complex64 (end, dim // 2)."""
+    freqs = 1.0 / (theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))
+    angles = torch.outer(torch.arange(end), freqs).float()
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(S, D/2) viewed as (1, S, 1, ..., D/2), to multiply x (B, S, ..., D/2)."""
+    if x.ndim < 2 or freqs_cis.shape != (x.shape[1], x.shape[-1]):
+        raise ValueError(f"freqs_cis of shape {tuple(freqs_cis.shape)} does not fit x of shape {tuple(x.shape)}")
+    return freqs_cis.view(*(n if i in (1, x.ndim - 1) else 1 for i, n in enumerate(x.shape)))
+
+
+def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn each adjacent pair (2j, 2j+1) of (B, S, H, D) by its angle, in float32; the dtypes of the inputs come back."""
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs)).flatten(-2).type_as(x)
+
+    return turn(xq), turn(xk)
+
+
+def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """(B, T, K, D) -> (B, T, K * n_rep, D), each head n_rep times in a row."""
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
+
+
+def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """`apply_rotary_emb` in real numbers: x (B, S, H, D), rotary (1 or B, S, 1, D/2, 2) of cosines and sines."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotary.unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool) -> torch.Tensor:
+    """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
+
+    q (B, S, H, D); k, v (B, T, K, D); mask (1 or B, S, T), True where a query sees a key; causal needs S = T and no mask.
+    -> (B, S, H * D)
+    """
+    B, S, H, D = q.shape
+    K = k.shape[2]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D), contiguous in a row of the cache
+    if S > 1:
+        q = q.transpose(1, 2)
+        mask = None if mask is None else mask[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=K != H)
+        return out.transpose(1, 2).reshape(B, S, H * D)
+    # One query: plain products over the groups read every key once, which fused attention does not on a CPU.
+    q = q.view(B, K, H // K, D)
+    scores = (q @ k.transpose(2, 3)) / math.sqrt(D)  # (B, K, H/K, T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -math.inf)
+    return (scores.float().softmax(-1).type_as(q) @ v).view(B, S, H * D)
+
+
+@dataclass
+class Window:
+    """Where a step's new tokens stand, and what they see. The same for every layer."""
+
+    slots: torch.Tensor  # (B, 1) int64: the rows of the cache that belong to the rows of the batch
+    positions: torch.Tensor  # (1 or B, S) int64
+    rotary: torch.Tensor  # (1 or B, S, 1, D/2, 2) float32
+    keys: Optional[tuple[Any, slice]]  # what to read of the cache; None: the new tokens see only each other
+    mask: Optional[torch.Tensor]  # (1 or B, S, T) bool
+
+
+class Attention(nn.Module):
+    """Attention with rotary positions over a cache of keys (stored rotated) and values.
+
+    cache_k, cache_v: (max_batch_size, max_seq_len, K, D), a row for each slot; in memory each head's keys lie together.
+    """
+
+    cache_k: torch.Tensor
+    cache_v: torch.Tensor
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.n_kv_heads = args.n_kv_heads or args.n_heads
+        ranks = group_size(model_parallel_group())
+        self.n_local_heads = args.n_heads // ranks
+        self.n_local_kv_heads = self.n_kv_heads // ranks
+        self.n_rep = self.n_local_heads // self.n_local_kv_heads
+        self.head_dim = args.dim // args.n_heads
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim, gather_output=False)
+        self.wk = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, gather_output=False)
+        self.wv = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, gather_output=False)
+        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
+        self.cache_shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
+        self.allocate_cache(self.wq.weight.device, self.wq.weight.dtype)
+
+    def allocate_cache(self, device: torch.device, dtype: torch.dtype) -> None:
+        for name in ("cache_k", "cache_v"):
+            cache = torch.zeros(self.cache_shape, device=device, dtype=dtype).transpose(1, 2)
+            self.register_buffer(name, cache, persistent=False)
+
+    def forward(self, x: torch.Tensor, window: Window) -> torch.Tensor:
+        """(B, S, dim) -> (B, S, dim)"""
+        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), window.rotary)  # (B, S, H, D)
+        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), window.rotary)  # (B, S, K, D)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        with torch.no_grad():
+            self.cache_k[window.slots, window.positions] = k
+            self.cache_v[window.slots, window.positions] = v
+        if window.keys is not None:
+            k, v = self.cache_k[window.keys], self.cache_v[window.keys]  # (B, T, K, D)
+        return self.wo(attend(q, k, v, window.mask, causal=window.keys is None))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x). (..., dim) -> (..., dim)"""
+
+    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Optional[float]) -> None:
+        super().__init__()
+        width = feed_forward_width(hidden_dim, multiple_of, ffn_dim_multiplier)
+        self.w1 = ColumnParallelLinear(dim, width, gather_output=False)
+        self.w2 = RowParallelLinear(width, dim)
+        self.w3 = ColumnParallelLinear(dim, width, gather_output=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, layer_id: int, args: ModelArgs) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.n_heads = args.n_heads
+        self.dim = args.dim
+        self.head_dim = args.dim // args.n_heads
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: torch.Tensor, window: Window) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), window)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """The decoder. Raises ValueError for a shape that the processes at hand cannot share.
+
+    freqs_cis: complex64 (max_seq_len, D / 2), Meta's table of rotations. It follows the model to a device, never to a dtype.
+    """
+
+    def __init__(self, params: ModelArgs) -> None:
+        check_args(params, group_size(model_parallel_group()))
+        super().__init__()
+        self.params = params
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
+        self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
+        self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
+        self.norm = RMSNorm(params.dim, eps=params.norm_eps)
+        self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
+        self.freqs_cis = self._rotations(self.norm.weight.device)
+
+    def _rotations(self, device: torch.device) -> torch.Tensor:
+        args = self.params
+        with torch.device("cpu"):
+            table = precompute_freqs_cis(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
+        return table.to(device)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Transformer:
+        super()._apply(fn, recurse)
+        self.freqs_cis = self._rotations(self.norm.weight.device)
+        return self
+
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make everything that is not a weight: empty caches and the rotary table."""
+        for layer in self.layers:
+            layer.attention.allocate_cache(device, dtype)
+        self.freqs_cis = self._rotations(device)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        start_pos: Union[int, torch.Tensor],
+        *,
+        slots: Optional[torch.Tensor] = None,
+        span: Optional[int] = None,
+    ) -> torch.Tensor:
+        """Logits of the tokens that follow: float32 (B, S, vocab_size). For the arguments see `hidden_states`."""
+        return self.output(self.hidden_states(tokens, start_pos, slots=slots, span=span)).float()
+
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        start_pos: Union[int, torch.Tensor],
+        *,
+        slots: Optional[torch.Tensor] = None,
+        span: Optional[int] = None,
+    ) -> torch.Tensor:
+        """What `output` turns into logits, (B, S, dim) in the model's dtype; the new keys and values enter the cache.
+
+        tokens (B, S) int64. start_pos: the position of every row's first new token; an int (Meta's), or int64 (B,), one
+        for each row. slots int64 (B,): the cache rows that the batch rows own; 0 … B-1 if not given. span: how many
+        cache columns to look at, at least every start_pos + S; given, it spares a look at the positions on the device.
+        """
+        window = self._window(tokens, start_pos, slots, span)
+        h = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            h = layer(h, window)
+        return self.norm(h)
+
+    def _window(
+        self,
+        tokens: torch.Tensor,
+        start_pos: Union[int, torch.Tensor],
+        slots: Optional[torch.Tensor],
+        span: Optional[int],
+    ) -> Window:
+        B, S = tokens.shape
+        device = tokens.device
+        fresh = isinstance(start_pos, int) and start_pos == 0
+        if span is None:
+            span = S + (start_pos if isinstance(start_pos, int) else int(start_pos.max()))
+        if B > self.params.max_batch_size or span > self.params.max_seq_len:
+            raise ValueError(
+                f"{B} rows up to position {span} do not fit the cache of max_batch_size={self.params.max_batch_size} "
+                f"rows of max_seq_len={self.params.max_seq_len}; build the model with larger ones"
+            )
+        offsets = torch.arange(S, device=device)
+        positions = (start_pos + offsets)[None] if isinstance(start_pos, int) else start_pos[:, None] + offsets
+        mask = None
+        if not fresh and (S > 1 or not isinstance(start_pos, int)):
+            mask = torch.arange(span, device=device) <= positions[:, :, None]
+        rows = torch.arange(B, device=device) if slots is None else slots
+        keys = None if fresh else (slice(0, B) if slots is None else slots, slice(0, span))
+        rotary = torch.view_as_real(self.freqs_cis)[positions][:, :, None]
+        return Window(rows[:, None], positions, rotary, keys, mask)

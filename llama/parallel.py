@@ -1,0 +1,174 @@
+"""fairscale's model-parallel layers with a forward made for inference. The only file with collectives.
+
+A layer says how its weight is cut with `shard_dim`: the dimension of the full matrix that the ranks of the model-parallel
+group share out evenly, in rank order. Loading, resharding and quantizing read that, and nothing else knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import initialize as mpu
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from torch import nn
+
+Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
+
+
+def model_parallel_group() -> Group:
+    """The ranks that share one copy of the model, or None where one process holds all of it."""
+    if not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
+        return None
+    return mpu.get_model_parallel_group()
+
+
+def group_size(group: Group) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: Group) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def split(full: int, what: str, group: Group) -> int:
+    """This rank's part of a dimension of `full` entries."""
+    size = group_size(group)
+    if full % size:
+        raise ValueError(f"{what} ({full}) cannot be shared evenly by {size} processes; use a divisor of {full}")
+    return full // size
+
+
+def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Sum over the group, in place and in `x`'s dtype."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """(..., n) on each rank -> (..., n * ranks), in rank order."""
+    if group is None:
+        return x
+    parts = [torch.empty_like(x) for _ in range(group_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def broadcast_random_state(device: torch.device, group: Group) -> None:
+    """Give every rank the generator state of the group's first rank, so that all of them draw the same tokens."""
+    if group is None:
+        return
+    module = torch.get_device_module(device) if device.type != "cpu" else torch
+    state = [module.get_rng_state()]
+    dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
+    module.set_rng_state(state[0])
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block on every process; if it fails on some, it fails on all, with the message of the lowest rank.
+
+    Without this the processes that succeeded would wait for the others in the next collective.
+    """
+    error: Optional[Exception] = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        # Not the exceptions themselves: not all of them survive pickling.
+        outcome = None if error is None else (isinstance(error, ValueError), str(error))
+        outcomes: list[Optional[tuple[bool, str]]] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome)
+        failed = next((rank for rank, o in enumerate(outcomes) if o is not None), None)
+        if failed is not None and (error is None or outcomes[failed] != outcome):
+            is_value_error, message = outcomes[failed]  # type: ignore[misc]
+            raise (ValueError if is_value_error else RuntimeError)(f"{message} (on process {failed})")
+    if error is not None:
+        raise error
+
+
+def _needs_autograd(weight: torch.Tensor, x: torch.Tensor, group: Group) -> bool:
+    """Across ranks a gradient needs fairscale's autograd functions; on one process torch's own do."""
+    return group is not None and torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+
+
+class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
+    """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / ranks), or all of them.
+
+    fairscale's constructor is not run: on more than one rank it fills the full matrix first.
+    """
+
+    shard_dim = 0
+
+    def __init__(self, in_features: int, out_features: int, *, gather_output: bool) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.gather_output = gather_output
+        self.group = model_parallel_group()
+        self.output_size_per_partition = split(out_features, "out_features", self.group)
+        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
+        self.register_parameter("bias", None)
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _needs_autograd(self.weight, x, self.group):
+            return super().forward(x)
+        y = F.linear(x, self.weight)
+        return all_gather(y, self.group) if self.gather_output else y
+
+
+class RowParallelLinear(fairscale_layers.RowParallelLinear):
+    """y = x Wᵀ, each rank holding some of W's columns: (..., in_features / ranks) -> (..., out_features) on every rank."""
+
+    shard_dim = 1
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.input_is_parallel = True
+        self.group = model_parallel_group()
+        self.input_size_per_partition = split(in_features, "in_features", self.group)
+        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
+        self.register_parameter("bias", None)
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _needs_autograd(self.weight, x, self.group):
+            return super().forward(x)
+        return all_reduce(F.linear(x, self.weight), self.group)
+
+
+class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
+    """Rows of a (num_embeddings, embedding_dim) table by id: (...) int64 -> (..., embedding_dim) on every rank.
+
+    Llama 2 cuts the table along the embedding (dimension 1); Llama 3 along the vocabulary.
+    """
+
+    shard_dim = 1
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = None
+        self.max_norm = None
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
+        self.group = model_parallel_group()
+        self.embedding_dim_per_partition = split(embedding_dim, "embedding_dim", self.group)
+        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if _needs_autograd(self.weight, self.weight, self.group):
+            return super().forward(ids)
+        return all_gather(F.embedding(ids, self.weight), self.group)
