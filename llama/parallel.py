@@ -6,6 +6,8 @@ group share out evenly, in rank order. Loading, resharding and quantizing read t
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Optional
@@ -67,6 +69,16 @@ def broadcast_random_state(device: torch.device, group: Group) -> None:
     state = [module.get_rng_state()]
     dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
     module.set_rng_state(state[0])
+
+
+def check_same(value: object, what: str, group: Group) -> None:
+    """ValueError on every rank of the group unless all of them come with an equal value (one that pickles alike)."""
+    if group is None:
+        return
+    digests: list[Optional[bytes]] = [None] * group_size(group)
+    dist.all_gather_object(digests, hashlib.sha256(pickle.dumps(value)).digest(), group=group)
+    if len(set(digests)) > 1:
+        raise ValueError(f"the {len(digests)} processes were given different {what}; give all of them the same")
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""SentencePiece text <-> ids; ids -> text while they arrive. Pieces and ids are the model file's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from logging import getLogger
+from pathlib import Path
+from typing import Union
+
+from sentencepiece import SentencePieceProcessor
+
+logger = getLogger(__name__)
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8, or not yet, decode to
+
+
+class Tokenizer:
+    """A SentencePiece model. pad_id is -1 for Llama 2: it has no padding piece.
+
+    ValueError where `model_path` is missing or no SentencePiece model.
+    """
+
+    def __init__(self, model_path: str) -> None:
+        path = Path(model_path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"no tokenizer at {path}; pass the path of Llama 2's tokenizer.model")
+        self.sp_model = SentencePieceProcessor()
+        try:
+            self.sp_model.LoadFromSerializedProto(path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not a SentencePiece model; pass the path of a tokenizer.model") from error
+        self.n_words: int = self.sp_model.vocab_size()
+        self.bos_id: int = self.sp_model.bos_id()
+        self.eos_id: int = self.sp_model.eos_id()
+        self.pad_id: int = self.sp_model.pad_id()
+        logger.info("%s: %d pieces, BOS %d, EOS %d", path, self.n_words, self.bos_id, self.eos_id)
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        """The ids of `s`. Text never becomes a control id: `</s>` in it is five ordinary characters or so."""
+        if not isinstance(s, str):
+            raise ValueError(f"only a str can be encoded, not {type(s).__name__}")
+        ids = self.sp_model.EncodeAsIds(s)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, t: Union[int, Sequence[int]]) -> str:
+        """The text of one id or of many. The space that SentencePiece puts before a text goes; control ids are silent."""
+        ids = [t] if isinstance(t, int) else [int(i) for i in t]
+        for i in ids:
+            if not 0 <= i < self.n_words:
+                raise ValueError(f"id {i} is outside the vocabulary; ids go from 0 to {self.n_words - 1}")
+        text: str = self.sp_model.DecodeIds(ids)
+        return text
+
+    def split(self, ids: Iterable[int]) -> list[str]:
+        """What each id adds to the text: as many strings as ids, which joined are exactly `decode(ids)`."""
+        decoder = StreamDecoder(self)
+        texts = [decoder.add(i) for i in ids]
+        rest = decoder.finish()
+        if rest:
+            texts[-1] += rest
+        return texts
+
+    @cached_property
+    def _anchor(self) -> int:
+        """A piece to decode before others, so that they are not at the start, where a space would be dropped."""
+        for i in range(self.n_words):
+            piece: str = self.sp_model.IdToPiece(i)
+            if not (self.sp_model.IsControl(i) or self.sp_model.IsUnknown(i) or self.sp_model.IsByte(i)) and "▁" not in piece:
+                return i
+        raise ValueError("the vocabulary has no piece without a space")
+
+
+class StreamDecoder:
+    """Text from ids as they come. The strings that `add` and `finish` return, joined, are `decode` of all ids.
+
+    Nothing that may still change is given out: a character whose bytes have not all come waits for them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._waiting: list[int] = []
+        self._at_start = True
+
+    def add(self, token: int) -> str:
+        self._waiting.append(token)
+        text = self._text()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._waiting.clear()
+        self._at_start = False
+        return text
+
+    def finish(self) -> str:
+        """What is still held back, as `decode` shows it."""
+        text = self._text() if self._waiting else ""
+        self._waiting.clear()
+        return text
+
+    def _text(self) -> str:
+        if self._at_start:
+            return self.tokenizer.decode(self._waiting)
+        anchor = self.tokenizer._anchor
+        return self.tokenizer.decode([anchor, *self._waiting])[len(self.tokenizer.decode(anchor)) :]
