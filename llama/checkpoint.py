@@ -64,7 +64,8 @@ def read_args(ckpt_dir: Path, **limits: int) -> ModelArgs:
         if key not in params:
             problems += [f"missing key {key!r}"] * required
         elif not (params[key] is None and key in _OPTIONAL) and not _is_number(params[key], kind, least, most):
-            problems.append(f"{key}={params[key]!r} is not {'a whole number' if kind is int else 'a number'} from {least} to {most}")
+            kinds = "a whole number" if kind is int else "a number"
+            problems.append(f"{key}={params[key]!r} is not {kinds} from {least} to {most}")
     if problems:
         raise ValueError(f"{path}: {listed(problems)}; a Llama 2 checkpoint has {', '.join(_PARAMS)}")
     stated = params.get("vocab_size", -1)

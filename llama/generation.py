@@ -104,9 +104,7 @@ class Llama:
         folder = Path(ckpt_dir).expanduser()
         with together():
             tokenizer = Tokenizer(tokenizer_path)
-            args = read_args(
-                folder, max_seq_len=max_seq_len, max_batch_size=max_batch_size, vocab_size=tokenizer.n_words
-            )
+            args = read_args(folder, max_seq_len=max_seq_len, max_batch_size=max_batch_size, vocab_size=tokenizer.n_words)
             check_args(args, group_size(model_parallel_group()))
             checkpoint = MetaCheckpoint(folder)
             chosen_dtype = runtime.choose_dtype(dtype, checkpoint.dtype, place)

@@ -263,8 +263,9 @@ class Transformer(nn.Module):
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make everything that is not a weight: empty caches and the rotary table."""
-        for layer in self.layers:
-            layer.attention.allocate_cache(device, dtype)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.allocate_cache(device, dtype)
         self.freqs_cis = self._rotations(device)
 
     def forward(
@@ -310,7 +311,7 @@ class Transformer(nn.Module):
         fresh = isinstance(start_pos, int) and start_pos == 0
         if span is None:
             span = S + (start_pos if isinstance(start_pos, int) else int(start_pos.max()))
-        if B > self.params.max_batch_size or span > self.params.max_seq_len:
+        if self.params.max_batch_size < B or self.params.max_seq_len < span:
             raise ValueError(
                 f"{B} rows up to position {span} do not fit the cache of max_batch_size={self.params.max_batch_size} "
                 f"rows of max_seq_len={self.params.max_seq_len}; build the model with larger ones"

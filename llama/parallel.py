@@ -110,6 +110,13 @@ def _needs_autograd(weight: torch.Tensor, x: torch.Tensor, group: Group) -> bool
     return group is not None and torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
 
 
+def _new_weight(rows: int, columns: int) -> nn.Parameter:
+    weight = nn.Parameter(torch.empty(rows, columns))
+    if not weight.is_meta:  # where it does nothing but import torch's compiler
+        nn.init.xavier_normal_(weight)
+    return weight
+
+
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / ranks), or all of them.
 
@@ -125,9 +132,8 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         self.gather_output = gather_output
         self.group = model_parallel_group()
         self.output_size_per_partition = split(out_features, "out_features", self.group)
-        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
+        self.weight = _new_weight(self.output_size_per_partition, in_features)
         self.register_parameter("bias", None)
-        nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if _needs_autograd(self.weight, x, self.group):
@@ -148,9 +154,8 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.input_is_parallel = True
         self.group = model_parallel_group()
         self.input_size_per_partition = split(in_features, "in_features", self.group)
-        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
+        self.weight = _new_weight(out_features, self.input_size_per_partition)
         self.register_parameter("bias", None)
-        nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if _needs_autograd(self.weight, x, self.group):
@@ -172,13 +177,12 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
         self.embedding_dim = embedding_dim
         self.padding_idx = None
         self.max_norm = None
-        self.norm_type = 2.0
+        self.norm_type = 2.0  # type: ignore[assignment]
         self.scale_grad_by_freq = False
         self.sparse = False
         self.group = model_parallel_group()
         self.embedding_dim_per_partition = split(embedding_dim, "embedding_dim", self.group)
-        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
-        nn.init.xavier_normal_(self.weight)
+        self.weight = _new_weight(num_embeddings, self.embedding_dim_per_partition)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if _needs_autograd(self.weight, self.weight, self.group):

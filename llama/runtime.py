@@ -155,7 +155,7 @@ def _quieten(rank: int) -> None:
         sys.excepthook = _report
     if rank > 0 and _started.stdout is None:
         _started.stdout = sys.stdout
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed by shutdown
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
@@ -196,8 +196,8 @@ def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, dev
     """`wanted`, or else the checkpoint's own dtype; float16 in place of bfloat16 where the device cannot compute in that."""
     if wanted is None:
         return torch.float16 if stored == torch.bfloat16 and not _computes_in_bfloat16(device) else stored
-    dtype = DTYPES.get(wanted, None) if isinstance(wanted, str) else wanted
-    if dtype not in DTYPES.values():
+    dtype = DTYPES.get(wanted) if isinstance(wanted, str) else wanted
+    if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"dtype={wanted!r} is not supported; use {', '.join(map(repr, DTYPES))}, or None for the checkpoint's")
     return dtype
 

@@ -40,7 +40,7 @@ class Tokenizer:
         """The ids of `s`. Text never becomes a control id: `</s>` in it is five ordinary characters or so."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {type(s).__name__}")
-        ids = self.sp_model.EncodeAsIds(s)
+        ids: list[int] = self.sp_model.EncodeAsIds(s)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Union[int, Sequence[int]]) -> str:

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
+
+HERE = Path(__file__).parent
+
+
+class SourceDistribution(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, [*files, "requirements.txt"])  # which this file reads
+
+
+TEST = ["pytest>=8", "hypothesis>=6.100", "transformers>=4.45"]
+
+setup(
+    name="llama",
+    version="0.0.1",
+    description="Llama 2 inference, faithful to Meta's release, on any machine and any number of processes",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama": ["py.typed"]},
+    install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
+    extras_require={"test": TEST, "dev": [*TEST, "ruff>=0.6", "mypy>=1.11"]},
+)
