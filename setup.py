@@ -11,9 +11,10 @@ class SourceDistribution(sdist):
         super().make_release_tree(base_dir, [*files, "requirements.txt"])  # which this file reads
 
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "transformers>=4.45"]
+TEST = ["pytest>=8", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45"]
 
 setup(
+    cmdclass={"sdist": SourceDistribution},
     name="llama",
     version="0.0.1",
     description="Llama 2 inference, faithful to Meta's release, on any machine and any number of processes",

@@ -1,0 +1,105 @@
+"""Fixtures that need no network, weights or GPU: a SentencePiece model trained here, tiny checkpoints, a pool of processes.
+
+What needs the project's shared material (Meta's goldens, the real tokenizer, stories260K) looks for it beside the checkout,
+or where LLAMA_SHARED points, and is skipped where it is missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentencepiece import SentencePieceTrainer
+from workers import Pool
+
+from llama import ModelArgs, Tokenizer, Transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("LLAMA_SHARED", ROOT.parent / "shared"))
+
+# How Meta cuts its matrices (None: every shard has the whole). Written down here, apart from the layers that say it too.
+META_SHARD_DIMS = {
+    "tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0,
+    "norm": None, "attention_norm": None, "ffn_norm": None,
+}  # fmt: skip
+
+TEXT = """The little dog found a red ball under the tree and ran back to the house with it.
+"Where did you find that?" asked the girl. She laughed, and they played until 1985 or so.
+Once upon a time there was a river; nobody knew where it came from, or where it went.
+你好,世界。测试一下,看看什么情况。今天天气很好,我们去公园玩。
+L'été, les enfants jouent près du café. Ärger über süße Äpfel? ¡Qué día más bonito!
+"""
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name} of the shared material, which is not at {SHARED} (LLAMA_SHARED names another place)")
+    return path
+
+
+def golden(name: str) -> Any:
+    return json.loads(shared(f"golden/{name}.golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A 400-piece model with Llama 2's settings."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines() * 20), model_writer=model, model_type="bpe", vocab_size=400,
+        byte_fallback=True, split_digits=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        allow_whitespace_only_pieces=True, pad_id=-1, character_coverage=0.98, minloglevel=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path: str) -> Tokenizer:
+    return Tokenizer(tokenizer_path)
+
+
+PARAMS: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
+
+
+def random_weights(params: dict[str, Any] = PARAMS, vocab_size: int = 400, seed: int = 0) -> dict[str, torch.Tensor]:
+    model = Transformer(ModelArgs(**params, vocab_size=vocab_size, max_batch_size=1, max_seq_len=1))
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5) + (p.ndim == 1)
+        for name, p in model.named_parameters()
+    }
+
+
+def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor], shards: int = 1, params: dict[str, Any] = PARAMS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(shards):
+        piece = {}
+        for name, weight in weights.items():
+            dim = META_SHARD_DIMS[name.split(".")[-2]]
+            piece[name] = weight if dim is None else weight.chunk(shards, dim)[i].clone()
+        piece["rope.freqs"] = torch.zeros(4)
+        torch.save(piece, folder / f"consolidated.{i:02d}.pth")
+    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random GQA model of 2 layers in float32."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), random_weights())
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    pool = Pool(4)
+    yield pool
+    pool.close()

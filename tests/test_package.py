@@ -1,0 +1,140 @@
+"""What is importable, what is installed, and whether the README tells the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from test_launch import environment, run, text_of
+
+import llama
+from llama import Llama, ModelArgs, Tokenizer
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_metas_names_are_where_meta_has_them() -> None:
+    from llama import Dialog, Transformer, chat, generation, model, tokenizer
+
+    assert set(llama.__all__) == {"Dialog", "Llama", "ModelArgs", "Tokenizer", "Transformer"}
+    assert generation.Llama is Llama
+    assert model.Transformer is Transformer
+    assert generation.Dialog is Dialog is chat.Dialog
+    for name in (
+        "Role Message CompletionPrediction ChatPrediction Dialog B_INST E_INST B_SYS E_SYS SPECIAL_TAGS UNSAFE_ERROR "
+        "Llama sample_top_p"
+    ).split():
+        assert hasattr(generation, name)
+    for name in (
+        "ModelArgs RMSNorm precompute_freqs_cis reshape_for_broadcast apply_rotary_emb repeat_kv Attention FeedForward "
+        "TransformerBlock Transformer"
+    ).split():
+        assert hasattr(model, name)
+    assert tokenizer.Tokenizer is Tokenizer
+    assert tokenizer.logger
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (Llama.build, "ckpt_dir tokenizer_path max_seq_len max_batch_size model_parallel_size=None seed=1"),
+        (Llama.generate, "self prompt_tokens max_gen_len temperature=0.6 top_p=0.9 logprobs=False echo=False"),
+        (Llama.text_completion, "self prompts temperature=0.6 top_p=0.9 max_gen_len=None logprobs=False echo=False"),
+        (Llama.chat_completion, "self dialogs temperature=0.6 top_p=0.9 max_gen_len=None logprobs=False"),
+        (Tokenizer.__init__, "self model_path"),
+        (Tokenizer.encode, "self s bos eos"),
+        (Tokenizer.decode, "self t"),
+        (llama.Transformer.forward, "self tokens start_pos"),
+        (llama.model.precompute_freqs_cis, "dim end theta=10000.0"),
+        (llama.model.RMSNorm.__init__, "self dim eps=1e-06"),
+        (llama.model.FeedForward.__init__, "self dim hidden_dim multiple_of ffn_dim_multiplier"),
+        (llama.generation.sample_top_p, "probs p"),
+    ],
+)
+def test_metas_signatures(function: Any, expected: str) -> None:
+    """Positions, names and defaults; what is ours comes after, by keyword only. build's two limits have defaults here."""
+    parameters = list(inspect.signature(function).parameters.values())
+    for parameter, word in zip(parameters, expected.split()):
+        name, _, default = word.partition("=")
+        assert parameter.name == name
+        assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        assert not default or repr(parameter.default) == default
+    for parameter in parameters[len(expected.split()) :]:
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default is not parameter.empty
+
+
+def test_model_args() -> None:
+    fields = [(f.name, f.default) for f in dataclasses.fields(ModelArgs) if f.repr]
+    assert fields == [
+        ("dim", 4096), ("n_layers", 32), ("n_heads", 32), ("n_kv_heads", None), ("vocab_size", -1), ("multiple_of", 256),
+        ("ffn_dim_multiplier", None), ("norm_eps", 1e-5), ("max_batch_size", 32), ("max_seq_len", 2048),
+    ]  # fmt: skip
+
+
+def test_distributions_are_whole(tmp_path: Path) -> None:
+    """The sdist once lacked the requirements.txt that setup.py reads: a wheel is built from the sdist here."""
+    source = tmp_path / "source"
+    subprocess.run(["git", "-C", str(ROOT), "checkout-index", "-a", f"--prefix={source}/"], check=True)
+    build = [sys.executable, "-c", "from setuptools import build_meta as b; import sys; getattr(b, sys.argv[1])(sys.argv[2])"]
+    subprocess.run([*build, "build_sdist", str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    subprocess.run([*build, "build_wheel", str(tmp_path)], cwd=unpacked, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        names = z.namelist()
+        metadata = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert {"llama/generation.py", "llama/py.typed"} <= set(names)
+    assert not any(n.startswith(("tests", "benchmarks")) for n in names)
+    assert "Requires-Dist: fairscale>=0.4.13" in metadata
+    assert "License-Expression: MIT" in metadata or "License: MIT" in metadata
+
+
+def commands(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def with_tiny(text: str, tiny: Path, tokenizer_path: str) -> str:
+    return re.sub(r"llama-2-7b(-chat)?/", str(tiny), text).replace("tokenizer.model", tokenizer_path)
+
+
+@pytest.mark.parametrize("command", [line for block in commands("sh") for line in block.splitlines()])
+def test_the_readmes_commands(command: str, tiny: Path, tokenizer_path: str) -> None:
+    """On a tiny checkpoint in place of Meta's. What installs is run by the continuous integration, in a fresh environment."""
+    if "pytest" in command:
+        assert command in (ROOT / ".ci/run").read_text().replace("\\", "")
+        return
+    command = with_tiny(command, tiny, tokenizer_path).removeprefix("pip install . && ")
+    command = re.sub("^torchrun", "python -m torch.distributed.run", command)
+    command = re.sub("^python", sys.executable, command)
+    # The tiny vocabulary needs more ids for the same texts.
+    text_of(run(["bash", "-c", re.sub(r"--max_seq_len \d+", "", command) + " --max_seq_len 2048 --max_gen_len 2"]))
+
+
+@pytest.mark.parametrize("block", commands("python"))
+def test_the_readmes_python(block: str, tiny: Path, tokenizer_path: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", with_tiny(block, tiny, tokenizer_path)],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+def test_the_readmes_map_is_complete() -> None:
+    for path in [*ROOT.glob("llama/*.py"), *ROOT.glob("*.py")]:
+        assert path.name in README or path.name == "setup.py", path
+    for name in re.findall(r"^ {4}(\w+\.py)", README, flags=re.MULTILINE):
+        assert (ROOT / "llama" / name).exists(), name
