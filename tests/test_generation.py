@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PARAMS, random_weights, write_checkpoint
+from conftest import PARAMS, ROOT, random_weights, write_checkpoint
 from workers import Pool
 
 from llama import Llama
@@ -36,6 +36,15 @@ def naive_greedy(llama: Llama, prompt: list[int], count: int) -> list[int]:
 def test_ragged_rows_are_what_each_is_alone(llama: Llama) -> None:
     together, _ = llama.generate(RAGGED, 30, temperature=0)
     assert together == [naive_greedy(llama, prompt, 30) for prompt in RAGGED]
+
+
+def test_metas_way_is_what_we_compute(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference of the benchmarks: complex numbers, repeated heads, a growing slice of the cache."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import metas_way
+
+    for prompt in RAGGED:
+        assert metas_way.generate(llama.model, prompt, 30) == naive_greedy(llama, prompt, 30)
 
 
 def test_rescoring(llama: Llama) -> None:

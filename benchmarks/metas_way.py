@@ -1,0 +1,62 @@
+"""The arithmetic of Meta's release, step by step, on our model's weights: what the library is measured against.
+
+Rotary positions in complex numbers, a cache that grows by slices, repeated key/value heads, scores of the whole square,
+the output head on every position.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from llama import Transformer
+from llama.model import TransformerBlock, apply_rotary_emb, repeat_kv
+
+
+def _attention(
+    block: TransformerBlock, x: torch.Tensor, start: int, freqs: torch.Tensor, mask: Optional[torch.Tensor]
+) -> torch.Tensor:
+    attention = block.attention
+    B, S, _ = x.shape
+    q, k, v = (w(x).view(B, S, -1, attention.head_dim) for w in (attention.wq, attention.wk, attention.wv))
+    q, k = apply_rotary_emb(q, k, freqs)
+    attention.cache_k[:B, start : start + S] = k
+    attention.cache_v[:B, start : start + S] = v
+    keys = repeat_kv(attention.cache_k[:B, : start + S], attention.n_rep).transpose(1, 2)
+    values = repeat_kv(attention.cache_v[:B, : start + S], attention.n_rep).transpose(1, 2)
+    scores = q.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(attention.head_dim)
+    if mask is not None:
+        scores = scores + mask
+    out = F.softmax(scores.float(), dim=-1).type_as(q) @ values
+    return attention.wo(out.transpose(1, 2).reshape(B, S, -1))
+
+
+@torch.inference_mode()
+def forward(model: Transformer, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    """`Transformer.forward` as Meta computes it: float32 (B, S, vocab_size)."""
+    S = tokens.shape[1]
+    h = model.tok_embeddings(tokens)
+    freqs = model.freqs_cis[start : start + S]
+    mask = None
+    if S > 1:
+        mask = torch.full((S, S), -math.inf).triu(1)
+        mask = torch.hstack([torch.zeros(S, start), mask]).type_as(h)
+    for block in model.layers:
+        assert isinstance(block, TransformerBlock)
+        h = h + _attention(block, block.attention_norm(h), start, freqs, mask)
+        h = h + block.feed_forward(block.ffn_norm(h))
+    return model.output(model.norm(h)).float()
+
+
+def generate(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """The greedy continuation of one prompt, as Meta's loop gives it."""
+    ids = torch.tensor([prompt])
+    start = 0
+    for _ in range(count):
+        best = forward(model, ids[:, start:], start)[:, -1].argmax(-1)
+        start = ids.shape[1]
+        ids = torch.cat([ids, best[:, None]], dim=1)
+    return ids[0, len(prompt) :].tolist()
