@@ -8,8 +8,8 @@ from llama import Llama
 
 
 def main(
-    ckpt_dir: str,
-    tokenizer_path: str,
+    ckpt_dir: Optional[str] = None,
+    tokenizer_path: Optional[str] = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 128,
@@ -18,7 +18,8 @@ def main(
 ) -> None:
     """Continue four prompts with a model that was trained on text.
 
-    ckpt_dir: a folder with consolidated.NN.pth and params.json. tokenizer_path: its tokenizer.model.
+    ckpt_dir: a folder with consolidated.NN.pth and params.json; without it, the demo model of this package.
+    tokenizer_path: its tokenizer.model; without it, the one in ckpt_dir or in the folder above.
     temperature, top_p: how freely tokens are drawn; temperature 0 takes the best one.
     max_seq_len, max_batch_size: tokens of a prompt and its answer, and prompts, that the cache has room for.
     max_gen_len: tokens to generate at most.

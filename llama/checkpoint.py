@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from tqdm import tqdm
 
 from .model import ModelArgs, Transformer
-from .parallel import group_rank, group_size, model_parallel_group
+from .parallel import group_rank, group_size, is_first_process, model_parallel_group
 
 IGNORED = {"rope.freqs"}  # a table that Meta's files carry and that is computed here
 
@@ -186,7 +187,10 @@ def fill(model: Transformer, checkpoint: MetaCheckpoint, device: torch.device, d
             f"tokenizer describe: {listed(problems)}"
         )
     weights = {}
-    for name, shape in expected.items():
+    # Shown after a second and a half, and only on a terminal of the rank that speaks.
+    for name, shape in tqdm(
+        expected.items(), "Loading", unit="tensor", delay=1.5, leave=False, disable=None if is_first_process() else True
+    ):
         dim = shard_dims[name]
         part = 0 if dim is None else shape[dim] // ranks
         weight = checkpoint.read(name, dim, rank * part, (rank + 1) * part)

@@ -35,6 +35,9 @@ from .parallel import broadcast_random_state, check_same, group_size, model_para
 from .sampling import check_sampling, next_token, sample_top_p
 from .tokenizer import Tokenizer
 
+DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
+DEMO_POSITIONS = 512
+
 __all__ = [
     "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR",
     "ChatPrediction", "CompletionPrediction", "Dialog", "DialogError", "Llama", "Message", "Role", "sample_top_p",
@@ -76,9 +79,9 @@ class Llama:
 
     @staticmethod
     def build(
-        ckpt_dir: str,
-        tokenizer_path: str,
-        max_seq_len: int = 2048,
+        ckpt_dir: Optional[str] = None,
+        tokenizer_path: Optional[str] = None,
+        max_seq_len: Optional[int] = None,
         max_batch_size: int = 4,
         model_parallel_size: Optional[int] = None,
         seed: int = 1,
@@ -88,7 +91,9 @@ class Llama:
     ) -> Llama:
         """Load a checkpoint folder in Meta's format onto this process, or onto all processes that torchrun started.
 
-        max_seq_len, max_batch_size: tokens (prompt and answer together) and prompts that the cache has room for.
+        ckpt_dir: the demo model that comes with this package if not given. tokenizer_path: if not given, the file
+        tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt and answer
+        together; 2048 if not given, 512 for the demo model) and prompts that the cache has room for.
         model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
         the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu",
         the first of these that is there if not given. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
@@ -97,13 +102,16 @@ class Llama:
         Raises ValueError, on every process, before any weight is copied, where an argument or a file is not right.
         """
         started = time.time()
+        folder = DEMO if ckpt_dir is None else Path(ckpt_dir).expanduser()
+        trained = DEMO_POSITIONS if folder == DEMO else None
+        if max_seq_len is None:
+            max_seq_len = trained or 2048
         for name, limit in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
                 raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more")
         place = runtime.start(device, model_parallel_size)
-        folder = Path(ckpt_dir).expanduser()
         with together():
-            tokenizer = Tokenizer(tokenizer_path)
+            tokenizer = Tokenizer(tokenizer_path or _find_tokenizer(folder))
             args = read_args(folder, max_seq_len=max_seq_len, max_batch_size=max_batch_size, vocab_size=tokenizer.n_words)
             check_args(args, group_size(model_parallel_group()))
             checkpoint = MetaCheckpoint(folder)
@@ -111,9 +119,14 @@ class Llama:
             with torch.device("meta"):
                 model = Transformer(args)
             fill(model, checkpoint, place, chosen_dtype)
-        _warn_beyond_training(args)
+        _warn_beyond_training(args, trained)
         torch.manual_seed(seed)
         print(f"Loaded in {time.time() - started:.2f} seconds")
+        if ckpt_dir is None:
+            print(
+                "This is the demo model, which tells small children's stories. For Llama 2, download its weights "
+                "(see README.md) and pass ckpt_dir (--ckpt_dir)."
+            )
         return Llama(model.eval().requires_grad_(False), tokenizer)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -284,8 +297,16 @@ class Llama:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
 
 
-def _warn_beyond_training(args: ModelArgs) -> None:
-    trained = 4096 if args.rope_theta == 10000.0 else 16384  # Llama 2, Code Llama
+def _find_tokenizer(ckpt_dir: Path) -> str:
+    """Meta's layout has one tokenizer.model beside the folders of all models; others have it in each."""
+    for folder in (ckpt_dir, ckpt_dir.resolve().parent):
+        if (folder / "tokenizer.model").is_file():
+            return str(folder / "tokenizer.model")
+    raise ValueError(f"no tokenizer.model in {ckpt_dir} or in the folder above it; pass tokenizer_path (--tokenizer_path)")
+
+
+def _warn_beyond_training(args: ModelArgs, trained: Optional[int]) -> None:
+    trained = trained or (4096 if args.rope_theta == 10000.0 else 16384)  # Llama 2, Code Llama
     if args.max_seq_len > trained:
         warnings.warn(
             f"max_seq_len={args.max_seq_len} goes beyond the {trained} positions that the model was trained on; "

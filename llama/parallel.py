@@ -37,6 +37,11 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process of all that speaks to the user."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def split(full: int, what: str, group: Group) -> int:
     """This rank's part of a dimension of `full` entries."""
     size = group_size(group)
