@@ -210,7 +210,8 @@ def succeeded(done: subprocess.CompletedProcess[str]) -> bool:
 def failed(done: subprocess.CompletedProcess[str], *words: str) -> bool:
     """It ended with one message, which has these words, and with a status that says so."""
     assert done.returncode == 1
-    assert done.stderr.startswith("download.sh: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("download.sh: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
     for word in words:
         assert word in done.stderr
     return True
