@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .model import ModelArgs, Transformer
 from .parallel import group_rank, group_size, is_first_process, model_parallel_group
+from .runtime import DTYPES
 
 IGNORED = {"rope.freqs"}  # a table that Meta's files carry and that is computed here
 
@@ -51,7 +52,7 @@ def read_args(ckpt_dir: Path, **limits: int) -> ModelArgs:
     if not ckpt_dir.is_dir():
         raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
     if not path.is_file():
-        raise ValueError(f"{path} is missing; it is downloaded with the checkpoint")
+        raise ValueError(f"{path} is missing; it comes with the checkpoint, and the folder holds {_contents(ckpt_dir)}")
     if path.stat().st_size > 2**20:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; a params.json has a few hundred")
     try:
@@ -70,12 +71,16 @@ def read_args(ckpt_dir: Path, **limits: int) -> ModelArgs:
     if problems:
         raise ValueError(f"{path}: {listed(problems)}; a Llama 2 checkpoint has {', '.join(_PARAMS)}")
     stated = params.get("vocab_size", -1)
-    if stated > 0 and stated != limits["vocab_size"]:
+    if stated != -1 and stated != limits["vocab_size"]:
         raise ValueError(
             f"{path} says vocab_size={stated}, but the tokenizer has {limits['vocab_size']} pieces; "
             "pass the tokenizer that belongs to the checkpoint"
         )
     return ModelArgs(**{**params, **limits})
+
+
+def _contents(folder: Path) -> str:
+    return listed(sorted(p.name for p in folder.iterdir())) or "nothing"
 
 
 def _is_number(value: Any, kind: type, least: float, most: float) -> bool:
@@ -85,15 +90,16 @@ def _is_number(value: Any, kind: type, least: float, most: float) -> bool:
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth, … ValueError where there is none, or one of the sequence is missing."""
-    shards = sorted(p for p in ckpt_dir.glob("consolidated.*.pth") if re.fullmatch(r"consolidated\.\d+\.pth", p.name))
-    if not shards:
-        others = listed(sorted(p.name for p in ckpt_dir.iterdir())) or "nothing"
-        raise ValueError(f"no checkpoint files found in {ckpt_dir}: it needs consolidated.00.pth and so on, and holds {others}")
-    missing = [f"consolidated.{i:02d}.pth" for i in range(len(shards)) if ckpt_dir / f"consolidated.{i:02d}.pth" not in shards]
+    found = sorted(p.name for p in ckpt_dir.glob("consolidated.*.pth") if re.fullmatch(r"consolidated\.\d+\.pth", p.name))
+    if not found:
+        raise ValueError(
+            f"no checkpoint files found in {ckpt_dir}: it needs consolidated.00.pth and so on, and holds {_contents(ckpt_dir)}"
+        )
+    names = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
+    missing = [name for name in names if name not in found]
     if missing:
-        found = listed([p.name for p in shards])
-        raise ValueError(f"{ckpt_dir} has {found}, but not {listed(missing)}; download it again")
-    return shards
+        raise ValueError(f"{ckpt_dir} has {listed(found)}, but not {listed(missing)}; download it again")
+    return [ckpt_dir / name for name in names]
 
 
 def map_shard(path: Path) -> dict[str, torch.Tensor]:
@@ -107,8 +113,13 @@ def map_shard(path: Path) -> dict[str, torch.Tensor]:
             f"{path} cannot be read: it is cut short, damaged, or not in the zip format of torch.save "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); download or save it again"
         ) from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for name, t in tensors.items()
+    ):
         raise ValueError(f"{path} is not a flat dictionary of tensors; pass a checkpoint in Meta's format")
+    other = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES.values() and name not in IGNORED]
+    if other:
+        raise ValueError(f"{path} has weights in a form that is not computed here: {listed(other)}; use {' or '.join(DTYPES)}")
     return dict(tensors)
 
 
@@ -128,7 +139,7 @@ class MetaCheckpoint:
                                      "they are not shards of one model")  # fmt: skip
         self.names = set(first) - IGNORED
         if "tok_embeddings.weight" not in first:
-            raise ValueError(f"{self.paths[0]} has no tok_embeddings.weight, but {listed(sorted(first))}; "
+            raise ValueError(f"{self.paths[0]} has no tok_embeddings.weight, but {listed(sorted(first)) or 'nothing'}; "
                              "it is not a checkpoint in Meta's format")  # fmt: skip
         self.dtype = first["tok_embeddings.weight"].dtype
 
@@ -139,6 +150,11 @@ class MetaCheckpoint:
             shape[shard_dim] *= len(self.shards)
         return shape
 
+    def check_copies(self, name: str) -> None:
+        """ValueError where a tensor that every shard has whole is not the same in all: they are of different models."""
+        if any(not torch.equal(shard[name], self.shards[0][name]) for shard in self.shards[1:]):
+            raise ValueError(f"the shards in {self.folder} have different {name}; they are not shards of one model")
+
     def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
         """Entries start … stop of the full matrix along `shard_dim`; a view of the mapping where one shard has them all.
 
@@ -147,8 +163,6 @@ class MetaCheckpoint:
         """
         pieces = [shard[name] for shard in self.shards]
         if shard_dim is None:
-            if any(not torch.equal(piece, pieces[0]) for piece in pieces[1:]):
-                raise ValueError(f"the shards in {self.folder} have different {name}; they are not shards of one model")
             return pieces[0]
         each = pieces[0].shape[shard_dim]
         parts = []
@@ -182,10 +196,19 @@ def fill(model: Transformer, checkpoint: MetaCheckpoint, device: torch.device, d
         if name in checkpoint.names and (found := checkpoint.shape(name, shard_dims[name])) != shape:
             problems.append(f"{name} has shape {found} instead of {shape}")
     if problems:
+        shards = len(checkpoint.paths)
+        hint = ""
+        whole = expected["tok_embeddings.weight"]
+        found = checkpoint.shape("tok_embeddings.weight", 1)
+        if found[1] < whole[1] and whole[1] * shards % found[1] == 0:
+            hint = f"; are {whole[1] * shards // found[1] - shards} more shards missing?"
         raise ValueError(
-            f"the weights in {checkpoint.folder} ({len(checkpoint.paths)} shards) are not those that its params.json and "
-            f"tokenizer describe: {listed(problems)}"
+            f"the weights in {checkpoint.folder} ({shards} shard{'s' * (shards > 1)}) are not those that its params.json and "
+            f"tokenizer describe{hint}: {', '.join(problems)}"
         )
+    for name, shard_dim in shard_dims.items():
+        if shard_dim is None:
+            checkpoint.check_copies(name)
     weights = {}
     # Shown after a second and a half, and only on a terminal of the rank that speaks.
     for name, shape in tqdm(

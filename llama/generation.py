@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,9 +32,9 @@ from .chat import (
 from .checkpoint import MetaCheckpoint, fill, read_args
 from .engine import Engine, token_logprobs
 from .model import ModelArgs, Transformer, check_args
-from .parallel import broadcast_random_state, check_same, group_size, model_parallel_group, together
+from .parallel import broadcast_random_state, group_size, is_first_process, model_parallel_group, together
 from .sampling import check_sampling, next_token, sample_top_p
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, user_path
 
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
 DEMO_POSITIONS = 512
@@ -102,16 +103,19 @@ class Llama:
         Raises ValueError, on every process, before any weight is copied, where an argument or a file is not right.
         """
         started = time.time()
-        folder = DEMO if ckpt_dir is None else Path(ckpt_dir).expanduser()
+        folder = DEMO if ckpt_dir is None else user_path(ckpt_dir)
         trained = DEMO_POSITIONS if folder == DEMO else None
         if max_seq_len is None:
             max_seq_len = trained or 2048
         for name, limit in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
                 raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed={seed!r} must be a whole number of 64 bits")
         place = runtime.start(device, model_parallel_size)
-        with together():
-            tokenizer = Tokenizer(tokenizer_path or _find_tokenizer(folder))
+        # Tensors made in inference mode could not be used outside it.
+        with together(everyone=True), torch.inference_mode(False):
+            tokenizer = Tokenizer(_find_tokenizer(folder) if tokenizer_path is None else tokenizer_path)
             args = read_args(folder, max_seq_len=max_seq_len, max_batch_size=max_batch_size, vocab_size=tokenizer.n_words)
             check_args(args, group_size(model_parallel_group()))
             checkpoint = MetaCheckpoint(folder)
@@ -132,6 +136,7 @@ class Llama:
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._group = model.output.group  # the processes that share this model
 
     @torch.inference_mode()
     def generate(
@@ -152,7 +157,9 @@ class Llama:
         Raises ValueError for more prompts than max_batch_size, a prompt that is empty, longer than max_seq_len or has
         an id outside the vocabulary, options out of range, and logits that are not finite.
         """
-        prompts = self._check(prompt_tokens, max_gen_len, temperature, top_p)
+        with together(self._group) as agreement:
+            prompts = self._check(prompt_tokens, max_gen_len, temperature, top_p)
+            agreement.value = (prompts, max_gen_len, temperature, top_p, logprobs, echo)
         tokens = [list(prompt) if echo else [] for prompt in prompts]
         scores: list[list[float]] = [[] for _ in prompts]
         if not prompts:
@@ -161,6 +168,9 @@ class Llama:
         hidden = engine.prefill(prompts)
         if logprobs and echo:
             scores = engine.prompt_logprobs(hidden, prompts)
+            for row, row_scores in enumerate(scores):
+                if any(map(math.isnan, row_scores)):
+                    raise self._not_finite(row)
         for step in self._steps(engine, hidden, prompts, max_gen_len, temperature, top_p, logprobs):
             tokens[step.row].append(step.token)
             scores[step.row].append(step.logprob)
@@ -184,7 +194,7 @@ class Llama:
         if not active:
             return
         if temperature > 0:
-            broadcast_random_state(engine.device, model_parallel_group())
+            broadcast_random_state(engine.device, self._group)
         logits = engine.last_logits(hidden, prompts)
         while True:
             # Rows that ended are drawn for as well: the draws of the others must not depend on them.
@@ -194,10 +204,7 @@ class Llama:
                 if row not in active:
                     continue
                 if token < 0:
-                    raise ValueError(
-                        f"the model's logits for prompt {row} are not finite in {hidden.dtype}; "
-                        "build it with dtype='float32' (or 'bfloat16'), and check the weights if that does not help"
-                    )
+                    raise self._not_finite(row)
                 if token == self.tokenizer.eos_id:
                     active.remove(row)
                     continue
@@ -208,7 +215,12 @@ class Llama:
             if not active:
                 return
             # A row that ended writes over its own last place, which nobody reads any more.
-            logits = engine.logits(engine.decode(chosen.clamp(min=0), [max(place - 1, 0) for place in places])[:, -1])
+            logits = engine.logits(engine.decode(chosen.clamp(min=0), [place - 1 for place in places])[:, -1])
+
+    def _not_finite(self, prompt: int) -> ValueError:
+        dtype = self.model.norm.weight.dtype
+        way = "check the weights" if dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
+        return ValueError(f"the model's logits for prompt {prompt} are not finite in {dtype}; {way}")
 
     def _check(
         self, prompt_tokens: Sequence[Sequence[int]], max_gen_len: int, temperature: float, top_p: float
@@ -217,6 +229,8 @@ class Llama:
         if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, int) or max_gen_len < 0:
             raise ValueError(f"max_gen_len={max_gen_len!r} must be a whole number of 0 or more")
         params = self.model.params
+        if not isinstance(prompt_tokens, Sequence):
+            raise ValueError(f"prompt_tokens must be a list of lists of ids, not {type(prompt_tokens).__name__}")
         if len(prompt_tokens) > params.max_batch_size:
             raise ValueError(
                 f"{len(prompt_tokens)} prompts, but max_batch_size is {params.max_batch_size}; "
@@ -240,7 +254,6 @@ class Llama:
                         f"prompt {row} has the id {token}, which is outside the vocabulary; "
                         f"ids go from 0 to {params.vocab_size - 1}"
                     )
-        check_same((prompts, max_gen_len, temperature, top_p), "prompts or options", model_parallel_group())
         return prompts
 
     def text_completion(
@@ -253,9 +266,10 @@ class Llama:
         echo: bool = False,
     ) -> list[CompletionPrediction]:
         """Continue each text. For the options and errors see `generate`; max_gen_len is max_seq_len - 1 if not given."""
-        if isinstance(prompts, str):
-            raise ValueError("prompts is a list of texts; put the one text into a list")
-        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        with together(self._group):
+            if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+                raise ValueError(f"prompts is a list of texts, not {type(prompts).__name__}; put one text into a list")
+            ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         tokens, scores = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs, echo)
         predictions = [CompletionPrediction(generation=self.tokenizer.decode(row)) for row in tokens]
         for prediction, row, row_scores in zip(predictions, tokens, scores or []):
@@ -276,10 +290,13 @@ class Llama:
         A dialog that is not [system,] user, assistant, … user raises `DialogError`. One whose messages contain a tag of
         the format is not run: its reply is `UNSAFE_ERROR`, without tokens.
         """
-        for dialog in dialogs:
-            check_dialog(dialog)
-        safe = [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
-        ids = [encode_dialog(dialogs[i], self.tokenizer) for i in safe]
+        with together(self._group):
+            if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
+                raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}")
+            for dialog in dialogs:
+                check_dialog(dialog)
+            safe = [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
+            ids = [encode_dialog(dialogs[i], self.tokenizer) for i in safe]
         tokens, scores = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs)
         rows = dict(zip(safe, tokens))
         row_scores = dict(zip(safe, scores or []))
@@ -307,7 +324,7 @@ def _find_tokenizer(ckpt_dir: Path) -> str:
 
 def _warn_beyond_training(args: ModelArgs, trained: Optional[int]) -> None:
     trained = trained or (4096 if args.rope_theta == 10000.0 else 16384)  # Llama 2, Code Llama
-    if args.max_seq_len > trained:
+    if args.max_seq_len > trained and is_first_process():
         warnings.warn(
             f"max_seq_len={args.max_seq_len} goes beyond the {trained} positions that the model was trained on; "
             "what it writes there is likely to be nonsense",

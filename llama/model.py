@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Optional, Union
 
 import torch
@@ -308,9 +309,15 @@ class Transformer(nn.Module):
     ) -> Window:
         B, S = tokens.shape
         device = tokens.device
-        fresh = isinstance(start_pos, int) and start_pos == 0
+        if not isinstance(start_pos, torch.Tensor):
+            start_pos = index(start_pos)
+        first = start_pos if isinstance(start_pos, int) else 0
         if span is None:
-            span = S + (start_pos if isinstance(start_pos, int) else int(start_pos.max()))
+            span = S + (first if isinstance(start_pos, int) else int(start_pos.max()))
+            first = first if isinstance(start_pos, int) else int(start_pos.min())
+        fresh = isinstance(start_pos, int) and start_pos == 0
+        if first < 0:
+            raise ValueError(f"start_pos is {first}; the first position is 0")
         if self.params.max_batch_size < B or self.params.max_seq_len < span:
             raise ValueError(
                 f"{B} rows up to position {span} do not fit the cache of max_batch_size={self.params.max_batch_size} "

@@ -10,7 +10,7 @@ import hashlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -86,26 +86,39 @@ def check_same(value: object, what: str, group: Group) -> None:
         raise ValueError(f"the {len(digests)} processes were given different {what}; give all of them the same")
 
 
+class Agreement:
+    """What `together` compares between the processes, if the block sets it."""
+
+    value: object = None
+
+
 @contextmanager
-def together() -> Iterator[None]:
-    """Run a block on every process; if it fails on some, it fails on all, with the message of the lowest rank.
+def together(group: Group = None, *, everyone: bool = False) -> Iterator[Agreement]:
+    """Run a block on every process of the group, or on all that there are; if it fails on some, it fails on all, with the message of
+    the lowest rank. So it does where the values that the block sets are not the same everywhere (do not pickle alike).
 
     Without this the processes that succeeded would wait for the others in the next collective.
     """
     error: Optional[Exception] = None
+    agreement = Agreement()
     try:
-        yield
+        yield agreement
     except Exception as caught:
         error = caught
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if group is not None or (everyone and dist.is_available() and dist.is_initialized()):
         # Not the exceptions themselves: not all of them survive pickling.
-        outcome = None if error is None else (isinstance(error, ValueError), str(error))
-        outcomes: list[Optional[tuple[bool, str]]] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome)
-        failed = next((rank for rank, o in enumerate(outcomes) if o is not None), None)
-        if failed is not None and (error is None or outcomes[failed] != outcome):
-            is_value_error, message = outcomes[failed]  # type: ignore[misc]
-            raise (ValueError if is_value_error else RuntimeError)(f"{message} (on process {failed})")
+        failure = None if error is None else (isinstance(error, ValueError), str(error))
+        digest = hashlib.sha256(pickle.dumps(agreement.value)).digest()
+        outcomes: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(outcomes, (failure, digest), group=group)
+        failures = [(rank, failed) for rank, (failed, _) in enumerate(outcomes) if failed is not None]
+        if failures and failures[0][1] != failure:
+            rank, (is_value_error, message) = failures[0]
+            error = (ValueError if is_value_error else RuntimeError)(f"{message} (on process {rank})")
+        elif not failures and len({digest for _, digest in outcomes}) > 1:
+            error = ValueError(f"the {len(outcomes)} processes were given different arguments; give all of them the same")
+        if error is not None:
+            error.everywhere = True  # type: ignore[attr-defined]  # one process speaks for all: see runtime
     if error is not None:
         raise error
 

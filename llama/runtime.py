@@ -19,8 +19,12 @@ from typing import Any, Optional, TextIO, Union
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mpu
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+PATIENCE = 5.0  # seconds that a process which has ended waits for the others
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,32 @@ class Launch:
                 raise ValueError(f"the environment variable {name} is {value!r}; torchrun sets it to a number, or unset it")
             return int(value)
 
-        world_size = number("WORLD_SIZE", 1)
-        if "RANK" not in os.environ:
-            if world_size > 1:
-                raise ValueError(f"WORLD_SIZE is {world_size} but RANK is not set; start with torchrun, or unset WORLD_SIZE")
+        needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if name not in os.environ]
+        rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
+        if dist.is_available() and dist.is_initialized():  # by the caller, who needs no variables
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        elif missing:
+            if rank > 0 or world_size > 1:
+                raise ValueError(
+                    f"RANK is {rank} and WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set; start with "
+                    "torchrun, or unset them for a single process"
+                )
             return Launch(False, 0, 1, 0, 1)
-        return Launch(True, number("RANK", 0), world_size, number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", world_size))
+        gpus = torch.cuda.device_count()
+        local_world_size = number("LOCAL_WORLD_SIZE", min(world_size, gpus or world_size))
+        return Launch(True, rank, world_size, number("LOCAL_RANK", rank % local_world_size), local_world_size)
 
 
 @dataclass
 class _Started:
     """What `start` changed in this process, so that `shutdown` can change it back."""
 
-    process_group: bool = False
+    store: Optional[Store] = None  # of the process group that was joined
     model_parallel: bool = False
     threads: Optional[int] = None
     stdout: Optional[TextIO] = None
+    silence: Optional[TextIO] = None  # what stands in for it
     excepthook: Optional[Any] = None
 
 
@@ -70,8 +84,6 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     device is not there, or `model_parallel_size` does not fit the number of processes.
     """
     launch = Launch.read()
-    if dist.is_available() and dist.is_initialized():
-        launch = Launch(True, dist.get_rank(), dist.get_world_size(), launch.local_rank, launch.local_world_size)
     size = _model_parallel_size(model_parallel_size, launch.world_size)
     chosen = _choose_device(device, launch)
     if chosen.type == "cuda":
@@ -86,7 +98,10 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
 
 def _model_parallel_size(wanted: Optional[int], world_size: int) -> int:
     if wanted is None:
-        return mpu.get_model_parallel_world_size() if mpu.model_parallel_is_initialized() else world_size
+        callers_own = mpu.model_parallel_is_initialized() and not _started.model_parallel
+        return mpu.get_model_parallel_world_size() if callers_own else world_size
+    if isinstance(wanted, bool) or not isinstance(wanted, int):
+        raise ValueError(f"model_parallel_size={wanted!r} must be a whole number of processes")
     if wanted < 1 or world_size % wanted:
         raise ValueError(
             f"model_parallel_size={wanted} does not fit {world_size} process{'es' if world_size > 1 else ''}; "
@@ -125,8 +140,11 @@ def _choose_device(device: Union[str, torch.device, None], launch: Launch) -> to
 
 def _join(device: torch.device, model_parallel_size: int) -> None:
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        _started.process_group = True
+        # Both where there are GPUs: a later build may be for the CPU.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        _started.store = store
         atexit.register(shutdown)
     if mpu.model_parallel_is_initialized() and mpu.get_model_parallel_world_size() != model_parallel_size:
         if not _started.model_parallel:
@@ -155,7 +173,7 @@ def _quieten(rank: int) -> None:
         sys.excepthook = _report
     if rank > 0 and _started.stdout is None:
         _started.stdout = sys.stdout
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed by shutdown
+        sys.stdout = _started.silence = open(os.devnull, "w")  # noqa: SIM115, closed by shutdown
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
@@ -164,6 +182,8 @@ def _report(kind: type[BaseException], error: BaseException, trace: Optional[Tra
     if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in lost):
         print(f"process {dist.get_rank()} ends because another one failed; its message tells why", file=sys.stderr)
         time.sleep(2)  # torchrun names as the cause the process that ended first
+    elif getattr(error, "everywhere", False) and dist.is_initialized() and dist.get_rank() > 0:
+        pass  # rank 0 says the same
     elif _started.excepthook is not None:
         _started.excepthook(kind, error, trace)
 
@@ -173,23 +193,34 @@ def shutdown() -> None:
 
     Call it on every process. Models built over several processes cannot run afterwards; a new `build` can.
     """
-    failed = getattr(sys, "last_value", None) is not None  # then the peers may never come to the barrier
-    if _started.process_group and dist.is_initialized():
+    global _started
+    started, _started = _started, _Started()
+    failed = getattr(sys, "last_value", None) is not None  # then nobody need wait
+    if started.store is not None and dist.is_initialized():
         if not failed:
-            with contextlib.suppress(RuntimeError):  # a peer is gone already
-                dist.barrier()  # without it a slow process can find its peers gone, and abort
+            _wait_for_peers(started.store)
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
-        if not (failed and dist.get_backend() == "nccl"):  # NCCL would wait for the collective that never ends
+        if not (failed and torch.cuda.is_available()):  # NCCL would wait for the collective that never ends
             dist.destroy_process_group()
-    if _started.threads is not None:
-        torch.set_num_threads(_started.threads)
-    if _started.stdout is not None:
-        sys.stdout.close()
-        sys.stdout = _started.stdout
-    if _started.excepthook is not None:
-        sys.excepthook = _started.excepthook
-    _started.__init__()  # type: ignore[misc]
+    if started.threads is not None:
+        torch.set_num_threads(started.threads)
+    if started.silence is not None:
+        if sys.stdout is started.silence:
+            sys.stdout = started.stdout
+        started.silence.close()
+    if started.excepthook is not None and sys.excepthook is _report:
+        sys.excepthook = started.excepthook
+
+
+def _wait_for_peers(store: Store) -> None:
+    """Let the processes leave together, or a slow one can find its peers gone and abort. Not a collective: a process
+    that leaves early, by sys.exit for example, must not wait for ever for others that wait for it."""
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone already
+        store.add("llama/leaving", 1)
+        while store.add("llama/leaving", 0) % dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -16,6 +16,8 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
 
     probs float32 (B, V). The token that crosses `p` is kept, so the best one always is. -> int64 (B, 1)
     """
+    if not p >= 0:  # NaN too
+        raise ValueError(f"p={p} must be a number of 0 or more")
     sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
     mass_before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
     sorted_probs = sorted_probs.masked_fill(mass_before > p, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from logging import getLogger
+from os import PathLike
 from pathlib import Path
 from typing import Union
 
@@ -15,6 +16,14 @@ logger = getLogger(__name__)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8, or not yet, decode to
 
 
+def user_path(path: Union[str, PathLike[str]]) -> Path:
+    """A path as a user gives it. A folder that is called 7 may come as a number from the command line."""
+    try:
+        return Path(str(path)).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} begins with a home folder that does not exist") from error
+
+
 class Tokenizer:
     """A SentencePiece model. pad_id is -1 for Llama 2: it has no padding piece.
 
@@ -22,7 +31,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str) -> None:
-        path = Path(model_path).expanduser()
+        path = user_path(model_path)
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}; pass the path of Llama 2's tokenizer.model")
         self.sp_model = SentencePieceProcessor()
@@ -40,7 +49,10 @@ class Tokenizer:
         """The ids of `s`. Text never becomes a control id: `</s>` in it is five ordinary characters or so."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {type(s).__name__}")
-        ids: list[int] = self.sp_model.EncodeAsIds(s)
+        try:
+            ids: list[int] = self.sp_model.EncodeAsIds(s)
+        except RuntimeError as error:  # halves of surrogate pairs
+            raise ValueError(f"{s!r} has characters that UTF-8 cannot encode") from error
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Union[int, Sequence[int]]) -> str:

@@ -175,7 +175,7 @@ def test_bad_calls(arguments: tuple[Any, ...], message: str, llama: Llama) -> No
 
 
 def test_a_lone_text_is_no_list(llama: Llama) -> None:
-    with pytest.raises(ValueError, match="put the one text into a list"):
+    with pytest.raises(ValueError, match="put one text into a list"):
         llama.text_completion("Once upon a time")
 
 
@@ -243,7 +243,92 @@ def test_ranks_agree(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
     results = pool.run(sampled, str(tiny), tokenizer_path, 4)
     assert all(result == results[0] for result in results)
     for _, error in pool.try_run(different, str(tiny), tokenizer_path):
-        assert "the 4 processes were given different prompts or options" in error
+        assert "the 4 processes were given different arguments" in error
+
+
+def corrected(folder: str, tokenizer_path: str) -> Any:
+    """Rank 1 alone makes a mistake; all hear of it, and the corrected call is in step again."""
+    llama = Llama.build(folder, tokenizer_path, 64, 4, 4, device="cpu")
+    wrong: Any = {"generate": [[]], "text_completion": [None], "chat_completion": [[]]}
+    right: Any = {"generate": [[1, 5]], "text_completion": ["a"], "chat_completion": [[{"role": "user", "content": "a"}]]}
+    told = []
+    for method in wrong:
+        mistaken = torch.distributed.get_rank() == 1
+        try:
+            getattr(llama, method)((wrong if mistaken else right)[method], max_gen_len=2)
+        except ValueError as error:
+            told.append("(on process 1)" in str(error) or mistaken)
+    return told, llama.generate([[1, 5]], 4, 0)[0]
+
+
+def sizes(folder: str, tokenizer_path: str) -> Any:
+    """Models over 4, 1 and 4 processes in one process; each keeps to its own group."""
+    four = Llama.build(folder, tokenizer_path, 64, 4, device="cpu")
+    one = Llama.build(folder, tokenizer_path, 64, 4, 1, device="cpu")
+    again = Llama.build(folder, tokenizer_path, 64, 4, device="cpu")
+    widths = [llama.model.output.output_size_per_partition for llama in (four, one, again)]
+    torch.manual_seed(torch.distributed.get_rank())
+    drawn = four.generate(RAGGED, 12, temperature=0.9)
+    own = one.generate([[1, 5 + torch.distributed.get_rank()]], 3, 0)
+    return widths, drawn, own
+
+
+def test_mistakes_of_one_rank_leave_the_others_in_step(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    results = pool.run(corrected, str(tiny), tokenizer_path)
+    assert all(told == [True] * 3 for told, _ in results)
+    assert all(tokens == results[0][1] for _, tokens in results)
+
+
+def test_models_over_different_counts_of_processes(tiny: Path, tokenizer_path: str, pool: Pool, llama: Llama) -> None:
+    results = pool.run(sizes, str(tiny), tokenizer_path)
+    for rank, (widths, drawn, own) in enumerate(results):
+        assert widths == [100, 400, 100]
+        assert drawn == results[0][1]
+        assert own == llama.generate([[1, 5 + rank]], 3, 0)
+
+
+def test_log_probabilities_that_are_not_numbers(tmp_path: Path, tokenizer_path: str) -> None:
+    weights = random_weights()
+    weights["norm.weight"][:] = float("nan")
+    broken = Llama.build(str(write_checkpoint(tmp_path, weights)), tokenizer_path, 16, 2, device="cpu")
+    with pytest.raises(ValueError, match="not finite in torch.float32; check the weights"):
+        broken.generate([[1, 5]], 0, logprobs=True, echo=True)
+
+
+def test_built_in_inference_mode(tiny: Path, tokenizer_path: str) -> None:
+    with torch.inference_mode():
+        inside = Llama.build(str(tiny), tokenizer_path, 16, 2, device="cpu")
+    assert inside.model(torch.tensor([[1]]), 0).shape == (1, 1, 400)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ckpt_dir": "~nosuchuser/x"}, "home folder that does not exist"),
+        ({"tokenizer_path": "~nosuchuser/x"}, "home folder that does not exist"),
+        ({"ckpt_dir": 7}, "no checkpoint folder at 7"),
+        ({"tokenizer_path": ""}, r"no tokenizer at \."),
+        ({"seed": None}, "seed=None"),
+        ({"seed": 2**70}, "seed=1180591620717411303424 must be"),
+        ({"model_parallel_size": "2"}, "model_parallel_size='2' must be a whole number"),
+        ({"model_parallel_size": True}, "model_parallel_size=True must be a whole number"),
+    ],
+)
+def test_bad_builds(changes: dict[str, Any], message: str, tiny: Path, tokenizer_path: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Llama.build(**{"ckpt_dir": str(tiny), "tokenizer_path": tokenizer_path, "max_seq_len": 16, "device": "cpu", **changes})
+
+
+def test_arguments_that_are_no_lists(llama: Llama) -> None:
+    for wrong in (None, 5):
+        with pytest.raises(ValueError, match="must be a list of lists of ids"):
+            llama.generate(wrong, 3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="is a list of texts"):
+            llama.text_completion(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="is a list of dialogs"):
+            llama.chat_completion(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="characters that UTF-8 cannot encode"):
+        llama.text_completion(["\ud800"])
 
 
 def test_rope_theta_is_read(tmp_path: Path, tokenizer_path: str, llama: Llama) -> None:

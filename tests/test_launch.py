@@ -115,6 +115,33 @@ def test_a_process_that_fails_ends_all(tiny: Path, tokenizer_path: str, tmp_path
     assert time.monotonic() - began < 60
 
 
+LEAVING = """
+import os, sys
+from llama import Llama
+llama = Llama.build(sys.argv[1], sys.argv[2], 16, 1, device="cpu")
+if os.environ["RANK"] == "1":
+    sys.exit("rank 1 gives up")
+llama.generate([[1, 5]], 8)
+"""
+
+
+def test_a_process_that_exits_early_ends_all(tiny: Path, tokenizer_path: str, tmp_path: Path) -> None:
+    """sys.exit leaves no exception behind: rank 1 waited in a barrier at exit for rank 0, which waited in a collective."""
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    result = run([*TORCHRUN, "--nproc_per_node", "2", str(script), str(tiny), tokenizer_path], seconds=60)
+    assert result.returncode != 0
+    assert "rank 1 gives up" in result.stderr
+
+
+def test_one_process_speaks_for_all(tiny: Path, tokenizer_path: str) -> None:
+    """A mistake that every process makes is told once."""
+    command = [*TORCHRUN, "--nproc_per_node", "2", "example_text_completion.py", str(tiny / "nowhere"), tokenizer_path]
+    result = run(command)
+    assert result.returncode != 0
+    assert result.stderr.count("ValueError: no checkpoint folder at") == 1
+
+
 def test_a_mistake_is_told_without_noise(tiny: Path, tokenizer_path: str) -> None:
     result = run([sys.executable, "example_text_completion.py", str(tiny), tokenizer_path, "--max_batch_size", "2"])
     assert result.returncode == 1

@@ -115,6 +115,14 @@ def test_the_cache_refuses_what_it_has_no_room_for() -> None:
         model(torch.zeros(2, 1, dtype=torch.long), torch.tensor([1, 64]))
 
 
+def test_positions_are_not_negative() -> None:
+    """-1 once wrote the last column of the cache, silently."""
+    model = build()
+    for start_pos in (-1, torch.tensor([-1])):
+        with pytest.raises(ValueError, match="start_pos is -1"):
+            model(torch.tensor([[1]]), start_pos)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rotate_equals_metas_complex_form(dtype: torch.dtype) -> None:
     freqs_cis = precompute_freqs_cis(16, 32)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_one_process_needs_nothing() -> None:
 
 
 def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(VARIABLES, ("5", "8", "1", "4")):
+    for name, value in zip(VARIABLES, ("5", "8", "1", "4", "localhost", "29500")):
         monkeypatch.setenv(name, value)
     assert runtime.Launch.read() == runtime.Launch(True, 5, 8, 1, 4)
 
@@ -34,9 +35,9 @@ def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK is not set; start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT not set; start with torchrun"),
         ({"RANK": "zero"}, "variable RANK is 'zero'"),
-        ({"RANK": "0", "WORLD_SIZE": "-1"}, "variable WORLD_SIZE is '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "-1", "MASTER_ADDR": "localhost"}, "variable WORLD_SIZE is '-1'"),
     ],
 )
 def test_broken_variables(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +99,24 @@ def test_several_processes_share_the_cores_and_one_prints(tiny: Path, tokenizer_
     results = pool.run(what_is_set, str(tiny), tokenizer_path)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     assert results == [(max(1, cores // 4), rank == 0, 200) for rank in range(4)]
+
+
+def print_from_everywhere() -> tuple[bool, bool]:
+    """A caller who took stdout back keeps it, and can still print after shutdown."""
+    import os
+
+    sys.stdout = mine = io.StringIO()
+    runtime.shutdown()
+    kept = sys.stdout is mine
+    print("still here")
+    sys.stdout = sys.__stdout__
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    runtime.start("cpu")
+    return kept, mine.getvalue() == "still here\n"
+
+
+def test_shutdown_leaves_the_callers_stdout(pool: Pool) -> None:
+    assert pool.run(print_from_everywhere) == [(True, True)] * 4
 
 
 def leave_and_come_back(tiny: str, tokenizer_path: str) -> tuple[bool, bool, list[list[int]]]:

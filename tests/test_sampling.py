@@ -47,6 +47,12 @@ def test_draws_are_torch_multinomials(seed: int) -> None:
     assert torch.equal(torch.get_rng_state(), after)
 
 
+@pytest.mark.parametrize("p", [-1.0, float("nan")])
+def test_a_mass_that_is_none(p: float) -> None:
+    with pytest.raises(ValueError, match="must be a number of 0 or more"):
+        sample_top_p(PROBS, p)
+
+
 def test_the_input_stays() -> None:
     probs = PROBS.clone()
     sample_top_p(probs, 0.5)
