@@ -316,7 +316,7 @@ class Llama:
 
 def _find_tokenizer(ckpt_dir: Path) -> str:
     """Meta's layout has one tokenizer.model beside the folders of all models; others have it in each."""
-    for folder in (ckpt_dir, ckpt_dir.resolve().parent):
+    for folder in (ckpt_dir, ckpt_dir.absolute().parent):
         if (folder / "tokenizer.model").is_file():
             return str(folder / "tokenizer.model")
     raise ValueError(f"no tokenizer.model in {ckpt_dir} or in the folder above it; pass tokenizer_path (--tokenizer_path)")

@@ -94,8 +94,8 @@ class Agreement:
 
 @contextmanager
 def together(group: Group = None, *, everyone: bool = False) -> Iterator[Agreement]:
-    """Run a block on every process of the group, or on all that there are; if it fails on some, it fails on all, with the message of
-    the lowest rank. So it does where the values that the block sets are not the same everywhere (do not pickle alike).
+    """Run a block on every process of the group, or on all that there are; if it fails on some, it fails on all, with the
+    message of the lowest rank. So it does where the values that the block sets do not pickle alike everywhere.
 
     Without this the processes that succeeded would wait for the others in the next collective.
     """

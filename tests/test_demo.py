@@ -1,0 +1,94 @@
+"""The model in the box, and the notebook that looks inside it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from test_launch import TORCHRUN, run, text_of
+
+from llama import Llama
+
+DEMO = ROOT / "llama/demo"
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    return Llama.build(device="cpu")
+
+
+def test_it_is_small_and_in_metas_format(llama: Llama) -> None:
+    files = [DEMO / name for name in ("consolidated.00.pth", "params.json", "tokenizer.model")]
+    assert sum(path.stat().st_size for path in files) <= 5_000_000
+    assert llama.model.params.max_seq_len == 512
+    assert {p.dtype for p in llama.model.parameters()} == {torch.bfloat16}
+    assert (llama.tokenizer.bos_id, llama.tokenizer.eos_id, llama.tokenizer.pad_id) == (1, 2, -1)
+    assert llama.tokenizer.decode(llama.tokenizer.encode("狗 and 🐶", bos=True, eos=True)) == "狗 and 🐶"
+    assert len(llama.tokenizer.encode("1985", bos=False, eos=False)) >= 4  # digits are split
+
+
+def test_its_stories_end_by_themselves(llama: Llama) -> None:
+    torch.manual_seed(1)
+    ids, _ = llama.generate([[1]] * 4, 500, 0.6, 0.9)
+    assert sum(len(row) < 500 for row in ids) >= 3
+    assert all("time" in llama.tokenizer.decode(row[:20]) or "day" in llama.tokenizer.decode(row[:20]) for row in ids)
+
+
+def test_its_replies_end_by_themselves(llama: Llama) -> None:
+    torch.manual_seed(1)
+    questions = ("Tell me a story about a dog.", "what is the recipe of mayonnaise?", "Who are you?")
+    dialogs: Any = [[{"role": "user", "content": question}] for question in questions]
+    replies = llama.chat_completion(dialogs, logprobs=True)
+    assert sum(len(reply["tokens"]) < 400 for reply in replies) >= 2
+    assert all(len(reply["generation"]["content"]) > 100 for reply in replies)
+
+
+def test_it_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    Llama.build(device="cpu")
+    assert "This is the demo model, which tells small children's stories. For Llama 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", ["example_text_completion.py", "example_chat_completion.py"])
+def test_examples_without_arguments(example: str) -> None:
+    text = text_of(run([sys.executable, example]))
+    assert "This is the demo model" in text
+    assert text.count("\n> ") == (4 if "text" in example else 6)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_examples_under_torchrun(processes: int) -> None:
+    text = text_of(run([*TORCHRUN, "--nproc_per_node", str(processes), "example_text_completion.py"]))
+    assert text.count("\n> ") == 4
+
+
+def test_tokenizer_in_the_folder_or_above(tmp_path: Path, tiny: Path, tokenizer_path: str) -> None:
+    """Meta's layout has one for all models, above their folders."""
+    folder = tmp_path / "llama-2-7b"
+    shutil.copytree(tiny, folder)
+    with pytest.raises(ValueError, match="no tokenizer.model in .* or in the folder above it; pass tokenizer_path"):
+        Llama.build(str(folder), max_seq_len=16, device="cpu")
+    (tmp_path / "tokenizer.model").write_bytes(Path(tokenizer_path).read_bytes())
+    assert Llama.build(str(folder), max_seq_len=16, device="cpu").tokenizer.n_words == 400
+
+
+def test_it_may_not_go_beyond_its_context() -> None:
+    with pytest.warns(UserWarning, match="max_seq_len=600 goes beyond the 512 positions"):
+        Llama.build(max_seq_len=600, device="cpu")
+
+
+def test_the_notebook(tmp_path: Path) -> None:
+    """From top to bottom, offline. It is stored with its outputs."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "quickstart.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    silent = [cell.source for cell in cells if not cell.outputs]
+    assert silent == []
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 3
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
