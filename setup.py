@@ -11,8 +11,8 @@ class SourceDistribution(sdist):
         super().make_release_tree(base_dir, [*files, "requirements.txt"])  # which this file reads
 
 
-NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.8"]
-TEST = ["pytest>=8", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "nbclient>=0.10", *NOTEBOOK]
+PLOTS = ["ipykernel>=6.29", "matplotlib>=3.8"]
+TEST = ["pytest>=8", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "nbclient>=0.10", *PLOTS]
 
 setup(
     cmdclass={"sdist": SourceDistribution},
@@ -27,5 +27,5 @@ setup(
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
-    extras_require={"notebook": NOTEBOOK, "test": TEST, "dev": [*TEST, "ruff>=0.6", "mypy>=1.11"]},
+    extras_require={"notebook": [*PLOTS, "notebook>=7"], "test": TEST, "dev": [*TEST, "ruff>=0.6", "mypy>=1.11"]},
 )

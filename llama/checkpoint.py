@@ -200,7 +200,9 @@ def fill(model: Transformer, checkpoint: MetaCheckpoint, device: torch.device, d
         hint = ""
         whole = expected["tok_embeddings.weight"]
         found = checkpoint.shape("tok_embeddings.weight", 1)
-        if found[1] < whole[1] and whole[1] * shards % found[1] == 0:
+        if found[0] != whole[0]:
+            hint = f"; the tokenizer has {whole[0]} pieces and the weights are for {found[0]}: pass their own tokenizer"
+        elif found[1] < whole[1] and whole[1] * shards % found[1] == 0:
             hint = f"; are {whole[1] * shards // found[1] - shards} more shards missing?"
         raise ValueError(
             f"the weights in {checkpoint.folder} ({shards} shard{'s' * (shards > 1)}) are not those that its params.json and "

@@ -113,6 +113,8 @@ class Llama:
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed!r} must be a whole number of 64 bits")
         place = runtime.start(device, model_parallel_size)
+        if ckpt_dir is None and tokenizer_path is not None:
+            raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
         # Tensors made in inference mode could not be used outside it.
         with together(everyone=True), torch.inference_mode(False):
             tokenizer = Tokenizer(_find_tokenizer(folder) if tokenizer_path is None else tokenizer_path)
@@ -316,6 +318,8 @@ class Llama:
 
 def _find_tokenizer(ckpt_dir: Path) -> str:
     """Meta's layout has one tokenizer.model beside the folders of all models; others have it in each."""
+    if not ckpt_dir.is_dir():
+        raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
     for folder in (ckpt_dir, ckpt_dir.absolute().parent):
         if (folder / "tokenizer.model").is_file():
             return str(folder / "tokenizer.model")

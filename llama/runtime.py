@@ -125,10 +125,12 @@ def _choose_device(device: Union[str, torch.device, None], launch: Launch) -> to
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
         index = launch.local_rank if chosen.index is None else chosen.index
+        if not count:
+            raise ValueError("device='cuda', but torch sees no GPU; pass device='cpu', or install a CUDA build of PyTorch")
         if index >= count:
             raise ValueError(
                 f"process {launch.local_rank} of this machine wants GPU {index}, but {count} can be seen; "
-                f"start at most {max(count, 1)} process(es) here, or pass device='cpu'"
+                f"start at most {count} process{'es' * (count > 1)} here, or pass device='cpu'"
             )
         return torch.device("cuda", index)
     if chosen.type == "mps" and (launch.world_size > 1 or not torch.backends.mps.is_available()):

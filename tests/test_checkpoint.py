@@ -210,7 +210,7 @@ def test_a_hugging_face_checkpoint_is_recognised_as_foreign(tmp_path: Path, toke
 
 def test_a_tokenizer_of_another_vocabulary(tmp_path: Path, tokenizer_path: str) -> None:
     folder = write_checkpoint(tmp_path, random_weights(vocab_size=512))
-    with pytest.raises(ValueError, match=r"tok_embeddings.weight has shape \[512, 64\] instead of \[400, 64\]"):
+    with pytest.raises(ValueError, match="the tokenizer has 400 pieces and the weights are for 512"):
         build(folder, tokenizer_path)
 
 

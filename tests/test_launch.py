@@ -148,18 +148,13 @@ def test_a_mistake_is_told_without_noise(tiny: Path, tokenizer_path: str) -> Non
     assert "4 prompts, but max_batch_size is 2; pass fewer at once" in result.stderr.splitlines()[-1]
 
 
-def test_launch_configurations(tiny: Path, tokenizer_path: str, alone: str) -> None:
-    """The ones for VS Code, started as the debugger starts them."""
+def test_launch_configurations(tiny: Path, tokenizer_path: str) -> None:
+    """The ones for VS Code, started as the debugger starts them, from another folder; with a checkpoint's path too."""
     configurations = json.loads((ROOT / ".vscode/launch.json").read_text())["configurations"]
     assert len(configurations) == 2
     for configuration in configurations:
-        args = [
-            arg.replace("${workspaceFolder}/llama-2-7b", str(tiny))
-            .replace("${workspaceFolder}/tokenizer.model", tokenizer_path)
-            .replace("${workspaceFolder}", str(ROOT))
-            for arg in configuration["args"]
-        ]
+        args = [arg.replace("${workspaceFolder}", str(ROOT)) for arg in configuration["args"]]
         program = configuration.get("program", "").replace("${workspaceFolder}", str(ROOT))
         start = ["-m", configuration["module"]] if "module" in configuration else [program]
-        command = [sys.executable, *start, *args, "--temperature", "0", "--max_seq_len", "256"]
-        assert text_of(run(command, cwd=tiny)) == alone
+        more = [] if program else ["--ckpt_dir", str(tiny), "--tokenizer_path", tokenizer_path, "--max_seq_len", "256"]
+        assert text_of(run([sys.executable, *start, *args, *more], cwd=tiny)).count("\n> ") == 4
