@@ -27,5 +27,6 @@ setup(
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
+    entry_points={"console_scripts": ["llama = llama.cli:main"]},
     extras_require={"notebook": [*PLOTS, "notebook>=7"], "test": TEST, "dev": [*TEST, "ruff>=0.6", "mypy>=1.11"]},
 )

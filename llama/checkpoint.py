@@ -1,4 +1,4 @@
-"""Files -> this rank's weights: a folder in Meta's format, with any number of shards, onto any number of ranks.
+"""Files -> this rank's weights: Meta's format with any number of shards, or a Hugging Face folder, onto any number of ranks.
 
 Files are mapped, not read: a tensor that is used whole and in its own dtype on a CPU stays in the mapping, and of all
 others each rank copies its own slices only.
@@ -6,86 +6,54 @@ others each rank copies its own slices only.
 
 from __future__ import annotations
 
-import json
-import math
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional, Union
 
 import torch
 from tqdm import tqdm
 
+from .files import MappedFiles, Number, check_archive, contents, listed, read_json
+from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY, HuggingFaceCheckpoint
 from .model import ModelArgs, Transformer
 from .parallel import group_rank, group_size, is_first_process, model_parallel_group
 from .runtime import DTYPES
 
 IGNORED = {"rope.freqs"}  # a table that Meta's files carry and that is computed here
 
-# What params.json may hold: type, least, most, and whether it must be there.
-_PARAMS: dict[str, tuple[type, float, float, bool]] = {
-    "dim": (int, 1, 2**20, True),
-    "n_layers": (int, 1, 10_000, True),
-    "n_heads": (int, 1, 2**16, True),
-    "n_kv_heads": (int, 1, 2**16, False),
-    "vocab_size": (int, -1, 2**24, False),
-    "multiple_of": (int, 1, 2**20, False),
-    "ffn_dim_multiplier": (float, 1e-3, 1e3, False),
-    "norm_eps": (float, 1e-12, 1.0, False),
-    "rope_theta": (float, 1.0, 1e12, False),
+# What params.json may hold. The last two are not Meta's: converted models may need them.
+PARAMS = {
+    "dim": Number(int, 1, 2**20, required=True),
+    "n_layers": Number(int, 1, 1000, required=True),
+    "n_heads": Number(int, 1, 2**16, required=True),
+    "n_kv_heads": Number(int, 1, 2**16),
+    "vocab_size": Number(int, -1, 2**24),
+    "multiple_of": Number(int, 1, 2**20),
+    "ffn_dim_multiplier": Number(float, 1e-3, 1e3),
+    "norm_eps": Number(float, 1e-12, 1.0),
+    "rope_theta": Number(float, 1.0, 1e12),
+    "head_dim": Number(int, 2, 2**16),
 }
-_OPTIONAL = {"n_kv_heads", "ffn_dim_multiplier"}  # may be null
 
 
-def listed(items: list[str], most: int = 12) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
-
-
-def read_args(ckpt_dir: Path, **limits: int) -> ModelArgs:
-    """params.json as `ModelArgs`, with `limits` (max_seq_len, max_batch_size, vocab_size) put in.
+def read_params(ckpt_dir: Path) -> ModelArgs:
+    """params.json as `ModelArgs`, without limits; vocab_size is -1 where the tokenizer is to tell it.
 
     ValueError where it is missing, no JSON object, or has keys or values that Llama 2 has not.
     """
     path = ckpt_dir / "params.json"
-    if not ckpt_dir.is_dir():
-        raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; it comes with the checkpoint, and the folder holds {_contents(ckpt_dir)}")
-    if path.stat().st_size > 2**20:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a params.json has a few hundred")
-    try:
-        params = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds a {type(params).__name__}, not an object of parameters")
-    problems = [f"unknown key {key!r}" for key in params if key not in _PARAMS]
-    for key, (kind, least, most, required) in _PARAMS.items():
-        if key not in params:
-            problems += [f"missing key {key!r}"] * required
-        elif not (params[key] is None and key in _OPTIONAL) and not _is_number(params[key], kind, least, most):
-            kinds = "a whole number" if kind is int else "a number"
-            problems.append(f"{key}={params[key]!r} is not {kinds} from {least} to {most}")
+    params = read_json(path, "a params.json has a few hundred bytes")
+    problems = [f"unknown key {key!r}" for key in params if key not in PARAMS]
+    problems += [problem for key, number in PARAMS.items() for problem in number.problem(key, params)]
+    if "use_scaled_rope" in params or params.get("vocab_size") == LLAMA_3_VOCABULARY:
+        problems.append(LLAMA_3)
     if problems:
-        raise ValueError(f"{path}: {listed(problems)}; a Llama 2 checkpoint has {', '.join(_PARAMS)}")
-    stated = params.get("vocab_size", -1)
-    if stated != -1 and stated != limits["vocab_size"]:
-        raise ValueError(
-            f"{path} says vocab_size={stated}, but the tokenizer has {limits['vocab_size']} pieces; "
-            "pass the tokenizer that belongs to the checkpoint"
-        )
-    return ModelArgs(**{**params, **limits})
-
-
-def _contents(folder: Path) -> str:
-    return listed(sorted(p.name for p in folder.iterdir())) or "nothing"
-
-
-def _is_number(value: Any, kind: type, least: float, most: float) -> bool:
-    kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and least <= value <= most
+        raise ValueError(f"{path}: {listed(problems)}; a Llama 2 checkpoint has {', '.join(PARAMS)}")
+    return ModelArgs(**{key: value for key, value in params.items() if value is not None})
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
@@ -93,7 +61,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
     found = sorted(p.name for p in ckpt_dir.glob("consolidated.*.pth") if re.fullmatch(r"consolidated\.\d+\.pth", p.name))
     if not found:
         raise ValueError(
-            f"no checkpoint files found in {ckpt_dir}: it needs consolidated.00.pth and so on, and holds {_contents(ckpt_dir)}"
+            f"no checkpoint files found in {ckpt_dir}: it needs consolidated.00.pth and so on, and holds {contents(ckpt_dir)}"
         )
     names = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
     missing = [name for name in names if name not in found]
@@ -105,6 +73,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 def map_shard(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one .pth file, mapped into memory. Nothing in it is run. ValueError where it is damaged."""
     try:
+        check_archive(path)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds something other than tensors, which could run code, so it was not loaded") from error
@@ -126,8 +95,12 @@ def map_shard(path: Path) -> dict[str, torch.Tensor]:
 class MetaCheckpoint:
     """The mapped shards of one folder, seen as the full matrices that they were cut from."""
 
+    format = "Meta"
+    tied = False
+
     def __init__(self, ckpt_dir: Path) -> None:
         self.folder = ckpt_dir
+        self.args = read_params(ckpt_dir)
         self.paths = find_shards(ckpt_dir)
         self.shards = [map_shard(path) for path in self.paths]
         first = self.shards[0]
@@ -137,11 +110,22 @@ class MetaCheckpoint:
                 if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
                     raise ValueError(f"{path.name} and {self.paths[0].name} in {ckpt_dir} disagree about {name}; "
                                      "they are not shards of one model")  # fmt: skip
-        self.names = set(first) - IGNORED
+        self.dtypes = {name: tensor.dtype for name, tensor in first.items() if name not in IGNORED}
         if "tok_embeddings.weight" not in first:
             raise ValueError(f"{self.paths[0]} has no tok_embeddings.weight, but {listed(sorted(first)) or 'nothing'}; "
                              "it is not a checkpoint in Meta's format")  # fmt: skip
-        self.dtype = first["tok_embeddings.weight"].dtype
+        self.dtype = self.dtypes["tok_embeddings.weight"]
+        self._refuse_doubles()
+        self.mapped = MappedFiles(self.paths)
+
+    def _refuse_doubles(self) -> None:
+        """A shard copied over another has all the right names and shapes. One row of a matrix that is cut tells."""
+        rows = [shard["tok_embeddings.weight"][:1] for shard in self.shards]
+        for i, row in enumerate(rows):
+            for j in range(i):
+                if row.any() and torch.equal(row, rows[j]):
+                    names = f"{self.paths[j].name} and {self.paths[i].name}"
+                    raise ValueError(f"{names} in {self.folder} are the same shard; download them again")
 
     def shape(self, name: str, shard_dim: Optional[int]) -> list[int]:
         """The shape of the full matrix."""
@@ -170,55 +154,118 @@ class MetaCheckpoint:
             low, high = max(start, i * each), min(stop, (i + 1) * each)
             if low < high:
                 parts.append(piece.narrow(shard_dim, low - i * each, high - low))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=shard_dim)
+        if len(parts) == 1:
+            return parts[0]
+        shape = list(parts[0].shape)
+        shape[shard_dim] = stop - start
+        whole = torch.empty(shape, dtype=parts[0].dtype)
+        for part, place in zip(parts, whole.split([part.shape[shard_dim] for part in parts], dim=shard_dim)):
+            self.mapped.copy(part, place)
+        return whole
 
 
-def fill(model: Transformer, checkpoint: MetaCheckpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model that was built on the meta device its weights, and make its cache.
+Checkpoint = Union[MetaCheckpoint, HuggingFaceCheckpoint]
 
-    Every parameter is filled from one name, and every name is used; ValueError lists all that do not fit, before any
-    weight is copied.
+
+def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
+    """Map the weights of a folder in either format, and read what model they are of. Copies no weight.
+
+    A folder with both formats is Meta's. ValueError where it has neither, or is damaged, or is of a model that is not
+    computed here.
     """
-    group = model_parallel_group()
-    rank, ranks = group_rank(group), group_size(group)
-    shard_dims = {
-        f"{prefix}.{name}": getattr(module, "shard_dim", None)
-        for prefix, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    expected = {
-        name: [n * ranks if dim == shard_dims[name] else n for dim, n in enumerate(parameter.shape)]
-        for name, parameter in model.named_parameters()
-    }
-    problems = [f"{name} is missing" for name in expected if name not in checkpoint.names]
-    problems += [f"{name} is unexpected" for name in sorted(checkpoint.names - expected.keys())]
-    for name, shape in expected.items():
-        if name in checkpoint.names and (found := checkpoint.shape(name, shard_dims[name])) != shape:
+    if not ckpt_dir.is_dir():
+        raise ValueError(
+            f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json, "
+            "or config.json and model.safetensors"
+        )
+    metas = (ckpt_dir / "params.json").is_file() or any(ckpt_dir.glob("consolidated.*.pth"))
+    if metas or not ((ckpt_dir / "config.json").is_file() or (ckpt_dir / "adapter_config.json").is_file()):
+        return MetaCheckpoint(ckpt_dir)
+    return HuggingFaceCheckpoint(ckpt_dir)
+
+
+def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
+    """The checkpoint's args with as many ids as the tokenizer has pieces.
+
+    Fine-tunes in Hugging Face's format may have rows for ids that the tokenizer has no piece for (padding, tokens added
+    later): those are left out, with a warning. Any other difference is a ValueError.
+    """
+    stated = checkpoint.args.vocab_size
+    if isinstance(checkpoint, HuggingFaceCheckpoint) and stated > pieces:
+        warnings.warn(
+            f"{checkpoint.folder} has {stated} ids, but the tokenizer has {pieces} pieces; the ids beyond are left out",
+            stacklevel=3,
+        )
+    elif stated not in (-1, pieces):
+        raise ValueError(
+            f"{checkpoint.folder} says vocab_size={stated}, but the tokenizer has {pieces} pieces; "
+            "pass the tokenizer that belongs to the checkpoint"
+        )
+    checkpoint.args = replace(checkpoint.args, vocab_size=pieces)
+    return checkpoint.args
+
+
+def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
+    """Of every parameter: the shape of the full matrix, the dimension it is cut along, and how many ranks share a part."""
+    ranks = group_size(model_parallel_group())
+    plan = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            dim, copies = getattr(module, "shard_dim", None), getattr(module, "copies", 1)
+            shape = [n * (ranks // copies) if i == dim else n for i, n in enumerate(parameter.shape)]
+            plan[f"{prefix}.{name}"] = shape, dim, copies
+    return plan
+
+
+def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
+    """ValueError, with all that does not fit, unless every parameter is filled from one name, and every name is used."""
+    plan, names = cut(model), checkpoint.dtypes.keys()
+    problems = [f"{name} is missing" for name in plan if name not in names]
+    problems += [f"{name} is unexpected" for name in sorted(names - plan.keys())]
+    for name, (shape, dim, _) in plan.items():
+        if name in names and (found := checkpoint.shape(name, dim)) != shape:
             problems.append(f"{name} has shape {found} instead of {shape}")
     if problems:
-        shards = len(checkpoint.paths)
+        config = "params.json" if isinstance(checkpoint, MetaCheckpoint) else "config.json"
+        files = len(checkpoint.paths)
         hint = ""
-        whole = expected["tok_embeddings.weight"]
+        whole = plan["tok_embeddings.weight"][0]
         found = checkpoint.shape("tok_embeddings.weight", 1)
-        if found[0] != whole[0]:
+        if len(found) == 2 and found[0] != whole[0]:
             hint = f"; the tokenizer has {whole[0]} pieces and the weights are for {found[0]}: pass their own tokenizer"
-        elif found[1] < whole[1] and whole[1] * shards % found[1] == 0:
-            hint = f"; are {whole[1] * shards // found[1] - shards} more shards missing?"
+        elif (
+            isinstance(checkpoint, MetaCheckpoint)
+            and len(found) == 2
+            and found[1] < whole[1]
+            and whole[1] * files % found[1] == 0
+        ):
+            hint = f"; are {whole[1] * files // found[1] - files} more shards missing?"
         raise ValueError(
-            f"the weights in {checkpoint.folder} ({shards} shard{'s' * (shards > 1)}) are not those that its params.json and "
-            f"tokenizer describe{hint}: {', '.join(problems)}"
+            f"the weights in {checkpoint.folder} ({files} file{'s' * (files > 1)}) are not those that its {config} and "
+            f"tokenizer describe{hint}: {listed(problems, 100)}"
         )
-    for name, shard_dim in shard_dims.items():
-        if shard_dim is None:
-            checkpoint.check_copies(name)
+    if isinstance(checkpoint, MetaCheckpoint):
+        for name, (_, dim, _) in plan.items():
+            if dim is None:
+                checkpoint.check_copies(name)
+
+
+def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a model that was built on the meta device, and that `check_weights` passed, its weights, and make its cache."""
+    group = model_parallel_group()
+    rank, ranks = group_rank(group), group_size(group)
     weights = {}
     # Shown after a second and a half, and only on a terminal of the rank that speaks.
-    for name, shape in tqdm(
-        expected.items(), "Loading", unit="tensor", delay=1.5, leave=False, disable=None if is_first_process() else True
+    for name, (shape, dim, copies) in tqdm(
+        cut(model).items(), "Loading", unit="tensor", delay=1.5, leave=False, disable=None if is_first_process() else True
     ):
-        dim = shard_dims[name]
-        part = 0 if dim is None else shape[dim] // ranks
-        weight = checkpoint.read(name, dim, rank * part, (rank + 1) * part)
-        weights[name] = weight.to(device, dtype).contiguous()
+        part = 0 if dim is None else shape[dim] * copies // ranks
+        first = rank // copies * part
+        stored = checkpoint.read(name, dim, first, first + part)
+        if stored.dtype == dtype and device.type == "cpu" and stored.is_contiguous():
+            weights[name] = stored
+        else:
+            weights[name] = torch.empty(stored.shape, dtype=dtype, device=device)
+            checkpoint.mapped.copy(stored, weights[name])
     model.load_state_dict(weights, strict=True, assign=True)
     model.allocate(device, dtype)

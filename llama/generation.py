@@ -6,14 +6,15 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import Optional, TypedDict, Union
 
 import torch
 
-from . import runtime
+from . import memory, runtime
 from .chat import (
     B_INST,
     B_SYS,
@@ -29,7 +30,7 @@ from .chat import (
     encode_dialog,
     is_unsafe,
 )
-from .checkpoint import MetaCheckpoint, fill, read_args
+from .checkpoint import check_weights, fill, fit_vocabulary, open_checkpoint
 from .engine import Engine, token_logprobs
 from .model import ModelArgs, Transformer, check_args
 from .parallel import broadcast_random_state, group_size, is_first_process, model_parallel_group, together
@@ -90,7 +91,7 @@ class Llama:
         device: Union[str, torch.device, None] = None,
         dtype: Union[str, torch.dtype, None] = None,
     ) -> Llama:
-        """Load a checkpoint folder in Meta's format onto this process, or onto all processes that torchrun started.
+        """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
 
         ckpt_dir: the demo model that comes with this package if not given. tokenizer_path: if not given, the file
         tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt and answer
@@ -117,13 +118,22 @@ class Llama:
             raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
         # Tensors made in inference mode could not be used outside it.
         with together(everyone=True), torch.inference_mode(False):
+            checkpoint = open_checkpoint(folder)
             tokenizer = Tokenizer(_find_tokenizer(folder) if tokenizer_path is None else tokenizer_path)
-            args = read_args(folder, max_seq_len=max_seq_len, max_batch_size=max_batch_size, vocab_size=tokenizer.n_words)
+            args = fit_vocabulary(checkpoint, tokenizer.n_words)
+            args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             check_args(args, group_size(model_parallel_group()))
-            checkpoint = MetaCheckpoint(folder)
             chosen_dtype = runtime.choose_dtype(dtype, checkpoint.dtype, place)
+            processes, sharers = group_size(model_parallel_group()), runtime.memory_sharers(place)
             with torch.device("meta"):
                 model = Transformer(args)
+            check_weights(model, checkpoint)
+            memory.check_fits(args, chosen_dtype, processes, place, sharers)
+        with (
+            together(everyone=True),
+            torch.inference_mode(False),
+            memory.explained(args, chosen_dtype, processes, place, sharers),
+        ):
             fill(model, checkpoint, place, chosen_dtype)
         _warn_beyond_training(args, trained)
         torch.manual_seed(seed)
@@ -167,16 +177,22 @@ class Llama:
         if not prompts:
             return tokens, scores if logprobs else None
         engine = Engine(self.model)
-        hidden = engine.prefill(prompts)
-        if logprobs and echo:
-            scores = engine.prompt_logprobs(hidden, prompts)
-            for row, row_scores in enumerate(scores):
-                if any(map(math.isnan, row_scores)):
-                    raise self._not_finite(row)
-        for step in self._steps(engine, hidden, prompts, max_gen_len, temperature, top_p, logprobs):
-            tokens[step.row].append(step.token)
-            scores[step.row].append(step.logprob)
+        with self._explaining_memory():
+            hidden = engine.prefill(prompts)
+            if logprobs and echo:
+                scores = engine.prompt_logprobs(hidden, prompts)
+                for row, row_scores in enumerate(scores):
+                    if any(map(math.isnan, row_scores)):
+                        raise self._not_finite(row)
+            for step in self._steps(engine, hidden, prompts, max_gen_len, temperature, top_p, logprobs):
+                tokens[step.row].append(step.token)
+                scores[step.row].append(step.logprob)
         return tokens, scores if logprobs else None
+
+    def _explaining_memory(self) -> AbstractContextManager[None]:
+        weight = self.model.norm.weight
+        processes, sharers = group_size(self._group), runtime.memory_sharers(weight.device)
+        return memory.explained(self.model.params, weight.dtype, processes, weight.device, sharers)
 
     def _steps(
         self,

@@ -23,7 +23,10 @@ from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
 @dataclass
 class ModelArgs:
-    """The keys of Meta's params.json, and the two limits that size the cache. Prints Meta's ten fields."""
+    """The keys of Meta's params.json, and the two limits that size the cache. Prints Meta's ten fields.
+
+    What other folders state outright, and Meta's leave to a rule, is None where the rule holds.
+    """
 
     dim: int = 4096
     n_layers: int = 32
@@ -36,6 +39,20 @@ class ModelArgs:
     max_batch_size: int = 32
     max_seq_len: int = 2048
     rope_theta: float = field(default=10000.0, repr=False)  # Code Llama: 1e6
+    head_dim: Optional[int] = field(default=None, repr=False)  # None: dim // n_heads
+    ffn_dim: Optional[int] = field(default=None, repr=False)  # None: `feed_forward_width`
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn_dim or feed_forward_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
 
 def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Optional[float]) -> int:
@@ -47,30 +64,31 @@ def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Op
 
 
 def process_counts(args: ModelArgs) -> list[int]:
-    """The model-parallel sizes that share this model's heads and matrices evenly, smallest first."""
-    shared = (
-        args.n_heads,
-        args.n_kv_heads or args.n_heads,
-        args.dim,
-        args.vocab_size,
-        feed_forward_width(4 * args.dim, args.multiple_of, args.ffn_dim_multiplier),
-    )
-    return [n for n in range(1, args.n_heads + 1) if all(size % n == 0 for size in shared)]
+    """The model-parallel sizes that share this model's heads and matrices evenly, smallest first.
+
+    More processes than key/value heads: neighbours have the same one, so that 4 heads on 8 processes go 0 0 1 1 2 2 3 3.
+    """
+    shared = (args.n_heads, args.dim, args.vocab_size, args.ffn_width)
+    heads = args.kv_heads
+    return [
+        n for n in range(1, args.n_heads + 1) if all(size % n == 0 for size in shared) and (heads % n == 0 or n % heads == 0)
+    ]
 
 
 def check_args(args: ModelArgs, processes: int) -> None:
     """Refuse, with a ValueError, a shape that cannot be built or cannot be shared by that many processes."""
-    n_kv_heads = args.n_kv_heads or args.n_heads
     if args.vocab_size < 1:
         raise ValueError(f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer")
-    if args.dim % args.n_heads or (args.dim // args.n_heads) % 2:
+    if args.head_dim is None and args.dim % args.n_heads:
         raise ValueError(f"dim ({args.dim}) must be n_heads ({args.n_heads}) times an even head size")
-    if args.n_heads % n_kv_heads:
-        raise ValueError(f"n_heads ({args.n_heads}) must be a multiple of n_kv_heads ({n_kv_heads})")
+    if args.head_size % 2:
+        raise ValueError(f"dim ({args.dim}) must be n_heads ({args.n_heads}) times an even head size, not {args.head_size}")
+    if args.n_heads % args.kv_heads:
+        raise ValueError(f"n_heads ({args.n_heads}) must be a multiple of n_kv_heads ({args.kv_heads})")
     counts = process_counts(args)
     if processes not in counts:
         raise ValueError(
-            f"{args.n_heads} query heads, {n_kv_heads} key/value heads and a vocabulary of {args.vocab_size} cannot be "
+            f"{args.n_heads} query heads, {args.kv_heads} key/value heads and a vocabulary of {args.vocab_size} cannot be "
             f"shared by {processes} processes; use {' or '.join(map(str, counts))}"
         )
 
@@ -171,15 +189,16 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.n_kv_heads = args.n_kv_heads or args.n_heads
+        self.n_kv_heads = args.kv_heads
         ranks = group_size(model_parallel_group())
+        parts = min(ranks, self.n_kv_heads)
         self.n_local_heads = args.n_heads // ranks
-        self.n_local_kv_heads = self.n_kv_heads // ranks
+        self.n_local_kv_heads = self.n_kv_heads // parts
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
-        self.head_dim = args.dim // args.n_heads
+        self.head_dim = args.head_size
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim, gather_output=False)
-        self.wk = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, gather_output=False)
-        self.wv = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, gather_output=False)
+        self.wk = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, gather_output=False, parts=parts)
+        self.wv = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, gather_output=False, parts=parts)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
         self.cache_shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
         self.allocate_cache(self.wq.weight.device, self.wq.weight.dtype)
@@ -205,9 +224,17 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x). (..., dim) -> (..., dim)"""
 
-    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Optional[float]) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        multiple_of: int,
+        ffn_dim_multiplier: Optional[float],
+        *,
+        width: Optional[int] = None,
+    ) -> None:
         super().__init__()
-        width = feed_forward_width(hidden_dim, multiple_of, ffn_dim_multiplier)
+        width = width or feed_forward_width(hidden_dim, multiple_of, ffn_dim_multiplier)
         self.w1 = ColumnParallelLinear(dim, width, gather_output=False)
         self.w2 = RowParallelLinear(width, dim)
         self.w3 = ColumnParallelLinear(dim, width, gather_output=False)
@@ -222,9 +249,9 @@ class TransformerBlock(nn.Module):
         self.layer_id = layer_id
         self.n_heads = args.n_heads
         self.dim = args.dim
-        self.head_dim = args.dim // args.n_heads
+        self.head_dim = args.head_size
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
+        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier, width=args.ffn_dim)
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
@@ -253,8 +280,10 @@ class Transformer(nn.Module):
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
         args = self.params
+        if device.type == "meta":  # nothing to compute; and doing so would import torch's compiler
+            return torch.empty(args.max_seq_len, args.head_size // 2, dtype=torch.complex64, device=device)
         with torch.device("cpu"):
-            table = precompute_freqs_cis(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
+            table = precompute_freqs_cis(args.head_size, args.max_seq_len, args.rope_theta)
         return table.to(device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Transformer:

@@ -1,7 +1,8 @@
 """fairscale's model-parallel layers with a forward made for inference. The only file with collectives.
 
 A layer says how its weight is cut with `shard_dim`: the dimension of the full matrix that the ranks of the model-parallel
-group share out evenly, in rank order. Loading, resharding and quantizing read that, and nothing else knows it.
+group share out evenly, in rank order; and with `copies`: so many neighbouring ranks hold the same part. Loading, resharding
+and quantizing read that, and nothing else knows it.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ def is_first_process() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def split(full: int, what: str, group: Group) -> int:
-    """This rank's part of a dimension of `full` entries."""
-    size = group_size(group)
-    if full % size:
-        raise ValueError(f"{what} ({full}) cannot be shared evenly by {size} processes; use a divisor of {full}")
-    return full // size
+def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> int:
+    """This rank's part of a dimension of `full` entries, cut into as many parts as there are ranks, or into `parts`."""
+    ranks = group_size(group)
+    parts = parts or ranks
+    if full % parts or ranks % parts:
+        raise ValueError(f"{what} ({full}) cannot be shared evenly by {ranks} processes; use a divisor of {full}")
+    return full // parts
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -136,25 +138,31 @@ def _new_weight(rows: int, columns: int) -> nn.Parameter:
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
-    """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / ranks), or all of them.
+    """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / parts), or all of them.
 
+    parts: as many as ranks, or fewer; 4 parts on 8 ranks lie 0 0 1 1 2 2 3 3. Copies have no gradient, and gather no output.
     fairscale's constructor is not run: on more than one rank it fills the full matrix first.
     """
 
     shard_dim = 0
 
-    def __init__(self, in_features: int, out_features: int, *, gather_output: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, *, gather_output: bool, parts: Optional[int] = None) -> None:
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self.gather_output = gather_output
         self.group = model_parallel_group()
-        self.output_size_per_partition = split(out_features, "out_features", self.group)
+        self.copies = group_size(self.group) // (parts or group_size(self.group))
+        self.output_size_per_partition = split(out_features, "out_features", self.group, parts)
         self.weight = _new_weight(self.output_size_per_partition, in_features)
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if _needs_autograd(self.weight, x, self.group):
+            if self.copies > 1:
+                raise ValueError(
+                    f"no gradients where {self.copies} processes have the same heads; use fewer processes, or torch.no_grad()"
+                )
             return super().forward(x)
         y = F.linear(x, self.weight)
         return all_gather(y, self.group) if self.gather_output else y

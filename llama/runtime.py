@@ -85,7 +85,7 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     """
     launch = Launch.read()
     size = _model_parallel_size(model_parallel_size, launch.world_size)
-    chosen = _choose_device(device, launch)
+    chosen = choose_device(device, launch)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # before NCCL starts, which binds to the current device
     if launch.by_launcher:
@@ -110,7 +110,8 @@ def _model_parallel_size(wanted: Optional[int], world_size: int) -> int:
     return wanted
 
 
-def _choose_device(device: Union[str, torch.device, None], launch: Launch) -> torch.device:
+def choose_device(device: Union[str, torch.device, None], launch: Launch) -> torch.device:
+    """`device`, or else the best that is there for this process. ValueError where it is not there."""
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"
@@ -138,6 +139,11 @@ def _choose_device(device: Union[str, torch.device, None], launch: Launch) -> to
     if chosen.type not in ("cpu", "mps"):
         raise ValueError(f"device={str(device)!r} is not supported; use 'cpu', 'cuda' or 'mps'")
     return chosen
+
+
+def memory_sharers(device: torch.device) -> int:
+    """How many of the launcher's processes allocate from this device's memory: on a CPU, all those of this machine."""
+    return Launch.read().local_world_size if device.type == "cpu" else 1
 
 
 def _join(device: torch.device, model_parallel_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -282,8 +283,55 @@ def test_every_rank_fails_alike(tiny: Path, tmp_path: Path, tokenizer_path: str,
 
 
 def test_heads_that_the_processes_cannot_share(tmp_path: Path, tokenizer_path: str, pool: Pool) -> None:
-    params = {**PARAMS, "n_kv_heads": 2}
+    params = {**PARAMS, "n_heads": 6, "n_kv_heads": 2, "dim": 96}
     folder = write_checkpoint(tmp_path, random_weights(params), 1, params)
     for _, error in pool.try_run(local_weights, str(folder), tokenizer_path, 4):
-        assert "8 query heads, 2 key/value heads" in error
-        assert "cannot be shared by 4 processes; use 1 or 2" in error
+        assert "6 query heads, 2 key/value heads" in error
+        assert "cannot be shared by 4 processes; use 1 or 2" in error  # 3 and 6 do not divide the vocabulary
+
+
+def gradient(folder: str, tokenizer_path: str) -> None:
+    model = Llama.build(folder, tokenizer_path, 16, 1, 4, device="cpu").model.requires_grad_(True)
+    model(torch.tensor([[1, 5]]), 0)
+
+
+def test_more_processes_than_key_value_heads(tmp_path: Path, tokenizer_path: str, pool: Pool) -> None:
+    """2 heads on 4 ranks lie 0 0 1 1: rank 1's query heads belong to head 0. From one shard and from two."""
+    params = {**PARAMS, "n_kv_heads": 2}
+    weights = random_weights(params)
+    for shards in (1, 2):
+        folder = write_checkpoint(tmp_path / str(shards), weights, shards, params)
+        for rank, local in enumerate(pool.run(local_weights, str(folder), tokenizer_path, 4)):
+            for name in ("layers.0.attention.wk.weight", "layers.1.attention.wv.weight"):
+                assert torch.equal(local[name], weights[name].chunk(2)[rank // 2]), name
+            assert torch.equal(local["layers.0.attention.wq.weight"], weights["layers.0.attention.wq.weight"].chunk(4)[rank])
+    for _, error in pool.try_run(gradient, str(folder), tokenizer_path):
+        assert "no gradients where 2 processes have the same heads" in error
+
+
+def test_a_shard_copied_over_another(tmp_path: Path, tokenizer_path: str, tiny: Path) -> None:
+    """All names and shapes are right, and half of every matrix is wrong."""
+    folder = write_checkpoint(tmp_path, random_weights(), 4)
+    shutil.copy(folder / "consolidated.01.pth", folder / "consolidated.03.pth")
+    refuse(folder, tokenizer_path, "consolidated.01.pth and consolidated.03.pth in .* are the same shard", tiny)
+
+
+@pytest.mark.parametrize("params", [{"vocab_size": 128256, "rope_theta": 5e5}, {"use_scaled_rope": True}])
+def test_llama_3_is_refused_by_name(params: dict[str, Any], tmp_path: Path, tokenizer_path: str) -> None:
+    folder = write_checkpoint(tmp_path, random_weights())
+    (folder / "params.json").write_text(json.dumps({**PARAMS, **params}))
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama 3's is a list of base64
+    with pytest.raises(ValueError, match="this is a Llama 3 model, with another tokenizer"):
+        Llama.build(str(folder), None, 16, 1, device="cpu")
+
+
+def test_a_code_llama_folder(tmp_path: Path, tokenizer_path: str) -> None:
+    """Its rotary base stands in params.json, its tokenizer has more pieces; and the base matters."""
+    weights = random_weights()
+    params = {**PARAMS, "rope_theta": 1e6, "ffn_dim_multiplier": 1.0}
+    models = [
+        build(write_checkpoint(tmp_path / str(i), weights, 1, p), tokenizer_path).model for i, p in enumerate((params, PARAMS))
+    ]
+    assert models[0].params.rope_theta == 1e6
+    code, plain = (model(torch.tensor([[1, 2, 3, 4, 5, 6]]), 0) for model in models)
+    assert not torch.allclose(code, plain)

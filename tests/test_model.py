@@ -258,7 +258,7 @@ def test_layers_are_fairscales() -> None:
 
 def test_models_of_metas_release_run_on_these_counts() -> None:
     seventy = ModelArgs(8192, 80, 64, 8, 32000, 4096, 1.3)
-    assert process_counts(seventy) == [1, 2, 4, 8]
+    assert process_counts(seventy) == [1, 2, 4, 8, 16, 32, 64]  # 8 key/value heads
     assert process_counts(ModelArgs(5120, 40, 40, None, 32000)) == [1, 2, 4, 8]
     assert process_counts(ModelArgs(vocab_size=32000)) == [1, 2, 4, 8, 16, 32]
 

@@ -1,0 +1,102 @@
+"""`python -m llama …`, and the `llama` command: what can be done with a checkpoint from a terminal."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Optional
+
+import fire
+import torch
+
+from . import memory, runtime
+from .checkpoint import fit_vocabulary, open_checkpoint
+from .convert import convert as convert_checkpoint
+from .model import check_args, process_counts
+from .tokenizer import Tokenizer, user_path
+
+
+def convert(
+    src: str, dst: str, to: str, shards: int = 1, dtype: Optional[str] = None, tokenizer_path: Optional[str] = None
+) -> None:
+    """Write the checkpoint folder SRC as a new folder DST in the other format, or with other shards, or in another dtype.
+
+    to: "hf" (safetensors, for transformers) or "meta" (consolidated.NN.pth). shards: of Meta's format.
+    dtype: "float32", "bfloat16" or "float16"; each weight's own if not given.
+    tokenizer_path: the tokenizer.model to put beside the weights; the one in SRC or in the folder above it if not given.
+    """
+    source, target = user_path(src), user_path(dst)
+    tokenizer = _find_tokenizer(source, tokenizer_path)
+    chosen = None if dtype is None else runtime.choose_dtype(dtype, torch.float32, torch.device("cpu"))
+    convert_checkpoint(source, target, to, shards, chosen, tokenizer)
+    if tokenizer is None and to == "hf":
+        print(f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path", file=sys.stderr)
+    print(f"{target} is written")
+
+
+def info(
+    ckpt_dir: str,
+    max_batch_size: int = 4,
+    max_seq_len: int = 2048,
+    processes: int = 1,
+    dtype: Optional[str] = None,
+    device: Optional[str] = None,
+    tokenizer_path: Optional[str] = None,
+) -> None:
+    """Say what model a checkpoint folder holds, on how many processes it runs, and what memory it needs. Loads nothing.
+
+    max_batch_size, max_seq_len, processes, dtype, device: for which the memory is reckoned, as `Llama.build` has them.
+    """
+    for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len), ("processes", processes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
+    folder = user_path(ckpt_dir)
+    checkpoint = open_checkpoint(folder)
+    stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
+    path = _find_tokenizer(folder, tokenizer_path)
+    tokenizer = Tokenizer(str(path)) if path else None
+    args = fit_vocabulary(checkpoint, tokenizer.n_words if tokenizer else rows)
+    args = replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    check_args(args, processes)
+    place = runtime.choose_device(device, runtime.Launch.read())
+    chosen = runtime.choose_dtype(dtype, stored, place)
+    need, free = memory.estimate(args, chosen, processes), memory.free_bytes(place)
+    sharers = processes if place.type == "cpu" else 1
+    whole = memory.estimate(args, stored).weights
+    theta = f", rotary base {args.rope_theta:g}" + (", one matrix for embedding and output" if checkpoint.tied else "")
+    print(f"{folder}: {checkpoint.format} format, {len(checkpoint.paths)} file{'s' * (len(checkpoint.paths) > 1)} of weights")
+    print(f"  model       {args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, "
+          f"{args.kv_heads} key/value heads, feed-forward {args.ffn_width}, {args.vocab_size} ids{theta}")  # fmt: skip
+    print(f"  parameters  {whole // stored.itemsize:,} in {str(stored).removeprefix('torch.')}, {memory.gigabytes(whole)}")
+    if tokenizer:
+        print(f"  tokenizer   {path}: {tokenizer.n_words} pieces, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}")
+    else:
+        print("  tokenizer   none here or in the folder above; pass --tokenizer_path")
+    print(f"  processes   {', '.join(map(str, process_counts(args)))}")
+    print(f"  memory      {processes} process{'es' * (processes > 1)}, {max_batch_size=}, {max_seq_len=}, "
+          f"dtype={str(chosen).removeprefix('torch.')}; on each process:")  # fmt: skip
+    print(f"              {memory.gigabytes(need.weights)} of weights, {memory.gigabytes(need.cache)} of cache, "
+          f"up to {memory.gigabytes(need.temporary)} while prompts are read")  # fmt: skip
+    if free is None:
+        print(f"  free        {place} does not tell")
+    else:
+        fits = need.resident * sharers <= free
+        advice = "" if fits else "; " + memory.way_out(args, chosen, processes, place, free, sharers)
+        print(f"  free        {memory.gigabytes(free)} on {place}: it {'fits' if fits else 'does not fit'}{advice}")
+
+
+def _find_tokenizer(folder: Path, given: Optional[str]) -> Optional[Path]:
+    if given is not None:
+        return user_path(given)
+    places = (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model")
+    return next((path for path in places if path.is_file()), None)
+
+
+def main() -> None:
+    """Run a command. What it refuses ends with one line and exit status 1."""
+    try:
+        fire.Fire({"convert": convert, "info": info}, name="llama")
+    except (ValueError, OSError) as error:
+        print(f"llama: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,164 @@
+"""How much memory a model needs on each process, what this machine has free, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+
+from .model import ModelArgs, process_counts
+
+
+class Need(NamedTuple):
+    """Bytes on one process."""
+
+    weights: int
+    cache: int
+    temporary: int  # the most that a prefill of the whole cache holds at once
+
+    @property
+    def resident(self) -> int:
+        return self.weights + self.cache
+
+
+def estimate(args: ModelArgs, dtype: torch.dtype, processes: int = 1) -> Need:
+    """What max_batch_size rows of max_seq_len tokens need when the model is shared by that many processes."""
+    queries = args.n_heads * args.head_size // processes
+    keys = args.kv_heads // min(processes, args.kv_heads) * args.head_size
+    width = args.ffn_width // processes
+    layer = args.dim * (2 * queries + 2 * keys + 3 * width) + 2 * args.dim
+    weights = args.n_layers * layer + 2 * args.dim * args.vocab_size // processes + args.dim
+    tokens = args.max_batch_size * args.max_seq_len
+    attention = 3 * args.dim + 2 * queries + 2 * keys  # the stream, its norm and sum; q, k, v and the result
+    rotating = 4 * 3 * queries  # q in float32, its halves turned
+    feed_forward = 4 * args.dim + 3 * width
+    size = dtype.itemsize
+    return Need(
+        weights=size * weights,
+        cache=size * 2 * args.n_layers * tokens * keys,
+        temporary=tokens * max(size * attention + rotating, size * feed_forward),
+    )
+
+
+def free_bytes(device: torch.device) -> Optional[int]:
+    """What this process may still allocate on the device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return _free_host_bytes(Path("/"))
+
+
+def _free_host_bytes(root: Path) -> Optional[int]:
+    """MemAvailable, or what the tightest control group (of either version) leaves, whichever is less."""
+    meminfo = root / "proc/meminfo"
+    if not meminfo.exists():
+        return None
+    found = [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+            inner = base / path.strip("/")
+            folders = [f for f in (inner, *inner.parents) if f == base or base in f.parents]
+            found += [free for f in folders if (free := _free_in_group(f)) is not None]
+    return max(0, min(found)) if found else None
+
+
+def _free_in_group(folder: Path) -> Optional[int]:
+    """A group's limit less what its processes hold; files in its page cache can go. None without a limit."""
+    try:
+        if (folder / "memory.max").exists():
+            limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
+        else:
+            limit, used = (folder / "memory.limit_in_bytes").read_text(), (folder / "memory.usage_in_bytes").read_text()
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    prefix = "total_" if "total_inactive_file" in stat else ""
+    cache = sum(int(stat.get(prefix + kind, 0)) for kind in ("inactive_file", "active_file"))
+    return int(limit) - int(used) + cache
+
+
+def gigabytes(nbytes: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size / 10:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes / 1e3:.1f} KB"
+
+
+def check_fits(args: ModelArgs, dtype: torch.dtype, processes: int, device: torch.device, sharers: int) -> None:
+    """ValueError, before any weight is loaded, where weights and cache do not fit what is free.
+
+    sharers: how many of the processes use this device's memory (on a CPU, all of a machine).
+    """
+    need, free = estimate(args, dtype, processes), free_bytes(device)
+    if free is None or need.resident * sharers <= free:
+        return
+    each = f" for each of {sharers} processes" if sharers > 1 else ""
+    place = "this machine" if device.type == "cpu" else str(device)
+    missing = gigabytes(need.resident * sharers - free)
+    raise ValueError(
+        f"not enough memory: the weights take {gigabytes(need.weights)} and the cache {gigabytes(need.cache)}{each}, but "
+        f"{place} has {gigabytes(free)} free, {missing} too little; {way_out(args, dtype, processes, device, free, sharers)}"
+    )
+
+
+def way_out(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    processes: int,
+    device: torch.device,
+    free: int,
+    sharers: int,
+    working: bool = False,
+) -> str:
+    """Which single changes make weights and cache (and with `working` the temporary) fit `free` bytes."""
+
+    def fits(changed: ModelArgs, dtype: torch.dtype = dtype, processes: int = processes) -> bool:
+        need = estimate(changed, dtype, processes)
+        return (need.resident + need.temporary * working) * sharers <= free
+
+    ways = []
+    for name in ("max_batch_size", "max_seq_len"):
+        good = _largest(getattr(args, name) - 1, lambda n, name=name: fits(replace(args, **{name: n})))  # type: ignore[misc]
+        ways += [f"{name}={good}"] * (good > 0)
+    if dtype == torch.float32 and fits(args, torch.bfloat16):
+        ways.append("dtype='bfloat16'")
+    if device.type != "mps":
+        more = [n for n in process_counts(args) if n > processes and fits(args, processes=n)]
+        ways += [f"{n} processes, {sharers} on each {'machine' if device.type == 'cpu' else 'GPU'}" for n in more[:1]]
+    return f"{' or '.join(ways)} would fit" if ways else "no max_batch_size, max_seq_len or dtype makes it fit here"
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits, 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@contextmanager
+def explained(args: ModelArgs, dtype: torch.dtype, processes: int, device: torch.device, sharers: int) -> Iterator[None]:
+    """Where the model's memory runs out while it works, say what it needs and what would make it fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        need, free = estimate(args, dtype, processes), free_bytes(device) or 0
+        advice = way_out(args, dtype, processes, device, free + need.resident * sharers, sharers, working=True)
+        raise type(error)(
+            f"{device} is out of memory: the model has {gigabytes(need.weights)} of weights and {gigabytes(need.cache)} of "
+            f"cache, and takes up to {gigabytes(need.temporary)} while it reads prompts of {args.max_seq_len} tokens; shorter "
+            f"or fewer prompts at once, or a build with less: {advice} ({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,101 @@
+"""The two files of weights, written tensor by tensor: what torch.save and safetensors write, which want all of them at once."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .huggingface import SAFETENSORS_DTYPES
+
+ALIGNMENT = 64  # of a tensor's first byte in a .pth file, as torch.save has it
+
+
+class Entry(NamedTuple):
+    """A tensor of a file to write. `read` makes it when its turn comes; `done` lets go of it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
+    read: Callable[[], torch.Tensor]
+    done: Callable[[torch.Tensor], None]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def write(self, file: Any) -> None:
+        tensor = self.read()
+        file.write(tensor.to(self.dtype).contiguous().flatten().view(torch.uint8).numpy())
+        self.done(tensor)
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], progress: Any) -> None:
+    """8 bytes for the header's length, the header in JSON, the tensors one after another: the whole format."""
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in entries:
+        header[entry.name] = {"dtype": codes[entry.dtype], "shape": entry.shape, "data_offsets": [at, at + entry.nbytes]}
+        at += entry.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            entry.write(file)
+            progress.update()
+
+
+class _Stored(NamedTuple):
+    """What torch.save writes in place of a tensor's numbers: where in the archive they are."""
+
+    entry: Entry
+    key: str
+
+    def __reduce__(self) -> Any:
+        strides = [math.prod(self.entry.shape[i + 1 :]) for i in range(len(self.entry.shape))]
+        return torch._utils._rebuild_tensor_v2, (_Numbers(self), 0, (*self.entry.shape,), (*strides,), False, OrderedDict())
+
+
+class _Numbers:
+    def __init__(self, stored: _Stored) -> None:
+        self.stored = stored
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, _Numbers):
+            return None
+        entry, key = obj.stored
+        kinds = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
+        return "storage", kinds[entry.dtype], key, "cpu", math.prod(entry.shape)
+
+
+def write_pth(path: Path, entries: Sequence[Entry], progress: Any) -> None:
+    """A zip archive, nothing compressed: a pickle of names and shapes, and the numbers of each tensor."""
+    index = io.BytesIO()
+    _Pickler(index, protocol=2).dump({entry.name: _Stored(entry, str(i)) for i, entry in enumerate(entries)})
+    with path.open("wb") as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), index.getvalue())
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
+        for i, entry in enumerate(entries):
+            info = zipfile.ZipInfo(f"archive/data/{i}")
+            info.file_size = entry.nbytes
+            large = entry.nbytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule for 20 bytes more of header
+            header = raw.tell() + 30 + len(info.filename) + 20 * large + 4
+            padding = -header % ALIGNMENT
+            info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
+            with archive.open(info, "w") as file:
+                entry.write(file)
+            progress.update()
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")

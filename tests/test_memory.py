@@ -1,0 +1,184 @@
+"""What a model needs, what is free, and what is said where it does not fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PARAMS, ROOT
+from test_launch import environment
+from workers import Pool
+
+from llama import Llama, ModelArgs, Transformer, memory
+from llama.engine import Engine
+
+GB = 10**9
+SEVENTY = ModelArgs(8192, 80, 64, 8, 32000, 4096, 1.3, max_batch_size=4, max_seq_len=4096)
+
+
+def held(params: dict[str, object], processes: int) -> tuple[int, int]:
+    """Bytes of weights and of cache that this rank really has."""
+    from fairscale.nn.model_parallel import initialize as mpu
+
+    from llama import runtime
+
+    if mpu.model_parallel_is_initialized():
+        runtime.start("cpu", processes)
+    model = Transformer(ModelArgs(**params))  # type: ignore[arg-type]
+    cache = sum(buffer.nbytes for buffer in model.buffers())
+    return sum(p.nbytes for p in model.parameters()), cache
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("change", [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "head_dim": 24}, {"ffn_dim": 200}])
+def test_the_estimate_is_what_a_model_has(change: dict[str, int], processes: int, pool: Pool) -> None:
+    params = {**PARAMS, "vocab_size": 400, "max_batch_size": 3, "max_seq_len": 32, **change}
+    need = memory.estimate(ModelArgs(**params), torch.float32, processes)
+    for weights, cache in pool.run(held, params, processes):
+        assert (need.weights, need.cache) == (weights, cache)
+
+
+def test_the_estimate_of_metas_models() -> None:
+    """13.5 GB of bfloat16, and half a MiB of cache for each token; 70B on 16 processes has two copies of each kv head."""
+    seven = memory.estimate(ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=2048), torch.bfloat16)
+    assert seven.weights == 2 * 6_738_415_616
+    assert seven.cache == 2**30
+    eight, sixteen = (memory.estimate(SEVENTY, torch.bfloat16, n) for n in (8, 16))
+    assert sixteen.cache == eight.cache
+    assert eight.weights / 2 < sixteen.weights < 0.52 * eight.weights
+
+
+PREFILL = """
+import sys, torch
+from llama import ModelArgs, Transformer, memory
+args = ModelArgs(512, 1, 8, 2, 64, 32, max_batch_size=4, max_seq_len=4096)
+model = Transformer(args).to(getattr(torch, sys.argv[1])).requires_grad_(False)
+def kb(key): return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
+with torch.inference_mode():
+    model.hidden_states(torch.zeros(1, 8, dtype=torch.long), 0)
+    model.layers[0].attention.cache_k.fill_(1), model.layers[0].attention.cache_v.fill_(1)
+    before = kb("VmRSS")
+    model.hidden_states(torch.zeros(4, 4096, dtype=torch.long), 0)
+print((kb("VmHWM") - before) * 1024, memory.estimate(args, getattr(torch, sys.argv[1])).temporary)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_temporary_is_what_a_prefill_takes(dtype: str) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc/self/status")
+    command = [sys.executable, "-c", PREFILL, dtype]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    taken, estimated = map(int, result.stdout.split())
+    assert 0.6 * taken < estimated < 1.7 * taken
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_free_host_memory(tmp_path: Path) -> None:
+    assert memory._free_host_bytes(tmp_path) is None
+    meminfo = {"proc/meminfo": "MemTotal: 32000000 kB\nMemFree: 1000000 kB\nMemAvailable:   20000000 kB\n"}
+    assert memory._free_host_bytes(write(tmp_path / "plain", meminfo)) == 20_480_000_000
+    two = {
+        **meminfo,
+        "proc/self/cgroup": "0::/a/b\n",
+        "sys/fs/cgroup/a/memory.max": f"{9 * GB}\n",
+        "sys/fs/cgroup/a/memory.current": f"{8 * GB}\n",
+        "sys/fs/cgroup/a/memory.stat": f"anon 1\ninactive_file {2 * GB}\nactive_file {GB}\n",
+        "sys/fs/cgroup/a/b/memory.max": "max\n",
+        "sys/fs/cgroup/a/b/memory.current": "1\n",
+        "sys/fs/cgroup/a/b/memory.stat": "anon 1\n",
+    }
+    assert memory._free_host_bytes(write(tmp_path / "two", two)) == 4 * GB
+    one = {
+        **meminfo,
+        "proc/self/cgroup": "5:cpu:/x\n4:memory:/not/seen/from/inside\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{5 * GB}\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{3 * GB}\n",
+        "sys/fs/cgroup/memory/memory.stat": f"cache 9\ntotal_inactive_file {GB}\ntotal_active_file 0\n",
+    }
+    assert memory._free_host_bytes(write(tmp_path / "one", one)) == 3 * GB
+    here = memory.free_bytes(torch.device("cpu"))
+    assert here is None or here > 0
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def advice(args: ModelArgs, dtype: torch.dtype, processes: int, device: torch.device, free: float, sharers: int = 1) -> str:
+    return memory.way_out(args, dtype, processes, device, int(free), sharers)
+
+
+def test_what_would_make_it_fit() -> None:
+    """Each single change that is named fits, and the next larger does not."""
+    seven = ModelArgs(vocab_size=32000, max_batch_size=32, max_seq_len=4096)
+    assert advice(seven, torch.bfloat16, 1, GPU, 24e9) == (
+        "max_batch_size=4 or max_seq_len=627 or 4 processes, 1 on each GPU would fit"
+    )
+    small = ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=2048)
+    assert advice(small, torch.float32, 1, CPU, 16e9) == "dtype='bfloat16' or 2 processes, 1 on each machine would fit"
+    assert advice(small, torch.bfloat16, 1, torch.device("mps"), 8e9) == (
+        "no max_batch_size, max_seq_len or dtype makes it fit here"
+    )
+    assert "16 processes, 2 on each machine" in advice(SEVENTY, torch.bfloat16, 2, CPU, 24e9, sharers=2)
+
+
+def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to end in exit -9, without a word."""
+    began = Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
+    assert began
+    with pytest.raises(ValueError, match=r"not enough memory: .* the cache 51200.0 GB, but this machine has .* too little"):
+        Llama.build(str(tiny), tokenizer_path, 10**8, 1000, device="cpu")
+    need = memory.estimate(began.model.params, torch.float32).resident
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need)
+    Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need - 1)
+    with pytest.raises(ValueError, match=r"max_seq_len=15 or dtype='bfloat16' or 2 processes, 1 on each machine would fit"):
+        Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)  # a system that does not tell
+    Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
+
+
+def share_a_machine(folder: str, tokenizer_path: str) -> None:
+    need = memory.estimate(ModelArgs(**PARAMS, vocab_size=400, max_batch_size=1, max_seq_len=16), torch.float32, 4).resident
+    free_bytes = memory.free_bytes
+    memory.free_bytes = lambda device: 4 * need - 1
+    try:
+        Llama.build(folder, tokenizer_path, 16, 1, 4, device="cpu")
+    finally:
+        memory.free_bytes = free_bytes
+
+
+def test_processes_of_one_machine_share_its_memory(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    for _, error in pool.try_run(share_a_machine, str(tiny), tokenizer_path):
+        assert "for each of 4 processes, but this machine has" in error
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nlines"), RuntimeError("x: can't allocate memory: you tried")]
+)
+def test_running_out_later_is_explained(
+    error: RuntimeError, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = Llama.build(str(tiny), tokenizer_path, 16, 4, device="cpu")
+
+    def fail(self: Engine, prompts: list[list[int]]) -> torch.Tensor:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "prefill", fail)
+        patch.setattr(memory, "free_bytes", lambda device: 0)
+        with pytest.raises(type(error), match="cpu is out of memory: .* of cache, .* dtype='bfloat16' or .* fit") as caught:
+            llama.generate([[1]], 2)
+    assert caught.value.__cause__ is error
+    assert llama.generate([[1]], 2)
+    with pytest.raises(RuntimeError, match="^something else$"), memory.explained(SEVENTY, torch.float32, 1, CPU, 1):
+        raise RuntimeError("something else")
