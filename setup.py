@@ -12,7 +12,8 @@ class SourceDistribution(sdist):
 
 
 PLOTS = ["ipykernel>=6.29", "matplotlib>=3.8"]
-TEST = ["pytest>=8", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "nbclient>=0.10", *PLOTS]
+TERMINAL = ["prompt_toolkit>=3.0.53"]
+TEST = ["pytest>=8", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "nbclient>=0.10", *PLOTS, *TERMINAL]
 
 setup(
     cmdclass={"sdist": SourceDistribution},
@@ -28,5 +29,10 @@ setup(
     package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
-    extras_require={"notebook": [*PLOTS, "notebook>=7"], "test": TEST, "dev": [*TEST, "ruff>=0.6", "mypy>=1.11"]},
+    extras_require={
+        "terminal": TERMINAL,
+        "notebook": [*PLOTS, "notebook>=7"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.6", "mypy>=1.11"],
+    },
 )

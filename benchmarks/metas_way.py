@@ -53,10 +53,26 @@ def forward(model: Transformer, tokens: torch.Tensor, start: int) -> torch.Tenso
 
 def generate(model: Transformer, prompt: list[int], count: int) -> list[int]:
     """The greedy continuation of one prompt, as Meta's loop gives it."""
-    ids = torch.tensor([prompt])
+    return generate_batch(model, [prompt], count, eos=-1)[0]
+
+
+def generate_batch(model: Transformer, prompts: list[list[int]], count: int, eos: int) -> list[list[int]]:
+    """Greedy continuations as Meta's loop gives them: the shortest prompt's length is prefilled, longer prompts are fed
+    token by token, and all rows run until the last has ended."""
+    lengths = [len(prompt) for prompt in prompts]
+    total = min(model.params.max_seq_len, max(lengths) + count)
+    ids = torch.full((len(prompts), total), -1)
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    given = ids != -1
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
     start = 0
-    for _ in range(count):
-        best = forward(model, ids[:, start:], start)[:, -1].argmax(-1)
-        start = ids.shape[1]
-        ids = torch.cat([ids, best[:, None]], dim=1)
-    return ids[0, len(prompt) :].tolist()
+    for at in range(min(lengths), total):
+        best = forward(model, ids[:, start:at], start)[:, -1].argmax(-1)
+        ids[:, at] = torch.where(given[:, at], ids[:, at], best)
+        ended |= ~given[:, at] & (best == eos)
+        start = at
+        if ended.all():
+            break
+    outputs = [row[length : length + count].tolist() for row, length in zip(ids, lengths)]
+    return [out[: out.index(eos)] if eos in out else out for out in outputs]

@@ -192,10 +192,11 @@ def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
     """
     stated = checkpoint.args.vocab_size
     if isinstance(checkpoint, HuggingFaceCheckpoint) and stated > pieces:
-        warnings.warn(
-            f"{checkpoint.folder} has {stated} ids, but the tokenizer has {pieces} pieces; the ids beyond are left out",
-            stacklevel=3,
-        )
+        if is_first_process():
+            warnings.warn(
+                f"{checkpoint.folder} has {stated} ids, but the tokenizer has {pieces} pieces; the ids beyond are left out",
+                stacklevel=3,
+            )
     elif stated not in (-1, pieces):
         raise ValueError(
             f"{checkpoint.folder} says vocab_size={stated}, but the tokenizer has {pieces} pieces; "

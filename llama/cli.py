@@ -10,7 +10,7 @@ from typing import Optional
 import fire
 import torch
 
-from . import memory, runtime
+from . import memory, runtime, terminal
 from .checkpoint import fit_vocabulary, open_checkpoint
 from .convert import convert as convert_checkpoint
 from .model import check_args, process_counts
@@ -95,8 +95,19 @@ def _find_tokenizer(folder: Path, given: Optional[str]) -> Optional[Path]:
 
 def main() -> None:
     """Run a command. What it refuses ends with one line and exit status 1."""
+    commands = {
+        "chat": terminal.chat,
+        "complete": terminal.complete,
+        "tokenize": terminal.tokenize,
+        "score": terminal.score,
+        "convert": convert,
+        "info": info,
+    }
     try:
-        fire.Fire({"convert": convert, "info": info}, name="llama")
+        fire.Fire(commands, name="llama")
     except (ValueError, OSError) as error:
-        print(f"llama: {error}", file=sys.stderr)
+        if runtime.Launch.read().rank == 0:  # one speaks for all
+            print(f"llama: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,15 +1,19 @@
-"""One step of the model over its cache: prompts in, or one token of every row. Row i of a batch owns row i of the cache."""
+"""One step of the model over its cache: prompts in, or one token of every row. Ids only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 
+from . import memory, runtime
 from .model import Transformer
+from .parallel import group_size
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
+CHUNK = 512  # prompt tokens in one pass: the square of attention stays small, and long prompts cost no more memory
 
 
 @contextmanager
@@ -24,62 +28,96 @@ def without_onednn() -> Iterator[None]:
 
 
 class Engine:
-    """Steps a `Transformer`. Knows ids only."""
+    """Steps a `Transformer` over the rows ("slots") of its cache."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
+        processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
+        self._explained = partial(
+            memory.explained, model.params, model.norm.weight.dtype, processes, self.device, sharers
+        )  # what to do where memory runs out
+        self._slot0: list[int] = []
+        self._calls = 0
+        self._user: object = None
 
     @property
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
-    def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Every row's whole prompt in one pass. -> hidden states (B, longest prompt, dim).
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], slots: Sequence[int], start: int = 0, *, layers: int = -1
+    ) -> Iterator[tuple[list[int], torch.Tensor, int]]:
+        """Put prompts into slots, `start` of whose tokens are there already, a chunk of columns at a time.
 
-        Shorter rows are filled up on the right. Nothing sees those columns: rows are causal here, and later each is
-        overwritten by the token that comes to stand there before it is looked at.
+        Yields (rows, hidden, at): the rows whose prompts reach the chunk, its hidden states (rows, columns, dim), and the
+        position of its first column. Shorter rows are filled up on the right. Nothing sees those columns: rows are causal
+        here, and later each is overwritten by the token that comes to stand there before it is looked at. layers: as in
+        the model.
         """
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.device)
-        return self.model.hidden_states(tokens, 0)
+        lengths = [len(prompt) for prompt in prompts]
+        for at in range(start, max(lengths), CHUNK):
+            end = min(at + CHUNK, max(lengths))
+            rows = [row for row, length in enumerate(lengths) if length > at]
+            end = min(end, max(lengths[row] for row in rows))
+            chunk = [[*prompts[row][at:end], *[0] * (end - max(at, lengths[row]))] for row in rows]
+            owned = torch.tensor([slots[row] for row in rows], device=self.device)
+            with self._explained():
+                hidden = self.model.hidden_states(torch.tensor(chunk, device=self.device), at, slots=owned, layers=layers)
+            yield rows, hidden, at
 
-    def decode(self, tokens: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        """One token of every row, (B,), at its own position. -> hidden states (B, 1, dim)."""
+    def decode(self, tokens: torch.Tensor, positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
+        """One token of every row, (B,), at its own position. -> float32 logits (B, vocab_size)."""
         same = positions[0] if len(set(positions)) == 1 else None
         start_pos = torch.tensor(positions, device=self.device) if same is None else same
-        with self._fast_products(len(positions)):
-            return self.model.hidden_states(tokens[:, None], start_pos, span=max(positions) + 1)
+        in_order = list(slots) == list(range(len(slots)))  # then the cache is read in place
+        owned = None if in_order else torch.tensor(slots, device=self.device)
+        with self._explained(), self._fast_products(len(positions)):
+            hidden = self.model.hidden_states(tokens[:, None], start_pos, slots=owned, span=max(positions) + 1)
+        return self.logits(hidden[:, -1])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, dim) -> float32 (B, vocab_size)"""
+        with self._explained(), self._fast_products(len(hidden)):
+            return self.model.output(hidden).float()
 
     def _fast_products(self, rows: int) -> AbstractContextManager[None]:
         weight = self.model.norm.weight
         one_row = rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
         return without_onednn() if one_row else nullcontext()
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, dim) -> float32 (B, vocab_size)"""
-        with self._fast_products(len(hidden)):
-            return self.model.output(hidden).float()
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """ln p of targets (N,) after hidden states (N, dim): float32 (N,).
 
-    def last_logits(self, hidden: torch.Tensor, prompts: list[list[int]]) -> torch.Tensor:
-        """The logits after each prompt's last token, from `prefill`'s hidden states: float32 (B, vocab_size)."""
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        return self.logits(hidden[torch.arange(len(prompts), device=self.device), last])
-
-    def prompt_logprobs(self, hidden: torch.Tensor, prompts: list[list[int]]) -> list[list[float]]:
-        """ln p of each prompt token after those before it, in `prefill`'s hidden states; 0.0 for a row's first token.
-
-        The head runs over a few columns at a time: all logits of a long prompt would outweigh the model.
+        The head runs over a few at a time: all logits of a long prompt would outweigh the model.
         """
-        rows = []
-        for h, prompt in zip(hidden, prompts):
-            targets = torch.tensor(prompt[1:], device=self.device)
-            step = max(1, LOGITS_BYTES // (4 * self.model.vocab_size))
-            row = [0.0]
-            for i in range(0, len(targets), step):
-                chosen = targets[i : i + step]
-                row += token_logprobs(self.logits(h[i : i + len(chosen)]), chosen).tolist()
-            rows.append(row)
-        return rows
+        step = max(1, LOGITS_BYTES // (4 * self.model.vocab_size))
+        parts = [token_logprobs(self.logits(hidden[i : i + step]), targets[i : i + step]) for i in range(0, len(targets), step)]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def take(self, user: object) -> None:
+        """From now on the cache is this user's; what it held is forgotten."""
+        self._user, self._slot0, self._calls = user, [], self.model.direct_calls
+
+    def owned_by(self, user: object) -> bool:
+        """Whether nobody else has written to the cache since."""
+        return self._user is user and self._calls == self.model.direct_calls
+
+    def remember(self, ids: Sequence[int]) -> None:
+        """Slot 0 holds the keys and values of these ids."""
+        self._slot0 = list(ids)
+
+    def remembered(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's ids slot 0 holds already; its last id has to run in any case."""
+        if self._calls != self.model.direct_calls:
+            return 0
+        different = (i for i, (a, b) in enumerate(zip(self._slot0, prompt[:-1])) if a != b)
+        return next(different, min(len(self._slot0), len(prompt) - 1))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of one slot into another."""
+        for attention in self.model.attentions():
+            for cache in (attention.cache_k, attention.cache_v):
+                cache[target, :length] = cache[source, :length]
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

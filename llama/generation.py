@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from operator import index
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Optional, TypedDict, Union
+from typing import Any, Literal, Optional, Union
 
 import torch
+from typing_extensions import Unpack
 
 from . import memory, runtime
+from .batching import Batch, Request, check_prompts
 from .chat import (
     B_INST,
     B_SYS,
@@ -31,10 +30,35 @@ from .chat import (
     is_unsafe,
 )
 from .checkpoint import check_weights, fill, fit_vocabulary, open_checkpoint
-from .engine import Engine, token_logprobs
+from .completion import (
+    ChatPrediction,
+    Choice,
+    Chunk,
+    CompletionPrediction,
+    Completions,
+    Options,
+    Score,
+    chat_chunks,
+    chat_prediction,
+    parse_options,
+    perplexity,
+    predictions,
+    shown,
+    window_starts,
+)
+from .engine import Engine
 from .model import ModelArgs, Transformer, check_args
-from .parallel import broadcast_random_state, group_size, is_first_process, model_parallel_group, together
-from .sampling import check_sampling, next_token, sample_top_p
+from .parallel import (
+    broadcast_random_state,
+    gather_from_replicas,
+    group_size,
+    is_first_process,
+    model_parallel_group,
+    replica,
+    together,
+)
+from .sampling import sample_top_p
+from .session import ChatSession
 from .tokenizer import Tokenizer, user_path
 
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
@@ -44,32 +68,6 @@ __all__ = [
     "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR",
     "ChatPrediction", "CompletionPrediction", "Dialog", "DialogError", "Llama", "Message", "Role", "sample_top_p",
 ]  # fmt: skip
-
-
-class CompletionPrediction(TypedDict, total=False):
-    """`tokens` and `logprobs` are there if logprobs=True: one string and one number for each id; the strings, joined,
-    are `generation`."""
-
-    generation: str
-    tokens: list[str]
-    logprobs: list[float]
-
-
-class ChatPrediction(TypedDict, total=False):
-    """As `CompletionPrediction`, with the assistant's message in place of the text."""
-
-    generation: Message
-    tokens: list[str]
-    logprobs: list[float]
-
-
-@dataclass
-class Step:
-    """What one step decided for the row `row`."""
-
-    row: int
-    token: int
-    logprob: float
 
 
 class Llama:
@@ -113,9 +111,9 @@ class Llama:
                 raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed!r} must be a whole number of 64 bits")
-        place = runtime.start(device, model_parallel_size)
         if ckpt_dir is None and tokenizer_path is not None:
             raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
+        place = runtime.start(device, model_parallel_size)
         # Tensors made in inference mode could not be used outside it.
         with together(everyone=True), torch.inference_mode(False):
             checkpoint = open_checkpoint(folder)
@@ -149,8 +147,17 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self._group = model.output.group  # the processes that share this model
+        self._engine = Engine(model)
 
-    @torch.inference_mode()
+    def __repr__(self) -> str:
+        params, weight = self.model.params, self.model.norm.weight
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return (
+            f"Llama({millions:,.1f} million parameters on this process, {str(weight.dtype).removeprefix('torch.')} on "
+            f"{weight.device}; {params.n_layers} layers of dim {params.dim}; {self.tokenizer.n_words} pieces; cache for "
+            f"{params.max_batch_size} prompts of {params.max_seq_len} tokens)"
+        )
+
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -169,110 +176,25 @@ class Llama:
         Raises ValueError for more prompts than max_batch_size, a prompt that is empty, longer than max_seq_len or has
         an id outside the vocabulary, options out of range, and logits that are not finite.
         """
-        with together(self._group) as agreement:
-            prompts = self._check(prompt_tokens, max_gen_len, temperature, top_p)
-            agreement.value = (prompts, max_gen_len, temperature, top_p, logprobs, echo)
-        tokens = [list(prompt) if echo else [] for prompt in prompts]
-        scores: list[list[float]] = [[] for _ in prompts]
-        if not prompts:
-            return tokens, scores if logprobs else None
-        engine = Engine(self.model)
-        with self._explaining_memory():
-            hidden = engine.prefill(prompts)
-            if logprobs and echo:
-                scores = engine.prompt_logprobs(hidden, prompts)
-                for row, row_scores in enumerate(scores):
-                    if any(map(math.isnan, row_scores)):
-                        raise self._not_finite(row)
-            for step in self._steps(engine, hidden, prompts, max_gen_len, temperature, top_p, logprobs):
-                tokens[step.row].append(step.token)
-                scores[step.row].append(step.logprob)
-        return tokens, scores if logprobs else None
+        limit = self.model.params.max_batch_size
 
-    def _explaining_memory(self) -> AbstractContextManager[None]:
-        weight = self.model.norm.weight
-        processes, sharers = group_size(self._group), runtime.memory_sharers(weight.device)
-        return memory.explained(self.model.params, weight.dtype, processes, weight.device, sharers)
-
-    def _steps(
-        self,
-        engine: Engine,
-        hidden: torch.Tensor,
-        prompts: list[list[int]],
-        max_gen_len: int,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-    ) -> Iterator[Step]:
-        """The ids that follow the prompts, as they are decided. The one place that decides where a row ends."""
-        limit = self.model.params.max_seq_len
-        ends = [min(limit, len(prompt) + max_gen_len) for prompt in prompts]
-        places = [len(prompt) for prompt in prompts]  # where each row's next id will stand
-        active = {row for row, place in enumerate(places) if place < ends[row]}
-        if not active:
-            return
-        if temperature > 0:
-            broadcast_random_state(engine.device, self._group)
-        logits = engine.last_logits(hidden, prompts)
-        while True:
-            # Rows that ended are drawn for as well: the draws of the others must not depend on them.
-            chosen = next_token(logits, temperature, top_p)
-            scored = token_logprobs(logits, chosen.clamp(min=0)).tolist() if logprobs else [0.0] * len(prompts)
-            for row, token in enumerate(chosen.tolist()):
-                if row not in active:
-                    continue
-                if token < 0:
-                    raise self._not_finite(row)
-                if token == self.tokenizer.eos_id:
-                    active.remove(row)
-                    continue
-                yield Step(row, token, scored[row])
-                places[row] += 1
-                if places[row] == ends[row]:
-                    active.remove(row)
-            if not active:
-                return
-            # A row that ended writes over its own last place, which nobody reads any more.
-            logits = engine.logits(engine.decode(chosen.clamp(min=0), [place - 1 for place in places])[:, -1])
-
-    def _not_finite(self, prompt: int) -> ValueError:
-        dtype = self.model.norm.weight.dtype
-        way = "check the weights" if dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
-        return ValueError(f"the model's logits for prompt {prompt} are not finite in {dtype}; {way}")
-
-    def _check(
-        self, prompt_tokens: Sequence[Sequence[int]], max_gen_len: int, temperature: float, top_p: float
-    ) -> list[list[int]]:
-        check_sampling(temperature, top_p)
-        if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, int) or max_gen_len < 0:
-            raise ValueError(f"max_gen_len={max_gen_len!r} must be a whole number of 0 or more")
-        params = self.model.params
-        if not isinstance(prompt_tokens, Sequence):
-            raise ValueError(f"prompt_tokens must be a list of lists of ids, not {type(prompt_tokens).__name__}")
-        if len(prompt_tokens) > params.max_batch_size:
-            raise ValueError(
-                f"{len(prompt_tokens)} prompts, but max_batch_size is {params.max_batch_size}; "
-                f"pass fewer at once, or build with max_batch_size={len(prompt_tokens)}"
-            )
-        try:
-            prompts = [[index(token) for token in prompt] for prompt in prompt_tokens]
-        except TypeError as error:
-            raise ValueError(f"prompt_tokens must be lists of ids: {error}") from error
-        for row, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {row} is empty; it needs at least one id, BOS ({self.tokenizer.bos_id}) for example")
-            if len(prompt) > params.max_seq_len:
+        def prompts() -> Sequence[Sequence[int]]:
+            if isinstance(prompt_tokens, Sequence) and len(prompt_tokens) > limit:
                 raise ValueError(
-                    f"prompt {row} has {len(prompt)} tokens, but max_seq_len is {params.max_seq_len}; "
-                    f"shorten it, or build with max_seq_len={len(prompt)} or more"
+                    f"{len(prompt_tokens)} prompts, but max_batch_size is {limit}; pass fewer at once, "
+                    f"or build with max_batch_size={len(prompt_tokens)}"
                 )
-            for token in prompt:
-                if not 0 <= token < params.vocab_size:
-                    raise ValueError(
-                        f"prompt {row} has the id {token}, which is outside the vocabulary; "
-                        f"ids go from 0 to {params.vocab_size - 1}"
-                    )
-        return prompts
+            return prompt_tokens
+
+        batch, _ = self._batch(prompts, temperature, top_p, max_gen_len, bool(logprobs), echo, {})
+        tokens = [list(request.prompt) if echo else [] for request in batch.requests]
+        scores: list[list[float]] = [[] for _ in batch.requests]
+        for step in batch:
+            scores[step.index] += step.prompt_logprobs or []
+            if step.token is not None:
+                tokens[step.index].append(step.token)
+                scores[step.index].append(step.logprob)
+        return tokens, scores if logprobs else None
 
     def text_completion(
         self,
@@ -280,20 +202,31 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
-        logprobs: bool = False,
+        logprobs: Union[bool, int] = False,
         echo: bool = False,
+        **options: Unpack[Options],
     ) -> list[CompletionPrediction]:
-        """Continue each text. For the options and errors see `generate`; max_gen_len is max_seq_len - 1 if not given."""
-        with together(self._group):
-            if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-                raise ValueError(f"prompts is a list of texts, not {type(prompts).__name__}; put one text into a list")
-            ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        tokens, scores = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs, echo)
-        predictions = [CompletionPrediction(generation=self.tokenizer.decode(row)) for row in tokens]
-        for prediction, row, row_scores in zip(predictions, tokens, scores or []):
-            prediction["tokens"] = self.tokenizer.split(row)
-            prediction["logprobs"] = row_scores
-        return predictions
+        """Continue any number of texts; those that find no slot of the cache wait for one.
+
+        For the arguments and errors see `generate` and `Options`; max_gen_len is max_seq_len - 1 if not given.
+        logprobs=N reports the N best ids at each place as well. Where there are several copies of the model, each takes
+        its share of the texts, and every process returns all.
+        """
+        return self._complete(lambda: self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, options)
+
+    def stream_text(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: Optional[int] = None,
+        logprobs: Union[bool, int] = False,
+        echo: bool = False,
+        **options: Unpack[Options],
+    ) -> Iterator[Chunk]:
+        """`text_completion` as it is decided: chunks of all prompts, each prompt's in order. May be left at any time; on
+        several processes, by all of them at the same chunk."""
+        return self._stream(lambda: self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, options)
 
     def chat_completion(
         self,
@@ -301,35 +234,211 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
-        logprobs: bool = False,
+        logprobs: Union[bool, int] = False,
+        *,
+        on_unsafe: Literal["reply", "raise"] = "reply",
+        **options: Unpack[Options],
     ) -> list[ChatPrediction]:
-        """The assistant's reply to each dialog. For the options and errors see `generate`.
+        """The assistant's reply to each of any number of dialogs. For the arguments and errors see `text_completion`.
 
         A dialog that is not [system,] user, assistant, … user raises `DialogError`. One whose messages contain a tag of
-        the format is not run: its reply is `UNSAFE_ERROR`, without tokens.
+        the format is not run: its reply is `UNSAFE_ERROR`, without tokens, or a `DialogError` with on_unsafe="raise".
         """
-        with together(self._group):
+        safe: list[int] = []
+        ids = self._encode_dialogs(dialogs, on_unsafe, safe)
+        replies = dict(zip(safe, self._complete(ids, temperature, top_p, max_gen_len, logprobs, False, options)))
+        return [chat_prediction(replies.get(i), logprobs) for i in range(len(dialogs))]
+
+    def stream_chat(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: Optional[int] = None,
+        logprobs: Union[bool, int] = False,
+        *,
+        on_unsafe: Literal["reply", "raise"] = "reply",
+        **options: Unpack[Options],
+    ) -> Iterator[Chunk]:
+        """`chat_completion` as it is decided. The replies to unsafe dialogs come first."""
+        safe: list[int] = []
+        ids = self._encode_dialogs(dialogs, on_unsafe, safe)
+        chunks = self._stream(ids, temperature, top_p, max_gen_len, logprobs, False, options)
+        return chat_chunks(chunks, safe, len(dialogs))
+
+    def chat(self, system: Optional[str] = None, **options: Any) -> ChatSession:
+        """A conversation that remembers: each turn runs only what is new. For the options see `ChatSession`."""
+        return ChatSession(self, system, **options)
+
+    def continue_ids(
+        self,
+        prompt: Sequence[int],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: Optional[int] = None,
+        logprobs: Union[bool, int] = False,
+        **options: Unpack[Options],
+    ) -> Iterator[Chunk]:
+        """Stream what follows one prompt of ids, running only what the cache does not hold from the call before."""
+        return self._stream(lambda: [prompt], temperature, top_p, max_gen_len, logprobs, False, options, reuse=True)
+
+    def score(self, texts: Sequence[str], *, stride: Optional[int] = None) -> list[Score]:
+        """How probable the model finds each text, token by token, with BOS in front.
+
+        A text longer than max_seq_len is read in windows that begin `stride` tokens after each other (half of
+        max_seq_len if not given); each token is scored once, in the first window that holds it.
+        """
+        size = self.model.params.max_seq_len
+        stride = max(1, size // 2) if stride is None else stride
+        if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < max(size, 2):
+            raise ValueError(f"stride={stride!r} must be a whole number from 1 to max_seq_len - 1 = {size - 1}")
+        ids: list[list[int]] = []
+        windows: list[tuple[int, int]] = []
+
+        def prompts() -> list[list[int]]:
+            ids.extend(self._encode(texts))
+            windows.extend((i, at) for i, row in enumerate(ids) for at in window_starts(len(row), size, stride))
+            return [ids[i][at : at + size] for i, at in windows]
+
+        batch, _ = self._batch(prompts, 0, 1, 0, True, True, {})
+        parts = {step.index: step.prompt_logprobs or [] for step in batch}
+        scores: list[list[float]] = [[] for _ in ids]
+        for window, (i, at) in enumerate(windows):
+            scores[i] += parts[window][len(scores[i]) - at :]
+        return [
+            Score(tokens=self.tokenizer.split(row), logprobs=values, perplexity=perplexity(values))
+            for row, values in zip(ids, scores)
+        ]
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], *, layer: int = -1, pooling: Literal["mean", "last"] = "mean") -> torch.Tensor:
+        """Hidden states of texts, BOS in front, as one vector each: float32 (texts, dim).
+
+        layer: how many blocks to run, 0 for the embeddings alone; -1 is all of them and the last norm. pooling: the
+        mean over a text's tokens, or its last token's.
+        """
+        with together(self._group) as agreement:
+            if pooling not in ("mean", "last"):
+                raise ValueError(f"pooling={pooling!r} must be 'mean' or 'last'")
+            if isinstance(layer, bool) or not isinstance(layer, int) or not -1 <= layer <= self.model.n_layers:
+                raise ValueError(f"layer={layer!r} must be from 0 to {self.model.n_layers}, or -1 for all and the last norm")
+            prompts = check_prompts(self._encode(texts), self.model.params)
+            agreement.value = (prompts, layer, pooling)
+        self._engine.take(None)
+        vectors = []
+        for prompt in prompts:
+            chunks = [hidden[0].float() for _, hidden, _ in self._engine.prefill([prompt], [0], layers=layer)]
+            vectors.append(torch.cat(chunks).mean(0) if pooling == "mean" else chunks[-1][-1])
+        return torch.stack(vectors) if vectors else torch.empty(0, self.model.params.dim)
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts is a list of texts, not {type(prompts).__name__}; put one text into a list")
+        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+
+    def _encode_dialogs(self, dialogs: Sequence[Dialog], on_unsafe: str, safe: list[int]) -> Callable[[], list[list[int]]]:
+        """What makes the prompts of the safe dialogs, whose places it writes into `safe`."""
+
+        def ids() -> list[list[int]]:
             if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
                 raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}")
+            if on_unsafe not in ("reply", "raise"):
+                raise ValueError(f"on_unsafe={on_unsafe!r} must be 'reply' or 'raise'")
             for dialog in dialogs:
                 check_dialog(dialog)
-            safe = [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
-            ids = [encode_dialog(dialogs[i], self.tokenizer) for i in safe]
-        tokens, scores = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs)
-        rows = dict(zip(safe, tokens))
-        row_scores = dict(zip(safe, scores or []))
-        predictions = []
-        for i in range(len(dialogs)):
-            content = self.tokenizer.decode(rows[i]) if i in rows else UNSAFE_ERROR
-            prediction = ChatPrediction(generation=Message(role="assistant", content=content))
-            if logprobs:
-                prediction["tokens"] = self.tokenizer.split(rows.get(i, []))
-                prediction["logprobs"] = row_scores.get(i, [])
-            predictions.append(prediction)
-        return predictions
+            safe.extend(i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog))
+            if on_unsafe == "raise" and len(safe) < len(dialogs):
+                raise DialogError(f"{UNSAFE_ERROR} (dialog {min(set(range(len(dialogs))) - set(safe))})")
+            return [encode_dialog(dialogs[i], self.tokenizer) for i in safe]
 
-    def _length(self, max_gen_len: Optional[int]) -> int:
-        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+        return ids
+
+    def _batch(
+        self,
+        make_prompts: Callable[[], Sequence[Sequence[int]]],
+        temperature: float,
+        top_p: float,
+        max_gen_len: Optional[int],
+        logprobs: Union[bool, int],
+        echo: bool,
+        options: Options,
+        *,
+        share: tuple[int, int] = (0, 1),
+        reuse: bool = False,
+    ) -> tuple[Batch, Choice]:
+        """A batch of this replica's share (which, of how many) of the prompts. All is checked, on every process alike,
+        before anything runs."""
+        which, replicas = share
+        with together(self._group, everyone=replicas > 1) as agreement:
+            length = self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+            if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+                raise ValueError(f"max_gen_len={max_gen_len!r} must be a whole number of 0 or more")
+            if not isinstance(logprobs, int) or logprobs < 0:
+                raise ValueError(f"logprobs={logprobs!r} must be True, False, or how many alternatives to report")
+            prompts = check_prompts(make_prompts(), self.model.params)
+            choice = parse_options(temperature, top_p, options, len(prompts), self.model.vocab_size)
+            agreement.value = (prompts, choice, length, logprobs, echo)
+        requests = [Request(prompt, length, seed) for prompt, seed in zip(prompts, choice.seeds)][which::replicas]
+        generator, seed, device = None, choice.seed, self._engine.device
+        if seed is None and choice.sampling.temperature > 0:
+            broadcast_random_state(device, self._group)
+            if replicas > 1:  # copies that draw alike would write alike
+                seed = int(torch.randint(2**62, (), device=device))
+        if seed is not None:
+            generator = torch.Generator(device).manual_seed(seed + which)
+        batch = Batch(
+            self._engine,
+            requests,
+            choice.sampling,
+            frozenset({self.tokenizer.eos_id, *choice.stop_ids}),
+            logprobs=bool(logprobs),
+            alternatives=0 if isinstance(logprobs, bool) else logprobs,
+            score_prompts=bool(logprobs) and echo,
+            reuse=reuse,
+            generator=generator,
+        )
+        return batch, choice
+
+    def _stream(
+        self,
+        make_prompts: Callable[[], Sequence[Sequence[int]]],
+        temperature: float,
+        top_p: float,
+        max_gen_len: Optional[int],
+        logprobs: Union[bool, int],
+        echo: bool,
+        options: Options,
+        *,
+        reuse: bool = False,
+    ) -> Iterator[Chunk]:
+        batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, reuse=reuse)
+        return iter(Completions(self.tokenizer, batch, stops=choice.stops, echo=echo))
+
+    def _complete(
+        self,
+        make_prompts: Callable[[], Sequence[Sequence[int]]],
+        temperature: float,
+        top_p: float,
+        max_gen_len: Optional[int],
+        logprobs: Union[bool, int],
+        echo: bool,
+        options: Options,
+    ) -> list[CompletionPrediction]:
+        """Drain the stream of this replica's share of the prompts, and put all shares together."""
+        share = replica() if self._replicated else (0, 1)
+        batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, share=share)
+        chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=echo)
+        mine = predictions(self.tokenizer, shown(chunks, batch), len(batch.requests))
+        shares = gather_from_replicas(mine) if share[1] > 1 else [mine]
+        whole = [CompletionPrediction() for part in shares for _ in part]
+        for other, part in enumerate(shares):
+            whole[other :: share[1]] = part
+        return whole
+
+    @property
+    def _replicated(self) -> bool:
+        """Whether fairscale's groups are still those that this model was built for, and hold copies of it."""
+        return model_parallel_group() is self._group
 
 
 def _find_tokenizer(ckpt_dir: Path) -> str:

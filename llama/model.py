@@ -9,7 +9,7 @@ Letters in shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Optional, Union
@@ -277,6 +277,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.freqs_cis = self._rotations(self.norm.weight.device)
+        self.direct_calls = 0
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
         args = self.params
@@ -293,10 +294,12 @@ class Transformer(nn.Module):
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make everything that is not a weight: empty caches and the rotary table."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.allocate_cache(device, dtype)
+        for attention in self.attentions():
+            attention.allocate_cache(device, dtype)
         self.freqs_cis = self._rotations(device)
+
+    def attentions(self) -> Iterator[Attention]:
+        return (module for module in self.modules() if isinstance(module, Attention))
 
     def forward(
         self,
@@ -307,6 +310,7 @@ class Transformer(nn.Module):
         span: Optional[int] = None,
     ) -> torch.Tensor:
         """Logits of the tokens that follow: float32 (B, S, vocab_size). For the arguments see `hidden_states`."""
+        self.direct_calls += 1  # somebody else writes to the cache
         return self.output(self.hidden_states(tokens, start_pos, slots=slots, span=span)).float()
 
     def hidden_states(
@@ -316,18 +320,20 @@ class Transformer(nn.Module):
         *,
         slots: Optional[torch.Tensor] = None,
         span: Optional[int] = None,
+        layers: int = -1,
     ) -> torch.Tensor:
         """What `output` turns into logits, (B, S, dim) in the model's dtype; the new keys and values enter the cache.
 
         tokens (B, S) int64. start_pos: the position of every row's first new token; an int (Meta's), or int64 (B,), one
         for each row. slots int64 (B,): the cache rows that the batch rows own; 0 … B-1 if not given. span: how many
         cache columns to look at, at least every start_pos + S; given, it spares a look at the positions on the device.
+        layers: run so many blocks, and no last norm; all if negative.
         """
         window = self._window(tokens, start_pos, slots, span)
         h = self.tok_embeddings(tokens)
-        for layer in self.layers:
+        for layer in self.layers if layers < 0 else self.layers[:layers]:
             h = layer(h, window)
-        return self.norm(h)
+        return self.norm(h) if layers < 0 else h
 
     def _window(
         self,

@@ -11,6 +11,7 @@ import hashlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Optional
 
 import torch
@@ -86,6 +87,38 @@ def check_same(value: object, what: str, group: Group) -> None:
     dist.all_gather_object(digests, hashlib.sha256(pickle.dumps(value)).digest(), group=group)
     if len(set(digests)) > 1:
         raise ValueError(f"the {len(digests)} processes were given different {what}; give all of them the same")
+
+
+def replica() -> tuple[int, int]:
+    """(which, of how many): the copies of the model that more processes than one copy needs make up."""
+    if not mpu.model_parallel_is_initialized():
+        return 0, 1
+    return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+
+
+def gather_from_replicas(mine: list[Any]) -> list[list[Any]]:
+    """Every replica's list, in their order, on every process."""
+    _, replicas = replica()
+    if replicas == 1:
+        return [mine]
+    lists: list[list[Any]] = [[] for _ in range(replicas)]
+    dist.all_gather_object(lists, mine, group=mpu.get_data_parallel_group())
+    return lists
+
+
+def from_first_process(value: Any) -> Any:
+    """The first process's value, on every process. The others wait for it as long as it takes: it may be typing."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    world = dist.group.WORLD
+    if _patient.get("world") is not world:
+        _patient.update(world=world, group=dist.new_group(backend="gloo", timeout=timedelta(days=365)))
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_patient["group"])
+    return box[0]
+
+
+_patient: dict[str, Any] = {}  # a group without a time limit, and the world that it is of
 
 
 class Agreement:

@@ -2,44 +2,121 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Optional
+
 import torch
 
 
-def multinomial_no_sync(probs: torch.Tensor) -> torch.Tensor:
-    """Draw one column of each row, (..., V) -> (..., 1): the draws of `torch.multinomial(probs, 1)`, without its checks,
-    which make the host wait for the device."""
-    return (probs / torch.empty_like(probs).exponential_(1)).argmax(dim=-1, keepdim=True)
+@dataclass(frozen=True)
+class Sampling:
+    """How the next id is chosen. ValueError where a number is out of range.
+
+    temperature: 0 takes the best id; above it ids are drawn, the more freely the higher it is. What may be drawn:
+    top_k: one of the k best (0: of all). top_p: one of the fewest best whose mass exceeds p (Holtzman et al. 2020).
+    min_p: one at least this share as probable as the best (Nguyen et al. 2024). They apply in this order, each to the
+    distribution that the one before it left.
+    repetition_penalty: logits of ids that the row has already, prompt included, are divided by it where positive and
+    multiplied where negative (Keskar et al. 2019). logit_bias: id -> what is added to its logit, -inf to forbid it.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Optional[Mapping[int, float]] = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            # Also refuses NaN, which compares false with everything.
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name}={value!r} must be a number of 0 or more")
+        if math.isinf(self.temperature):
+            raise ValueError("temperature=inf has no distribution; use a finite number")
+        if self.min_p > 1:
+            raise ValueError(f"min_p={self.min_p} must be at most 1, which keeps the best id only")
+        if self.repetition_penalty == 0 or math.isinf(self.repetition_penalty):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 and finite; 1 does nothing")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k!r} must be a whole number of 0 (all) or more")
+
+    def bias(self, vocab_size: int, device: torch.device) -> Optional[torch.Tensor]:
+        """`logit_bias` as float32 (vocab_size,), or None."""
+        if not self.logit_bias:
+            return None
+        bias = torch.zeros(vocab_size)
+        for token, value in self.logit_bias.items():
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias has the id {token!r}; ids go from 0 to {vocab_size - 1}")
+            if math.isnan(value) or value == math.inf:
+                raise ValueError(f"logit_bias[{token}]={value} must be a number, or -inf to forbid the id")
+            bias[token] = value
+        if bias.max() == -math.inf:
+            raise ValueError("logit_bias forbids every id of the vocabulary; leave at least one")
+        return bias.to(device)
+
+
+def exponential_noise(
+    rows: int, vocab_size: int, device: torch.device, generator: Optional[torch.Generator] = None
+) -> torch.Tensor:
+    """What `torch.multinomial` on (rows, vocab_size) probabilities would draw, and as much of the generator's state."""
+    return torch.empty(rows, vocab_size, device=device).exponential_(1, generator=generator)
+
+
+def multinomial_no_sync(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw one column of each row, (B, V) -> (B, 1): with noise from `exponential_noise` the draws are those of
+    `torch.multinomial(probs, 1)`, without its checks, which make the host wait for the device."""
+    return (probs / noise).argmax(dim=-1, keepdim=True)
+
+
+def keep_top_p(sorted_probs: torch.Tensor, p: float) -> torch.Tensor:
+    """Zero what stands behind the token that crosses `p`: the first always stays. Descending (B, V), not renormalised."""
+    mass_before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
+    return sorted_probs.masked_fill(mass_before > p, 0.0)
 
 
 def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
-    """Nucleus sampling (Holtzman et al. 2020): draw from the fewest most probable tokens whose mass exceeds `p`.
-
-    probs float32 (B, V). The token that crosses `p` is kept, so the best one always is. -> int64 (B, 1)
-    """
+    """Nucleus sampling: draw from the fewest most probable tokens whose mass exceeds `p`. Float32 (B, V) -> int64 (B, 1)."""
     if not p >= 0:  # NaN too
         raise ValueError(f"p={p} must be a number of 0 or more")
     sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
-    mass_before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
-    sorted_probs = sorted_probs.masked_fill(mass_before > p, 0.0)
+    sorted_probs = keep_top_p(sorted_probs, p)
     sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
-    return ids.gather(-1, multinomial_no_sync(sorted_probs))
+    return ids.gather(-1, multinomial_no_sync(sorted_probs, exponential_noise(len(probs), probs.shape[-1], probs.device)))
 
 
-def next_token(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """float32 (B, V) -> int64 (B,): the best token at temperature 0, else a draw; -1 where a logit is not finite."""
-    if temperature > 0:
-        # 1e-30 already picks the best token only; below it the quotient would overflow.
-        probs = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
-        chosen = sample_top_p(probs, top_p).squeeze(-1)
-    else:
-        chosen = logits.argmax(dim=-1)
-    return chosen.where(logits.isfinite().all(dim=-1), -1)
+def next_token(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    noise: Optional[torch.Tensor] = None,
+    seen: Optional[torch.Tensor] = None,
+    bias: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The next id of each row, int64 (B,); -1 where one of a row's logits is not finite.
 
-
-def check_sampling(temperature: float, top_p: float) -> None:
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        # Also refuses NaN, which compares false with everything.
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            raise ValueError(f"{name}={value!r} must be a number of 0 or more")
-    if temperature == float("inf"):
-        raise ValueError("temperature=inf has no distribution; use a finite number")
+    logits float32 (B, V); noise (B, V) from `exponential_noise`, for temperatures above 0; seen bool (B, V), the ids
+    that a row has already, for a repetition penalty; bias (V,) or None.
+    """
+    finite = logits.isfinite().all(dim=-1)
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if bias is not None:
+        logits = logits + bias
+    if sampling.temperature == 0 or noise is None:
+        return logits.argmax(dim=-1).where(finite, -1)
+    # 1e-30 already picks the best token only; below it the quotient would overflow.
+    probs = torch.softmax(logits / max(sampling.temperature, 1e-30), dim=-1)
+    sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
+    if 0 < sampling.top_k < sorted_probs.shape[-1]:
+        sorted_probs[:, sampling.top_k :] = 0.0
+        sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
+    sorted_probs = keep_top_p(sorted_probs, sampling.top_p)
+    if sampling.min_p > 0:
+        sorted_probs = sorted_probs.masked_fill(sorted_probs < sampling.min_p * sorted_probs[:, :1], 0.0)
+    sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
+    return ids.gather(-1, multinomial_no_sync(sorted_probs, noise)).squeeze(-1).where(finite, -1)

@@ -114,3 +114,44 @@ class StreamDecoder:
             return self.tokenizer.decode(self._waiting)
         anchor = self.tokenizer._anchor
         return self.tokenizer.decode([anchor, *self._waiting])[len(self.tokenizer.decode(anchor)) :]
+
+
+class TextStream:
+    """The text of ids as they come, up to the first of some stop strings, which is left out.
+
+    What may be the beginning of a stop string is held back until more is known.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self.stops = stops
+        self.stopped = False
+        self._decoder = StreamDecoder(tokenizer)
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        return self._release(self._decoder.add(token))
+
+    def prime(self, tokens: Iterable[int]) -> str:
+        """The text of an echoed prompt, in which stop strings do not count."""
+        return "".join(self._decoder.add(token) for token in tokens)
+
+    def finish(self) -> str:
+        text = self._release(self._decoder.finish())
+        held, self._held = self._held, ""
+        return text + held
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        keep = next((n for n in range(min(longest, len(text)), 0, -1) if self._may_stop(text[-n:])), 0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _may_stop(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self.stops)

@@ -120,7 +120,7 @@ def test_completions(llama: Llama) -> None:
     prompts = ["Once upon a time", "你好"]
     plain = llama.text_completion(prompts, temperature=0, max_gen_len=8)
     scored = llama.text_completion(prompts, temperature=0, max_gen_len=8, logprobs=True)
-    assert [set(p) for p in plain] == [{"generation"}] * 2
+    assert [set(p) for p in plain] == [{"generation", "finish_reason"}] * 2
     for a, b in zip(plain, scored, strict=True):
         assert a["generation"] == b["generation"] == "".join(b["tokens"])
         assert len(b["tokens"]) == len(b["logprobs"])
@@ -134,8 +134,8 @@ def test_completions(llama: Llama) -> None:
 def test_chat(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dialog with a tag in it is not run, and gives no tokens; the others are answered as if it were not there."""
     seen: list[Any] = []
-    generate = llama.generate
-    monkeypatch.setattr(llama, "generate", lambda ids, *rest, **more: seen.extend(ids) or generate(ids, *rest, **more))
+    prefill = llama._engine.prefill
+    monkeypatch.setattr(llama._engine, "prefill", lambda ids, *rest: seen.extend(ids) or prefill(ids, *rest))
     safe: Any = [{"role": "user", "content": "hi"}]
     unsafe: Any = [{"role": "user", "content": "[INST] hi"}]
     results = llama.chat_completion([safe, unsafe, safe], temperature=0, max_gen_len=6, logprobs=True)
@@ -143,8 +143,15 @@ def test_chat(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[0]["generation"] == results[2]["generation"]
     assert results[0]["generation"]["role"] == "assistant"
     assert "".join(results[0]["tokens"]) == results[0]["generation"]["content"]
-    assert results[1] == {"generation": {"role": "assistant", "content": UNSAFE_ERROR}, "tokens": [], "logprobs": []}
-    assert llama.chat_completion([unsafe]) == [{"generation": {"role": "assistant", "content": UNSAFE_ERROR}}]
+    assert results[1] == {
+        "generation": {"role": "assistant", "content": UNSAFE_ERROR},
+        "tokens": [],
+        "logprobs": [],
+        "finish_reason": "stop",
+    }
+    assert llama.chat_completion([unsafe]) == [
+        {"generation": {"role": "assistant", "content": UNSAFE_ERROR}, "finish_reason": "stop"}
+    ]
     with pytest.raises(DialogError, match="needs a message from the user"):
         llama.chat_completion([safe, []])
 

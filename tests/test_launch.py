@@ -143,9 +143,9 @@ def test_one_process_speaks_for_all(tiny: Path, tokenizer_path: str) -> None:
 
 
 def test_a_mistake_is_told_without_noise(tiny: Path, tokenizer_path: str) -> None:
-    result = run([sys.executable, "example_text_completion.py", str(tiny), tokenizer_path, "--max_batch_size", "2"])
+    result = run([sys.executable, "example_text_completion.py", str(tiny), tokenizer_path, "--max_seq_len", "4"])
     assert result.returncode == 1
-    assert "4 prompts, but max_batch_size is 2; pass fewer at once" in result.stderr.splitlines()[-1]
+    assert "tokens, but max_seq_len is 4; shorten it, or build with max_seq_len=" in result.stderr.splitlines()[-1]
 
 
 def test_launch_configurations(tiny: Path, tokenizer_path: str) -> None:

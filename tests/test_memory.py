@@ -13,7 +13,6 @@ from test_launch import environment
 from workers import Pool
 
 from llama import Llama, ModelArgs, Transformer, memory
-from llama.engine import Engine
 
 GB = 10**9
 SEVENTY = ModelArgs(8192, 80, 64, 8, 32000, 4096, 1.3, max_batch_size=4, max_seq_len=4096)
@@ -170,11 +169,11 @@ def test_running_out_later_is_explained(
 ) -> None:
     llama = Llama.build(str(tiny), tokenizer_path, 16, 4, device="cpu")
 
-    def fail(self: Engine, prompts: list[list[int]]) -> torch.Tensor:
+    def fail(*_: object, **__: object) -> torch.Tensor:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "prefill", fail)
+        patch.setattr(llama.model, "hidden_states", fail)
         patch.setattr(memory, "free_bytes", lambda device: 0)
         with pytest.raises(type(error), match="cpu is out of memory: .* of cache, .* dtype='bfloat16' or .* fit") as caught:
             llama.generate([[1]], 2)

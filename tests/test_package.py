@@ -70,8 +70,8 @@ def test_metas_signatures(function: Any, expected: str) -> None:
         assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         assert not default or repr(parameter.default) == default
     for parameter in parameters[len(expected.split()) :]:
-        assert parameter.kind is parameter.KEYWORD_ONLY
-        assert parameter.default is not parameter.empty
+        assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD)
+        assert parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
 
 
 def test_model_args() -> None:

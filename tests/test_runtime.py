@@ -64,8 +64,8 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch would say 'invalid device ordinal', after NCCL had started."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="process 3 of this machine wants GPU 3, but 2 can be seen; start at most 2"):
-        runtime._choose_device("cuda", runtime.Launch(True, 3, 4, 3, 4))
-    assert runtime._choose_device("cuda", runtime.Launch(True, 1, 4, 1, 4)) == torch.device("cuda", 1)
+        runtime.choose_device("cuda", runtime.Launch(True, 3, 4, 3, 4))
+    assert runtime.choose_device("cuda", runtime.Launch(True, 1, 4, 1, 4)) == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("size", [0, 2, -1])

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from llama.sampling import check_sampling, multinomial_no_sync, next_token, sample_top_p
+from llama.sampling import Sampling, exponential_noise, multinomial_no_sync, sample_top_p
+from llama.sampling import next_token as choose
+
+CPU = torch.device("cpu")
+
+
+def next_token(logits: torch.Tensor, temperature: float, top_p: float, **options: Any) -> torch.Tensor:
+    return choose(logits, Sampling(temperature, top_p, **options), exponential_noise(*logits.shape, CPU))
+
 
 PROBS = torch.tensor([[0.15, 0.5, 0.05, 0.3]])
 
@@ -43,7 +53,7 @@ def test_draws_are_torch_multinomials(seed: int) -> None:
     expected = torch.multinomial(probs, 1)
     after = torch.get_rng_state()
     torch.manual_seed(seed)
-    assert torch.equal(multinomial_no_sync(probs), expected)
+    assert torch.equal(multinomial_no_sync(probs, exponential_noise(3, 500, CPU)), expected)
     assert torch.equal(torch.get_rng_state(), after)
 
 
@@ -81,8 +91,8 @@ def test_rows_that_are_not_finite_are_marked(temperature: float, bad: float) -> 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), None, "1", True])
 def test_bad_options(value: float) -> None:
     with pytest.raises(ValueError, match="temperature=.* must be a number of 0 or more"):
-        check_sampling(value, 0.9)
+        Sampling(value, 0.9)
     with pytest.raises(ValueError, match="top_p=.* must be a number of 0 or more"):
-        check_sampling(0.5, value)
+        Sampling(0.5, value)
     with pytest.raises(ValueError, match="temperature=inf"):
-        check_sampling(float("inf"), 0.9)
+        Sampling(float("inf"), 0.9)

@@ -1,0 +1,262 @@
+"""Texts from steps: chunks as they are decided, stop strings, and the predictions that a caller gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Optional, TypedDict, Union
+
+import torch
+from tqdm import tqdm
+
+from .batching import Batch, FinishReason
+from .chat import UNSAFE_ERROR, Message
+from .parallel import is_first_process
+from .sampling import Sampling
+from .tokenizer import TextStream, Tokenizer
+
+
+class Alternative(TypedDict):
+    """One of the best ids at a place: its text alone, and its natural log-probability."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+class CompletionPrediction(TypedDict, total=False):
+    """`tokens` and `logprobs` are there if logprobs was asked for: one string and one number for each id; the strings,
+    joined, are `generation`. `top_logprobs` are there if logprobs=N: the N best at each place.
+
+    finish_reason: "stop" at EOS, a stop string or a stop id; "length" at max_gen_len; "context" where the cache is full.
+    """
+
+    generation: str
+    tokens: list[str]
+    logprobs: list[float]
+    top_logprobs: list[list[Alternative]]
+    finish_reason: FinishReason
+
+
+class ChatPrediction(TypedDict, total=False):
+    """As `CompletionPrediction`, with the assistant's message in place of the text."""
+
+    generation: Message
+    tokens: list[str]
+    logprobs: list[float]
+    top_logprobs: list[list[Alternative]]
+    finish_reason: FinishReason
+
+
+class Chunk(TypedDict, total=False):
+    """What a stream has decided anew for the prompt `index`. The texts of a prompt, joined, are its `generation`.
+
+    tokens: the ids behind it, those of text that is still held back included. logprobs, top_logprobs: where asked for, one
+    entry for each id. finish_reason: None until the prompt's last chunk.
+    """
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[Alternative]]
+    finish_reason: Optional[FinishReason]
+
+
+class Options(TypedDict, total=False):
+    """What every completion and stream takes beside Meta's arguments.
+
+    stop: a string or several; the text ends before the first that comes up, also across ids. stop_ids: ids that end a
+    text as EOS does. seed: of one call, or one for each prompt; a prompt with a seed gives the same text whatever else
+    is in the batch and whatever ran before. top_k, min_p, repetition_penalty, logit_bias: see `Sampling`.
+    """
+
+    stop: Union[str, Sequence[str], None]
+    stop_ids: Sequence[int]
+    seed: Union[int, Sequence[int], None]
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    logit_bias: Optional[Mapping[int, float]]
+
+
+class Completions:
+    """Chunks of the prompts that a batch runs, as it decides them. To be iterated over once, or in part."""
+
+    def __init__(self, tokenizer: Tokenizer, batch: Batch, *, stops: Sequence[str], echo: bool) -> None:
+        self.tokenizer, self.batch = tokenizer, batch
+        self.streams = [TextStream(tokenizer, stops) for _ in batch.requests]
+        self.waiting = [self._chunk(i) for i in range(len(batch.requests))]
+        if echo:
+            for chunk, stream, request in zip(self.waiting, self.streams, batch.requests):
+                chunk["text"] = stream.prime(request.prompt)
+                chunk["tokens"] += request.prompt
+
+    def _chunk(self, index: int) -> Chunk:
+        chunk = Chunk(index=index, text="", tokens=[], finish_reason=None)
+        if self.batch.scored:
+            chunk["logprobs"] = []
+        if self.batch.alternatives:
+            chunk["top_logprobs"] = []
+        return chunk
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for step in self.batch:
+            chunk, stream = self.waiting[step.index], self.streams[step.index]
+            if step.prompt_logprobs is not None:
+                chunk["logprobs"] += step.prompt_logprobs
+                if self.batch.alternatives:
+                    chunk["top_logprobs"] += [[] for _ in step.prompt_logprobs]
+            if step.token is not None:
+                chunk["text"] += stream.add(step.token)
+                chunk["tokens"].append(step.token)
+                if self.batch.scored:
+                    chunk["logprobs"].append(step.logprob)
+                if self.batch.alternatives:
+                    chunk["top_logprobs"].append([self._alternative(*best) for best in step.alternatives])
+            chunk["finish_reason"] = step.finish_reason
+            if step.finish_reason:
+                chunk["text"] += stream.finish()
+            if stream.stopped:
+                self.batch.cancel(step.index)
+                chunk["finish_reason"] = "stop"
+            if chunk["text"] or chunk["finish_reason"]:
+                self.waiting[step.index] = self._chunk(step.index)
+                yield chunk
+
+    def _alternative(self, token: int, logprob: float) -> Alternative:
+        return Alternative(id=token, text=self.tokenizer.decode(token), logprob=logprob)
+
+
+class Score(TypedDict):
+    """tokens: each id's text, which joined are the text; logprobs: ln p of each after those before it, 0.0 for the
+    BOS in front; perplexity: exp of minus their mean, BOS left out (nan for an empty text)."""
+
+    tokens: list[str]
+    logprobs: list[float]
+    perplexity: float
+
+
+def perplexity(logprobs: list[float]) -> float:
+    return math.exp(-sum(logprobs[1:]) / (len(logprobs) - 1)) if len(logprobs) > 1 else math.nan
+
+
+def window_starts(length: int, size: int, stride: int) -> list[int]:
+    """Where windows of `size` begin that cover `length` tokens: 10 tokens in windows of 4, 2 apart -> 0 2 4 6."""
+    return [0, *range(stride, length - size + stride, stride)]
+
+
+def predictions(tokenizer: Tokenizer, chunks: Iterable[Chunk], count: int) -> list[CompletionPrediction]:
+    """Drain a stream of `count` prompts into their whole completions, in order."""
+    wholes: list[Chunk] = [Chunk(text="", tokens=[]) for _ in range(count)]
+    for chunk in chunks:
+        whole = wholes[chunk["index"]]
+        whole["text"] += chunk["text"]
+        whole["tokens"] += chunk["tokens"]
+        whole["finish_reason"] = chunk["finish_reason"]
+        if "logprobs" in chunk:
+            whole["logprobs"] = whole.get("logprobs", []) + chunk["logprobs"]
+        if "top_logprobs" in chunk:
+            whole["top_logprobs"] = whole.get("top_logprobs", []) + chunk["top_logprobs"]
+    return [_prediction(tokenizer, whole) for whole in wholes]
+
+
+def _prediction(tokenizer: Tokenizer, whole: Chunk) -> CompletionPrediction:
+    reason = whole["finish_reason"]
+    assert reason is not None  # every prompt's last chunk has one
+    prediction = CompletionPrediction(generation=whole["text"], finish_reason=reason)
+    if "logprobs" in whole:
+        texts = tokenizer.split(whole["tokens"])
+        room = len(whole["text"])
+        if sum(map(len, texts)) > room:  # a stop string was cut off: what was behind the cut goes, ids and all
+            kept = []
+            for text in texts:
+                if room <= 0:
+                    break
+                kept.append(text[:room])
+                room -= len(text)
+            texts = kept
+        prediction["tokens"] = texts
+        prediction["logprobs"] = whole["logprobs"][: len(texts)]
+        if "top_logprobs" in whole:
+            prediction["top_logprobs"] = whole["top_logprobs"][: len(texts)]
+    return prediction
+
+
+def shown(chunks: Iterable[Chunk], batch: Batch) -> Iterator[Chunk]:
+    """The chunks as they are, with a bar on the terminal of the first process where many prompts take long."""
+    count = len(batch.requests)
+    many = count > batch.lanes and is_first_process()
+    with tqdm(total=count, unit="prompt", delay=2, leave=False, disable=None if many else True) as bar:
+        for chunk in chunks:
+            bar.update(chunk["finish_reason"] is not None)
+            yield chunk
+
+
+def chat_prediction(completion: Optional[CompletionPrediction], logprobs: Union[bool, int]) -> ChatPrediction:
+    """A completion as the assistant's message; the refusal where there is none, since the dialog was unsafe."""
+    if completion is None:
+        completion = CompletionPrediction(generation=UNSAFE_ERROR, finish_reason="stop")
+        if logprobs:
+            completion["tokens"], completion["logprobs"] = [], []
+    message = Message(role="assistant", content=completion["generation"])
+    reply = ChatPrediction(generation=message, finish_reason=completion["finish_reason"])
+    if "tokens" in completion:
+        reply["tokens"], reply["logprobs"] = completion["tokens"], completion["logprobs"]
+    if "top_logprobs" in completion:
+        reply["top_logprobs"] = completion["top_logprobs"]
+    return reply
+
+
+def chat_chunks(chunks: Iterable[Chunk], safe: Sequence[int], count: int) -> Iterator[Chunk]:
+    """Chunks of the safe ones of `count` dialogs, by their places among all; the refusals of the others come first."""
+    for i in sorted(set(range(count)) - set(safe)):
+        yield Chunk(index=i, text=UNSAFE_ERROR, tokens=[], finish_reason="stop")
+    for chunk in chunks:
+        chunk["index"] = safe[chunk["index"]]
+        yield chunk
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`Options`, checked. The prompts have seeds of their own, or the call has one, or neither."""
+
+    sampling: Sampling
+    stops: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    seeds: tuple[Optional[int], ...]  # one for each prompt
+    seed: Optional[int]
+
+
+def parse_options(temperature: float, top_p: float, options: Options, prompts: int, vocab_size: int) -> Choice:
+    """ValueError for an option that does not exist or is out of range."""
+    known = Options.__annotations__
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"unknown option {', '.join(unknown)}; there are {', '.join(known)}")
+    stop = options.get("stop")
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError(f"stop={stops!r} must be texts that are not empty")
+    stop_ids = tuple(options.get("stop_ids") or ())
+    if not all(isinstance(i, int) and 0 <= i < vocab_size for i in stop_ids):
+        raise ValueError(f"stop_ids={stop_ids!r} must be ids from 0 to {vocab_size - 1}")
+    seed = options.get("seed")
+    seeds: tuple[Optional[int], ...] = (None,) * prompts
+    if seed is not None and not isinstance(seed, int):
+        seeds, seed = tuple(seed), None
+        if len(seeds) != prompts:
+            raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give one seed, or one for each prompt")
+    for number in (seed, *seeds):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63):
+            raise ValueError(f"seed={number!r} must be a whole number from 0 to 2**63 - 1")
+    sampling = Sampling(
+        temperature,
+        top_p,
+        options.get("top_k", 0),
+        options.get("min_p", 0.0),
+        options.get("repetition_penalty", 1.0),
+        options.get("logit_bias"),
+    )
+    sampling.bias(vocab_size, torch.device("cpu"))  # checks it
+    return Choice(sampling, stops, stop_ids, seeds, seed)

@@ -1,0 +1,157 @@
+"""Long lists of prompts as JSON lines: checked before any work, written as they come, taken up again where they were left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Optional
+
+from tqdm import tqdm
+
+from .chat import check_dialog, encode_dialog, is_unsafe
+from .parallel import is_first_process, replica
+
+if TYPE_CHECKING:
+    from .generation import Llama
+
+# What a line may say. The other options of `Options` are not words of JSON, or not for one prompt.
+OPTIONS = ("temperature", "top_p", "max_gen_len", "stop", "stop_ids", "top_k", "min_p", "repetition_penalty")
+KEYS = ("prompt", "messages", "id", "seed", *OPTIONS)
+PER_SLOT = 8  # lines for each slot of the cache in one call: slots run dry only at a call's end, results come at its end
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of the input: a prompt or messages, and how they are to be answered."""
+
+    line: int
+    prompt: Any
+    is_chat: bool
+    seed: int
+    options: dict[str, Any]
+    extra: dict[str, Any]  # what goes into the output as it is: the id
+
+    @property
+    def digest(self) -> str:
+        """What the output says about the input, so that a later run knows whether it is the same."""
+        told = json.dumps([self.prompt, self.is_chat, self.seed, self.options, self.extra], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def read_jobs(path: Path, options: Mapping[str, Any], seed: int) -> list[Job]:
+    """The input's lines; empty ones are passed over. ValueError names the first line that is not right.
+
+    options: for lines that do not say otherwise. Line n draws with seed + n if it has no seed of its own, so its text
+    depends neither on the lines around it nor on where an earlier run was interrupted.
+    """
+    jobs = []
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if raw.strip():
+            try:
+                jobs.append(_read_job(number, json.loads(raw), options, seed))
+            except ValueError as error:
+                raise ValueError(f"line {number} of {path}: {error}") from error
+    return jobs
+
+
+def _read_job(number: int, line: Any, options: Mapping[str, Any], seed: int) -> Job:
+    if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
+        raise ValueError('it must be {"prompt": "…"} or {"messages": […]}')
+    if unknown := sorted(set(line) - set(KEYS)):
+        raise ValueError(f"unknown {', '.join(unknown)}; a line may have {', '.join(KEYS)}")
+    is_chat = "messages" in line
+    prompt = line["messages"] if is_chat else line["prompt"]
+    if is_chat:
+        check_dialog(prompt)
+    elif not isinstance(prompt, str):
+        raise ValueError(f"prompt={prompt!r} must be a text")
+    own = line.get("seed", seed + number)
+    if isinstance(own, bool) or not isinstance(own, int) or not 0 <= own < 2**63:
+        raise ValueError(f"seed={own!r} must be a whole number from 0 to 2**63 - 1")
+    chosen = {**options, **{name: line[name] for name in OPTIONS if name in line}}
+    return Job(number, prompt, is_chat, own, chosen, {"id": line["id"]} if "id" in line else {})
+
+
+def finished(path: Path, jobs: list[Job]) -> tuple[int, int]:
+    """(lines, bytes) of an earlier run's output that stand; what comes behind is half a line.
+
+    ValueError where its lines do not belong to these jobs.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    size = data.rfind(b"\n") + 1
+    lines = data[:size].split(b"\n")[:-1]
+    way_out = "pass the same input and options to go on with it, or name another file"
+    if len(lines) > len(jobs):
+        raise ValueError(f"{path} has {len(lines)} lines, but there are {len(jobs)} prompts; {way_out}")
+    for number, (raw, job) in enumerate(zip(lines, jobs), start=1):
+        try:
+            digest = json.loads(raw)["input"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {path} was not written by complete; name another file") from error
+        if digest != job.digest:
+            raise ValueError(f"line {number} of {path} answers something else than line {job.line} of the input; {way_out}")
+    return len(lines), size
+
+
+def check_jobs(llama: Llama, jobs: list[Job], path: Path) -> None:
+    """What only the model can tell: whether prompts fit, and options are in range. ValueError names the line."""
+    limit = llama.model.params.max_seq_len
+    good: list[dict[str, Any]] = []
+    for job in jobs:
+        try:
+            tokenizer = llama.tokenizer
+            ids = encode_dialog(job.prompt, tokenizer) if job.is_chat else tokenizer.encode(job.prompt, bos=True, eos=False)
+            if len(ids) > limit:
+                raise ValueError(
+                    f"its {len(ids)} tokens are more than max_seq_len={limit}; shorten it, or pass "
+                    f"--max_seq_len {len(ids)} or more"
+                )
+            if job.options not in good:
+                llama.continue_ids([tokenizer.bos_id], **job.options)  # checks them, and runs nothing until it is iterated
+                good.append(job.options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {job.line} of {path}: {error}") from error
+
+
+def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    """The output's lines, in order. Every process iterates, and each copy of the model does its share."""
+    size = PER_SLOT * llama.model.params.max_batch_size * replica()[1]
+    for _, alike in groupby(jobs, key=lambda job: (job.is_chat, job.options)):
+        group = list(alike)
+        for part in (group[i : i + size] for i in range(0, len(group), size)):
+            yield from _answer(llama, part)
+
+
+def _answer(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    """One call, for jobs of one kind with the same options."""
+    prompts, options = [job.prompt for job in jobs], jobs[0].options
+    if jobs[0].is_chat:
+        # Refused dialogs run nothing, and so take no seed.
+        seeds = [job.seed for job in jobs if not is_unsafe(job.prompt)]
+        replies: list[Any] = list(llama.chat_completion(prompts, seed=seeds, **options))
+    else:
+        replies = list(llama.text_completion(prompts, seed=[job.seed for job in jobs], **options))
+    for job, reply in zip(jobs, replies):
+        yield {**job.extra, "input": job.digest, **reply}
+
+
+def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: Optional[BinaryIO]) -> None:
+    """Write what comes, each line at once, with a bar on a terminal. out: None on processes that only compute."""
+    with tqdm(total=total, initial=done, unit="line", disable=None if is_first_process() else True) as bar:
+        for line in lines:
+            if out is not None:
+                out.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                out.flush()
+            bar.update()
+
+
+def open_output(path: Path, size: int) -> BinaryIO:
+    """To go on behind what stands."""
+    file = path.open("r+b" if path.exists() else "wb")
+    file.truncate(size)
+    file.seek(size)
+    return file

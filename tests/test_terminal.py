@@ -1,0 +1,555 @@
+"""What people type: the chat at a terminal and in a pipe, completions, lists of prompts, pieces, scores."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, shared
+from test_launch import TORCHRUN, environment
+from workers import Pool
+
+from llama import Llama, jobs, terminal
+from llama.chat import UNSAFE_ERROR
+
+PROGRAM = """
+import fire
+from llama import terminal
+fire.Fire({name: getattr(terminal, name) for name in ("chat", "complete", "tokenize", "score")})
+"""
+# The pseudo-terminal becomes the one that Ctrl-C of this process comes from, 40 lines of 100 characters.
+AT_A_TERMINAL = (
+    """
+import fcntl, struct, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+"""
+    + PROGRAM
+)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    return Llama.build(device="cpu")
+
+
+def talk(llama: Llama, *lines: str, **options: Any) -> terminal.Conversation:
+    conversation = terminal.Conversation(llama.chat(**{"temperature": 0, "max_gen_len": 8, **options}))
+    waiting = iter(lines)
+    conversation.run(lambda _: next(waiting, None))
+    return conversation
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+# The chat's commands
+
+
+def test_replies_are_all_that_stdout_has(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk(llama, "Who are you?", "", "/stats", "/help")
+    out, err = capsys.readouterr()
+    assert out == conversation.session.turns[0]["assistant"] + "\n"
+    assert "stopped at max_gen_len=8\n" in err
+    assert re.search(r"last reply  8 tokens, [\d.]+ a second; the first after [\d.]+ s", err)
+    used = sum(len(turn["ids"]) for turn in conversation.session.turns)
+    assert f"context     {used} of 512 tokens ({used / 512:.0%}), 1 turn\n" in err
+    assert all(f"\n{name}" in "\n" + err for name in terminal.COMMANDS)
+
+
+def test_undo_retry_clear(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk(
+        llama, "/undo", "/retry", "Who are you?", "Why?", "/undo", "/set temperature 5", "/set seed 1", "/retry"
+    )
+    said = capsys.readouterr()
+    assert "nothing to take back" in said.err
+    assert "nothing was said that could be tried again" in said.err
+    assert "took back: Why?" in said.err
+    [turn] = conversation.session.turns
+    assert turn["user"] == "Who are you?"
+    first, _, again = said.out.splitlines()[0], *said.out.splitlines()[1:3]
+    assert turn["assistant"] != first
+    assert again in turn["assistant"]
+    assert talk(llama, "Hi", "/clear").session.turns == []
+
+
+def test_a_retry_that_is_stopped_at_once_loses_nothing(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = talk(llama, "Hi")
+    [turn] = conversation.session.turns
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llama, "continue_ids", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.obey("/retry")
+    assert conversation.session.turns == [turn]
+
+
+def test_system(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk(
+        llama, "/system Be kind,\nand brief.", "Hi", "/system no", "/clear", "/system -", "/system", "/system [INST]"
+    )
+    err = capsys.readouterr().err
+    assert "system message: Be kind,\nand brief." in err
+    assert "/clear before changing it" in err
+    assert err.count("no system message") == 2
+    assert UNSAFE_ERROR in err
+    assert conversation.session.system is None
+
+
+def test_save_and_load(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A load that went over a list of turns and then cleared it found nothing there."""
+    path = tmp_path / "a talk.json"
+    before = talk(llama, "/system Be kind", "Hi", "Why?", f"/save {path}")
+    after = talk(llama, "Something else", f"/load {path}", f"/save {tmp_path}/no/such", "/load nowhere", "/save")
+    assert after.session.turns == before.session.turns
+    assert len(after.session.turns) == 2
+    assert after.session.system == "Be kind"
+    err = capsys.readouterr().err
+    assert f"{path} is read: 2 turns" in err
+    assert "No such file" in err
+    assert "no saved session at nowhere" in err
+    assert "it needs the name of a file" in err
+
+
+def test_what_it_does_not_know(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk(llama, "/recall it", "/", "a [INST] b", " /etc is a folder", max_gen_len=2)
+    err = capsys.readouterr().err
+    assert "unknown command /recall; /help lists them" in err
+    assert "unknown command /;" in err
+    assert UNSAFE_ERROR in err
+    assert [turn["user"] for turn in conversation.session.turns] == [" /etc is a folder"]
+
+
+def test_set(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk(
+        llama, "/set top_k 5", "/set top_p x", "/set temperature -1", "/set max_gen_len 1.5", "/set stop", "/set speed 3",
+        '/set stop ["a b", "["]', "/set max_gen_len none",
+    )  # fmt: skip
+    err = capsys.readouterr().err
+    assert "top_p is a number, not x" in err
+    assert "temperature=-1 must be" in err
+    assert "max_gen_len=1.5 must be" in err
+    assert "/set stop needs a value, or none" in err
+    assert "unknown option speed; there are temperature, " in err
+    options = conversation.session.options
+    assert (options["top_k"], options["temperature"], options["max_gen_len"], options["stop"]) == (5, 0, None, ["a b", "["])
+
+
+def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    story = "the little dog ran " * 20
+    conversation = talk(llama, *[story] * 6, max_gen_len=1)
+    count = len(conversation.session.turns)
+    assert 1 < count < 6
+    err = capsys.readouterr().err
+    assert "/drop sends the message again and forgets the oldest turn, or start with a larger --max_seq_len" in err
+    lines = iter(["/drop", "/drop 0", "/drop 2", "x " * 600, "/drop"])
+    conversation.run(lambda _: next(lines, None))
+    err = capsys.readouterr().err
+    assert f"forgot 1 of {count} turns" in err
+    assert "it takes how many turns to forget" in err
+    assert f"forgot 2 of {count} turns" in err  # the refused message went in again
+    assert "too long for max_seq_len=512; shorten it" in err
+    assert len(conversation.session.turns) == count - 3
+
+
+def test_ctrl_c_in_a_pipe_ends_it(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a terminal it stops the reply alone: see below."""
+
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "_say", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        talk(llama, "Hi", "Why?")
+
+
+# The chat at a terminal and in a pipe
+
+
+class Terminal:
+    """A program at a pseudo-terminal: what it shows, less colors and movements."""
+
+    def __init__(self, arguments: list[str], home: Path) -> None:
+        pty = pytest.importorskip("pty")
+        self.master, slave = pty.openpty()
+        self.program = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", AT_A_TERMINAL, *arguments], stdin=slave, stdout=slave, stderr=slave,
+            start_new_session=True,
+            env={**environment(), "HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        )  # fmt: skip
+        os.close(slave)
+        self.raw, self.seen = b"", 0
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def wait_for(self, text: str, seconds: float = 20) -> str:
+        """What was shown since the last wait, up to `text`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            shown = re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|[()].|[=>78])|[\r\x07]", "", self.raw.decode(errors="replace"))
+            if (at := shown.find(text, self.seen)) >= 0:
+                since, self.seen = shown[self.seen : at], at + len(text)
+                return since
+            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"{text!r} did not come; after {shown[: self.seen][-200:]!r} came {shown[self.seen :]!r}"
+            try:
+                self.raw += os.read(self.master, 65536)
+            except OSError as error:  # it has ended
+                raise AssertionError(f"{text!r} did not come; {shown[self.seen :]!r} did") from error
+
+    def end(self) -> int:
+        return self.program.wait(30)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.program.kill()
+        self.program.wait()
+        os.close(self.master)
+
+
+def converse(screen: Terminal, text: str, folder: Path) -> None:
+    screen.wait_for("/help lists the commands")
+
+    def say(keys: str, answer: str) -> None:
+        screen.wait_for(">")
+        screen.type(keys)
+        screen.wait_for(answer)
+
+    say("/set max_gen_len 4\r", "max_gen_len=4")
+    say("the little\\\rdog\x1b\rran\r", "stopped at max_gen_len=4")  # a backslash and Enter, Esc and Enter, Enter
+    say("/undo\r", "took back: the little\ndog\nran")
+    say("/recall\r", "unknown command /recall")
+    say("/set max_gen_len none\r", "max_gen_len=None")
+    say("the river\r", text[:8])
+    screen.type("\x03")
+    screen.wait_for("stopped; the reply is kept as far as it came")
+    say("thrown away\x03", ">")
+    screen.type("/set max_gen_len 3\r")
+    screen.wait_for("max_gen_len=3")
+    say(f"/save {folder}/talk.json\r", "is written: 1 turn")
+    say("and then?\r", "stopped at max_gen_len=3")
+    say("\x1b[A\r", "stopped at max_gen_len=3")  # the arrow brings it back
+    say("/stats\r", ", 3 turns")
+    say("\x04", "")
+    assert screen.end() == 0
+
+
+def test_at_a_terminal(tiny: Path, tokenizer_path: str, tmp_path: Path) -> None:
+    pytest.importorskip("prompt_toolkit")
+    [reply] = Llama.build(str(tiny), tokenizer_path, device="cpu").chat_completion(
+        [[{"role": "user", "content": "the river"}]], temperature=0, max_gen_len=200
+    )
+    text = reply["generation"]["content"].lstrip()
+    assert reply["finish_reason"] == "length"  # it goes on for long enough to be stopped
+    arguments = ["--ckpt_dir", str(tiny), "--tokenizer_path", tokenizer_path, "--temperature", "0", "--max_seq_len", "1024"]
+    with Terminal(["chat", *arguments], tmp_path) as screen:
+        converse(screen, text, tmp_path)
+    [turn] = json.loads((tmp_path / "talk.json").read_text())["turns"]
+    assert turn["user"] == "the river"
+    assert turn["assistant"].startswith(text[:8])
+    assert len(turn["ids"]) < 1000
+    [history] = tmp_path.rglob("history")
+    assert history.read_text().count("+and then?") == 1  # not twice in a row
+    assert history.parent.stat().st_mode & 0o077 == 0
+
+
+def test_without_prompt_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, b"")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    with pytest.raises(ValueError, match="a chat at the terminal needs prompt_toolkit; pip install"):
+        terminal.chat("nowhere")
+
+
+def test_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe(monkeypatch, "Who are\\\nyou?\r\n/undo\n/nope\nThe 狗\n/quit\nnot read\n".encode())
+    terminal.chat(temperature=0, max_gen_len=4, device="cpu")
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 2
+    assert "took back: Who are\nyou?\n" in err
+    assert "unknown command /nope" in err
+    assert "Loaded in" in err
+    pipe(monkeypatch, b"\xff\n")
+    with pytest.raises(ValueError, match="line 1 of the pipe is not UTF-8"):
+        terminal.chat(device="cpu")
+    pipe(monkeypatch, b"")
+    with pytest.raises(ValueError, match="top_p=-1 must be"):
+        terminal.chat(top_p=-1, device="cpu")
+
+
+def test_under_torchrun(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first process reads; both say the same things, and one is heard."""
+    lines = ["Who are you?", f"/save {tmp_path}/talk.json", "/nope", "/clear", f"/load {tmp_path}/talk.json", "Why?", "/stats"]
+    talk(llama, *lines)
+    alone = capsys.readouterr()
+    (tmp_path / "run.py").write_text(PROGRAM)
+    result = subprocess.run(
+        [*TORCHRUN, "--nproc_per_node", "2", str(tmp_path / "run.py"), "chat", "--temperature", "0", "--max_gen_len", "8"],
+        input="\n".join(lines) + "\n", env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == alone.out
+    assert result.stderr.count("unknown command /nope") == 1
+    assert result.stderr.count("is read: 1 turn") == 1
+    assert ", 2 turns" in result.stderr
+
+
+# Completions
+
+
+def test_complete(llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An argument, a file and a pipe are the same prompt; the last line end, which echo puts there, is no part of it."""
+    prompt = "Once upon a time\nthere"
+    (expected,) = llama.text_completion([prompt], temperature=0, max_gen_len=9)
+    (tmp_path / "7").write_text(prompt + "\n")
+    terminal.complete(prompt, temperature=0, max_gen_len=9, device="cpu")
+    terminal.complete(file=str(tmp_path / "7"), temperature=0, max_gen_len=9, device="cpu")
+    pipe(monkeypatch, prompt.encode() + b"\r\n")
+    terminal.complete(temperature=0, max_gen_len=9, device="cpu", echo=True)
+    text = expected["generation"]
+    whole = llama.text_completion([prompt], temperature=0, max_gen_len=9, echo=True)[0]["generation"]
+    assert capsys.readouterr().out == f"{text}\n{text}\n{whole}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "a", "file": "b"}, "give the prompt or --file, not both"),
+        ({"prompt": "a", "jsonl": "b"}, "--jsonl brings its own prompts"),
+        ({"prompt": "a", "out": "b"}, "--out b is for --jsonl"),
+        ({}, "no prompt; give one in quotes, --file FILE, or a pipe"),
+    ],
+)
+def test_complete_refuses(arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe(monkeypatch, b"")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        terminal.complete(**arguments)
+
+
+def test_from_the_command_line() -> None:
+    """Text stays text where fire would make numbers and tuples of it, and a reader that leaves early is no error."""
+    command = [sys.executable, "-W", "error", "-c", PROGRAM]
+    pieces = subprocess.run(
+        [*command, "tokenize", "42,1", "--json"], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert json.loads(pieces.stdout)["text"] == "42,1"
+    with subprocess.Popen(
+        [*command, "complete", "1985", "--stop", "[x", "--seed", "3"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        program.stdout.close()
+        errors = program.stderr.read().decode()
+    assert program.returncode == 0, errors
+    assert "roken" not in errors
+
+
+# Lists of prompts
+
+LINES: list[dict[str, Any]] = [
+    {"prompt": "Once upon a time", "id": "a"},
+    {"prompt": "The dog", "max_gen_len": 3, "stop": ["zzz"]},
+    {"messages": [{"role": "user", "content": "你好"}], "id": 7},
+    {"messages": [{"role": "user", "content": "[INST]"}]},
+    {"prompt": "The cat", "seed": 5},
+    {"prompt": "The cat", "seed": 5},
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(map(json.dumps, LINES[:2])) + "\n\n" + "\n".join(map(json.dumps, LINES[2:])))
+    return path
+
+
+def answer(source: Path, out: Path, **more: Any) -> list[dict[str, Any]]:
+    terminal.complete(jsonl=str(source), out=str(out), **{"max_gen_len": 6, "device": "cpu", "max_batch_size": 2, **more})
+    return [json.loads(line) for line in out.read_bytes().splitlines()]
+
+
+def test_jsonl(source: Path, tmp_path: Path, llama: Llama, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    lines = answer(source, tmp_path / "out.jsonl")
+    assert [line.get("id") for line in lines] == ["a", None, 7, None, None, None]
+    assert lines[0]["generation"] == llama.text_completion(["Once upon a time"], max_gen_len=6, seed=2)[0]["generation"]
+    assert lines[1]["generation"] == llama.text_completion(["The dog"], max_gen_len=3, seed=3)[0]["generation"]
+    assert lines[2]["generation"]["role"] == "assistant"
+    assert lines[3]["generation"]["content"] == UNSAFE_ERROR
+    assert lines[4] == lines[5]
+    assert {line["finish_reason"] for line in lines} == {"length", "stop"}
+    terminal.complete(jsonl=str(source), max_gen_len=6, device="cpu")
+    assert capsysbinary.readouterr().out == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_jsonl_goes_on_where_it_was_left(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.jsonl"
+    answer(source, out)
+    whole = out.read_bytes()
+    done: list[int] = []
+    run: Callable[..., Iterator[Any]] = jobs.run
+    monkeypatch.setattr(jobs, "run", lambda llama, left: done.append(len(left)) or run(llama, left))
+    ends = [at for at, byte in enumerate(whole) if byte == ord("\n")]
+    for size in (0, ends[0] - 1, ends[0], ends[1] + 1, ends[3] + 9, len(whole)):
+        out.write_bytes(whole[:size])
+        answer(source, out)
+        assert out.read_bytes() == whole
+    assert done == [6, 6, 6, 4, 2, 0]
+
+
+def test_jsonl_keeps_what_came_before_ctrl_c(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.jsonl"
+    answer(source, out)
+    whole = out.read_bytes()
+    out.unlink()
+    run: Callable[..., Iterator[Any]] = jobs.run
+
+    def interrupted(llama: Llama, left: list[jobs.Job]) -> Iterator[Any]:
+        for number, line in enumerate(run(llama, left)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield line
+
+    monkeypatch.setattr(jobs, "run", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        answer(source, out)
+    monkeypatch.undo()
+    assert out.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+    answer(source, out)
+    assert out.read_bytes() == whole
+
+
+def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    answer(source, out)
+    whole = out.read_bytes()
+    with pytest.raises(ValueError, match=r"line 1 of .* answers something else than line 1 of the input"):
+        answer(source, out, temperature=0)
+    out.write_bytes(whole + whole)
+    with pytest.raises(ValueError, match="has 12 lines, but there are 6 prompts"):
+        answer(source, out)
+    out.write_bytes(b"my thesis\n")
+    with pytest.raises(ValueError, match="line 1 of .* was not written by complete; name another file"):
+        answer(source, out)
+    assert out.read_bytes() == b"my thesis\n"
+    with pytest.raises(ValueError, match="is the input itself"):
+        answer(source, source)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", 'it must be {"prompt"'),
+        ('{"prompt": "a", "messages": []}', 'it must be {"prompt"'),
+        ('{"prompt": 5}', "prompt=5 must be a text"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is from 'assistant'"),
+        ('{"prompt": "a", "max_len": 5}', "unknown max_len; a line may have prompt, "),
+        ('{"prompt": "a", "seed": -1}', "seed=-1 must be"),
+        ('{"prompt": "a", "top_p": "x"}', "top_p='x' must be"),
+        ('{"prompt": "a", "max_gen_len": -5}', "max_gen_len=-5 must be"),
+        ('{"prompt": "\\ud800"}', "UTF-8"),
+        (json.dumps({"prompt": "dog " * 600}), "max_seq_len=512; shorten it, or pass --max_seq_len "),
+    ],
+)
+def test_jsonl_names_the_bad_line_before_any_work(line: str, message: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}\n\n' + line)
+    with pytest.raises(ValueError, match=f"line 3 of .*{re.escape(message)}"):
+        answer(source, out)
+    assert not out.exists() or not out.read_bytes()
+
+
+def on_a_rank(source: Path, out: Path) -> None:
+    terminal.complete(jsonl=str(source), out=str(out), max_gen_len=6, device="cpu", model_parallel_size=2)
+
+
+def test_jsonl_on_many_processes(pool: Pool, source: Path, tmp_path: Path) -> None:
+    """Two copies of the model on two processes each; one process writes."""
+    out = tmp_path / "many.jsonl"
+    pool.run(on_a_rank, source, out)
+    assert [json.loads(line) for line in out.read_bytes().splitlines()] == answer(source, tmp_path / "one.jsonl")
+
+
+# Pieces and scores
+
+
+def test_tokenize(capsys: pytest.CaptureFixture[str]) -> None:
+    """The experiment's: pieces that the vocabulary lacks are shown as they stand in the text."""
+    path = str(shared("tokenizers/experiment/tokenizer.model"))
+    terminal.tokenize("测试一下,看看什么情况", tokenizer_path=path)
+    *table, ids, decoded = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in table[:5]] == [["1", "<s>"], ["4", "▁"], ["0", "测试"], ["11", "一"], ["141", "下"]]
+    assert ids == "11 ids: 1 4 0 11 141 3 76 76 0 317 310"
+    assert decoded == 'they decode to " ⁇ 一下,看看 ⁇ 情况"'
+
+
+def test_tokenize_other_ways(
+    llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = llama.tokenizer.encode("The dog\n", bos=False, eos=True)
+    (tmp_path / "text").write_text("The dog\n\n")
+    terminal.tokenize(file=str(tmp_path / "text"), bos=False, eos=True, json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ids"] == ids
+    assert shown["text"] == "The dog\n"
+    assert shown["pieces"][-1] == "</s>"
+    for given in (ids, ",".join(map(str, ids)), str(ids), tuple(ids)):
+        terminal.tokenize(ids=given)
+        assert capsys.readouterr().out.endswith('they decode to "The dog\\n"\n')
+    with pytest.raises(ValueError, match="ids='x' must be numbers"):
+        terminal.tokenize(ids="x")
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        terminal.tokenize(ids="-1")
+    with pytest.raises(ValueError, match="not both"):
+        terminal.tokenize("a", ids="1")
+    pipe(monkeypatch, b"caf\xe9")
+    with pytest.raises(ValueError, match="the pipe is not UTF-8 at byte 3"):
+        terminal.tokenize()
+
+
+def test_score(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    [expected] = llama.score(["Once upon a\ttime"])
+    terminal.score("Once upon a\ttime", json=True, device="cpu")
+    assert json.loads(capsys.readouterr().out) == expected
+    terminal.score("Once upon a\ttime", device="cpu")
+    header, *rows, last = capsys.readouterr().out.splitlines()
+    assert header.split() == ["ln", "p", "p", "token"]
+    assert [float(row.split()[0]) for row in rows] == pytest.approx(expected["logprobs"][1:], abs=5e-4)
+    assert "".join(json.loads(row[18:]) for row in rows) == "Once upon a\ttime"
+    assert last == f"perplexity {expected['perplexity']:.4g} over {len(rows)} tokens"
+    terminal.score("", json=True, device="cpu")
+    assert json.loads(capsys.readouterr().out)["perplexity"] is None
+
+
+def test_what_the_model_says_does_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An escape sequence can retitle the window, or type for the user."""
+    for at_a_terminal, shown in ((True, "a\ufffd]0;x\ufffd\n\t狗"), (False, "a\x1b]0;x\x07\n\t狗")):
+        out = io.StringIO()
+        monkeypatch.setattr(out, "isatty", lambda yes=at_a_terminal: yes)
+        monkeypatch.setattr(sys, "stdout", out)
+        terminal._say("a\x1b]0;x\x07\n\t狗")
+        assert out.getvalue() == shown
+
+
+def test_it_reads_no_environment() -> None:
+    assert "environ" not in "".join((ROOT / f"llama/{name}.py").read_text() for name in ("terminal", "jobs"))
