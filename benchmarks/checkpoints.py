@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from llama import ModelArgs, Transformer
+from llama.checkpoint import cut
 
 SHAPES: dict[str, dict[str, float]] = {
     "1.1B": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256, "norm_eps": 1e-5},
@@ -27,11 +28,7 @@ def random_checkpoint(shape: str, folder: Path, dtype: torch.dtype = torch.bfloa
     with torch.device("meta"):
         model = Transformer(args)
     generator = torch.Generator().manual_seed(1)
-    dims = {
-        f"{prefix}.{name}": getattr(module, "shard_dim", None)
-        for prefix, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    }
+    dims = {name: dim for name, (_, dim, _) in cut(model).items()}
     pieces: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
     for name, weight in model.named_parameters():
         full = torch.ones(weight.shape) if weight.ndim == 1 else torch.empty(weight.shape)

@@ -14,7 +14,7 @@ from . import memory, runtime, terminal
 from .checkpoint import fit_vocabulary, open_checkpoint
 from .convert import convert as convert_checkpoint
 from .model import check_args, process_counts
-from .tokenizer import Tokenizer, user_path
+from .tokenizer import Tokenizer, tokenizer_near, user_path
 
 
 def convert(
@@ -87,10 +87,7 @@ def info(
 
 
 def _find_tokenizer(folder: Path, given: Optional[str]) -> Optional[Path]:
-    if given is not None:
-        return user_path(given)
-    places = (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model")
-    return next((path for path in places if path.is_file()), None)
+    return tokenizer_near(folder) if given is None else user_path(given)
 
 
 def main() -> None:

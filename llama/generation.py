@@ -59,7 +59,7 @@ from .parallel import (
 )
 from .sampling import sample_top_p
 from .session import ChatSession
-from .tokenizer import Tokenizer, user_path
+from .tokenizer import Tokenizer, tokenizer_near, user_path
 
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
 DEMO_POSITIONS = 512
@@ -120,9 +120,9 @@ class Llama:
             tokenizer = Tokenizer(_find_tokenizer(folder) if tokenizer_path is None else tokenizer_path)
             args = fit_vocabulary(checkpoint, tokenizer.n_words)
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            check_args(args, group_size(model_parallel_group()))
-            chosen_dtype = runtime.choose_dtype(dtype, checkpoint.dtype, place)
             processes, sharers = group_size(model_parallel_group()), runtime.memory_sharers(place)
+            check_args(args, processes)
+            chosen_dtype = runtime.choose_dtype(dtype, checkpoint.dtype, place)
             with torch.device("meta"):
                 model = Transformer(args)
             check_weights(model, checkpoint)
@@ -442,12 +442,11 @@ class Llama:
 
 
 def _find_tokenizer(ckpt_dir: Path) -> str:
-    """Meta's layout has one tokenizer.model beside the folders of all models; others have it in each."""
+    """Its tokenizer.model, for `Tokenizer`. ValueError where there is none."""
     if not ckpt_dir.is_dir():
         raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
-    for folder in (ckpt_dir, ckpt_dir.absolute().parent):
-        if (folder / "tokenizer.model").is_file():
-            return str(folder / "tokenizer.model")
+    if path := tokenizer_near(ckpt_dir):
+        return str(path)
     raise ValueError(f"no tokenizer.model in {ckpt_dir} or in the folder above it; pass tokenizer_path (--tokenizer_path)")
 
 

@@ -79,16 +79,6 @@ def broadcast_random_state(device: torch.device, group: Group) -> None:
     module.set_rng_state(state[0])
 
 
-def check_same(value: object, what: str, group: Group) -> None:
-    """ValueError on every rank of the group unless all of them come with an equal value (one that pickles alike)."""
-    if group is None:
-        return
-    digests: list[Optional[bytes]] = [None] * group_size(group)
-    dist.all_gather_object(digests, hashlib.sha256(pickle.dumps(value)).digest(), group=group)
-    if len(set(digests)) > 1:
-        raise ValueError(f"the {len(digests)} processes were given different {what}; give all of them the same")
-
-
 def replica() -> tuple[int, int]:
     """(which, of how many): the copies of the model that more processes than one copy needs make up."""
     if not mpu.model_parallel_is_initialized():

@@ -7,7 +7,7 @@ from functools import cached_property
 from logging import getLogger
 from os import PathLike
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 from sentencepiece import SentencePieceProcessor
 
@@ -22,6 +22,12 @@ def user_path(path: Union[str, PathLike[str]]) -> Path:
         return Path(str(path)).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{path} begins with a home folder that does not exist") from error
+
+
+def tokenizer_near(ckpt_dir: Path) -> Optional[Path]:
+    """The tokenizer.model of a checkpoint: Meta's layout has one beside the folders of all models, others one in each."""
+    places = (ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model")
+    return next((path for path in places if path.is_file()), None)
 
 
 class Tokenizer:
