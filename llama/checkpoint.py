@@ -255,7 +255,7 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
     """Give a model that was built on the meta device, and that `check_weights` passed, its weights, and make its cache."""
     group = model_parallel_group()
     rank, ranks = group_rank(group), group_size(group)
-    weights = {}
+    weights, mapped = {}, False
     # Shown after a second and a half, and only on a terminal of the rank that speaks.
     for name, (shape, dim, copies) in tqdm(
         cut(model).items(), "Loading", unit="tensor", delay=1.5, leave=False, disable=None if is_first_process() else True
@@ -264,9 +264,11 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
         first = rank // copies * part
         stored = checkpoint.read(name, dim, first, first + part)
         if stored.dtype == dtype and device.type == "cpu" and stored.is_contiguous():
-            weights[name] = stored
+            weights[name], mapped = stored, True
         else:
             weights[name] = torch.empty(stored.shape, dtype=dtype, device=device)
             checkpoint.mapped.copy(stored, weights[name])
     model.load_state_dict(weights, strict=True, assign=True)
+    if not mapped:
+        model.fuse()
     model.allocate(device, dtype)

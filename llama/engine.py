@@ -10,7 +10,7 @@ import torch
 
 from . import memory, runtime
 from .model import Transformer
-from .parallel import group_size
+from .parallel import AMX, group_size
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
 CHUNK = 512  # prompt tokens in one pass: the square of attention stays small, and long prompts cost no more memory
@@ -18,7 +18,8 @@ CHUNK = 512  # prompt tokens in one pass: the square of attention stays small, a
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """For one row in bfloat16 on a CPU: oneDNN reads the weights at two thirds of the speed of torch's own product."""
+    """For one row in bfloat16 on a CPU without AMX: oneDNN reads the weights at two thirds of the speed of torch's own
+    product."""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)  # as torch.backends.mkldnn.flags does, which warns about TF32
     try:
@@ -82,7 +83,7 @@ class Engine:
 
     def _fast_products(self, rows: int) -> AbstractContextManager[None]:
         weight = self.model.norm.weight
-        one_row = rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        one_row = rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not AMX
         return without_onednn() if one_row else nullcontext()
 
     def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

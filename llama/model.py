@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, group_size, model_parallel_group
+from .parallel import (
+    AMX,
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    fuse,
+    group_size,
+    is_fused,
+    model_parallel_group,
+    products,
+)
 
 
 @dataclass
@@ -102,11 +112,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 
-# Meta's functions, on complex numbers and with repeated heads. The model computes the same with `rotate` and `attend`.
+# Meta's functions, and what the model computes the same with: `rotate` and `attend`.
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
@@ -139,10 +148,18 @@ def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """`apply_rotary_emb` in real numbers: x (B, S, H, D), rotary (1 or B, S, 1, D/2, 2) of cosines and sines."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotary.unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    """`apply_rotary_emb` for one tensor: x (B, S, H, D), rotary (1 or B, S, 1, D/2, 2) float32 of cosines and sines.
+
+    Compiled graphs have no complex numbers; where nothing is compiled they are three times as fast.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        even, odd = pairs.unbind(-1)
+        cos, sin = rotary.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
+    return turned.flatten(-2).type_as(x)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool) -> torch.Tensor:
@@ -159,11 +176,15 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
         mask = None if mask is None else mask[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=K != H)
         return out.transpose(1, 2).reshape(B, S, H * D)
-    # One query: plain products over the groups read every key once, which fused attention does not on a CPU.
+    # One query: the heads of a group stand in as the queries, so that every key is read once.
     q = q.view(B, K, H // K, D)
+    mask = None if mask is None else mask[:, None]
+    if q.device.type == "cpu" and AMX:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, S, H * D)
+    # Fused attention takes five times as long here, on one query: on GPUs it leaves most of them idle.
     scores = (q @ k.transpose(2, 3)) / math.sqrt(D)  # (B, K, H/K, T)
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], -math.inf)
+        scores = scores.masked_fill(~mask, -math.inf)
     return (scores.float().softmax(-1).type_as(q) @ v).view(B, S, H * D)
 
 
@@ -186,6 +207,7 @@ class Attention(nn.Module):
 
     cache_k: torch.Tensor
     cache_v: torch.Tensor
+    fused: Optional[torch.Tensor]  # wq, wk and wv in one matrix, where `Transformer.fuse` made it
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -200,19 +222,22 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, gather_output=False, parts=parts)
         self.wv = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, gather_output=False, parts=parts)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
-        self.cache_shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
+        self.register_buffer("fused", None, persistent=False)
+        self.cache_shape = (args.max_batch_size, args.max_seq_len, self.n_local_kv_heads, self.head_dim)
         self.allocate_cache(self.wq.weight.device, self.wq.weight.dtype)
 
     def allocate_cache(self, device: torch.device, dtype: torch.dtype) -> None:
+        rows, columns, heads, size = self.cache_shape
         for name in ("cache_k", "cache_v"):
-            cache = torch.zeros(self.cache_shape, device=device, dtype=dtype).transpose(1, 2)
+            # A column more than is shown: then no span of columns is contiguous, and one compiled graph serves all.
+            cache = torch.zeros(rows, heads, columns + 1, size, device=device, dtype=dtype)[:, :, :-1].transpose(1, 2)
             self.register_buffer(name, cache, persistent=False)
 
     def forward(self, x: torch.Tensor, window: Window) -> torch.Tensor:
         """(B, S, dim) -> (B, S, dim)"""
-        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), window.rotary)  # (B, S, H, D)
-        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), window.rotary)  # (B, S, K, D)
-        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        projected = products(x, self.fused, (self.wq, self.wk, self.wv))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (B, S, H or K, D)
+        q, k = rotate(q, window.rotary), rotate(k, window.rotary)
         with torch.no_grad():
             self.cache_k[window.slots, window.positions] = k
             self.cache_v[window.slots, window.positions] = v
@@ -223,6 +248,8 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x). (..., dim) -> (..., dim)"""
+
+    fused: Optional[torch.Tensor]  # w1 and w3 in one matrix, where `Transformer.fuse` made it
 
     def __init__(
         self,
@@ -238,9 +265,11 @@ class FeedForward(nn.Module):
         self.w1 = ColumnParallelLinear(dim, width, gather_output=False)
         self.w2 = RowParallelLinear(width, dim)
         self.w3 = ColumnParallelLinear(dim, width, gather_output=False)
+        self.register_buffer("fused", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = products(x, self.fused, (self.w1, self.w3))
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -288,9 +317,35 @@ class Transformer(nn.Module):
         return table.to(device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Transformer:
+        fused = [module for module, _ in self._fusable() if module.fused is not None]
+        for module in fused:
+            module.fused = None  # what moves is its parts
         super()._apply(fn, recurse)
+        if fused:
+            self.fuse()
         self.freqs_cis = self._rotations(self.norm.weight.device)
         return self
+
+    def fuse(self) -> None:
+        """Let wq, wk and wv share one matrix, and w1 and w3 another: two products of a block in place of five.
+
+        For weights that are this process's own: those that lie in a mapped file would be copied.
+        """
+        for module, layers in self._fusable():
+            module.fused = fuse(layers)
+
+    def keep_fused(self) -> None:
+        """Fuse anew where somebody has put other weights into the layers since."""
+        for module, layers in self._fusable():
+            if module.fused is not None and not is_fused(module.fused, layers):
+                module.fused = fuse(layers)
+
+    def _fusable(self) -> Iterator[tuple[Union[Attention, FeedForward], list[Any]]]:
+        for module in self.modules():
+            if isinstance(module, Attention):
+                yield module, [module.wq, module.wk, module.wv]
+            elif isinstance(module, FeedForward):
+                yield module, [module.w1, module.w3]
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make everything that is not a weight: empty caches and the rotary table."""
@@ -311,6 +366,7 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Logits of the tokens that follow: float32 (B, S, vocab_size). For the arguments see `hidden_states`."""
         self.direct_calls += 1  # somebody else writes to the cache
+        self.keep_fused()
         return self.output(self.hidden_states(tokens, start_pos, slots=slots, span=span)).float()
 
     def hidden_states(
@@ -334,6 +390,27 @@ class Transformer(nn.Module):
         for layer in self.layers if layers < 0 else self.layers[:layers]:
             h = layer(h, window)
         return self.norm(h) if layers < 0 else h
+
+    def step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor, rotations: torch.Tensor
+    ) -> torch.Tensor:
+        """One token of each row, row i in slot i: what runs depends on the shapes alone, so that it can become one graph.
+
+        tokens, positions int64 (B,); columns: 0 … T-1 as int64 (T,), T above every position; rotations: `freqs_cis` as
+        real numbers, (max_seq_len, D/2, 2). -> logits float32 (B, vocab_size)
+        """
+        B, T = len(tokens), len(columns)
+        window = Window(
+            slots=torch.arange(B, device=tokens.device)[:, None],
+            positions=positions[:, None],
+            rotary=rotations[positions][:, None, None],
+            keys=(slice(0, B), slice(0, T)),
+            mask=columns <= positions[:, None, None],
+        )
+        h = self.tok_embeddings(tokens[:, None])
+        for layer in self.layers:
+            h = layer(h, window)
+        return self.output(self.norm(h))[:, 0].float()
 
     def _window(
         self,

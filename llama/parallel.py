@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Optional
@@ -22,6 +22,10 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
 Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
+
+# Whether the processor multiplies tiles (Intel's AMX). There oneDNN and fused attention are the fastest with one row too,
+# which they are far from being elsewhere.
+AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def model_parallel_group() -> Group:
@@ -148,6 +152,27 @@ def together(group: Group = None, *, everyone: bool = False) -> Iterator[Agreeme
         raise error
 
 
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ: x (..., in_features), weight (out_features, in_features) -> (..., out_features)."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.shape[-1]:
+        # One row: reads the weights at up to 1.4 times the speed of the product of two matrices.
+        if torch.compiler.is_compiling():
+            return one_row(x, weight)
+        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+@torch.library.custom_op("llama::one_row", mutates_args=())
+def one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`product` for one row, which compilers leave as it is: what they make of it is slower."""
+    return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+
+
+@one_row.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def _needs_autograd(weight: torch.Tensor, x: torch.Tensor, group: Group) -> bool:
     """Across ranks a gradient needs fairscale's autograd functions; on one process torch's own do."""
     return group is not None and torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
@@ -187,8 +212,37 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
                     f"no gradients where {self.copies} processes have the same heads; use fewer processes, or torch.no_grad()"
                 )
             return super().forward(x)
-        y = F.linear(x, self.weight)
+        y = product(x, self.weight)
         return all_gather(y, self.group) if self.gather_output else y
+
+
+def fuse(layers: Sequence[ColumnParallelLinear]) -> Optional[torch.Tensor]:
+    """Make the layers' weights the parts of one matrix and return that: one product in place of several reads it faster.
+
+    None where they are not plain weights (quantised ones are not).
+    """
+    if any(type(layer) is not ColumnParallelLinear for layer in layers):
+        return None
+    whole = torch.cat([layer.weight.detach() for layer in layers])
+    for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
+        layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
+    return whole
+
+
+def products(
+    x: torch.Tensor, fused: Optional[torch.Tensor], layers: Sequence[ColumnParallelLinear]
+) -> Sequence[torch.Tensor]:
+    """What each of the layers makes of x, by one product where `fuse` made one matrix of them."""
+    if fused is None or torch.is_grad_enabled():  # a gradient goes to each layer's own weight
+        return [layer(x) for layer in layers]
+    return product(x, fused).split([layer.output_size_per_partition for layer in layers], dim=-1)
+
+
+def is_fused(whole: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> bool:
+    """Whether the layers' weights are still the parts of `whole`, in this order."""
+    ends = [layer.weight.data_ptr() + layer.weight.nbytes for layer in layers]
+    starts = [layer.weight.data_ptr() for layer in layers]
+    return [*starts, ends[-1]] == [whole.data_ptr(), *ends]
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
@@ -209,7 +263,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if _needs_autograd(self.weight, x, self.group):
             return super().forward(x)
-        return all_reduce(F.linear(x, self.weight), self.group)
+        return all_reduce(product(x, self.weight), self.group)
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

@@ -10,9 +10,11 @@ import atexit
 import contextlib
 import io
 import os
+import platform
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional, TextIO, Union
 
@@ -194,6 +196,19 @@ def _report(kind: type[BaseException], error: BaseException, trace: Optional[Tra
         pass  # rank 0 says the same
     elif _started.excepthook is not None:
         _started.excepthook(kind, error, trace)
+
+
+def cache_folder() -> Path:
+    """Where compiled steps are kept: $LLAMA_CACHE, or llama in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    if folder := os.environ.get("LLAMA_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llama"
+
+
+def processor() -> str:
+    """What this machine's processor can do, as far as compiled code depends on it."""
+    abilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return repr((platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(abilities.items())))
 
 
 def shutdown() -> None:
