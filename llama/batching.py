@@ -146,8 +146,7 @@ class Batch:
         while self.rows:
             if not self.engine.owned_by(self):
                 raise RuntimeError("another call has used the model since; finish a stream, or leave it, before the next call")
-            logits = self._advance(chosen)
-            chosen = self._choose(logits)
+            logits, chosen = self._advance(chosen)
             yield from self._report(logits, chosen)
             ended = [i for i, row in enumerate(self.rows) if row.index in self._cancelled]
             keep = chosen.clone()
@@ -172,15 +171,32 @@ class Batch:
             self.seen[lane, torch.tensor(request.prompt, device=self.engine.device)] = True
         return row
 
-    def _advance(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Run the rows' newest tokens, whole prompts for those that have just come. -> float32 logits (rows, V)."""
+    def _advance(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the rows' newest tokens, whole prompts for those that have just come. -> float32 logits (rows, V), ids (rows,)"""
+        lanes = torch.tensor([row.lane for row in self.rows], device=self.engine.device)
+        noise = self._noise(lanes) if self.sampling.temperature > 0 else None
+        seen = None if self.seen is None else self.seen[lanes]
+        if any(row.fresh for row in self.rows):
+            logits = self._join(chosen)
+            chosen = next_token(logits, self.sampling, noise, seen, self.bias)
+        else:
+            # The newest token stands at a row's last position.
+            positions = [row.length - 1 for row in self.rows]
+            logits, chosen = self.engine.decode_and_choose(
+                chosen.clamp(min=0), positions, self.sampling, noise, seen, self.bias
+            )
+        if self.seen is not None:
+            self.seen[lanes, chosen.clamp(min=0)] = True
+        return logits, chosen
+
+    def _join(self, chosen: torch.Tensor) -> torch.Tensor:
+        """A step in which prompts join the rows that run. -> float32 logits (rows, V)"""
         logits = torch.empty(len(self.rows), self.vocab_size, device=self.engine.device)
         new = [i for i, row in enumerate(self.rows) if row.fresh]
         old = [i for i, row in enumerate(self.rows) if not row.fresh]
         if new:
             logits[new] = self._prefill(new)
         if old:
-            # The newest token stands at the row's last position.
             positions = [self.rows[i].length - 1 for i in old]
             logits[old] = self.engine.decode(chosen[old].clamp(min=0), positions, old)
         return logits
@@ -210,14 +226,6 @@ class Batch:
         dtype = self.engine.model.norm.weight.dtype
         way = "check the weights" if dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
         return ValueError(f"the model's logits for prompt {prompt} are not finite in {dtype}; {way}")
-
-    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
-        lanes = torch.tensor([row.lane for row in self.rows], device=self.engine.device)
-        noise = self._noise(lanes) if self.sampling.temperature > 0 else None
-        chosen = next_token(logits, self.sampling, noise, None if self.seen is None else self.seen[lanes], self.bias)
-        if self.seen is not None:
-            self.seen[lanes, chosen.clamp(min=0)] = True
-        return chosen
 
     def _noise(self, lanes: torch.Tensor) -> torch.Tensor:
         """(rows, V). Rows without a seed share one draw over all lanes, those that ended too, as in Meta's release: the

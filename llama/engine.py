@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Optional
 
 import torch
 
 from . import memory, runtime
+from .compiled import Packaged, Recorded, make_graph
 from .model import Transformer
 from .parallel import AMX, group_size
+from .sampling import Sampling, next_token
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
 CHUNK = 512  # prompt tokens in one pass: the square of attention stays small, and long prompts cost no more memory
@@ -31,12 +34,15 @@ def without_onednn() -> Iterator[None]:
 class Engine:
     """Steps a `Transformer` over the rows ("slots") of its cache."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, compile: Optional[bool] = False) -> None:
+        """compile: as `make_graph` has it."""
         self.model = model
+        self.graph = make_graph(model, compile)
         processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
         self._explained = partial(
             memory.explained, model.params, model.norm.weight.dtype, processes, self.device, sharers
         )  # what to do where memory runs out
+        self._ready = self.graph  # or None, for what a graph would not do
         self._slot0: list[int] = []
         self._calls = 0
         self._user: object = None
@@ -68,13 +74,35 @@ class Engine:
 
     def decode(self, tokens: torch.Tensor, positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """One token of every row, (B,), at its own position. -> float32 logits (B, vocab_size)."""
+        in_order = list(slots) == list(range(len(slots)))  # then the cache is read in place
+        if in_order and isinstance(self._ready, Packaged):
+            with self._explained(), self._fast_products(len(positions)):
+                return self._ready(tokens, positions)
         same = positions[0] if len(set(positions)) == 1 else None
         start_pos = torch.tensor(positions, device=self.device) if same is None else same
-        in_order = list(slots) == list(range(len(slots)))  # then the cache is read in place
         owned = None if in_order else torch.tensor(slots, device=self.device)
         with self._explained(), self._fast_products(len(positions)):
             hidden = self.model.hidden_states(tokens[:, None], start_pos, slots=owned, span=max(positions) + 1)
         return self.logits(hidden[:, -1])
+
+    def decode_and_choose(
+        self,
+        tokens: torch.Tensor,
+        positions: Sequence[int],
+        sampling: Sampling,
+        noise: Optional[torch.Tensor],
+        seen: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`decode` for rows that own the first slots in order, and the next ids: float32 (B, vocab_size), int64 (B,).
+
+        In one graph where there is one. The logits are good until the next call. For the last arguments see `next_token`.
+        """
+        if isinstance(self._ready, Recorded):
+            with self._explained(), self._fast_products(len(positions)):
+                return self._ready(tokens, positions, sampling, noise, seen, bias)
+        logits = self.decode(tokens, positions, range(len(positions)))
+        return logits, next_token(logits, sampling, noise, seen, bias)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, dim) -> float32 (B, vocab_size)"""
@@ -98,6 +126,12 @@ class Engine:
     def take(self, user: object) -> None:
         """From now on the cache is this user's; what it held is forgotten."""
         self._user, self._slot0, self._calls = user, [], self.model.direct_calls
+        self.model.keep_fused()
+        # Graphs do not call what somebody has hooked into the modules.
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+        self._ready = None if hooked else self.graph
+        if self._ready is not None:
+            self._ready.refresh()
 
     def owned_by(self, user: object) -> bool:
         """Whether nobody else has written to the cache since."""

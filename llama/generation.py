@@ -88,6 +88,7 @@ class Llama:
         *,
         device: Union[str, torch.device, None] = None,
         dtype: Union[str, torch.dtype, None] = None,
+        compile: Optional[bool] = None,
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
 
@@ -97,7 +98,9 @@ class Llama:
         model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
         the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu",
         the first of these that is there if not given. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
-        if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16).
+        if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16). compile: True
+        compiles the decode step (a third of a minute once on a CPU, which needs a C++ compiler), False does not. If not
+        given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used.
 
         Raises ValueError, on every process, before any weight is copied, where an argument or a file is not right.
         """
@@ -111,6 +114,8 @@ class Llama:
                 raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed!r} must be a whole number of 64 bits")
+        if compile not in (None, True, False):
+            raise ValueError(f"compile={compile!r} must be True, False or None")
         if ckpt_dir is None and tokenizer_path is not None:
             raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
         place = runtime.start(device, model_parallel_size)
@@ -141,13 +146,13 @@ class Llama:
                 "This is the demo model, which tells small children's stories. For Llama 2, download its weights "
                 "(see README.md) and pass ckpt_dir (--ckpt_dir)."
             )
-        return Llama(model.eval().requires_grad_(False), tokenizer)
+        return Llama(model.eval().requires_grad_(False), tokenizer, compile=compile)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, compile: Optional[bool] = False) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._group = model.output.group  # the processes that share this model
-        self._engine = Engine(model)
+        self._engine = Engine(model, compile)
 
     def __repr__(self) -> str:
         params, weight = self.model.params, self.model.norm.weight

@@ -399,7 +399,7 @@ class Transformer(nn.Module):
         tokens, positions int64 (B,); columns: 0 … T-1 as int64 (T,), T above every position; rotations: `freqs_cis` as
         real numbers, (max_seq_len, D/2, 2). -> logits float32 (B, vocab_size)
         """
-        B, T = len(tokens), len(columns)
+        B, T = tokens.shape[0], columns.shape[0]  # not len(), which would fix them in a graph
         window = Window(
             slots=torch.arange(B, device=tokens.device)[:, None],
             positions=positions[:, None],

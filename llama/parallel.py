@@ -229,9 +229,7 @@ def fuse(layers: Sequence[ColumnParallelLinear]) -> Optional[torch.Tensor]:
     return whole
 
 
-def products(
-    x: torch.Tensor, fused: Optional[torch.Tensor], layers: Sequence[ColumnParallelLinear]
-) -> Sequence[torch.Tensor]:
+def products(x: torch.Tensor, fused: Optional[torch.Tensor], layers: Sequence[ColumnParallelLinear]) -> Sequence[torch.Tensor]:
     """What each of the layers makes of x, by one product where `fuse` made one matrix of them."""
     if fused is None or torch.is_grad_enabled():  # a gradient goes to each layer's own weight
         return [layer(x) for layer in layers]

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -205,9 +206,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llama"
 
 
+@contextlib.contextmanager
+def inductor_cache() -> Iterator[None]:
+    """Let torch.compile keep what it makes in `cache_folder`, unless the user has named another place."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    if name in os.environ:
+        yield
+        return
+    folder = cache_folder() / "inductor"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
 def processor() -> str:
     """What this machine's processor can do, as far as compiled code depends on it."""
-    abilities = getattr(torch.cpu, "get_capabilities", dict)()
+    abilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return repr((platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(abilities.items())))
 
 
