@@ -94,7 +94,7 @@ class Packaged:
         self.model = model
         self._runners: dict[bool, Any] = {}  # by whether there are several rows
         self._columns = torch.arange(model.params.max_seq_len)
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors: list[torch.Tensor] = []
 
     def path(self, several: bool) -> Path:
         return runtime.cache_folder() / f"{fingerprint(self.model, several)}.pt2"
@@ -136,14 +136,15 @@ class Packaged:
 
     def refresh(self) -> None:
         """Look up the weights and caches again: they may have been replaced since the last call."""
-        self._tensors = named_tensors(self.model)
+        self._tensors = list(named_tensors(self.model).values())
 
     def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """As `Transformer.step`."""
         at = torch.tensor(positions)
         columns = self._columns[: max(2, max(positions) + 1)]
-        runner = self._runners[len(positions) > 1]
-        logits: torch.Tensor = runner(self._tensors, tokens, at, columns, rotations(self.model))
+        # Not the runner's own call, which takes its arguments apart one by one: half of a small model's step.
+        loader = self._runners[len(positions) > 1].loader
+        (logits,) = loader.boxed_run([*self._tensors, tokens, at, columns, rotations(self.model)])
         return logits
 
 

@@ -48,6 +48,12 @@ def golden(name: str) -> Any:
     return json.loads(shared(f"golden/{name}.golden.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_compiled_steps(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the user of this machine has compiled is not what the tests are about."""
+    os.environ["LLAMA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A 400-piece model with Llama 2's settings."""

@@ -1,0 +1,232 @@
+"""The decode step as a graph, against the same step run op by op."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from conftest import random_weights, write_checkpoint
+from workers import Pool
+
+from llama import Llama, compiled, runtime
+from llama.engine import Engine
+
+PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1, 20], [1, 8, 30, 31]]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that outlives a test: compiling takes seconds."""
+    return tmp_path_factory.mktemp("packages")
+
+
+def build(tiny: Path, tokenizer_path: str, compile: Optional[bool] = None, rows: int = 4) -> Llama:
+    llama = Llama.build(str(tiny), tokenizer_path, 512, rows, device="cpu", compile=compile)
+    llama.tokenizer.eos_id = -1  # random weights may choose it
+    return llama
+
+
+@needs_compiler
+def test_packaged(
+    tiny: Path, tokenizer_path: str, packages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiled once, said so, found again without being asked for; the same ids as op by op, over the whole cache."""
+    monkeypatch.setenv("LLAMA_CACHE", str(packages))
+    eager = build(tiny, tokenizer_path)
+    assert eager._engine.graph is None  # nothing is compiled that was not asked for
+    capsys.readouterr()
+    first = build(tiny, tokenizer_path, compile=True)
+    assert capsys.readouterr().out.count("Compiled in") == 2  # for one row, and for several
+    again = build(tiny, tokenizer_path)
+    assert "Compil" not in capsys.readouterr().out
+    for llama in (first, again):
+        assert isinstance(llama._engine.graph, compiled.Packaged)
+    assert build(tiny, tokenizer_path, compile=False)._engine.graph is None
+    steps = count_calls(monkeypatch, again._engine.model, "hidden_states")
+    for prompts in (PROMPTS[:1], PROMPTS):
+        ids, scores = again.generate(prompts, 505, temperature=0, logprobs=True)
+        expected, theirs = eager.generate(prompts, 505, temperature=0, logprobs=True)
+        assert ids == expected
+        assert len(ids[0]) == 505
+        for ours, other in zip(scores or [], theirs or []):
+            assert ours == pytest.approx(other, abs=1e-4)
+    assert len(steps) <= 3  # prompts only
+    torch.manual_seed(5)
+    sampled, _ = again.generate(PROMPTS, 40)
+    torch.manual_seed(5)
+    assert sampled == eager.generate(PROMPTS, 40)[0]
+
+
+@needs_compiler
+def test_packaged_sees_what_the_model_becomes(
+    tiny: Path, tokenizer_path: str, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights, in place or as other parameters, and hooks, count from the next call on."""
+    monkeypatch.setenv("LLAMA_CACHE", str(packages))
+    llama, other = build(tiny, tokenizer_path, compile=True), build(tiny, tokenizer_path, compile=False)
+    weights = random_weights(seed=9)
+    for assign in (False, True):
+        for model in (llama.model, other.model):
+            model.load_state_dict({name: w.clone() for name, w in weights.items()}, assign=assign)
+        assert llama.generate(PROMPTS[:1], 20, 0) == other.generate(PROMPTS[:1], 20, 0)
+        weights = random_weights(seed=10)
+    seen: list[int] = []
+    handle = llama.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    llama.generate(PROMPTS[:1], 20, 0)
+    handle.remove()
+    assert len(seen) == 20
+    llama.generate(PROMPTS[:1], 20, 0)
+    assert len(seen) == 20
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[None]:
+    calls: list[None] = []
+    function: Callable[..., Any] = getattr(target, name)
+    monkeypatch.setattr(target, name, lambda *a, **k: calls.append(None) or function(*a, **k))
+    return calls
+
+
+def test_without_a_compiler(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("No working C++ compiler found\nand a long story")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    llama = build(tiny, tokenizer_path, compile=True, rows=1)
+    out = capsys.readouterr().out
+    assert "The decode step is not compiled, and runs as it is: No working C++ compiler found\n" in out
+    assert "long story" not in out
+    assert llama.generate(PROMPTS[:1], 5, 0) == build(tiny, tokenizer_path, rows=1).generate(PROMPTS[:1], 5, 0)
+
+
+def test_compile_is_true_false_or_none(tiny: Path, tokenizer_path: str) -> None:
+    with pytest.raises(ValueError, match="compile='yes' must be True, False or None"):
+        Llama.build(str(tiny), tokenizer_path, compile="yes")  # type: ignore[arg-type]
+
+
+def record(llama: Llama, backend: Optional[str]) -> compiled.Recorded:
+    graph = compiled.Recorded(llama.model, backend)
+    llama._engine.graph = graph
+    return graph
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_recorded(tiny: Path, tokenizer_path: str, backend: Optional[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU records: static buffers, buckets of rows and columns, filled-up rows, rows that end and join, sampling."""
+    monkeypatch.setattr(compiled, "LEAST_COLUMNS", 16)
+    torch._dynamo.reset()
+    llama, eager = build(tiny, tokenizer_path), build(tiny, tokenizer_path, compile=False)
+    graph = record(llama, backend)
+    many = [f"{'once ' * i}a dog" for i in (1, 5, 2, 9, 3, 4, 7)]
+    options: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_k": 20, "min_p": 0.01, "seed": 3},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "logit_bias": {7: -2.0}},
+        {"temperature": 0.7, "seed": [1, 2, 3, 4, 5, 6, 7]},
+    ]
+    for kwargs in options:
+        torch.manual_seed(1)
+        ours = llama.text_completion(many, max_gen_len=30, logprobs=3, **kwargs)
+        torch.manual_seed(1)
+        theirs = eager.text_completion(many, max_gen_len=30, logprobs=3, **kwargs)
+        for a, b in zip(ours, theirs):
+            assert a["tokens"] == b["tokens"]
+            assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
+    assert {key[:2] for key in graph._recordings} >= {(4, 32), (4, 64)}
+    assert llama.generate(PROMPTS[:1], 505, 0) == eager.generate(PROMPTS[:1], 505, 0)
+    assert {key[1] for key in graph._recordings if key[0] == 1} == {16, 32, 64, 128, 256, 512}
+
+
+def test_one_graph_for_each_number_of_rows(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fullgraph=True means no breaks; and no span, position, slot or ragged batch makes it compile again."""
+    monkeypatch.setattr(compiled, "LEAST_COLUMNS", 16)
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    llama = build(tiny, tokenizer_path)
+    record(llama, counting)  # type: ignore[arg-type]
+    llama.generate(PROMPTS[:1], 505, 0)
+    assert len(graphs) == 1
+    llama.generate(PROMPTS[1:2], 100, 0.8)
+    assert len(graphs) == 1
+    for _ in range(2):
+        llama.generate(PROMPTS, 60, 0)
+        llama.text_completion(["a dog"] * 9, max_gen_len=10, temperature=0)
+    assert 2 <= len(graphs) <= 3  # for 1, 2 and 4 rows
+    assert not any("complex" in str(node.meta.get("example_value", "")) for graph in graphs for node in graph.graph.nodes)
+
+
+def test_recorded_forgets_replaced_weights(tiny: Path, tokenizer_path: str) -> None:
+    """A recorded graph knows addresses only."""
+    llama = build(tiny, tokenizer_path)
+    graph = record(llama, None)
+    llama.generate(PROMPTS[:1], 3, 0)
+    llama.model.load_state_dict(random_weights(seed=4), assign=True)
+    graph_count = len(graph._recordings)
+    llama.generate(PROMPTS[:1], 1, 0)
+    assert graph_count == 1
+    assert not graph._recordings
+
+
+def on_two(folder: str, tokenizer_path: str) -> list[list[int]]:
+    torch._dynamo.reset()
+    llama = Llama.build(folder, tokenizer_path, 512, 4, 2, device="cpu")
+    llama._engine = Engine(llama.model)
+    record(llama, "eager")
+    return llama.generate(PROMPTS, 30, 0)[0]
+
+
+def test_all_reduces_are_in_the_graph(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    """Two processes: fullgraph=True would refuse a collective that breaks the graph."""
+    expected = build(tiny, tokenizer_path, compile=False).generate(PROMPTS, 30, 0)[0]
+    assert pool.run(on_two, str(tiny), tokenizer_path) == [expected] * 4
+
+
+def test_fused_projections(tmp_path: Path, tokenizer_path: str) -> None:
+    """Where weights were copied they are the rows of shared matrices, under their own names; replaced ones count."""
+    folder = write_checkpoint(tmp_path / "half", {n: w.bfloat16() for n, w in random_weights().items()})
+    mapped = Llama.build(str(folder), tokenizer_path, device="cpu")
+    copied = Llama.build(str(folder), tokenizer_path, device="cpu", dtype="float32")
+    assert mapped.model.layers[0].attention.fused is None
+    attention = copied.model.layers[0].attention
+    assert attention.fused.shape == (64 + 2 * 32, 64)
+    assert attention.wk.weight.data_ptr() == attention.fused[64:].data_ptr()
+    assert copied.model.state_dict().keys() == mapped.model.state_dict().keys()
+    plain = Llama(copied.model.__class__(copied.model.params).requires_grad_(False), copied.tokenizer)
+    plain.model.load_state_dict(copied.model.state_dict())
+    tokens = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(copied.model(tokens, 0), plain.model(tokens, 0))
+        for llama in (copied, plain):
+            llama.model.load_state_dict(random_weights(seed=8), assign=True)
+        torch.testing.assert_close(copied.model(tokens, 0), plain.model(tokens, 0))
+        assert attention.wk.weight.data_ptr() == attention.fused[64:].data_ptr()
+        copied.model.double()
+        assert attention.fused.dtype == torch.float64
+        assert attention.wk.weight.data_ptr() == attention.fused[64:].data_ptr()
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path
+    monkeypatch.delenv("LLAMA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path / "llama"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert runtime.cache_folder() == Path.home() / ".cache/llama"
