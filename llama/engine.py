@@ -17,6 +17,7 @@ from .sampling import Sampling, next_token
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
 CHUNK = 512  # prompt tokens in one pass: the square of attention stays small, and long prompts cost no more memory
+GPU_CHUNK = 2048  # flash attention has no square, and fewer tokens do not keep a GPU busy
 
 
 @contextmanager
@@ -62,14 +63,15 @@ class Engine:
         the model.
         """
         lengths = [len(prompt) for prompt in prompts]
-        for at in range(start, max(lengths), CHUNK):
-            end = min(at + CHUNK, max(lengths))
+        chunk = GPU_CHUNK if self.device.type == "cuda" else CHUNK
+        for at in range(start, max(lengths), chunk):
+            end = min(at + chunk, max(lengths))
             rows = [row for row, length in enumerate(lengths) if length > at]
             end = min(end, max(lengths[row] for row in rows))
-            chunk = [[*prompts[row][at:end], *[0] * (end - max(at, lengths[row]))] for row in rows]
+            ids = [[*prompts[row][at:end], *[0] * (end - max(at, lengths[row]))] for row in rows]
             owned = torch.tensor([slots[row] for row in rows], device=self.device)
             with self._explained():
-                hidden = self.model.hidden_states(torch.tensor(chunk, device=self.device), at, slots=owned, layers=layers)
+                hidden = self.model.hidden_states(torch.tensor(ids, device=self.device), at, slots=owned, layers=layers)
             yield rows, hidden, at
 
     def decode(self, tokens: torch.Tensor, positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:

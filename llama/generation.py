@@ -98,7 +98,8 @@ class Llama:
         model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
         the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu",
         the first of these that is there if not given. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
-        if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16). compile: True
+        if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16, and bfloat16 for a
+        float16 one on an x86 processor, which is slow in float16; a line says so). compile: True
         compiles the decode step (a third of a minute once on a CPU, which needs a C++ compiler), False does not. If not
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used.
 
@@ -141,6 +142,9 @@ class Llama:
         _warn_beyond_training(args, trained)
         torch.manual_seed(seed)
         print(f"Loaded in {time.time() - started:.2f} seconds")
+        if dtype is None and chosen_dtype != checkpoint.dtype:
+            stored, used = (str(d).removeprefix("torch.") for d in (checkpoint.dtype, chosen_dtype))
+            print(f"The checkpoint is in {stored}, which {place} is not good at: it runs in {used}; dtype={stored!r} keeps it.")
         if ckpt_dir is None:
             print(
                 "This is the demo model, which tells small children's stories. For Llama 2, download its weights "

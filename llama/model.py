@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 from .parallel import (
     AMX,
@@ -165,16 +166,19 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool) -> torch.Tensor:
     """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
 
-    q (B, S, H, D); k, v (B, T, K, D); mask (1 or B, S, T), True where a query sees a key; causal needs S = T and no mask.
-    -> (B, S, H * D)
+    q (B, S, H, D); k, v (B, T, K, D); mask (1 or B, S, T), True where a query sees a key; causal: the queries are the last
+    S of T places, and each sees the keys up to its own. -> (B, S, H * D)
     """
     B, S, H, D = q.shape
-    K = k.shape[2]
+    T, K = k.shape[1:3]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D), contiguous in a row of the cache
     if S > 1:
         q = q.transpose(1, 2)
-        mask = None if mask is None else mask[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=K != H)
+        seen: Optional[torch.Tensor] = None if mask is None else mask[:, None]
+        if causal and S < T and q.device.type == "cuda":
+            # The same mask under a name that flash attention knows.
+            seen = cast(torch.Tensor, causal_lower_right(S, T))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and S == T, enable_gqa=K != H)
         return out.transpose(1, 2).reshape(B, S, H * D)
     # One query: the heads of a group stand in as the queries, so that every key is read once.
     q = q.view(B, K, H // K, D)
@@ -197,6 +201,7 @@ class Window:
     rotary: torch.Tensor  # (1 or B, S, 1, D/2, 2) float32
     keys: Optional[tuple[Any, slice]]  # what to read of the cache; None: the new tokens see only each other
     mask: Optional[torch.Tensor]  # (1 or B, S, T) bool
+    causal: bool = False  # the rows stand at the same place, and their S tokens are the last of the T columns
 
 
 class Attention(nn.Module):
@@ -243,7 +248,7 @@ class Attention(nn.Module):
             self.cache_v[window.slots, window.positions] = v
         if window.keys is not None:
             k, v = self.cache_k[window.keys], self.cache_v[window.keys]  # (B, T, K, D)
-        return self.wo(attend(q, k, v, window.mask, causal=window.keys is None))
+        return self.wo(attend(q, k, v, window.mask, window.causal))
 
 
 class FeedForward(nn.Module):
@@ -443,4 +448,5 @@ class Transformer(nn.Module):
         rows = torch.arange(B, device=device) if slots is None else slots
         keys = None if fresh else (slice(0, B) if slots is None else slots, slice(0, span))
         rotary = torch.view_as_real(self.freqs_cis)[positions][:, :, None]
-        return Window(rows[:, None], positions, rotary, keys, mask)
+        causal = S > 1 and isinstance(start_pos, int) and span == start_pos + S
+        return Window(rows[:, None], positions, rotary, keys, mask, causal)
