@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from . import memory, runtime
-from .model import Transformer
+from .model import Transformer, TransformerBlock
 from .parallel import group_size
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
@@ -39,6 +39,7 @@ class Engine:
         self._slot0: list[int] = []
         self._calls = 0
         self._user: object = None
+        self._exact: dict[tuple[torch.dtype, torch.device], bool] = {}
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +75,34 @@ class Engine:
         with self._explained(), self._fast_products(len(positions)):
             hidden = self.model.hidden_states(tokens[:, None], start_pos, slots=owned, span=max(positions) + 1)
         return self.logits(hidden[:, -1])
+
+    def verify(self, tokens: Sequence[int], position: int) -> torch.Tensor:
+        """The newest token of slot 0's row, at `position` (above 0), and drafts behind it, in one pass.
+
+        -> float32 logits (S, vocab_size), one row for each. What it leaves in the cache behind a draft that is refused is
+        overwritten before it is looked at.
+        """
+        exact, batch = self.verifies_exactly, torch.tensor([list(tokens)], device=self.device)
+        with self._explained(), self._fast_products(1 if exact else len(tokens)):
+            hidden = self.model.hidden_states(batch, position, span=position + len(tokens), as_steps=exact)
+            return self.model.output(hidden[0]).float()
+
+    @property
+    def verifies_exactly(self) -> bool:
+        """Whether `verify` gives the bits that steps of one token give: whether this machine's products, made as for one row,
+        do not depend on the rows beside it. Tried out on a block's widest products. The same on all processes.
+
+        So it is for torch's own bfloat16 products on x86, but not in float32, nor on GPUs.
+        """
+        weight, block = self.model.norm.weight, self.model.layers[0]
+        assert isinstance(block, TransformerBlock)
+        key = (weight.dtype, weight.device)
+        if key not in self._exact:
+            rows = torch.randn(1, 4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+            with torch.inference_mode(), self._fast_products(1):
+                alone = [block.feed_forward(block.ffn_norm(rows[:, i : i + 1])) for i in range(4)]
+                self._exact[key] = torch.equal(block.feed_forward(block.ffn_norm(rows)), torch.cat(alone, dim=1))
+        return self._exact[key]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, dim) -> float32 (B, vocab_size)"""

@@ -176,6 +176,7 @@ class Window:
     rotary: torch.Tensor  # (1 or B, S, 1, D/2, 2) float32
     keys: Optional[tuple[Any, slice]]  # what to read of the cache; None: the new tokens see only each other
     mask: Optional[torch.Tensor]  # (1 or B, S, T) bool
+    as_steps: bool = False  # attend to each token by itself, as steps of one token would, bit for bit
 
 
 class Attention(nn.Module):
@@ -218,6 +219,10 @@ class Attention(nn.Module):
             self.cache_v[window.slots, window.positions] = v
         if window.keys is not None:
             k, v = self.cache_k[window.keys], self.cache_v[window.keys]  # (B, T, K, D)
+        if window.as_steps:
+            ends = range(k.shape[1] - q.shape[1] + 1, k.shape[1] + 1)
+            parts = [attend(q[:, i : i + 1], k[:, :end], v[:, :end], None, causal=False) for i, end in enumerate(ends)]
+            return self.wo(torch.cat(parts, dim=1))
         return self.wo(attend(q, k, v, window.mask, causal=window.keys is None))
 
 
@@ -321,15 +326,18 @@ class Transformer(nn.Module):
         slots: Optional[torch.Tensor] = None,
         span: Optional[int] = None,
         layers: int = -1,
+        as_steps: bool = False,
     ) -> torch.Tensor:
         """What `output` turns into logits, (B, S, dim) in the model's dtype; the new keys and values enter the cache.
 
         tokens (B, S) int64. start_pos: the position of every row's first new token; an int (Meta's), or int64 (B,), one
         for each row. slots int64 (B,): the cache rows that the batch rows own; 0 … B-1 if not given. span: how many
         cache columns to look at, at least every start_pos + S; given, it spares a look at the positions on the device.
-        layers: run so many blocks, and no last norm; all if negative.
+        layers: run so many blocks, and no last norm; all if negative. as_steps: attend to each token by itself; start_pos
+        is an int above 0 then.
         """
         window = self._window(tokens, start_pos, slots, span)
+        window.as_steps = as_steps
         h = self.tok_embeddings(tokens)
         for layer in self.layers if layers < 0 else self.layers[:layers]:
             h = layer(h, window)
