@@ -69,7 +69,10 @@ class Options(TypedDict, total=False):
 
     stop: a string or several; the text ends before the first that comes up, also across ids. stop_ids: ids that end a
     text as EOS does. seed: of one call, or one for each prompt; a prompt with a seed gives the same text whatever else
-    is in the batch and whatever ran before. top_k, min_p, repetition_penalty, logit_bias: see `Sampling`.
+    is in the batch and whatever ran before. top_k, min_p, repetition_penalty, logit_bias: see `Sampling`. draft: where one
+    prompt runs alone at temperature 0, verify several ids in a pass that the text itself suggests. If not given, so it is
+    done in float32 on a CPU, where it changes no id; True asks for it elsewhere too, where rounding may decide otherwise
+    between ids that are equally good.
     """
 
     stop: Union[str, Sequence[str], None]
@@ -79,6 +82,7 @@ class Options(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     logit_bias: Optional[Mapping[int, float]]
+    draft: Optional[bool]
 
 
 class Completions:
@@ -227,6 +231,7 @@ class Choice:
     stop_ids: tuple[int, ...]
     seeds: tuple[Optional[int], ...]  # one for each prompt
     seed: Optional[int]
+    draft: Optional[bool]
 
 
 def parse_options(temperature: float, top_p: float, options: Options, prompts: int, vocab_size: int) -> Choice:
@@ -250,6 +255,9 @@ def parse_options(temperature: float, top_p: float, options: Options, prompts: i
     for number in (seed, *seeds):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63):
             raise ValueError(f"seed={number!r} must be a whole number from 0 to 2**63 - 1")
+    draft = options.get("draft")
+    if draft not in (None, True, False):
+        raise ValueError(f"draft={draft!r} must be True, False or None")
     sampling = Sampling(
         temperature,
         top_p,
@@ -259,4 +267,4 @@ def parse_options(temperature: float, top_p: float, options: Options, prompts: i
         options.get("logit_bias"),
     )
     sampling.bias(vocab_size, torch.device("cpu"))  # checks it
-    return Choice(sampling, stops, stop_ids, seeds, seed)
+    return Choice(sampling, stops, stop_ids, seeds, seed, draft)

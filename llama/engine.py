@@ -106,6 +106,16 @@ class Engine:
         logits = self.decode(tokens, positions, range(len(positions)))
         return logits, next_token(logits, sampling, noise, seen, bias)
 
+    def verify(self, tokens: Sequence[int], position: int) -> torch.Tensor:
+        """The newest token of slot 0's row, at `position` (above 0), and drafts behind it, in one pass.
+
+        -> float32 logits (S, vocab_size), one row for each. What it leaves in the cache behind a draft that is refused is
+        overwritten before it is looked at.
+        """
+        batch = torch.tensor([list(tokens)], device=self.device)
+        with self._explained():
+            return self.model.output(self.model.hidden_states(batch, position)[0]).float()
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, dim) -> float32 (B, vocab_size)"""
         with self._explained(), self._fast_products(len(hidden)):

@@ -404,6 +404,7 @@ class Llama:
             alternatives=0 if isinstance(logprobs, bool) else logprobs,
             score_prompts=bool(logprobs) and echo,
             reuse=reuse,
+            draft=choice.draft,
             generator=generator,
         )
         return batch, choice

@@ -1,0 +1,54 @@
+"""Drafts of what comes next, looked up in a row's own ids (prompt lookup decoding, a form of speculative decoding:
+Leviathan et al. 2023, https://arxiv.org/abs/2211.17192). Ids only; a model has to verify them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SIZES = (4, 3)  # of the n-grams, the longest first; pairs occur again too often by chance
+LONGEST = 15  # with the newest token, one pass over 16
+COST = 0.5  # of a drafted token, in steps of one token: more than it takes, so that losses are reckoned too high
+INCOME = 0.02  # what each step adds: so much of the time may be lost on drafts that are refused
+
+
+class Drafter:
+    """Proposes the ids that followed an earlier occurrence of a row's last few ids.
+
+    How many, its credit says, which is counted in steps of one token: accepted drafts earn, refused ones cost. So drafts
+    grow where the text repeats itself; where it does not, they stop, and one is tried now and then.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.credit = 2.0
+        self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> the position behind its latest occurrence
+
+    def read(self, new: Sequence[int]) -> None:
+        """Take in the row's next ids."""
+        for token in new:
+            # Only now is it known what follows the n-grams that end here, so that none finds itself.
+            for size in SIZES:
+                if len(self.ids) >= size:
+                    self._follower[tuple(self.ids[-size:])] = len(self.ids)
+            self.ids.append(token)
+
+    def draft(self, most: int) -> list[int]:
+        """At most so many ids that may come next; none where there is no credit or no occurrence."""
+        count = min(most, LONGEST, int(self.credit))
+        self.credit += INCOME
+        if count < 1:
+            return []
+        grams = (tuple(self.ids[-size:]) for size in SIZES)
+        place = next((self._follower[gram] for gram in grams if gram in self._follower), None)
+        if place is None:
+            return []
+        drafted = self.ids[place : place + count]
+        period = len(self.ids) - place  # a loop goes on with what it has just drafted
+        while len(drafted) < count:
+            drafted.append(drafted[-period])
+        return drafted
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """So many of the drafted ids turned out right."""
+        self.credit = min(self.credit + accepted - COST * drafted, LONGEST + 1)
