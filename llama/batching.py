@@ -12,6 +12,7 @@ import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Optional
 
 import torch
@@ -54,7 +55,7 @@ class Step:
     prompt_logprobs: Optional[list[float]] = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     index: int
     request: Request
@@ -73,6 +74,16 @@ class _Row:
     @property
     def length(self) -> int:
         return len(self.request.prompt) + len(self.new)
+
+
+@dataclass
+class _Ahead:
+    """A step that was queued before it was known which rows go on."""
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+    rows: list[_Row]  # that it was run for
+    states: list[tuple[torch.Generator, torch.Tensor]]  # of the generators, before it drew
 
 
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], args: ModelArgs) -> list[list[int]]:
@@ -137,6 +148,7 @@ class Batch:
             draft = engine.model.norm.weight.dtype == torch.float32 and engine.device.type == "cpu"
         self.draft = draft and sampling.temperature == 0 and self.seen is None
         self.rows: list[_Row] = []
+        self._ahead: Optional[_Ahead] = None
         self._cancelled: set[int] = set()
 
     def cancel(self, index: int) -> None:
@@ -174,6 +186,23 @@ class Batch:
                     keep[i] = keep[len(self.rows)]
             chosen = keep[: len(self.rows)]
 
+    def _look_ahead(self, chosen: torch.Tensor) -> None:
+        """Queue the next step before the host knows this one's ids: the device need not wait for it. Of rows that turn out
+        to have ended, nothing remains of it but columns that are overwritten before they are looked at."""
+        rooms = (min(self.limit - row.length, row.request.max_new - len(row.new)) for row in self.rows)
+        if self.seen is None and all(room > 1 for room in rooms):
+            generators = [self._generator, *(row.generator for row in self.rows if row.generator is not None)]
+            states = [(generator, generator.get_state()) for generator in generators] if self.sampling.temperature > 0 else []
+            self._ahead = _Ahead(*self._advance(chosen, known=False), list(self.rows), states)
+
+    @property
+    def _generator(self) -> torch.Generator:
+        """The one that rows without a seed draw with."""
+        if self.generator is not None:
+            return self.generator
+        device = self.engine.device
+        return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
+
     def _check_owned(self) -> None:
         if not self.engine.owned_by(self):
             raise RuntimeError("another call has used the model since; finish a stream, or leave it, before the next call")
@@ -182,6 +211,13 @@ class Batch:
         """Logits (rows, V) and ids (rows,) of one step, or of several in turn where drafts of a lone row hold."""
         self._check_owned()
         row = self.rows[0]
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            if ahead.rows == self.rows:
+                yield ahead.logits, ahead.chosen
+                return
+            for generator, state in ahead.states:
+                generator.set_state(state)
         if not self.draft or len(self.rows) > 1 or row.fresh:
             yield self._advance(chosen)
             return
@@ -231,8 +267,11 @@ class Batch:
             self.seen[lane, torch.tensor(request.prompt, device=self.engine.device)] = True
         return row
 
-    def _advance(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the rows' newest tokens, whole prompts for those that have just come. -> float32 logits (rows, V), ids (rows,)"""
+    def _advance(self, chosen: torch.Tensor, known: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the rows' newest tokens, whole prompts for those that have just come. -> float32 logits (rows, V), ids (rows,)
+
+        known: whether the rows have the chosen tokens already, or they are only on the device.
+        """
         lanes = torch.tensor([row.lane for row in self.rows], device=self.engine.device)
         noise = self._noise(lanes) if self.sampling.temperature > 0 else None
         seen = None if self.seen is None else self.seen[lanes]
@@ -241,7 +280,7 @@ class Batch:
             chosen = next_token(logits, self.sampling, noise, seen, self.bias)
         else:
             # The newest token stands at a row's last position.
-            positions = [row.length - 1 for row in self.rows]
+            positions = [row.length - known for row in self.rows]
             logits, chosen = self.engine.decode_and_choose(
                 chosen.clamp(min=0), positions, self.sampling, noise, seen, self.bias
             )
@@ -307,7 +346,9 @@ class Batch:
         if self.alternatives:
             top = torch.log_softmax(logits, dim=-1).topk(min(self.alternatives, self.vocab_size), dim=-1)
             best = [list(zip(ids, values)) for ids, values in zip(top.indices.tolist(), top.values.tolist())]
-        for i, (row, token) in enumerate(zip(list(self.rows), chosen.tolist())):
+        ahead = self.engine.looks_ahead and not self.draft
+        tokens = self.engine.read(chosen, partial(self._look_ahead, chosen) if ahead else None)
+        for i, (row, token) in enumerate(zip(list(self.rows), tokens)):
             step = Step(row.index, prompt_logprobs=row.prompt_logprobs)
             row.prompt_logprobs = None
             room = self.limit - row.length

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Optional
@@ -105,6 +105,26 @@ class Engine:
                 return self._ready(tokens, positions, sampling, noise, seen, bias)
         logits = self.decode(tokens, positions, range(len(positions)))
         return logits, next_token(logits, sampling, noise, seen, bias)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step costs the host so little that the next may be queued before this one's ids are known to it."""
+        return isinstance(self._ready, Recorded) and self.device.type == "cuda"
+
+    def read(self, ids: torch.Tensor, meanwhile: Optional[Callable[[], None]] = None) -> list[int]:
+        """Ids of the device as numbers. `meanwhile` may queue work there, which is not waited for."""
+        if self.device.type != "cuda":
+            if meanwhile is not None:
+                meanwhile()
+            return ids.tolist()
+        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        host.copy_(ids, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        if meanwhile is not None:
+            meanwhile()
+        copied.synchronize()
+        return host.tolist()
 
     def verify(self, tokens: Sequence[int], position: int) -> torch.Tensor:
         """The newest token of slot 0's row, at `position` (above 0), and drafts behind it, in one pass.

@@ -31,8 +31,8 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("packages")
 
 
-def build(tiny: Path, tokenizer_path: str, compile: Optional[bool] = None, rows: int = 4) -> Llama:
-    llama = Llama.build(str(tiny), tokenizer_path, 512, rows, device="cpu", compile=compile)
+def build(tiny: Path, tokenizer_path: str, compile: Optional[bool] = None, rows: int = 4, dtype: Optional[str] = None) -> Llama:
+    llama = Llama.build(str(tiny), tokenizer_path, 512, rows, device="cpu", compile=compile, dtype=dtype)
     llama.tokenizer.eos_id = -1  # random weights may choose it
     return llama
 
@@ -147,6 +147,37 @@ def test_recorded(tiny: Path, tokenizer_path: str, backend: Optional[str], monke
     assert {key[:2] for key in graph._recordings} >= {(4, 32), (4, 64)}
     assert llama.generate(PROMPTS[:1], 505, 0) == eager.generate(PROMPTS[:1], 505, 0)
     assert {key[1] for key in graph._recordings if key[0] == 1} == {16, 32, 64, 128, 256, 512}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_looking_ahead(tiny: Path, tokenizer_path: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step is queued before this one's ids are read. Rows end at EOS, at their lengths and by stop strings, others
+    take their slots; and draws are what they are one step after another, in later calls too."""
+    llama, eager = build(tiny, tokenizer_path), build(tiny, tokenizer_path)
+    graph = record(llama, None)
+    steps = count_calls(monkeypatch, graph, "_step")
+    monkeypatch.setattr(Engine, "looks_ahead", property(lambda engine: engine is llama._engine))
+    options: dict[str, Any] = {
+        "max_gen_len": 30,
+        "logprobs": 2,
+        "stop": ["e "],
+        "stop_ids": [*range(50, 400, 17)],
+        "draft": False,
+    }
+    for extra in ({}, {"seed": 3}, {"seed": list(range(9))}):
+        results = []
+        for model in (llama, eager):
+            torch.manual_seed(1)
+            texts = [f"{'once ' * i}a dog" for i in range(9)]
+            results.append([model.text_completion(texts, temperature, **options, **extra) for _ in range(2)])
+        for ours, theirs in zip(*([reply for part in parts for reply in part] for parts in results)):
+            assert ours["tokens"] == theirs["tokens"]
+            assert ours["finish_reason"] == theirs["finish_reason"]
+            assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4)
+        assert len({len(reply["tokens"]) for reply in results[0][0]}) > 1
+    before = len(steps)
+    llama.text_completion(["a dog"], temperature, max_gen_len=20, draft=False)
+    assert len(steps) - before == 19  # the prompt gave the first id, and nothing was queued that was known to be in vain
 
 
 def test_one_graph_for_each_number_of_rows(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
