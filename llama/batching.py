@@ -158,11 +158,14 @@ class Batch:
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Step]:
         self.engine.take(self)
-        for step in self._run():
-            if len(self.requests) == 1:
-                # Its newest id is not in the cache until it was run.
-                self.engine.remember(self.rows[0].ids[:-1] if self.rows[0].new else self.rows[0].ids)
-            yield step
+        try:
+            for step in self._run():
+                if len(self.requests) == 1:
+                    # Its newest id is not in the cache until it was run.
+                    self.engine.remember(self.rows[0].ids[:-1] if self.rows[0].new else self.rows[0].ids)
+                yield step
+        finally:
+            self._take_back()
 
     def _run(self) -> Iterator[Step]:
         waiting = deque(enumerate(self.requests))
@@ -195,6 +198,12 @@ class Batch:
             states = [(generator, generator.get_state()) for generator in generators] if self.sampling.temperature > 0 else []
             self._ahead = _Ahead(*self._advance(chosen, known=False), list(self.rows), states)
 
+    def _take_back(self) -> None:
+        """Undo a step that was queued in vain: what it drew is to be drawn again."""
+        for generator, state in self._ahead.states if self._ahead else []:
+            generator.set_state(state)
+        self._ahead = None
+
     @property
     def _generator(self) -> torch.Generator:
         """The one that rows without a seed draw with."""
@@ -211,13 +220,11 @@ class Batch:
         """Logits (rows, V) and ids (rows,) of one step, or of several in turn where drafts of a lone row hold."""
         self._check_owned()
         row = self.rows[0]
-        if self._ahead is not None:
+        if self._ahead is not None and self._ahead.rows == self.rows:
             ahead, self._ahead = self._ahead, None
-            if ahead.rows == self.rows:
-                yield ahead.logits, ahead.chosen
-                return
-            for generator, state in ahead.states:
-                generator.set_state(state)
+            yield ahead.logits, ahead.chosen
+            return
+        self._take_back()
         if not self.draft or len(self.rows) > 1 or row.fresh:
             yield self._advance(chosen)
             return
