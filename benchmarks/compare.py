@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json as jsonlib
+import os
 import platform
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from checkpoints import into_page_cache
 from children import System
 from peers import FORMS, PEERS, Setting, find_source, limits, ours, peers
 from plot import plot as draw
-from table import agreement, cell, figures, median, ratios_table, results_table, shares_table
+from table import agreement, cell, figures, legend, median, ratios_table, results_table, shares_table
 from tasks import FULL, QUICK
 
 from llama import ModelArgs, bench, runtime
@@ -74,6 +75,9 @@ def main(
         raise ValueError(f"no tokenizer.model in {source} or in the folder above it; pass --tokenizer_path")
     setting = Setting(source, args, tokenizer, place, QUICK if quick else FULL)
     notes: list[str] = []
+    busy = os.getloadavg()[0]
+    if busy > 1:
+        notes.append(f"the machine was busy with something else: its load was {busy:.1f} when this began")
     systems = [*ours(setting, modes, compile), *peers(setting, wanted, notes)]
     machine = limits(setting, quick)
     try:
@@ -140,10 +144,11 @@ def to_markdown(report: dict[str, Any], setting: Setting) -> str:
     spread = {name: cell([value / 1e9 for value in values], 1) for name, values in report["limits"].items()}
     columns = figures(tasks)
     lines = [
-        f"{about['checkpoint']} on {about['processor']}, {about['threads']} threads; {about['packages']}; commit {about['commit']}. "
-        f"Medians of {about['repeats']} rounds (least–most).",
+        f"{about['checkpoint']} on {about['processor']}, {about['threads']} threads; {about['packages']}; "
+        f"commit {about['commit']}. Medians of {about['repeats']} rounds (least–most).",
         f"This machine: {kind} at {spread['read_rate']} GB/s, bf16 products at {spread['matmul_rate']} GFLOP/s.",
         results_table(results, columns),
+        legend(tasks),
         ratios_table(results, columns),
         shares_table(results, tasks, rates, layer_flops(setting.args)),
         "\n".join(f"- {line}" for line in [*agreement(results), *_notes(report)]),

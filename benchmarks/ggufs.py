@@ -1,8 +1,13 @@
-"""llama.cpp's file format: any checkpoint that the library reads as GGUF, in its own dtype or quantised by llama.cpp."""
+"""llama.cpp's file format: any checkpoint that the library reads as GGUF, and GGUF quantised by llama.cpp.
+
+python ggufs.py SOURCE TARGET Q8_0 THREADS    quantises in a process of its own, which may crash
+"""
 
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +34,12 @@ def gguf_name(name: str) -> str:
     return f"blk.{block}.{OF_BLOCK[part]}.weight"
 
 
-def write_gguf(source: Path, target: Path) -> None:
-    """The checkpoint as GGUF, without a tokenizer, tensor by tensor. Rows of q and k stand in Meta's interleaved order,
-    which is the order of GGUF's llama architecture too; norms are float32, as llama.cpp wants them."""
+def write_gguf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The checkpoint as GGUF in this dtype, without a tokenizer, tensor by tensor.
+
+    Rows of q and k stand in Meta's interleaved order, which is that of GGUF's llama architecture too; norms are float32,
+    as llama.cpp wants them.
+    """
     import gguf
     import numpy
 
@@ -63,35 +71,41 @@ def write_gguf(source: Path, target: Path) -> None:
     writer.add_tokenizer_model("none")
     tensors = []
     for name, (shape, dim, _) in cut(model).items():
-        dtype = torch.float32 if len(shape) == 1 else checkpoint.dtypes[name]
-        tensors.append((name, dim, 0 if dim is None else shape[dim], dtype))
+        form = torch.float32 if len(shape) == 1 else dtype
+        tensors.append((name, dim, 0 if dim is None else shape[dim], form))
         count = torch.Size(shape).numel()
-        raw = (*shape[:-1], shape[-1] * dtype.itemsize)  # as bytes, which is how numpy holds a bfloat16
-        writer.add_tensor_info(gguf_name(name), raw, numpy.dtype("uint8"), count * dtype.itemsize, raw_dtype=types[dtype])
+        raw = (*shape[:-1], shape[-1] * form.itemsize)  # as bytes, which is how numpy holds a bfloat16
+        writer.add_tensor_info(gguf_name(name), raw, numpy.dtype("uint8"), count * form.itemsize, raw_dtype=types[form])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, dim, stop, dtype in tensors:
+    for name, dim, stop, form in tensors:
         weight = checkpoint.read(name, dim, 0, stop)
-        writer.write_tensor_data(weight.to(dtype).contiguous().view(torch.uint8).numpy())
+        writer.write_tensor_data(weight.to(form).contiguous().view(torch.uint8).numpy())
         checkpoint.mapped.release(weight)
     writer.close()
     part.rename(target)
 
 
 def quantise(source: Path, target: Path, form: str, threads: int) -> None:
-    """`source` with all matrices in Q8_0 or Q4_0."""
+    """`source` with all matrices in Q8_0 or Q4_0. RuntimeError where llama.cpp does not manage it."""
+    part = target.with_name(target.name + ".part")
+    command = [sys.executable, __file__, str(source), str(part), form, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(f"llama.cpp did not quantise {source} to {form}: exit status {done.returncode} {''.join(said)}")
+    part.rename(target)
+
+
+def _quantise(source: str, target: str, form: str, threads: str) -> int:
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, QUANTISED[form])
-    params.nthread = threads
+    params.nthread = int(threads)
     params.pure = True  # otherwise some matrices are kept in a larger form
-    part = target.with_name(target.name + ".part")
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(params))
-    if code != 0:
-        raise RuntimeError(f"llama.cpp could not quantise {source} to {form}: it answered {code}")
-    part.rename(target)
+    return llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
 
 
 def step_bytes(path: Path) -> int:
@@ -99,3 +113,7 @@ def step_bytes(path: Path) -> int:
     import gguf
 
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if tensor.name != "token_embd.weight")
+
+
+if __name__ == "__main__":
+    sys.exit(_quantise(*sys.argv[1:]))

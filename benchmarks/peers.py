@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from checkpoints import SHAPES, random_checkpoint
 from children import System
-from ggufs import QUANTISED, quantise, step_bytes, write_gguf
+from ggufs import quantise, step_bytes, write_gguf
 from tasks import Profile
 
 from llama import ModelArgs
@@ -92,7 +92,7 @@ def peers(setting: Setting, wanted: list[str], notes: list[str]) -> list[System]
         elif name == "transformers":
             systems.append(System(name, "peer", "bf16", [setting.spec(name, _in_hf_format(setting))]))
         else:
-            systems += _llama_cpp(setting)
+            systems += _llama_cpp(setting, notes)
     return systems
 
 
@@ -105,19 +105,21 @@ def _in_hf_format(setting: Setting) -> Path:
     return target
 
 
-def _llama_cpp(setting: Setting) -> list[System]:
-    whole = setting.cache / "whole.gguf"
-    if not whole.exists():
-        write_gguf(setting.source, whole)
-    files = {"bf16": ("bf16", whole)}
-    for form, letters in (("Q8_0", "int8"), ("Q4_0", "int4")):
-        assert form in QUANTISED
-        files[form] = letters, setting.cache / f"{form}.gguf"
-        if not files[form][1].exists():
-            quantise(whole, files[form][1], form, torch.get_num_threads())
+def _llama_cpp(setting: Setting, notes: list[str]) -> list[System]:
+    """One for each form of the weights that llama.cpp can make of them."""
     systems = []
-    for name, (form, path) in files.items():
-        # On some machines the kernels of the extra buffers (AMX and such) crash.
+    whole = setting.cache / "bf16.gguf"
+    for name, form in (("bf16", "bf16"), ("Q8_0", "int8"), ("Q4_0", "int4")):
+        path = setting.cache / f"{name}.gguf"
+        try:
+            if not path.exists() and path == whole:
+                write_gguf(setting.source, whole)
+            elif not path.exists():
+                quantise(whole, path, name, torch.get_num_threads())
+        except RuntimeError as error:
+            notes.append(str(error))
+            continue
+        # On some machines the kernels that use extra buffers (AMX and such) crash.
         specs = [
             setting.spec("llama.cpp", path, weights_bytes=step_bytes(path), extra_buffers=extra, way=f"{how} extra buffers")
             for extra, how in ((True, "with"), (False, "without"))

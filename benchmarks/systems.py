@@ -2,7 +2,8 @@
 
     python systems.py '{"system": "ours", …}'    then [prompts, new ids] on each line of stdin, an answer on each of stdout
 
-Prompts are rows of ids, all of one length. The first answer is what loading took. Imports are not counted in it, and each system imports only what it needs.
+Prompts are rows of ids, all of one length. The first answer is what loading took; imports are not counted in it, and each
+system imports only what it needs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Run = tuple[float, Optional[float], list[int]]  # seconds to the first token, me
 
 
 class Ours:
-    """This library through `Llama.build`, in the mode that "options" says."""
+    """This library through `Llama.build`, in the mode that the spec says."""
+
+    loads_by_itself = True
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
@@ -30,9 +33,10 @@ class Ours:
 
         self.bench, self.options = bench, bench.build_options(spec.get("quantize"), spec.get("compile"))
         self.began = time.perf_counter()
+        sizes = spec["max_seq_len"], spec["max_batch_size"]
         self.llama = Llama.build(
-            spec["path"], spec["tokenizer_path"], spec["max_seq_len"], spec["max_batch_size"], device=spec["device"], **self.options
-        )  # fmt: skip
+            spec["path"], spec["tokenizer_path"], *sizes, device=spec["device"], dtype="bfloat16", **self.options
+        )
         self.facts = {"weights_bytes": bench.weight_bytes(self.llama.model), "threads": torch.get_num_threads()}
 
     def run(self, rows: Rows, new: int) -> Run:
@@ -41,6 +45,8 @@ class Ours:
 
 class MetasWay(Ours):
     """Meta's arithmetic on the weights that we loaded, eagerly."""
+
+    loads_by_itself = False
 
     def run(self, rows: Rows, new: int) -> Run:
         import torch
@@ -59,6 +65,8 @@ class MetasWay(Ours):
 
 class Transformers:
     """`generate` of Hugging Face's transformers, greedy, as it comes otherwise."""
+
+    loads_by_itself = True
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
@@ -96,6 +104,8 @@ class Transformers:
 
 class LlamaCpp:
     """llama.cpp through its own C functions, which can run several sequences at once. One context for each batch size."""
+
+    loads_by_itself = True
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import llama_cpp
@@ -167,6 +177,8 @@ class LlamaCpp:
 class Limits:
     """What the machine can do at best: read its memory, and multiply matrices of the model's shapes."""
 
+    loads_by_itself = False
+
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
 
@@ -205,8 +217,8 @@ def main() -> None:
         traceback.print_exc()
         answer({"error": f"{type(error).__name__}: {error}"})
         return
-    memory = {"peak_MB": megabytes("VmHWM"), "private_MB": megabytes("RssAnon")}
-    answer({"load_s": seconds, **memory, **system.facts})
+    took = {"load_s": seconds, "peak_MB": megabytes("VmHWM"), "private_MB": megabytes("RssAnon")}
+    answer({**(took if system.loads_by_itself else dict.fromkeys(took)), **system.facts})
     for line in sys.stdin:
         try:
             first, step, ids = system.run(*json.loads(line))

@@ -30,14 +30,12 @@ def figures(tasks: dict[str, Task]) -> list[Figure]:
 
     def decode(task: str, digits: int) -> Figure:
         shape = tasks[task]
-        label = f"decode tok/s, batch {shape.batch}, context {shape.context}"
+        label = f"decode {shape.batch}×{shape.context}"
         return Figure(label, lambda result: [shape.batch / step for step in runs(result, task, "step")], digits)
 
     def prefill(task: str) -> Figure:
         length = tasks[task].prompt
-        return Figure(
-            f"prefill tok/s, {length} tokens", lambda result: [length / first for first in runs(result, task, "first")], 0
-        )
+        return Figure(f"prefill {length}", lambda result: [length / first for first in runs(result, task, "first")], 0)
 
     def kept(result: Result) -> list[float]:
         return [100 * a / b for a, b in zip(runs(result, "decode", "step"), runs(result, "long", "step"))]
@@ -48,15 +46,23 @@ def figures(tasks: dict[str, Task]) -> list[Figure]:
         decode("decode 16", 1),
         decode("middle", 1),
         decode("long", 1),
-        Figure(f"speed kept at context {tasks['long'].context}, %", kept, 0),
+        Figure(f"kept at {tasks['long'].context}, %", kept, 0),
         prefill("short"),
         prefill("middle"),
         prefill("long"),
-        Figure(f"first token of {tasks['middle'].prompt}, s", lambda result: runs(result, "middle", "first"), 3, False),
+        Figure("first token, s", lambda result: runs(result, "middle", "first"), 3, False),
         Figure("load, s", loads("load_s"), 2, False),
-        Figure("peak after load, MB", loads("peak_MB"), 0, False),
-        Figure("of it private, MB", loads("private_MB"), 0, False),
+        Figure("peak, MB", loads("peak_MB"), 0, False),
+        Figure("private, MB", loads("private_MB"), 0, False),
     ]
+
+
+def legend(tasks: dict[str, Task]) -> str:
+    return (
+        "decode n×c: tokens a second of n prompts together, at about c tokens of context; kept: the speed of one prompt at "
+        f"{tasks['long'].context} tokens beside {tasks['decode'].context}; prefill n: tokens a second of a prompt of n; first "
+        f"token: of a prompt of {tasks['middle'].prompt}; peak: resident when loaded, with mapped files; private: without."
+    )
 
 
 def median(values: Sequence[float]) -> Optional[float]:
