@@ -14,6 +14,7 @@ class SourceDistribution(sdist):
 PLOTS = ["ipykernel>=6.29", "matplotlib>=3.8"]
 TERMINAL = ["prompt_toolkit>=3.0.53"]
 TEST = ["pytest>=8", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "nbclient>=0.10", *PLOTS, *TERMINAL]
+BENCH = ["llama-cpp-python>=0.3.36", "gguf>=0.17", "transformers>=4.56", "matplotlib>=3.8"]
 
 setup(
     cmdclass={"sdist": SourceDistribution},
@@ -32,6 +33,7 @@ setup(
     extras_require={
         "terminal": TERMINAL,
         "notebook": [*PLOTS, "notebook>=7"],
+        "bench": BENCH,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6", "mypy>=1.11"],
     },

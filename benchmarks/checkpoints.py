@@ -41,3 +41,11 @@ def random_checkpoint(shape: str, folder: Path, dtype: torch.dtype = torch.bfloa
         torch.save(piece, folder / f"consolidated.{i:02d}.pth")
     (folder / "params.json").write_text(json.dumps({**params, "vocab_size": VOCAB_SIZE}))
     return folder
+
+
+def into_page_cache(path: Path) -> None:
+    """Read a file, or the files of a folder, so that what is timed next does not wait for the disk."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            while opened.read(2**24):
+                pass

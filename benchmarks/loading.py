@@ -20,17 +20,12 @@ from pathlib import Path
 from typing import Optional
 
 import fire
-from checkpoints import random_checkpoint
+from checkpoints import into_page_cache, random_checkpoint
+from process_memory import megabytes
 
 from llama.convert import convert
 
 SCRIPT = Path(__file__)
-
-
-def memory(key: str) -> float:
-    """Megabytes of this process, as /proc has them."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def load(who: str, folder: str, tokenizer_path: str) -> None:
@@ -43,7 +38,7 @@ def load(who: str, folder: str, tokenizer_path: str) -> None:
         import transformers
 
         transformers.logging.disable_progress_bar()
-    imported = memory("VmHWM")
+    imported = megabytes("VmHWM")
     began = time.perf_counter()
     if who == "ours":
         model = Llama.build(folder, tokenizer_path, max_seq_len=512, max_batch_size=1, device="cpu").model
@@ -54,8 +49,8 @@ def load(who: str, folder: str, tokenizer_path: str) -> None:
     figures = {
         "seconds": seconds,
         "imported": imported,
-        "peak": memory("VmHWM"),
-        "private": memory("RssAnon"),
+        "peak": megabytes("VmHWM"),
+        "private": megabytes("RssAnon"),
         "share": weights,
     }
     print(json.dumps(figures), file=sys.stderr, flush=True)
@@ -88,10 +83,7 @@ def main(tokenizer_path: str, shape: str = "1.1B", repeats: int = 5, folder: Opt
     runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(repeats):  # interleaved, so that a busy machine is busy for all
         for name, who, processes in cases:
-            for path in folders[name].iterdir():
-                with path.open("rb") as file:
-                    while file.read(2**24):
-                        pass
+            into_page_cache(folders[name])
             runs[name, who, processes].append(measure(who, folders[name], tokenizer_path, processes))
     print("| checkpoint | by | processes | seconds (least) | share of weights | peak RSS | of it imports | private, ready |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")

@@ -42,8 +42,8 @@ def forward(model: Transformer, tokens: torch.Tensor, start: int) -> torch.Tenso
     freqs = model.freqs_cis[start : start + S]
     mask = None
     if S > 1:
-        mask = torch.full((S, S), -math.inf).triu(1)
-        mask = torch.hstack([torch.zeros(S, start), mask]).type_as(h)
+        mask = torch.full((S, S), -math.inf, device=h.device).triu(1)
+        mask = torch.hstack([torch.zeros(S, start, device=h.device), mask]).type_as(h)
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
         h = h + _attention(block, block.attention_norm(h), start, freqs, mask)
@@ -61,11 +61,12 @@ def generate_batch(model: Transformer, prompts: list[list[int]], count: int, eos
     token by token, and all rows run until the last has ended."""
     lengths = [len(prompt) for prompt in prompts]
     total = min(model.params.max_seq_len, max(lengths) + count)
-    ids = torch.full((len(prompts), total), -1)
+    device = model.norm.weight.device
+    ids = torch.full((len(prompts), total), -1, device=device)
     for row, prompt in zip(ids, prompts):
-        row[: len(prompt)] = torch.tensor(prompt)
+        row[: len(prompt)] = torch.tensor(prompt, device=device)
     given = ids != -1
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     start = 0
     for at in range(min(lengths), total):
         best = forward(model, ids[:, start:at], start)[:, -1].argmax(-1)

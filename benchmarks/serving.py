@@ -21,7 +21,7 @@ import fire
 import metas_way
 import torch
 from checkpoints import random_checkpoint
-from speed import peak_megabytes
+from process_memory import megabytes
 
 from llama import Llama
 
@@ -81,9 +81,14 @@ def chat(llama: Llama, repeats: int) -> dict[str, Any]:
 def prefill(llama: Llama, tokens: int = 4000) -> dict[str, Any]:
     """Peak memory of one long prompt, beside a short one that has touched every weight."""
     llama.generate([[1, 5, 6]], 2, 0)
-    before = peak_megabytes()
+    before = megabytes("VmHWM")
     seconds, _ = timed(lambda: llama.generate([[1, *([7] * (tokens - 1))]], 1, 0))
-    return {"tokens": tokens, "s": round(seconds, 2), "peak_MB_before": round(before), "peak_MB_after": round(peak_megabytes())}
+    return {
+        "tokens": tokens,
+        "s": round(seconds, 2),
+        "peak_MB_before": round(before),
+        "peak_MB_after": round(megabytes("VmHWM")),
+    }
 
 
 def memory(llama: Llama, calls: int = 10_000) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import fire
 import torch
 
 from . import memory, runtime, terminal
+from .bench import bench
 from .checkpoint import fit_vocabulary, open_checkpoint
 from .convert import convert as convert_checkpoint
 from .model import check_args, process_counts
@@ -99,6 +100,7 @@ def main() -> None:
         "score": terminal.score,
         "convert": convert,
         "info": info,
+        "bench": bench,
     }
     try:
         fire.Fire(commands, name="llama")
