@@ -62,8 +62,6 @@ def main(
     modes, wanted = _words("quantize", quantize, FORMS), _words("against", against, PEERS)
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats={repeats!r} must be a whole number of 1 or more")
-    for mode in modes:
-        bench.build_options(None if mode == "none" else mode, True if compile else None)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib; pip install -e '.[bench]'")
     place = runtime.choose_device(device, runtime.Launch.read())

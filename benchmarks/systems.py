@@ -31,11 +31,11 @@ class Ours:
 
         from llama import Llama, bench
 
-        self.bench, self.options = bench, bench.build_options(spec.get("quantize"), spec.get("compile"))
+        self.bench, options = bench, {"quantize": spec.get("quantize"), "compile": bool(spec.get("compile"))}
         self.began = time.perf_counter()
         sizes = spec["max_seq_len"], spec["max_batch_size"]
         self.llama = Llama.build(
-            spec["path"], spec["tokenizer_path"], *sizes, device=spec["device"], dtype="bfloat16", **self.options
+            spec["path"], spec["tokenizer_path"], *sizes, device=spec["device"], dtype="bfloat16", **options
         )
         self.facts = {"weights_bytes": bench.weight_bytes(self.llama.model), "threads": torch.get_num_threads()}
 

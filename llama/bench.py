@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json as jsonlib
 import statistics
 import sys
@@ -46,7 +45,9 @@ def bench(
     is continued by, whatever they are. quantize, compile, device, dtype: as `Llama.build` has them. json: one object
     in place of the text. Medians of 3 runs after one that is not counted. Under torchrun, bytes and rates are one process's.
     """
-    options = {"device": device, "dtype": dtype, **build_options(quantize, compile)}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile}
+    if quantize is not None:
+        options["quantize"] = quantize
     _check_count("new_tokens", new_tokens, 2)  # one comes with the prompt; decode is timed on the others
     _check_count("batch_size", batch_size, 1)
     if prompt_tokens is None:
@@ -64,14 +65,6 @@ def bench(
         **measure(llama, prompt_tokens, new_tokens, batch_size),
     }
     print(jsonlib.dumps(report) if json else _text(report), flush=True)
-
-
-def build_options(quantize: Optional[str], compile: Optional[bool]) -> dict[str, Any]:
-    """What is given of them, for `Llama.build`. ValueError where it has no such option."""
-    given = {name: value for name, value in (("quantize", quantize), ("compile", compile)) if value is not None}
-    for name in given.keys() - inspect.signature(Llama.build).parameters.keys():
-        raise ValueError(f"{name}={given[name]!r}, but Llama.build of this version has no {name}; leave it out")
-    return given
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
@@ -147,7 +140,7 @@ def timed_run(llama: Llama, prompts: Sequence[Sequence[int]], new_tokens: int) -
     ids: list[int] = []
     moments = []
     began = time.perf_counter()
-    for count, step in enumerate(Batch(llama._engine, requests, Sampling(temperature=0), frozenset()), start=1):
+    for count, step in enumerate(Batch(llama._engine, requests, Sampling(temperature=0), frozenset(), draft=False), start=1):
         if step.index == 0 and step.token is not None:
             ids.append(step.token)
         if count % len(prompts) == 0:  # the ids are on the host, so the device has done its work
@@ -164,7 +157,7 @@ def weight_bytes(model: Transformer) -> int:
         if module is not model.tok_embeddings
         for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         for name, tensor in tensors
-        if not name.startswith("cache_")
+        if not name.startswith("cache_") and name != "fused"  # whose parts are the layers' weights
     )
 
 
