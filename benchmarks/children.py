@@ -38,19 +38,21 @@ class System:
     def alive(self) -> bool:
         return bool(self.specs)
 
-    def start(self) -> None:
-        """Load in a fresh process; with the next spec where that fails."""
+    def start(self, *, counted: bool, **changes: Any) -> None:
+        """Load in a fresh process, with these changes to the spec; with the next spec where that fails."""
         self.stop()
         while self.alive:
             self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by stop
             paths = [str(Path(llama.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+            command = [sys.executable, str(SCRIPT), json.dumps({**self.specs[0], **changes})]
             self._process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), json.dumps(self.specs[0])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=self._errors, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             )  # fmt: skip
             answer = self._answer()
             if "error" not in answer:
-                self.loads.append(answer)
+                if counted:
+                    self.loads.append(answer)
                 return
             self._give_up(f"does not load: {answer['error']}")
 
@@ -61,8 +63,7 @@ class System:
         """
         while self.alive and name not in self.unable:
             if self._process is None:
-                self.loads.clear()
-                self.start()
+                self.start(counted=False)
                 continue
             answer = self._answer([rows, new])
             if "error" not in answer:

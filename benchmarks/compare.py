@@ -109,12 +109,15 @@ def _words(name: str, given: Words, known: dict[str, Any]) -> list[str]:
 
 
 def load(systems: list[System], times: int) -> None:
-    """Each in a fresh process, with its files in the page cache; those of the last time stay."""
+    """Each in a fresh process, with its files in the page cache, and a cache for one prompt: not all make room for more
+    before they need it. The process that is left is for the tasks."""
     for _ in range(times):
         for system in systems:
             if system.alive:
                 into_page_cache(Path(system.specs[0]["path"]))
-                system.start()
+                system.start(counted=True, max_batch_size=1)
+    for system in systems:
+        system.start(counted=False)
 
 
 def measure(systems: list[System], setting: Setting, repeats: int) -> None:
@@ -142,8 +145,8 @@ def to_markdown(report: dict[str, Any], setting: Setting) -> str:
     spread = {name: cell([value / 1e9 for value in values], 1) for name, values in report["limits"].items()}
     columns = figures(tasks)
     lines = [
-        f"{about['checkpoint']} on {about['processor']}, {about['threads']} threads; {about['packages']}; "
-        f"commit {about['commit']}. Medians of {about['repeats']} rounds (least–most).",
+        f"{about['checkpoint']} on {about['processor']}, {about['threads']} thread{'s' * (about['threads'] != 1)}; "
+        f"{about['packages']}; commit {about['commit']}. Medians of {about['repeats']} rounds (least–most).",
         f"This machine: {kind} at {spread['read_rate']} GB/s, bf16 products at {spread['matmul_rate']} GFLOP/s.",
         results_table(results, columns),
         legend(tasks),

@@ -61,7 +61,8 @@ def legend(tasks: dict[str, Task]) -> str:
     return (
         "decode n×c: tokens a second of n prompts together, at about c tokens of context; kept: the speed of one prompt at "
         f"{tasks['long'].context} tokens beside {tasks['decode'].context}; prefill n: tokens a second of a prompt of n; first "
-        f"token: of a prompt of {tasks['middle'].prompt}; peak: resident when loaded, with mapped files; private: without."
+        f"token: of a prompt of {tasks['middle'].prompt}; load: with room for one prompt; peak: resident then, "
+        "with mapped files; private: without."
     )
 
 
@@ -135,13 +136,16 @@ def shares_table(results: Sequence[Result], tasks: dict[str, Task], limits: dict
 
 
 def agreement(results: Sequence[Result]) -> list[str]:
-    """How far each system's greedy ids are those of the first one: whether all compute the same model."""
-    texts = {r["name"]: r["runs"]["decode"][0]["ids"] for r in results if r["runs"].get("decode")}
+    """How many of each system's greedy ids are those of the first one, up to each prompt's first difference: whether all
+    compute the same model. A near tie in a prompt's first ids can cost all of that prompt."""
+    texts = {r["name"]: {task: runs[0]["ids"] for task, runs in r["runs"].items()} for r in results if r["runs"]}
     if not texts:
         return []
     (first, reference), *others = texts.items()
     lines = []
-    for name, ids in others:
-        same = next((i for i, (a, b) in enumerate(zip(reference, ids)) if a != b), min(len(reference), len(ids)))
-        lines.append(f"{name}: the first {same} of {len(reference)} greedy ids are those of {first}")
+    for name, rows in others:
+        pairs = [(ids, reference[task]) for task, ids in rows.items() if task in reference]
+        same = [next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs]
+        total = sum(len(ids) for ids, _ in pairs)
+        lines.append(f"{name}: {sum(same)} of {total} greedy ids are those of {first}, up to each prompt's first difference")
     return lines
