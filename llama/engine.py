@@ -16,8 +16,8 @@ from .parallel import AMX, group_size
 from .sampling import Sampling, next_token
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
-CHUNK = 512  # prompt tokens in one pass: the square of attention stays small, and long prompts cost no more memory
-GPU_CHUNK = 2048  # flash attention has no square, and fewer tokens do not keep a GPU busy
+CHUNK = 512  # columns of prompts in one pass, at least: long prompts cost no more memory
+PASS = 2048  # tokens in one pass, where the rows are few: fewer do not keep a GPU busy, and a prompt in one piece needs no mask
 
 
 @contextmanager
@@ -63,7 +63,7 @@ class Engine:
         the model.
         """
         lengths = [len(prompt) for prompt in prompts]
-        chunk = GPU_CHUNK if self.device.type == "cuda" else CHUNK
+        chunk = max(CHUNK, PASS // len(prompts))
         for at in range(start, max(lengths), chunk):
             end = min(at + chunk, max(lengths))
             rows = [row for row, length in enumerate(lengths) if length > at]

@@ -342,6 +342,7 @@ def test_long_prompts_run_in_chunks(llama: Llama, monkeypatch: pytest.MonkeyPatc
     prompts = [[1, *range(20, 20 + n)] for n in (3, 40, 16, 17)]
     whole = llama.generate(prompts, 6, 0, logprobs=True, echo=True)
     monkeypatch.setattr("llama.engine.CHUNK", 16)
+    monkeypatch.setattr("llama.engine.PASS", 16)
     parts = llama.generate(prompts, 6, 0, logprobs=True, echo=True)
     assert parts[0] == whole[0]
     for a, b in zip(parts[1] or [], whole[1] or [], strict=True):
