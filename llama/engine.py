@@ -33,8 +33,9 @@ class Engine:
     def __init__(self, model: Transformer) -> None:
         self.model = model
         processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
+        quantization = getattr(model.output, "quantization", None)
         self._explained = partial(
-            memory.explained, model.params, model.norm.weight.dtype, processes, self.device, sharers
+            memory.explained, model.params, model.norm.weight.dtype, processes, self.device, sharers, quantization
         )  # what to do where memory runs out
         self._slot0: list[int] = []
         self._calls = 0
