@@ -58,7 +58,7 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
 
 
 def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
-    """What params.json says about the numbers of the matrices, {"kind": "int8"} or {"kind": "int4", "group_size": 64}.
+    """What params.json says about the numbers of the matrices, {"kind": "int8"} or {"kind": "int4", "group_size": 32}.
 
     None where it says nothing. ValueError where it says something else.
     """
@@ -70,7 +70,7 @@ def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
     kind = stated.get("kind") if isinstance(stated, dict) else None
     if not isinstance(kind, str) or set(stated) != keys.get(kind):
         raise ValueError(f"{path}: quantization={shortened(stated)} is not {{'kind': 'int8'}} or "
-                         "{'kind': 'int4', 'group_size': 64}")  # fmt: skip
+                         "{'kind': 'int4', 'group_size': 32}")  # fmt: skip
     try:
         return Quantization(**stated)
     except ValueError as error:
