@@ -149,6 +149,10 @@ def way_out(
         need = estimate(changed, dtype, processes, quantization)
         return (need.resident + need.temporary * working) * sharers <= free
 
+    def shares(quantization: Optional[Quantization], processes: int) -> bool:
+        rows = args.n_heads * args.head_size, args.ffn_width  # of the matrices that are cut along them, wo and w2
+        return quantization is None or all(quantization.shares(row, processes) for row in rows)
+
     ways = []
     for name in ("max_batch_size", "max_seq_len"):
         good = _largest(getattr(args, name) - 1, lambda n, name=name: fits(replace(args, **{name: n})))  # type: ignore[misc]
@@ -156,21 +160,13 @@ def way_out(
     if dtype == torch.float32 and fits(args, torch.bfloat16):
         ways.append("dtype='bfloat16'")
     if device.type != "mps":
-        counts = [
-            n
-            for n in process_counts(args)
-            if quantization is None or all(quantization.shares(row, n) for row in _cut_rows(args))
-        ]
+        counts = [n for n in process_counts(args) if shares(quantization, n)]
         more = [n for n in counts if n > processes and fits(args, processes=n)]
         ways += [f"{n} processes, {sharers} on each {'machine' if device.type == 'cpu' else 'GPU'}" for n in more[:1]]
     if quantization is None:
-        ways += [f"quantize={kind!r}" for kind in KINDS if fits(args, quantization=Quantization(kind))][:1]
+        kinds = [kind for kind in map(Quantization, KINDS) if shares(kind, processes) and fits(args, quantization=kind)]
+        ways += [f"quantize={quantization.kind!r}" for quantization in kinds[:1]]
     return f"{' or '.join(ways)} would fit" if ways else "nothing that can be changed makes it fit here"
-
-
-def _cut_rows(args: ModelArgs) -> tuple[int, int]:
-    """The lengths of the rows that processes share: those of wo and w2."""
-    return args.n_heads * args.head_size, args.ffn_width
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
