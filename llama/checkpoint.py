@@ -345,20 +345,22 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
     layers = quantized_layers(model)
     to_round = layers if stored_quantization(checkpoint) is None else {}
     weights: dict[str, torch.Tensor] = {}
+    done: set[str] = set()
     # Shown after a second and a half, and only on a terminal of the rank that speaks.
     for name, (shape, dim, copies) in tqdm(
         cut(model).items(), "Loading", unit="tensor", delay=1.5, leave=False, disable=None if is_first_process() else True
     ):
-        if name in weights:  # with another tensor of its layer
-            continue
         prefix = name.rpartition(".")[0]
+        if prefix in done:  # with another tensor of its layer
+            continue
         part = 0 if dim is None else shape[dim] * copies // ranks
         first = rank // copies * part
         if (layer := to_round.get(prefix)) is not None:
             part = layer.in_features // ranks if dim == 1 else part  # of the numbers, of which a byte may hold two
             first = rank // copies * part
-            for kind, tensor in quantized(checkpoint, prefix, layer, first, first + part, device).items():
-                weights[f"{prefix}.{kind}"] = tensor
+            layer.load_state_dict(quantized(checkpoint, prefix, layer, first, first + part, device), assign=True)
+            layer.pack(dtype)  # at once: what it was rounded to is let go
+            done.add(prefix)
             continue
         stored = checkpoint.read(name, dim, first, first + part)
         wanted = stored.dtype if prefix in layers else dtype
@@ -367,9 +369,9 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
         else:
             weights[name] = torch.empty(stored.shape, dtype=wanted, device=device)
             checkpoint.mapped.copy(stored, weights[name])
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict(weights, strict=not done, assign=True)  # the names are right: `check_weights` saw them
     weights.clear()
-    for layer in layers.values():
-        for tensor in layer.pack(dtype):
+    for prefix in layers.keys() - done:
+        for tensor in layers[prefix].pack(dtype):
             checkpoint.mapped.release(tensor)
     model.allocate(device, dtype)
