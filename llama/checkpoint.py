@@ -17,10 +17,11 @@ from typing import Optional, Union
 import torch
 from tqdm import tqdm
 
-from .files import MappedFiles, Number, check_archive, contents, listed, read_json
+from .files import MappedFiles, Number, check_archive, contents, listed, read_json, shortened
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY, HuggingFaceCheckpoint
 from .model import ModelArgs, Transformer
 from .parallel import group_rank, group_size, is_first_process, model_parallel_group
+from .quantization import Quantization, Quantized, quantize_layers, row_maxima
 from .runtime import DTYPES
 
 IGNORED = {"rope.freqs"}  # a table that Meta's files carry and that is computed here
@@ -47,13 +48,33 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
     """
     path = ckpt_dir / "params.json"
     params = read_json(path, "a params.json has a few hundred bytes")
-    problems = [f"unknown key {key!r}" for key in params if key not in PARAMS]
+    problems = [f"unknown key {key!r}" for key in params if key not in PARAMS and key != "quantization"]
     problems += [problem for key, number in PARAMS.items() for problem in number.problem(key, params)]
     if "use_scaled_rope" in params or params.get("vocab_size") == LLAMA_3_VOCABULARY:
         problems.append(LLAMA_3)
     if problems:
         raise ValueError(f"{path}: {listed(problems)}; a Llama 2 checkpoint has {', '.join(PARAMS)}")
-    return ModelArgs(**{key: value for key, value in params.items() if value is not None})
+    return ModelArgs(**{key: params[key] for key in PARAMS if params.get(key) is not None})
+
+
+def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
+    """What params.json says about the numbers of the matrices, {"kind": "int8"} or {"kind": "int4", "group_size": 32}.
+
+    None where it says nothing. ValueError where it says something else.
+    """
+    path = ckpt_dir / "params.json"
+    stated = read_json(path, "a params.json has a few hundred bytes").get("quantization")
+    if stated is None:
+        return None
+    keys = {"int8": {"kind"}, "int4": {"kind", "group_size"}}
+    kind = stated.get("kind") if isinstance(stated, dict) else None
+    if not isinstance(kind, str) or set(stated) != keys.get(kind):
+        raise ValueError(f"{path}: quantization={shortened(stated)} is not {{'kind': 'int8'}} or "
+                         "{'kind': 'int4', 'group_size': 32}")  # fmt: skip
+    try:
+        return Quantization(**stated)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
@@ -70,7 +91,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
     return [ckpt_dir / name for name in names]
 
 
-def map_shard(path: Path) -> dict[str, torch.Tensor]:
+def map_shard(path: Path, quantized: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of one .pth file, mapped into memory. Nothing in it is run. ValueError where it is damaged."""
     try:
         check_archive(path)
@@ -86,7 +107,8 @@ def map_shard(path: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for name, t in tensors.items()
     ):
         raise ValueError(f"{path} is not a flat dictionary of tensors; pass a checkpoint in Meta's format")
-    other = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES.values() and name not in IGNORED]
+    known = [*DTYPES.values(), *((torch.int8, torch.uint8) if quantized else ())]
+    other = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in known and name not in IGNORED]
     if other:
         raise ValueError(f"{path} has weights in a form that is not computed here: {listed(other)}; use {' or '.join(DTYPES)}")
     return dict(tensors)
@@ -101,8 +123,9 @@ class MetaCheckpoint:
     def __init__(self, ckpt_dir: Path) -> None:
         self.folder = ckpt_dir
         self.args = read_params(ckpt_dir)
+        self.quantization = read_quantization(ckpt_dir)
         self.paths = find_shards(ckpt_dir)
-        self.shards = [map_shard(path) for path in self.paths]
+        self.shards = [map_shard(path, self.quantization is not None) for path in self.paths]
         first = self.shards[0]
         for path, shard in zip(self.paths, self.shards):
             for name in sorted(first.keys() | shard.keys()):
@@ -211,11 +234,43 @@ def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
     ranks = group_size(model_parallel_group())
     plan = {}
     for prefix, module in model.named_modules():
+        dims, copies = getattr(module, "shard_dims", None), getattr(module, "copies", 1)
         for name, parameter in module.named_parameters(recurse=False):
-            dim, copies = getattr(module, "shard_dim", None), getattr(module, "copies", 1)
+            dim = getattr(module, "shard_dim", None) if dims is None else dims[name]
             shape = [n * (ranks // copies) if i == dim else n for i, n in enumerate(parameter.shape)]
             plan[f"{prefix}.{name}"] = shape, dim, copies
     return plan
+
+
+def choose_quantization(checkpoint: Checkpoint, quantize: Optional[str]) -> Optional[Quantization]:
+    """`quantize`, or else what the checkpoint is stored as. ValueError where it is stored as another kind."""
+    chosen, stored = None if quantize is None else Quantization(quantize), stored_quantization(checkpoint)
+    if chosen is not None and stored is not None and chosen.kind != stored.kind:
+        raise ValueError(
+            f"{checkpoint.folder} is stored as {stored.kind}, so it cannot be had as {chosen.kind}; "
+            "leave quantize out, or take the folder with the original weights"
+        )
+    return stored or chosen
+
+
+def prepare(model: Transformer, checkpoint: Checkpoint, quantize: Optional[str] = None) -> Optional[Quantization]:
+    """Make a model on the meta device ready for `fill`: check the weights, and give its layers the form they are to have.
+
+    quantize: "int8" or "int4", or None for what the checkpoint is stored as. Returns what the model is then. ValueError
+    where the weights do not fit the model, or are stored as another kind, or the processes cannot share the groups.
+    """
+    quantization, stored = choose_quantization(checkpoint, quantize), stored_quantization(checkpoint)
+    if stored is None:
+        check_weights(model, checkpoint)
+    if quantization is not None:
+        quantize_layers(model, quantization)
+    if stored is not None:
+        check_weights(model, checkpoint)
+    return quantization
+
+
+def stored_quantization(checkpoint: Checkpoint) -> Optional[Quantization]:
+    return checkpoint.quantization if isinstance(checkpoint, MetaCheckpoint) else None
 
 
 def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
@@ -226,6 +281,10 @@ def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
     for name, (shape, dim, _) in plan.items():
         if name in names and (found := checkpoint.shape(name, dim)) != shape:
             problems.append(f"{name} has shape {found} instead of {shape}")
+    for prefix, layer in quantized_layers(model).items():
+        for name, tensor in layer.named_parameters(prefix, recurse=False):
+            if name in names and (found_dtype := checkpoint.dtypes[name]) != tensor.dtype:
+                problems.append(f"{name} is {found_dtype} instead of {tensor.dtype}")
     if problems:
         config = "params.json" if isinstance(checkpoint, MetaCheckpoint) else "config.json"
         files = len(checkpoint.paths)
@@ -251,24 +310,71 @@ def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
                 checkpoint.check_copies(name)
 
 
+def quantized_layers(model: Transformer) -> dict[str, Quantized]:
+    return {prefix: module for prefix, module in model.named_modules() if isinstance(module, Quantized)}
+
+
+def quantized(
+    checkpoint: Checkpoint, prefix: str, layer: Quantized, start: int, stop: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Entries start … stop along its `shard_dim` of a layer's full matrix, read and rounded some rows at a time, as the
+    layer stores them."""
+    name = f"{prefix}.weight"
+    dim = layer.shard_dim
+    maxima = None
+    if layer.kind == "int8" and dim == 1:  # a scale belongs to the full row, of which this is a part
+        columns, part = checkpoint.shape(name, dim)[1], stop - start
+        pieces = (checkpoint.read(name, dim, i, i + part) for i in range(0, columns, part))
+        maxima = torch.stack([_released_maxima(piece, checkpoint) for piece in pieces]).amax(0).to(device)
+    weight = checkpoint.read(name, dim, start, stop)
+    made = layer.quantize(weight, maxima, device)
+    checkpoint.mapped.release(weight)
+    return made
+
+
+def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+    maxima = row_maxima(piece)
+    checkpoint.mapped.release(piece)
+    return maxima
+
+
 def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model that was built on the meta device, and that `check_weights` passed, its weights, and make its cache."""
+    """Give a model that was built on the meta device, and that `prepare` passed, its weights, and make its cache."""
     group = model_parallel_group()
     rank, ranks = group_rank(group), group_size(group)
-    weights, mapped = {}, False
+    layers = quantized_layers(model)
+    to_round = layers if stored_quantization(checkpoint) is None else {}
+    weights: dict[str, torch.Tensor] = {}
+    done: set[str] = set()
+    mapped = False
     # Shown after a second and a half, and only on a terminal of the rank that speaks.
     for name, (shape, dim, copies) in tqdm(
         cut(model).items(), "Loading", unit="tensor", delay=1.5, leave=False, disable=None if is_first_process() else True
     ):
+        prefix = name.rpartition(".")[0]
+        if prefix in done:  # with another tensor of its layer
+            continue
         part = 0 if dim is None else shape[dim] * copies // ranks
         first = rank // copies * part
+        if (layer := to_round.get(prefix)) is not None:
+            part = layer.in_features // ranks if dim == 1 else part  # of the numbers, of which a byte may hold two
+            first = rank // copies * part
+            layer.load_state_dict(quantized(checkpoint, prefix, layer, first, first + part, device), assign=True)
+            layer.pack(dtype)  # at once: what it was rounded to is let go
+            done.add(prefix)
+            continue
         stored = checkpoint.read(name, dim, first, first + part)
-        if stored.dtype == dtype and device.type == "cpu" and stored.is_contiguous():
+        wanted = stored.dtype if prefix in layers else dtype
+        if stored.dtype == wanted and device.type == "cpu" and stored.is_contiguous():
             weights[name], mapped = stored, True
         else:
-            weights[name] = torch.empty(stored.shape, dtype=dtype, device=device)
+            weights[name] = torch.empty(stored.shape, dtype=wanted, device=device)
             checkpoint.mapped.copy(stored, weights[name])
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict(weights, strict=not done, assign=True)  # the names are right: `check_weights` saw them
+    weights.clear()
+    for prefix in layers.keys() - done:
+        for tensor in layers[prefix].pack(dtype):
+            checkpoint.mapped.release(tensor)
     if not mapped:
         model.fuse()
     model.allocate(device, dtype)

@@ -12,25 +12,32 @@ import torch
 
 from . import memory, runtime, terminal
 from .bench import bench
-from .checkpoint import fit_vocabulary, open_checkpoint
+from .checkpoint import choose_quantization, fit_vocabulary, open_checkpoint, stored_quantization
 from .convert import convert as convert_checkpoint
 from .model import check_args, process_counts
 from .tokenizer import Tokenizer, tokenizer_near, user_path
 
 
 def convert(
-    src: str, dst: str, to: str, shards: int = 1, dtype: Optional[str] = None, tokenizer_path: Optional[str] = None
+    src: str,
+    dst: str,
+    to: str,
+    shards: int = 1,
+    dtype: Optional[str] = None,
+    tokenizer_path: Optional[str] = None,
+    quantize: Optional[str] = None,
 ) -> None:
     """Write the checkpoint folder SRC as a new folder DST in the other format, or with other shards, or in another dtype.
 
     to: "hf" (safetensors, for transformers) or "meta" (consolidated.NN.pth). shards: of Meta's format.
     dtype: "float32", "bfloat16" or "float16"; each weight's own if not given.
     tokenizer_path: the tokenizer.model to put beside the weights; the one in SRC or in the folder above it if not given.
+    quantize: "int8" or "int4", in Meta's format: a half or a quarter of the bytes, quick to load.
     """
     source, target = user_path(src), user_path(dst)
     tokenizer = _find_tokenizer(source, tokenizer_path)
     chosen = None if dtype is None else runtime.choose_dtype(dtype, torch.float32, torch.device("cpu"))
-    convert_checkpoint(source, target, to, shards, chosen, tokenizer)
+    convert_checkpoint(source, target, to, shards, chosen, tokenizer, quantize)
     if tokenizer is None and to == "hf":
         print(f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path", file=sys.stderr)
     print(f"{target} is written")
@@ -44,10 +51,11 @@ def info(
     dtype: Optional[str] = None,
     device: Optional[str] = None,
     tokenizer_path: Optional[str] = None,
+    quantize: Optional[str] = None,
 ) -> None:
     """Say what model a checkpoint folder holds, on how many processes it runs, and what memory it needs. Loads nothing.
 
-    max_batch_size, max_seq_len, processes, dtype, device: for which the memory is reckoned, as `Llama.build` has them.
+    max_batch_size, max_seq_len, processes, dtype, device, quantize: as `Llama.build` has them, to reckon the memory.
     """
     for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len), ("processes", processes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -62,28 +70,32 @@ def info(
     check_args(args, processes)
     place = runtime.choose_device(device, runtime.Launch.read())
     chosen = runtime.choose_dtype(dtype, stored, place)
-    need, free = memory.estimate(args, chosen, processes), memory.free_bytes(place)
+    quantization = choose_quantization(checkpoint, quantize)
+    need, free = memory.estimate(args, chosen, processes, quantization), memory.free_bytes(place)
     sharers = processes if place.type == "cpu" else 1
-    whole = memory.estimate(args, stored).weights
+    numbers = memory.estimate(args, torch.int8).weights
+    whole = memory.estimate(args, stored, 1, stored_quantization(checkpoint)).weights
     theta = f", rotary base {args.rope_theta:g}" + (", one matrix for embedding and output" if checkpoint.tied else "")
     print(f"{folder}: {checkpoint.format} format, {len(checkpoint.paths)} file{'s' * (len(checkpoint.paths) > 1)} of weights")
     print(f"  model       {args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, "
           f"{args.kv_heads} key/value heads, feed-forward {args.ffn_width}, {args.vocab_size} ids{theta}")  # fmt: skip
-    print(f"  parameters  {whole // stored.itemsize:,} in {str(stored).removeprefix('torch.')}, {memory.gigabytes(whole)}")
+    kind = quantization.kind if stored_quantization(checkpoint) and quantization else str(stored).removeprefix("torch.")
+    form = f", matrices in {quantization.kind}" if quantization else ""
+    print(f"  parameters  {numbers:,} in {kind}, {memory.gigabytes(whole)}")
     if tokenizer:
         print(f"  tokenizer   {path}: {tokenizer.n_words} pieces, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}")
     else:
         print("  tokenizer   none here or in the folder above; pass --tokenizer_path")
     print(f"  processes   {', '.join(map(str, process_counts(args)))}")
     print(f"  memory      {processes} process{'es' * (processes > 1)}, {max_batch_size=}, {max_seq_len=}, "
-          f"dtype={str(chosen).removeprefix('torch.')}; on each process:")  # fmt: skip
+          f"dtype={str(chosen).removeprefix('torch.')}{form}; on each process:")  # fmt: skip
     print(f"              {memory.gigabytes(need.weights)} of weights, {memory.gigabytes(need.cache)} of cache, "
           f"up to {memory.gigabytes(need.temporary)} while prompts are read")  # fmt: skip
     if free is None:
         print(f"  free        {place} does not tell")
     else:
         fits = need.resident * sharers <= free
-        advice = "" if fits else "; " + memory.way_out(args, chosen, processes, place, free, sharers)
+        advice = "" if fits else "; " + memory.way_out(args, chosen, processes, place, free, sharers, quantization)
         print(f"  free        {memory.gigabytes(free)} on {place}: it {'fits' if fits else 'does not fit'}{advice}")
 
 

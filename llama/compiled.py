@@ -22,7 +22,7 @@ from torch import nn
 
 from . import runtime
 from .model import Transformer
-from .parallel import is_first_process
+from .parallel import ColumnParallelLinear, is_first_process
 from .sampling import Sampling, next_token
 
 LEAST_COLUMNS = 256  # of the cache that a recorded graph looks at; more comes in powers of two
@@ -44,6 +44,12 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
     if device.type == "cuda" or model.output.group is not None:
         recorded = Recorded(model, "inductor" if wanted or (wanted is None and marker(model).exists()) else None)
         return recorded if wanted or device.type == "cuda" else None
+    if type(model.output) is not ColumnParallelLinear:
+        if wanted:
+            say(
+                "The decode step is not compiled: quantised weights have a form of their own on a CPU, which a package cannot take"
+            )
+        return None
     packaged = Packaged(model)
     try:
         if not (wanted or packaged.remembered()):

@@ -1,4 +1,4 @@
-"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype.
+"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype, or quantised.
 
 Tensor by tensor: at no time is there more than one of them in memory. Everything goes into a folder with another name,
 config last, which is renamed at the very end; what is interrupted leaves nothing that looks whole.
@@ -20,9 +20,21 @@ from typing import Any, Optional
 import torch
 from tqdm import tqdm
 
-from .checkpoint import IGNORED, Checkpoint, MetaCheckpoint, check_weights, cut, fit_vocabulary, open_checkpoint
+from .checkpoint import (
+    IGNORED,
+    Checkpoint,
+    MetaCheckpoint,
+    cut,
+    fit_vocabulary,
+    open_checkpoint,
+    prepare,
+    quantized,
+    quantized_layers,
+    stored_quantization,
+)
 from .huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from .model import ModelArgs, Transformer, check_args, feed_forward_width
+from .quantization import Quantization, Quantized
 from .tokenizer import Tokenizer
 from .writers import Entry, write_pth, write_safetensors
 
@@ -36,10 +48,12 @@ def convert(
     shards: int = 1,
     dtype: Optional[torch.dtype] = None,
     tokenizer_path: Optional[Path] = None,
+    quantize: Optional[str] = None,
 ) -> None:
     """Write the checkpoint `source` into the new folder `target`, to="meta" (with `shards`) or "hf".
 
-    dtype: of all weights, each its own if not given. tokenizer_path: copied too; a Hugging Face folder needs it. ValueError
+    dtype: of all weights, each its own if not given. tokenizer_path: copied too; a Hugging Face folder needs it. quantize:
+    "int8" or "int4", for the matrices of Meta's format; as they are if not given, and then dtype is not theirs. ValueError
     where an argument or the source is not right, the target exists, or the disk has too little room; then nothing is written.
     """
     if to not in ("meta", "hf"):
@@ -52,7 +66,10 @@ def convert(
     check_args(args, 1)
     with torch.device("meta"):
         model = Transformer(args)
-    check_weights(model, checkpoint)
+    quantization = prepare(model, checkpoint, quantize)
+    if quantization is not None and to == "hf":
+        where = "quantize=" + repr(quantize) if quantize else f"{source} is stored as {quantization.kind}, which"
+        raise ValueError(f"{where} is for Meta's format alone; convert to='meta', or the original weights to='hf'")
     files = _hf_files(checkpoint, model, dtype) if to == "hf" else _meta_files(checkpoint, model, shards, dtype)
     with _new_folder(target, sum(entry.nbytes for entries in files.values() for entry in entries)) as folder:
         write = write_safetensors if to == "hf" else write_pth
@@ -64,7 +81,7 @@ def convert(
         if to == "hf":
             _write_hf_config(folder, args, dtype or checkpoint.dtype, files, tokenizer)
         else:
-            _write_json(folder / "params.json", meta_params(args))
+            _write_json(folder / "params.json", meta_params(args) | quantization_params(quantization))
             _write_checklist(folder)
 
 
@@ -104,7 +121,11 @@ def _meta_files(
     check_args(model.params, shards)
     if kv_heads % shards:
         raise ValueError(f"{kv_heads} key/value heads cannot be cut into {shards} shards; use a divisor of {kv_heads}")
-    plan = cut(model)
+    plan, layers = cut(model), quantized_layers(model)
+    for layer in layers.values():
+        if layer.shard_dim == 1:
+            layer.quantization.check_parts(layer.in_features, shards, "shards")
+    rounded = _Rounded(checkpoint, layers, shards) if stored_quantization(checkpoint) is None else None
     if isinstance(checkpoint, MetaCheckpoint):
         plan.update({name: (checkpoint.shape(name, None), None, 1) for name in IGNORED & checkpoint.shards[0].keys()})
     files: dict[str, list[Entry]] = {}
@@ -113,10 +134,38 @@ def _meta_files(
         for name, (full, dim, _) in plan.items():
             shape = [n // shards if j == dim else n for j, n in enumerate(full)]
             part = 0 if dim is None else shape[dim]
-            stored = checkpoint.dtypes.get(name) or checkpoint.read(name, None, 0, 0).dtype
+            prefix = name.rpartition(".")[0]
             read = _reader(checkpoint, name, dim, i * part, (i + 1) * part)
-            entries.append(Entry(name, dtype or stored, shape, read, checkpoint.mapped.release))
+            if prefix not in layers:
+                stored = dtype or checkpoint.dtypes.get(name) or checkpoint.read(name, None, 0, 0).dtype
+            else:
+                stored = model.get_parameter(name).dtype
+                read = read if rounded is None else rounded.reader(name, i)
+            entries.append(Entry(name, stored, shape, read, checkpoint.mapped.release))
     return files
+
+
+class _Rounded:
+    """The tensors of one layer's part at a time, rounded when the first of them is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, layers: dict[str, Quantized], shards: int) -> None:
+        self.checkpoint, self.layers, self.shards = checkpoint, layers, shards
+        self.at: Optional[tuple[str, int]] = None
+        self.made: dict[str, torch.Tensor] = {}
+
+    def reader(self, name: str, shard: int) -> Callable[[], torch.Tensor]:
+        return lambda: self._read(name, shard)
+
+    def _read(self, name: str, shard: int) -> torch.Tensor:
+        prefix, _, kind = name.rpartition(".")
+        if self.at != (prefix, shard):
+            layer = self.layers[prefix]
+            full = layer.in_features if layer.shard_dim == 1 else layer.out_features
+            part = full // self.shards
+            self.made = {}
+            self.made = quantized(self.checkpoint, prefix, layer, shard * part, (shard + 1) * part, torch.device("cpu"))
+            self.at = prefix, shard
+        return self.made[kind]
 
 
 def _hf_files(checkpoint: Checkpoint, model: Transformer, dtype: Optional[torch.dtype]) -> dict[str, list[Entry]]:
@@ -165,6 +214,14 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
         "head_dim": args.head_dim,
     }  # fmt: skip
     return {key: value for key, value in params.items() if value is not None}
+
+
+def quantization_params(quantization: Optional[Quantization]) -> dict[str, Any]:
+    """What params.json says of the matrices' numbers."""
+    if quantization is None:
+        return {}
+    group = {"group_size": quantization.group_size} if quantization.kind == "int4" else {}
+    return {"quantization": {"kind": quantization.kind, **group}}
 
 
 def _write_hf_config(

@@ -40,8 +40,9 @@ class Engine:
         self.model = model
         self.graph = make_graph(model, compile)
         processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
+        quantization = getattr(model.output, "quantization", None)
         self._explained = partial(
-            memory.explained, model.params, model.norm.weight.dtype, processes, self.device, sharers
+            memory.explained, model.params, model.norm.weight.dtype, processes, self.device, sharers, quantization
         )  # what to do where memory runs out
         self._ready = self.graph  # or None, for what a graph would not do
         self._slot0: list[int] = []

@@ -29,7 +29,7 @@ from .chat import (
     encode_dialog,
     is_unsafe,
 )
-from .checkpoint import check_weights, fill, fit_vocabulary, open_checkpoint
+from .checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
 from .completion import (
     ChatPrediction,
     Choice,
@@ -88,6 +88,7 @@ class Llama:
         *,
         device: Union[str, torch.device, None] = None,
         dtype: Union[str, torch.dtype, None] = None,
+        quantize: Optional[str] = None,
         compile: Optional[bool] = None,
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
@@ -99,7 +100,8 @@ class Llama:
         the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu",
         the first of these that is there if not given. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
         if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16, and bfloat16 for a
-        float16 one on an x86 processor, which is slow in float16; a line says so). compile: True
+        float16 one on an x86 processor, which is slow in float16; a line says so). quantize: "int8" or
+        "int4" rounds the matrices while they are loaded; a folder that `convert` wrote so needs no word. compile: True
         compiles the decode step (a third of a minute once on a CPU, which needs a C++ compiler), False does not. If not
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used.
 
@@ -131,12 +133,12 @@ class Llama:
             chosen_dtype = runtime.choose_dtype(dtype, checkpoint.dtype, place)
             with torch.device("meta"):
                 model = Transformer(args)
-            check_weights(model, checkpoint)
-            memory.check_fits(args, chosen_dtype, processes, place, sharers)
+            quantization = prepare(model, checkpoint, quantize)
+            memory.check_fits(args, chosen_dtype, processes, place, sharers, quantization)
         with (
             together(everyone=True),
             torch.inference_mode(False),
-            memory.explained(args, chosen_dtype, processes, place, sharers),
+            memory.explained(args, chosen_dtype, processes, place, sharers, quantization),
         ):
             fill(model, checkpoint, place, chosen_dtype)
         _warn_beyond_training(args, trained)

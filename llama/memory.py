@@ -11,6 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from .model import ModelArgs, process_counts
+from .quantization import KINDS, Quantization
 
 
 class Need(NamedTuple):
@@ -25,20 +26,28 @@ class Need(NamedTuple):
         return self.weights + self.cache
 
 
-def estimate(args: ModelArgs, dtype: torch.dtype, processes: int = 1) -> Need:
+def estimate(args: ModelArgs, dtype: torch.dtype, processes: int = 1, quantization: Optional[Quantization] = None) -> Need:
     """What max_batch_size rows of max_seq_len tokens need when the model is shared by that many processes."""
+
+    def matrix(rows: int, columns: int, parts: int = 1) -> int:
+        """Bytes of rows x columns, of which the full matrix has so many side by side."""
+        return quantization.nbytes(rows, columns, columns * parts) if quantization else size * rows * columns
+
+    size = dtype.itemsize
     queries = args.n_heads * args.head_size // processes
     keys = args.kv_heads // min(processes, args.kv_heads) * args.head_size
     width = args.ffn_width // processes
-    layer = args.dim * (2 * queries + 2 * keys + 3 * width) + 2 * args.dim
-    weights = args.n_layers * layer + 2 * args.dim * args.vocab_size // processes + args.dim
+    columns_cut = matrix(args.dim, queries, processes) + matrix(args.dim, width, processes)  # wo and w2
+    layer = matrix(queries + 2 * keys + 2 * width, args.dim) + columns_cut + size * 2 * args.dim
+    ids = args.vocab_size // processes
+    output = Quantization("int8").nbytes(ids, args.dim, args.dim) if quantization else size * ids * args.dim
+    weights = args.n_layers * layer + output + size * (args.dim * ids + args.dim)
     tokens = args.max_batch_size * args.max_seq_len
     attention = 3 * args.dim + 2 * queries + 2 * keys  # the stream, its norm and sum; q, k, v and the result
     rotating = 4 * 3 * queries  # q in float32, its halves turned
     feed_forward = 4 * args.dim + 3 * width
-    size = dtype.itemsize
     return Need(
-        weights=size * weights,
+        weights=weights,
         cache=size * 2 * args.n_layers * tokens * keys,
         temporary=tokens * max(size * attention + rotating, size * feed_forward),
     )
@@ -94,20 +103,28 @@ def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e3:.1f} KB"
 
 
-def check_fits(args: ModelArgs, dtype: torch.dtype, processes: int, device: torch.device, sharers: int) -> None:
+def check_fits(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    processes: int,
+    device: torch.device,
+    sharers: int,
+    quantization: Optional[Quantization] = None,
+) -> None:
     """ValueError, before any weight is loaded, where weights and cache do not fit what is free.
 
     sharers: how many of the processes use this device's memory (on a CPU, all of a machine).
     """
-    need, free = estimate(args, dtype, processes), free_bytes(device)
+    need, free = estimate(args, dtype, processes, quantization), free_bytes(device)
     if free is None or need.resident * sharers <= free:
         return
     each = f" for each of {sharers} processes" if sharers > 1 else ""
     place = "this machine" if device.type == "cpu" else str(device)
     missing = gigabytes(need.resident * sharers - free)
+    advice = way_out(args, dtype, processes, device, free, sharers, quantization)
     raise ValueError(
         f"not enough memory: the weights take {gigabytes(need.weights)} and the cache {gigabytes(need.cache)}{each}, but "
-        f"{place} has {gigabytes(free)} free, {missing} too little; {way_out(args, dtype, processes, device, free, sharers)}"
+        f"{place} has {gigabytes(free)} free, {missing} too little; {advice}"
     )
 
 
@@ -118,13 +135,23 @@ def way_out(
     device: torch.device,
     free: int,
     sharers: int,
+    quantization: Optional[Quantization] = None,
     working: bool = False,
 ) -> str:
     """Which single changes make weights and cache (and with `working` the temporary) fit `free` bytes."""
 
-    def fits(changed: ModelArgs, dtype: torch.dtype = dtype, processes: int = processes) -> bool:
-        need = estimate(changed, dtype, processes)
+    def fits(
+        changed: ModelArgs,
+        dtype: torch.dtype = dtype,
+        processes: int = processes,
+        quantization: Optional[Quantization] = quantization,
+    ) -> bool:
+        need = estimate(changed, dtype, processes, quantization)
         return (need.resident + need.temporary * working) * sharers <= free
+
+    def shares(quantization: Optional[Quantization], processes: int) -> bool:
+        rows = args.n_heads * args.head_size, args.ffn_width  # of the matrices that are cut along them, wo and w2
+        return quantization is None or all(quantization.shares(row, processes) for row in rows)
 
     ways = []
     for name in ("max_batch_size", "max_seq_len"):
@@ -133,9 +160,13 @@ def way_out(
     if dtype == torch.float32 and fits(args, torch.bfloat16):
         ways.append("dtype='bfloat16'")
     if device.type != "mps":
-        more = [n for n in process_counts(args) if n > processes and fits(args, processes=n)]
+        counts = [n for n in process_counts(args) if shares(quantization, n)]
+        more = [n for n in counts if n > processes and fits(args, processes=n)]
         ways += [f"{n} processes, {sharers} on each {'machine' if device.type == 'cpu' else 'GPU'}" for n in more[:1]]
-    return f"{' or '.join(ways)} would fit" if ways else "no max_batch_size, max_seq_len or dtype makes it fit here"
+    if quantization is None:
+        kinds = [kind for kind in map(Quantization, KINDS) if shares(kind, processes) and fits(args, quantization=kind)]
+        ways += [f"quantize={quantization.kind!r}" for quantization in kinds[:1]]
+    return f"{' or '.join(ways)} would fit" if ways else "nothing that can be changed makes it fit here"
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -148,15 +179,23 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 
 @contextmanager
-def explained(args: ModelArgs, dtype: torch.dtype, processes: int, device: torch.device, sharers: int) -> Iterator[None]:
+def explained(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    processes: int,
+    device: torch.device,
+    sharers: int,
+    quantization: Optional[Quantization] = None,
+) -> Iterator[None]:
     """Where the model's memory runs out while it works, say what it needs and what would make it fit."""
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        need, free = estimate(args, dtype, processes), free_bytes(device) or 0
-        advice = way_out(args, dtype, processes, device, free + need.resident * sharers, sharers, working=True)
+        need, free = estimate(args, dtype, processes, quantization), free_bytes(device) or 0
+        room = free + need.resident * sharers
+        advice = way_out(args, dtype, processes, device, room, sharers, quantization, working=True)
         raise type(error)(
             f"{device} is out of memory: the model has {gigabytes(need.weights)} of weights and {gigabytes(need.cache)} of "
             f"cache, and takes up to {gigabytes(need.temporary)} while it reads prompts of {args.max_seq_len} tokens; shorter "

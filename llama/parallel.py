@@ -1,8 +1,8 @@
 """fairscale's model-parallel layers with a forward made for inference. The only file with collectives.
 
 A layer says how its weight is cut with `shard_dim`: the dimension of the full matrix that the ranks of the model-parallel
-group share out evenly, in rank order; and with `copies`: so many neighbouring ranks hold the same part. Loading, resharding
-and quantizing read that, and nothing else knows it.
+group share out evenly, in rank order; and with `copies`: so many neighbouring ranks hold the same part. One that has more
+tensors says it of each, with `shard_dims`. Loading, resharding and quantizing read that, and nothing else knows it.
 """
 
 from __future__ import annotations
@@ -212,8 +212,11 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
                     f"no gradients where {self.copies} processes have the same heads; use fewer processes, or torch.no_grad()"
                 )
             return super().forward(x)
-        y = product(x, self.weight)
+        y = self.product(x)
         return all_gather(y, self.group) if self.gather_output else y
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.weight)
 
 
 def fuse(layers: Sequence[ColumnParallelLinear]) -> Optional[torch.Tensor]:
@@ -261,7 +264,10 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if _needs_autograd(self.weight, x, self.group):
             return super().forward(x)
-        return all_reduce(product(x, self.weight), self.group)
+        return all_reduce(self.product(x), self.group)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.weight)
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

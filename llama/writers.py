@@ -17,6 +17,13 @@ import torch
 
 from .huggingface import SAFETENSORS_DTYPES
 
+STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+}
 ALIGNMENT = 64  # of a tensor's first byte in a .pth file, as torch.save has it
 
 
@@ -77,8 +84,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, _Numbers):
             return None
         entry, key = obj.stored
-        kinds = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
-        return "storage", kinds[entry.dtype], key, "cpu", math.prod(entry.shape)
+        return "storage", STORAGES[entry.dtype], key, "cpu", math.prod(entry.shape)
 
 
 def write_pth(path: Path, entries: Sequence[Entry], progress: Any) -> None:

@@ -123,10 +123,10 @@ def test_what_would_make_it_fit() -> None:
         "max_batch_size=4 or max_seq_len=627 or 4 processes, 1 on each GPU would fit"
     )
     small = ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=2048)
-    assert advice(small, torch.float32, 1, CPU, 16e9) == "dtype='bfloat16' or 2 processes, 1 on each machine would fit"
-    assert advice(small, torch.bfloat16, 1, torch.device("mps"), 8e9) == (
-        "no max_batch_size, max_seq_len or dtype makes it fit here"
+    assert advice(small, torch.float32, 1, CPU, 16e9) == (
+        "dtype='bfloat16' or 2 processes, 1 on each machine or quantize='int8' would fit"
     )
+    assert advice(small, torch.bfloat16, 1, torch.device("mps"), 4e9) == ("nothing that can be changed makes it fit here")
     assert "16 processes, 2 on each machine" in advice(SEVENTY, torch.bfloat16, 2, CPU, 24e9, sharers=2)
 
 
@@ -140,7 +140,9 @@ def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, m
     monkeypatch.setattr(memory, "free_bytes", lambda device: need)
     Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
     monkeypatch.setattr(memory, "free_bytes", lambda device: need - 1)
-    with pytest.raises(ValueError, match=r"max_seq_len=15 or dtype='bfloat16' or 2 processes, 1 on each machine would fit"):
+    with pytest.raises(
+        ValueError, match=r"max_seq_len=15 or dtype='bfloat16' or 2 processes, 1 on each machine or quantize='int8' would"
+    ):
         Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)  # a system that does not tell
     Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")

@@ -122,7 +122,13 @@ def test_the_readmes_commands(command: str, tiny: Path, tokenizer_path: str, tmp
     command = re.sub("^torchrun", "python -m torch.distributed.run", command)
     command = re.sub("^python", sys.executable, command)
     if " -m llama " in command:
-        result = run(["bash", "-c", command.replace("llama-2-7b-hf/", str(tmp_path / "hf"))])
+        result = run(
+            [
+                "bash",
+                "-c",
+                command.replace("llama-2-7b-hf/", str(tmp_path / "hf")).replace("llama-2-7b-int4/", str(tmp_path / "q")),
+            ]
+        )
         assert result.returncode == 0, result.stderr
         return
     # The tiny vocabulary needs more ids for the same texts.

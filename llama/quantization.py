@@ -1,0 +1,529 @@
+"""Weight-only int8 and int4 forms of the parallel layers: what is stored, how weights are rounded, and the products.
+
+int8: w = n * scale, one scale for each row of the full matrix.
+int4: w = (n - 8) * scale + zero with n in 0 … 15, a scale and a zero for each group of neighbours in a row.
+
+The numbers do not depend on how many processes share them. Plain ATen, because torchao's CPU forms are slower: its int8
+reads 1 to 10 billion weights a second where these read 25 on two cores, and its int4 has no form for CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Optional, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .parallel import ColumnParallelLinear, RowParallelLinear, group_size
+
+KINDS = ("int8", "int4")
+GROUP_SIZE = 32  # of a 1.1B model, 64 would be read 15 % faster, at 1.6 times the loss of quality
+LEAST_GROUP = 16
+PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
+REFINEMENTS = 6
+FEW_ROWS = 24  # of activations; with more, the packed int4 product loses to dequantised blocks
+BLOCK_ROWS = 128  # of activations that the int8 product takes at a time, so that what it makes of them stays in a cache
+STEPS, FINE_STEPS = 127 * 2**8, 63 * 2**16  # activations become whole numbers of at most this size
+MAGIC, MAGIC_BITS = 1.5 * 2**23, 0x4B400000  # added to a float32, it rounds it to a whole number that its last bits show
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What kind of numbers the matrices are; group_size is int4's."""
+
+    kind: str
+    group_size: int = GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"quantize={self.kind!r} is not supported; use {' or '.join(map(repr, KINDS))}, or None")
+        size = self.group_size
+        if isinstance(size, bool) or not isinstance(size, int) or not LEAST_GROUP <= size <= 256 or size & (size - 1):
+            raise ValueError(f"group_size={size!r} must be a power of two from {LEAST_GROUP} to 256")
+
+    def group(self, in_features: int) -> Optional[int]:
+        """Of a matrix with rows of this length: group_size, or the largest power of two below it that divides a row.
+
+        None where the matrix is int8: if that was asked for, or its rows cannot be cut in groups of 16 or more.
+        """
+        largest = min(self.group_size, in_features & -in_features)
+        return largest if self.kind == "int4" and largest >= LEAST_GROUP else None
+
+    def shares(self, in_features: int, parts: int) -> bool:
+        """Whether rows of this length can be cut into so many parts of whole groups."""
+        return in_features // parts % (self.group(in_features) or 1) == 0
+
+    def check_parts(self, in_features: int, parts: int, what: str = "processes") -> None:
+        if not self.shares(in_features, parts):
+            group = self.group(in_features)
+            good = [str(n) for n in range(1, parts) if in_features % n == 0 and self.shares(in_features, n)]
+            raise ValueError(
+                f"rows of {in_features} numbers in int4 groups of {group} cannot be cut into whole groups by {parts} {what}; "
+                f"use {' or '.join(good)}, or int8"
+            )
+
+    def nbytes(self, rows: int, columns: int, in_features: int) -> int:
+        """What `rows` x `columns` of a matrix with rows of `in_features` take."""
+        group = self.group(in_features)
+        return rows * (columns + 4) if group is None else rows * (columns // 2 + 2 * 2 * columns // group)
+
+
+# Rounding
+
+
+def row_maxima(weight: torch.Tensor) -> torch.Tensor:
+    """(rows, columns) -> float32 (rows,): the largest size in each row."""
+    low, high = weight.aminmax(dim=1)
+    return torch.maximum(-low, high).float()
+
+
+def to_int8(weight: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (rows, columns) and its full rows' largest sizes (rows,) -> int8 of the same shape, float32 scales (rows,)."""
+    scales = (maxima / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def to_int4(weight: torch.Tensor, group: int, refinements: int = REFINEMENTS) -> tuple[torch.Tensor, ...]:
+    """float32 (rows, columns) -> numbers 0 … 15 as uint8 (rows, columns), scales and zeros bfloat16 (rows, columns / group).
+
+    Plain rounding spreads 16 steps evenly over a group's range. Each refinement fits scale and zero to the rounded numbers
+    by least squares, and rounds again with them; each group keeps what gave the least squared error. This alternation is
+    that of HQQ (Badri & Shaji 2023), which moves the zero alone, towards a robust norm: measured, that loses more quality
+    (see benchmarks/quality.py for what this one loses).
+    """
+    w = weight.reshape(-1, group)
+    low, high = w.aminmax(dim=1, keepdim=True)
+    mean = w.mean(1, keepdim=True)
+    centred = w - mean
+    tiny = 2.0**-100
+    scale, zero = _stored((high - low) / 15, tiny), torch.empty_like(low)
+    zero = _bfloat16(low + 8 * scale)
+    best = [torch.full_like(low, torch.inf), scale, zero]
+    for step in range(refinements + 1):
+        n = torch.addcmul(-zero / scale, w, 1 / scale).round_().clamp_(-8, 7)
+        error = torch.addcmul(w - zero, n, scale, value=-1).square_().sum(1, keepdim=True)
+        better = error < best[0]
+        best = [torch.where(better, new, old) for new, old in zip((error, scale, zero), best)]
+        if step < refinements:
+            middle = n.mean(1, keepdim=True)
+            spread = n.square().sum(1, keepdim=True) - group * middle.square()
+            slope = n.mul_(centred).sum(1, keepdim=True) / spread.clamp_min(1e-6)
+            scale = _stored(torch.where(spread > 0.5, slope, scale), tiny)
+            zero = _bfloat16(mean - scale * middle)
+    _, scale, zero = best
+    n = torch.addcmul(-zero / scale, w, 1 / scale).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
+    shape = len(weight), -1
+    return n.view(weight.shape), scale.bfloat16().view(shape), zero.bfloat16().view(shape)
+
+
+def _bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """As it will be stored, so that what is rounded with it is what is stored."""
+    return x.bfloat16().float()
+
+
+def _stored(scale: torch.Tensor, least: float) -> torch.Tensor:
+    return _bfloat16(scale.clamp_min(least))
+
+
+def pairs(numbers: torch.Tensor) -> torch.Tensor:
+    """0 … 15 (rows, columns) -> uint8 (rows, columns / 2), the left one of each two in the upper half."""
+    return numbers[:, ::2] << 4 | numbers[:, 1::2]
+
+
+def unpair(packed: torch.Tensor) -> torch.Tensor:
+    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+
+
+def blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A weight in float32 on a device, a few rows at a time."""
+    numbers = PIECE * torch.get_num_threads() if device.type == "cpu" else 2**24
+    step = max(1, numbers // weight.shape[1])
+    for i in range(0, len(weight), step):
+        yield slice(i, i + step), weight[i : i + step].to(device, torch.float32)
+
+
+# Layers
+
+
+class Quantized(nn.Module):
+    """What the four classes share. `weight` and its companions are as they are stored until `pack` gives them the form
+    that the device multiplies fastest with; the state dict has them as they are stored in either case."""
+
+    kind: str
+    quantization: Quantization
+    in_features: int  # of the full matrix
+    out_features: int
+    shard_dim: int
+    shard_dims: dict[str, Optional[int]]  # how each tensor is cut; as `shard_dim` says of the weight before
+    packed = False
+
+    def __init__(self, layer: nn.Module, quantization: Quantization) -> None:
+        nn.Module.__init__(self)
+        vars(self).update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
+        self.quantization = quantization
+        self.register_parameter("bias", None)
+        rows, columns = cast(torch.Tensor, layer.weight).shape
+        for name, tensor in self.empty(rows, columns, cast(torch.Tensor, layer.weight).device).items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def quantize(self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        """Some of the layer's weights, as they are stored, on a device. maxima: of the full rows, if `weight` has parts."""
+        raise NotImplementedError
+
+    def plain(self) -> dict[str, torch.Tensor]:
+        """The tensors as they are stored."""
+        raise NotImplementedError
+
+    def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """For the device that the tensors are on, and activations in `dtype`. Returns the tensors as they were before."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination.update({prefix + name: tensor.detach() for name, tensor in self.plain().items()})
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Follows the model to a device and stays the numbers that it is; packed again there for the dtype it is given."""
+        probe = fn(torch.empty(0, dtype=torch.bfloat16, device=self.device))
+        if not self.packed:
+            return super()._apply(lambda t: t.to(probe.device), recurse)
+        plain = {name: tensor.to(probe.device) for name, tensor in self.plain().items()}
+        for name in list(self._parameters):
+            self._parameters[name] = None
+        self._parameters.update({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in plain.items()})
+        self.pack(probe.dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.Tensor, self.weight).device
+
+
+def _refuse_gradients(x: torch.Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("no gradients through quantised weights; build without quantize, or use torch.no_grad()")
+
+
+class Int8(Quantized):
+    kind = "int8"
+    weight: nn.Parameter  # int8 (rows, columns)
+    scales: nn.Parameter  # float32 (rows,)
+
+    def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor]:
+        return {
+            "weight": torch.empty(rows, columns, dtype=torch.int8, device=device),
+            "scales": torch.empty(rows, dtype=torch.float32, device=device),
+        }
+
+    def quantize(self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        made = self.empty(len(weight), weight.shape[1], device)
+        for rows, block in blocks(weight, device):
+            largest = row_maxima(block) if maxima is None else maxima[rows]
+            made["weight"][rows], made["scales"][rows] = to_int8(block, largest)
+        return made
+
+    def plain(self) -> dict[str, torch.Tensor]:
+        weight = self.weight.detach()
+        return {"weight": weight.to_dense().t().contiguous() if self.packed else weight, "scales": self.scales}
+
+    def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        before = self.weight.detach()
+        self.packed = self.weight.device.type == "cpu" and onednn_is_exact()
+        if self.packed:
+            packed = torch.ops.onednn.qlinear_prepack(self.weight.detach(), None)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+            return [before]
+        return []
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        _refuse_gradients(x)
+        rows = x.reshape(-1, x.shape[-1])
+        if not self.packed:
+            y = self._generic(rows)
+        elif len(rows) <= BLOCK_ROWS:
+            y = self._in_digits(rows)
+        else:
+            y = torch.cat([self._in_digits(some) for some in rows.split(BLOCK_ROWS)])
+        return y.view(*x.shape[:-1], -1)
+
+    def _in_digits(self, x: torch.Tensor) -> torch.Tensor:
+        """oneDNN multiplies int8 with int8 only. So each row of x becomes whole numbers of 16 bits, low + 256 * high, and
+        both digits are multiplied: the weights are read once for both. float32 has three digits. (M, columns) -> (M, rows)
+        """
+        x32 = x.float()
+        largest = x32.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # infinity and NaN go on from here into the result
+        steps, count = (FINE_STEPS, 3) if x.dtype == torch.float32 else (STEPS, 2)
+        digits = [(x32 * (steps / largest)).add_(MAGIC).view(torch.int32)]  # of which the last byte counts
+        if count == 3:
+            digits[0].sub_(MAGIC_BITS)  # which would be seen in the third
+        while len(digits) < count:
+            digits.append((digits[-1] + 128) >> 8)
+        product = int8_product_op if torch.compiler.is_compiling() else int8_product
+        y, *lower = reversed(
+            product(torch.stack([digit.to(torch.int8) for digit in digits]), self.weight, self.scales).unbind()
+        )
+        for digit in lower:
+            y = torch.add(digit, y, alpha=256)
+        return y.mul_(largest / steps).to(x.dtype)
+
+    def _generic(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        if weight.device.type == "cpu" and len(x) <= FEW_ROWS and hasattr(torch, "_weight_int8pack_mm"):
+            ones = torch.ones(len(weight), dtype=x.dtype)
+            y = torch._weight_int8pack_mm(x.contiguous(), weight, ones)
+        elif weight.device.type == "cpu":  # never all of it in the wider dtype
+            step = max(1, 2**22 // weight.shape[1])
+            y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(step)], dim=-1)
+        else:
+            y = F.linear(x, weight.to(x.dtype))  # which Inductor makes one kernel of
+        return (y * self.scales).to(x.dtype)
+
+
+def int8_product(digits: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """int8 (..., columns), prepacked int8 (columns, rows), float32 (rows,) -> float32 (..., rows)."""
+    zeros = _no_zero_points(len(scales))
+    return torch.ops.onednn.qlinear_pointwise(
+        digits, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+# The same for the compiler, which does not know the layout of the packed weights. Costs some microseconds a call.
+int8_product_op = torch.library.custom_op("llama::int8_product", int8_product, mutates_args=())
+
+
+@int8_product_op.register_fake
+def _(digits: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return digits.new_empty((*digits.shape[:-1], len(scales)), dtype=torch.float32)
+
+
+@lru_cache
+def _no_zero_points(rows: int) -> torch.Tensor:
+    return torch.zeros(rows, dtype=torch.int32)
+
+
+@lru_cache
+def onednn_is_exact() -> bool:
+    """Whether this CPU multiplies int8 in oneDNN fast and without saturating: older ones add pairs in 16 bits."""
+    if not torch.backends.mkldnn.is_available() or not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return False
+    try:
+        weight = torch.full((64, 256), 127, dtype=torch.int8)
+        weight[1::2] = -127
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        scales = torch.ones(64)
+        for rows in (1, 2, 64):
+            x = torch.full((rows, 256), -128, dtype=torch.int8)
+            x[:, ::2] = 127 * (torch.arange(rows)[:, None] % 2)
+            if not torch.equal(int8_product(x, packed, scales), x.float() @ weight.float().t()):
+                return False
+        return torch.equal(packed.to_dense().t(), weight)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+class Int4(Quantized):
+    kind = "int4"
+    weight: nn.Parameter  # uint8 (rows, columns / 2), or packed
+    scales: Optional[nn.Parameter]  # bfloat16 (rows, columns / group); packed, both are in
+    zeros: Optional[nn.Parameter]
+    scales_and_zeros: nn.Parameter  # bfloat16 (columns / group, rows, 2)
+    group_columns: int
+
+    @property
+    def columns(self) -> int:
+        if self.packed:
+            return len(self.scales_and_zeros) * self.group_columns
+        return 2 * self.weight.shape[1]
+
+    def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor]:
+        group = self.quantization.group(self.in_features)
+        assert group is not None
+        self.group_columns = group
+        shape = rows, columns // group
+        return {
+            "weight": torch.empty(rows, columns // 2, dtype=torch.uint8, device=device),
+            "scales": torch.empty(shape, dtype=torch.bfloat16, device=device),
+            "zeros": torch.empty(shape, dtype=torch.bfloat16, device=device),
+        }
+
+    def quantize(self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        made = self.empty(len(weight), weight.shape[1], device)
+        for part, block in blocks(weight, device):
+            numbers, made["scales"][part], made["zeros"][part] = to_int4(block, self.group_columns)
+            made["weight"][part] = pairs(numbers)
+        return made
+
+    def plain(self) -> dict[str, torch.Tensor]:
+        if not self.packed:
+            assert self.scales is not None
+            assert self.zeros is not None
+            return {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
+        scales, zeros = self.scales_and_zeros.permute(2, 1, 0).contiguous()
+        # Multiplied by ones in the diagonal the product shows the numbers, whatever the layout is.
+        ones = torch.zeros_like(self.scales_and_zeros)
+        ones[..., 0] = 1
+        unit = torch.eye(self.columns, dtype=torch.bfloat16, device=self.device)
+        shown = [self._few(some, ones).t() for some in unit.split(64)]
+        return {"weight": pairs(torch.cat(shown, 1).add_(8).to(torch.uint8)), "scales": scales, "zeros": zeros}
+
+    def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        assert self.scales is not None
+        assert self.zeros is not None
+        before = [self.weight.detach(), self.scales.detach(), self.zeros.detach()]
+        packed = None if dtype == torch.float32 else self._packed_weight()
+        self.packed = packed is not None
+        if packed is not None:
+            both = torch.stack((self.scales.detach().t(), self.zeros.detach().t()), dim=-1).contiguous()
+            self.scales = self.zeros = None
+            self.weight = nn.Parameter(packed, requires_grad=False)
+            self.scales_and_zeros = nn.Parameter(both, requires_grad=False)
+            return before
+        return []
+
+    def _packed_weight(self) -> Optional[torch.Tensor]:
+        """For torch's own products, of bfloat16 with groups of 32 and more. None where there is none."""
+        weight, device = self.weight.detach(), self.device
+        rows = len(weight)
+        if self.group_columns < 32:
+            return None
+        if device.type == "cpu" and hasattr(torch, "_weight_int4pack_mm_for_cpu") and rows % 64 == 0:
+            return torch._convert_weight_to_int4pack_for_cpu(unpair(weight).int(), 1)
+        if (
+            device.type == "cuda"
+            and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) >= (8, 0)
+            and rows % 8 == 0
+            and self.columns % 128 == 0
+        ):
+            return torch._convert_weight_to_int4pack(weight, 8)
+        return None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        _refuse_gradients(x)
+        rows = x.reshape(-1, x.shape[-1])
+        if not self.packed:
+            y = self._generic(rows)
+        elif len(rows) <= FEW_ROWS or self.device.type != "cpu" or packed_layout() is None:
+            y = self._few(rows.bfloat16(), self.scales_and_zeros).to(x.dtype)
+        else:
+            y = self._many(rows.bfloat16()).to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+    def _few(self, x: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
+        on_cpu = x.device.type == "cpu"
+        multiply = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
+        return multiply(x.contiguous(), self.weight, self.group_columns, scales_and_zeros)
+
+    def _generic(self, x: torch.Tensor) -> torch.Tensor:
+        """In x's own dtype, dequantised a few rows at a time."""
+        assert self.scales is not None
+        assert self.zeros is not None
+        on_cpu = x.device.type == "cpu"
+        step = max(1, 2**22 // self.columns) if on_cpu else len(self.weight)
+        parts = zip(self.weight.split(step), self.scales.split(step), self.zeros.split(step))
+        return torch.cat([F.linear(x, dequantized(*part, x.dtype)) for part in parts], dim=-1)
+
+    def _many(self, x: torch.Tensor) -> torch.Tensor:
+        """Dequantised from the packed form in pieces that fit a cache: (n - 8) * scale, and the zeros as rows of their
+        own, which multiply the sums of x over each group. (M, columns) -> (M, rows)"""
+        layout = packed_layout()
+        assert layout is not None
+        height, halves = layout
+        group, groups = self.group_columns, self.columns // self.group_columns
+        x = torch.cat((x, x.unflatten(1, (groups, group)).sum(-1)), dim=1)
+        packed = self.weight.view(-1, groups, group, height // 2)  # two rows of a block of `height` in each byte
+        scales, zeros = self.scales_and_zeros.detach().unbind(-1)
+        scales = scales.unflatten(1, (-1, height)).transpose(0, 1).contiguous()[:, :, None]  # (blocks, groups, 1, height)
+        blocks = max(1, 2048 // height)
+        piece = max(1, PIECE * torch.get_num_threads() // (blocks * height * group))
+        y = x.new_empty(len(x), len(packed) * height)
+        for i in range(0, len(packed), blocks):
+            some = slice(i, i + blocks)
+            columns = slice(i * height, (i + blocks) * height)
+            weight = x.new_empty(x.shape[1], y[:, columns].shape[1])
+            weight[self.columns :] = zeros[:, columns]
+            target = weight[: self.columns].view(groups, group, -1, height).permute(2, 0, 1, 3)
+            for j in range(0, groups, piece):
+                part = slice(j, j + piece)
+                numbers = packed[some, part]
+                for rows, half in zip(halves, (numbers & 15, numbers >> 4)):
+                    centred = half.view(torch.int8).sub_(8).to(x.dtype)
+                    torch.mul(centred, scales[some, part, :, rows], out=target[:, part, :, rows])
+            y[:, columns] = x @ weight
+        return y
+
+
+def dequantized(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int4 as it is stored -> (rows, columns)"""
+    numbers = unpair(weight).view(torch.int8).sub_(8).to(dtype).unflatten(1, (scales.shape[1], -1))
+    return torch.addcmul(zeros.to(dtype)[..., None], numbers, scales.to(dtype)[..., None]).flatten(1)
+
+
+@lru_cache
+def packed_layout() -> Optional[tuple[int, tuple[slice, slice]]]:
+    """How torch packs int4 on this CPU, found out by packing known numbers: the rows of a block, and which of them are the
+    lower and the upper halves of the bytes that a column of the block is. None where it is something else."""
+    rows, columns = 256, 32
+    number = torch.arange(rows)[:, None].expand(rows, columns)
+    digits = [torch._convert_weight_to_int4pack_for_cpu(d.int().contiguous(), 1) for d in (number % 16, number // 16)]
+    for height in (64, 32, 16):
+        first, second = (d.view(rows // height, columns, -1) for d in digits)
+        found = [(first & 15).int() + 16 * (second & 15), (first >> 4).int() + 16 * (second >> 4)]
+        halves = []
+        for half in found:
+            order = half[0, 0].tolist()
+            rows_of_half = slice(order[0], order[-1] + 1, max(1, order[1] - order[0]))
+            expected = half[0, 0] + height * torch.arange(rows // height)[:, None, None]
+            if order == list(range(height))[rows_of_half] and torch.equal(half, expected.expand_as(half).int()):
+                halves.append(rows_of_half)
+        if len(halves) == 2:
+            columns_too = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
+            packed = torch._convert_weight_to_int4pack_for_cpu(columns_too, 1).view(rows // height, columns, -1)
+            back = torch.empty(rows // height, columns, height, dtype=torch.int32)
+            back[:, :, halves[0]], back[:, :, halves[1]] = packed & 15, packed >> 4
+            return (height, (halves[0], halves[1])) if torch.equal(back.transpose(1, 2).flatten(0, 1), columns_too) else None
+    return None
+
+
+class Int8ColumnParallelLinear(Int8, ColumnParallelLinear):
+    shard_dims = {"weight": 0, "scales": 0}  # noqa: RUF012
+
+
+class Int8RowParallelLinear(Int8, RowParallelLinear):
+    shard_dims = {"weight": 1, "scales": None}  # noqa: RUF012  # of the full row
+
+
+class Int4ColumnParallelLinear(Int4, ColumnParallelLinear):
+    shard_dims = {"weight": 0, "scales": 0, "zeros": 0}  # noqa: RUF012
+
+
+class Int4RowParallelLinear(Int4, RowParallelLinear):
+    shard_dims = {"weight": 1, "scales": 1, "zeros": 1}  # noqa: RUF012
+
+
+def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
+    """Put the quantised form, still empty, in the place of every parallel linear layer of a model on the meta device. The
+    output matrix is int8 in either case.
+
+    ValueError where the processes cannot share the rows in whole groups.
+    """
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and not isinstance(layer, Quantized):
+                is_int8 = quantization.group(layer.in_features) is None
+                if isinstance(layer, ColumnParallelLinear):
+                    is_int8 |= layer.gather_output  # the output matrix, a small part of all, costs the most quality
+                    form: type[Quantized] = Int8ColumnParallelLinear if is_int8 else Int4ColumnParallelLinear
+                else:
+                    quantization.check_parts(layer.in_features, group_size(layer.group))
+                    form = Int8RowParallelLinear if is_int8 else Int4RowParallelLinear
+                setattr(parent, name, form(layer, quantization))

@@ -1,0 +1,400 @@
+"""int8 and int4 layers against their numbers multiplied in float64; the same numbers on any processes, from any folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PARAMS, ROOT, golden, random_weights, shared, write_checkpoint
+from test_huggingface import TWINS, write_twin
+from test_launch import environment
+from torch import nn
+from workers import Pool
+
+from llama import Llama, ModelArgs, memory, quantization
+from llama.convert import convert
+from llama.parallel import ColumnParallelLinear
+from llama.quantization import Quantization, Quantized, quantize_layers, to_int4
+
+CPU = torch.device("cpu")
+
+
+def layer_of(weight: torch.Tensor, kind: str, dtype: torch.dtype = torch.bfloat16, group: int = 64) -> Quantized:
+    rows, columns = weight.shape
+    with torch.device("meta"):
+        parent = nn.ModuleList([ColumnParallelLinear(columns, rows, gather_output=False)])
+    quantize_layers(parent, Quantization(kind, group))
+    (layer,) = parent
+    assert isinstance(layer, Quantized)
+    layer.load_state_dict(layer.quantize(weight, None, CPU), assign=True)
+    layer.pack(dtype)
+    return layer
+
+
+def numbers(layer: Quantized) -> torch.Tensor:
+    """The layer's matrix in float64, by the formulas that the files are documented with."""
+    state = {name: tensor.double() for name, tensor in layer.state_dict().items()}
+    if layer.kind == "int8":
+        return state["weight"] * state["scales"][:, None]
+    left, right = state["weight"] // 16, state["weight"] % 16
+    n = torch.stack((left, right), -1).flatten(1).unflatten(1, (state["scales"].shape[1], -1))
+    return ((n - 8) * state["scales"][..., None] + state["zeros"][..., None]).flatten(1)
+
+
+def weights(rows: int = 192, columns: int = 256, outliers: bool = False) -> torch.Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) * columns**-0.5
+    if outliers:
+        weight[:, ::37] *= 8
+    return weight
+
+
+def assert_near(y: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, tolerance: float) -> None:
+    """Within `tolerance` of |x| |W|, which bounds what rounding of either can do to the sum."""
+    exact = x.double() @ matrix.t()
+    bound = x.double().norm(dim=-1, keepdim=True) * matrix.norm(dim=-1)
+    assert y.shape == exact.shape
+    assert ((y.double() - exact).abs() <= tolerance * bound).all()
+
+
+@pytest.fixture(params=["packed", "generic"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the products of this CPU, and as on one that has none of them."""
+    if request.param == "generic":
+        monkeypatch.setattr(quantization, "onednn_is_exact", lambda: False)
+        monkeypatch.setattr(quantization.Int4, "_packed_weight", lambda self: None)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (4,), (300,), (2, 3), (2, 1, 5), ()])
+def test_int8_products(shape: tuple[int, ...], dtype: torch.dtype, either_way: str) -> None:
+    layer = layer_of(weights(), "int8", dtype)
+    x = torch.randn(*shape, 256).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    # The row's largest entry decides the step of the activations: 1 / 32512 of it.
+    assert_near(y, x, numbers(layer), 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+def test_int8_extremes() -> None:
+    """All products at their largest and of one sign, where adding pairs in 16 bits would saturate; zeros; tiny; infinite."""
+    layer = layer_of(torch.ones(64, 256) * torch.tensor([1.0, -1.0]).repeat(32)[:, None], "int8")
+    rows = [torch.ones(256), -torch.ones(256), torch.zeros(256), torch.full((256,), 1e-29), torch.arange(256) - 255.0]
+    x = torch.stack(rows)
+    assert_near(layer(x), x, numbers(layer), 2e-5)
+    assert not layer(torch.zeros(1, 256)).any()
+    for bad in (torch.inf, torch.nan):
+        x = torch.ones(2, 256)
+        x[0, 3] = bad
+        assert not layer(x)[0].isfinite().any()
+        assert layer(x)[1].isfinite().all()
+
+
+def test_int8_numbers() -> None:
+    """Each row's largest weight is 127 steps; a row of zeros stays zeros; no weight moves by more than half a step."""
+    weight = weights(outliers=True)
+    weight[5] = 0
+    layer = layer_of(weight, "int8")
+    state = layer.state_dict()
+    assert not numbers(layer)[5].any()
+    sizes = state["weight"].short().abs().amax(1)
+    assert (sizes[torch.arange(192) != 5] == 127).all()
+    assert ((numbers(layer) - weight).abs() <= 0.5001 * state["scales"][:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 4, 40])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+def test_int4_products(group: int, count: int, dtype: torch.dtype, either_way: str) -> None:
+    layer = layer_of(weights(outliers=True), "int4", dtype, group)
+    x = torch.randn(count, 256).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert_near(y, x, numbers(layer), 2e-6 if dtype == torch.float32 else 2**-7)
+    assert torch.equal(layer(x.view(1, count, 256))[0], y)
+
+
+def test_many_rows_take_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "PIECE", 2**12)
+    layer = layer_of(weights(2112, 448), "int4")
+    x = torch.randn(50, 448).bfloat16()
+    assert_near(layer(x), x, numbers(layer), 2**-7)
+    monkeypatch.setattr(quantization, "packed_layout", lambda: None)
+    assert_near(layer(x), x, numbers(layer), 2**-7)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_refined_rounding_is_never_worse(group: int) -> None:
+    def errors(weight: torch.Tensor, refinements: int) -> torch.Tensor:
+        n, scales, zeros = to_int4(weight, group, refinements)
+        parts = n.double().unflatten(1, (-1, group))
+        back = (parts - 8) * scales.double()[..., None] + zeros.double()[..., None]
+        return (weight.double().unflatten(1, (-1, group)) - back).square().sum(-1)
+
+    plain, refined = (errors(weights(), r) for r in (0, quantization.REFINEMENTS))
+    assert (refined <= plain * (1 + 1e-4)).all()
+    assert refined.sum() < 0.93 * plain.sum()
+    plain, refined = (errors(weights(outliers=True), r) for r in (0, quantization.REFINEMENTS))
+    assert (refined <= plain * (1 + 1e-4)).all()
+    assert refined.sum() < 0.93 * plain.sum()
+    for constant in (0.0, 0.7, -3e-4):
+        assert errors(torch.full((2, 64), constant), 6).sum().sqrt() <= 0.05 * abs(constant)
+
+
+def test_plain_int4_rounding_is_within_half_a_step() -> None:
+    weight = weights(outliers=True)
+    n, scales, zeros = to_int4(weight, 64, 0)
+    parts = weight.unflatten(1, (-1, 64))
+    back = (n.unflatten(1, (-1, 64)).float() - 8) * scales.float()[..., None] + zeros.float()[..., None]
+    # Scale and zero are stored in bfloat16, which moves the ends of the range.
+    assert ((parts - back).abs() <= 0.56 * scales.float()[..., None]).all()
+
+
+def test_what_is_stored_is_what_is_packed(either_way: str) -> None:
+    for kind in ("int8", "int4"):
+        layer = layer_of(weights(), kind)
+        made = layer.quantize(weights(), None, CPU)
+        assert layer.state_dict().keys() == made.keys()
+        assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in made.items())
+        assert isinstance(layer, ColumnParallelLinear)
+        assert f"({kind})" in str(layer) or kind in str(layer)
+        x = torch.randn(3, 256).bfloat16()
+        before = layer(x)
+        assert torch.equal(layer.to(torch.float16).to(torch.bfloat16)(x), before)
+
+
+def test_no_silent_gradients() -> None:
+    for kind in ("int8", "int4"):
+        with pytest.raises(ValueError, match="no gradients through quantised weights"):
+            layer_of(weights(), kind)(torch.randn(1, 256, requires_grad=True))
+
+
+def test_group_sizes() -> None:
+    assert [Quantization("int4").group(n) for n in (4096, 11008, 96, 48, 24, 172)] == [32, 32, 32, 16, None, None]
+    assert Quantization("int4", 256).group(11008) == 256
+    assert Quantization("int8").group(4096) is None
+    for bad in (8, 48, 512, 64.0, True):
+        with pytest.raises(ValueError, match="must be a power of two from 16 to 256"):
+            Quantization("int4", bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quantize='int3' is not supported; use 'int8' or 'int4', or None"):
+        Quantization("int3")
+    with pytest.raises(
+        ValueError, match="11008 numbers in int4 groups of 32 .* by 16 processes; use 1 or 2 or 4 or 8, or int8"
+    ):
+        Quantization("int4").check_parts(11008, 16)
+
+
+# Whole models. 256 wide, so that int4 has its packed form on one process.
+
+WIDE: dict[str, Any] = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 256, "norm_eps": 1e-5}
+TOKENS = [[1, 5, 9, 200, 33, 7, 300, 12, 6, 2, 8, 44, 17, 90]]
+
+
+def state_and_logits(
+    folder: str, tokenizer_path: str, processes: int, **options: Any
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, int, list[int]]:
+    llama = Llama.build(folder, tokenizer_path, 16, 1, processes, device="cpu", **options)
+    with torch.inference_mode():
+        logits = llama.model(torch.tensor(TOKENS), 0)
+    held = sum(p.numel() * p.element_size() for p in llama.model.parameters())
+    state = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
+    return state, logits.clone(), held, llama.generate(TOKENS, 2, temperature=0)[0][0]
+
+
+def whole(states: list[dict[str, torch.Tensor]], dims: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        name: states[0][name] if dims[name] is None else torch.cat([state[name] for state in states], dims[name])
+        for name in states[0]
+    }
+
+
+def how_cut(kind: str, params: dict[str, Any]) -> dict[str, Any]:
+    from llama import Transformer
+    from llama.checkpoint import cut
+
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**params, vocab_size=400, max_seq_len=1, max_batch_size=1))
+    quantize_layers(model, Quantization(kind))
+    return {name: dim for name, (_, dim, _) in cut(model).items()}
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_the_same_numbers_on_any_processes_from_any_shards(
+    kind: str, shards: int, pool: Pool, tmp_path: Path, tokenizer_path: str
+) -> None:
+    source = str(write_checkpoint(tmp_path / "a", random_weights(WIDE), shards, WIDE))
+    one, logits, _, _ = state_and_logits(source, tokenizer_path, 1, quantize=kind)
+    dims = how_cut(kind, WIDE)
+    assert one.keys() == dims.keys()
+    for processes in (1, 2, 4):
+        outcomes = pool.run(state_and_logits_of, source, tokenizer_path, processes, kind)
+        joined = whole([state for state, *_ in outcomes[:processes]], dims)
+        assert all(torch.equal(joined[name], tensor) for name, tensor in one.items())
+        for _, theirs, _, _ in outcomes:
+            torch.testing.assert_close(theirs, logits, atol=1e-4, rtol=0)
+
+
+def state_and_logits_of(folder: str, tokenizer_path: str, processes: int, kind: str | None) -> Any:
+    return state_and_logits(folder, tokenizer_path, processes, **({"quantize": kind} if kind else {}))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_stored_is_what_loading_makes(kind: str, pool: Pool, tmp_path: Path, tokenizer_path: str) -> None:
+    bf16 = {name: weight.bfloat16() for name, weight in random_weights(WIDE).items()}
+    source = write_checkpoint(tmp_path / "a", bf16, 2, WIDE)
+    loaded, logits, held, ids = state_and_logits(str(source), tokenizer_path, 1, quantize=kind)
+    for shards in (1, 4):
+        convert(source, tmp_path / f"q{shards}", "meta", shards, quantize=kind)
+        stored = json.loads((tmp_path / f"q{shards}" / "params.json").read_text())["quantization"]
+        assert stored == ({"kind": "int4", "group_size": 32} if kind == "int4" else {"kind": "int8"})
+        for options in ({}, {"quantize": kind}):
+            state, again, held_again, same = state_and_logits(str(tmp_path / f"q{shards}"), tokenizer_path, 1, **options)
+            assert all(torch.equal(state[name], tensor) for name, tensor in loaded.items())
+            assert torch.equal(again, logits)
+            assert (held_again, same) == (held, ids)
+    args = ModelArgs(**WIDE, vocab_size=400, max_seq_len=16, max_batch_size=1)
+    assert memory.estimate(args, torch.bfloat16, 1, Quantization(kind)).weights == held
+    for processes in (2, 4):
+        need = memory.estimate(args, torch.bfloat16, processes, Quantization(kind)).weights
+        outcomes = pool.run(state_and_logits_of, str(tmp_path / "q4"), tokenizer_path, processes, None)
+        assert {held for _, _, held, _ in outcomes} == {need}
+        joined = whole([state for state, *_ in outcomes[:processes]], how_cut(kind, WIDE))
+        assert all(torch.equal(joined[name], tensor) for name, tensor in loaded.items())
+    # Other shards again: the numbers stay as they are.
+    convert(tmp_path / "q4", tmp_path / "again", "meta", 1, torch.float32)
+    convert(tmp_path / "q1", tmp_path / "copy", "meta", 1)
+    state, _, _, _ = state_and_logits(str(tmp_path / "copy"), tokenizer_path, 1)
+    assert all(torch.equal(state[name], tensor) for name, tensor in loaded.items())
+    state, _, _, _ = state_and_logits(str(tmp_path / "again"), tokenizer_path, 1)
+    assert state["norm.weight"].dtype == torch.float32
+    assert all(torch.equal(state[name], tensor.to(state[name].dtype)) for name, tensor in loaded.items())
+
+
+@pytest.mark.parametrize("name", ["tied", *sorted(set(TWINS) - {"tied"})][:2])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_hugging_face_folders(kind: str, name: str, pool: Pool, tmp_path: Path, tokenizer_path: str) -> None:
+    """The same numbers as from Meta's form of the same weights; transformers' logits within what rounding does."""
+    transformers = pytest.importorskip("transformers")
+    source = write_twin(tmp_path / "hf", TWINS[name])
+    convert(source, tmp_path / "meta", "meta", tokenizer_path=Path(tokenizer_path))
+    one, logits, _, _ = state_and_logits(str(source), tokenizer_path, 1, quantize=kind)
+    two, same, _, _ = state_and_logits(str(tmp_path / "meta"), tokenizer_path, 1, quantize=kind)
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    assert torch.equal(logits, same)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source)(torch.tensor(TOKENS)).logits[..., :400].detach()
+    assert (logits - theirs).norm() < {"int8": 0.02, "int4": 0.25}[kind] * theirs.norm()
+
+
+def test_goldens_within_a_bound() -> None:
+    """Meta's logits of a random model: int8 moves them by at most 5 % of their size, int4 by 40 %."""
+    case = golden("toy-gqa")["prefill"]
+    expected = torch.tensor(case["logits_last"])
+    folder = shared("models/toy-gqa")
+    for kind, bound in (("int8", 0.05), ("int4", 0.4)):
+        model = Llama.build(str(folder), None, 128, 4, device="cpu", quantize=kind).model
+        logits = model(torch.tensor(case["tokens"]), 0)[:, -1]
+        assert 0 < (logits - expected).norm() < bound * expected.norm()
+
+
+def test_the_compiler_takes_it(tmp_path: Path, tokenizer_path: str) -> None:
+    """One graph, without the code generator: the packed weights are inputs of it that nobody looks into."""
+    bf16 = {name: weight.bfloat16() for name, weight in random_weights(WIDE).items()}
+    source = write_checkpoint(tmp_path / "a", bf16, 1, WIDE)
+    for kind in ("int8", "int4"):
+        model = Llama.build(str(source), tokenizer_path, 16, 1, device="cpu", quantize=kind).model
+        tokens = torch.tensor(TOKENS)[:, :4]
+        with torch.no_grad():
+            window_free = torch.compile(model.layers[0].feed_forward, fullgraph=True, backend="aot_eager")
+            x = model.tok_embeddings(tokens)
+            torch.testing.assert_close(window_free(x), model.layers[0].feed_forward(x))
+    torch.compiler.reset()
+
+
+def test_what_is_refused(tiny: Path, tmp_path: Path, tokenizer_path: str, pool: Pool) -> None:
+    def refuse(message: str, folder: Path = tiny, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            Llama.build(str(folder), tokenizer_path, 16, 1, device="cpu", **options)
+
+    refuse("quantize='int2' is not supported; use 'int8' or 'int4', or None", quantize="int2")
+    refuse("quantize=4 is not supported", quantize=4)
+    convert(tiny, tmp_path / "q", "meta", quantize="int4")
+    refuse("q is stored as int4, so it cannot be had as int8; leave quantize out", tmp_path / "q", quantize="int8")
+    with pytest.raises(ValueError, match="q is stored as int4, which is for Meta's format alone"):
+        convert(tmp_path / "q", tmp_path / "hf", "hf")
+    with pytest.raises(ValueError, match="quantize='int8' is for Meta's format alone"):
+        convert(tiny, tmp_path / "hf", "hf", quantize="int8")
+    with pytest.raises(ValueError, match="quantize='int5' is not supported"):
+        convert(tiny, tmp_path / "new", "meta", quantize="int5")
+    # 64 = 2 groups of 32, which 4 cannot share.
+    with pytest.raises(ValueError, match="rows of 64 numbers in int4 groups of 32 .* by 4 shards; use 1 or 2, or int8"):
+        convert(tiny, tmp_path / "new", "meta", 4, quantize="int4")
+    for _, error in pool.try_run(state_and_logits_of, str(tiny), tokenizer_path, 4, "int4"):
+        assert "rows of 64 numbers in int4 groups of 32 cannot be cut into whole groups by 4 processes" in error
+    assert not list(tmp_path.glob("new"))
+    params = json.loads((tmp_path / "q/params.json").read_text())
+    for bad in ({"kind": "int3"}, {"kind": "int4"}, {"kind": "int4", "group_size": 48}, "int4", {"kind": "int8", "x": 1}, []):
+        (tmp_path / "q/params.json").write_text(json.dumps({**params, "quantization": bad}))
+        refuse("params.json: ", tmp_path / "q")
+    (tmp_path / "q/params.json").write_text(json.dumps({**params, "quantization": {"kind": "int4", "group_size": 64}}))
+    refuse(r"layers.0.attention.wq.scales has shape \[64, 2\] instead of \[64, 1\]", tmp_path / "q")
+    (tmp_path / "q/params.json").write_text(json.dumps({**params, "quantization": {"kind": "int8"}}))
+    refuse("layers.0.attention.wq.zeros is unexpected", tmp_path / "q")
+    del params["quantization"]
+    (tmp_path / "q/params.json").write_text(json.dumps(params))
+    refuse("has weights in a form that is not computed here: .*uint8", tmp_path / "q")
+    shards = torch.load(tmp_path / "q/consolidated.00.pth")
+    shards["layers.0.attention.wq.scales"] = shards["layers.0.attention.wq.scales"].float()
+    torch.save(shards, tmp_path / "q/consolidated.00.pth")
+    (tmp_path / "q/params.json").write_text(json.dumps({**params, "quantization": {"kind": "int4", "group_size": 32}}))
+    refuse("wq.scales is torch.float32 instead of torch.bfloat16", tmp_path / "q")
+
+
+PEAK = """
+import sys
+from llama import Llama
+def kb(key): return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1000
+Llama.build(sys.argv[4], sys.argv[2], 1, 1, device="cpu", quantize=sys.argv[3])  # what the libraries take
+before = kb("VmRSS")
+llama = Llama.build(sys.argv[1], sys.argv[2], 1, 1, device="cpu", quantize=sys.argv[3])
+print(kb("VmHWM") - before, kb("RssAnon"))
+"""
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_loading_holds_no_full_precision(kind: str, tmp_path: Path, tiny: Path, tokenizer_path: str) -> None:
+    """A model of 170 MB in float32, of which 162 are matrices, takes what it has quantised and little more."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc/self/status")
+    params = {"dim": 1024, "n_layers": 3, "n_heads": 8, "multiple_of": 64}
+    source = write_checkpoint(tmp_path / "a", random_weights(params), params=params)
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, str(source), tokenizer_path, kind, str(tiny)],
+        env=environment(), capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    taken = float(result.stdout.split()[-2])
+    assert taken < {"int8": 85, "int4": 65}[kind]
+
+
+def test_the_command(tiny: Path, tmp_path: Path, tokenizer_path: str) -> None:
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "error", "-m", "llama", *args]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+    target = str(tmp_path / "q")
+    more = ("--quantize", "int4", "--tokenizer_path", tokenizer_path)
+    result = run("convert", str(tiny), target, "--to", "meta", *more)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{target} is written\n", "")
+    result = run("info", target, "--device", "cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    count = sum(w.numel() for w in random_weights(PARAMS).values())
+    assert f"parameters  {count:,} in int4" in result.stdout
+    assert "dtype=float32, matrices in int4; on each process" in result.stdout
+    result = run("info", target, "--quantize", "int8", "--device", "cpu")
+    assert result.returncode == 1
+    assert "is stored as int4" in result.stderr
