@@ -1,4 +1,4 @@
-"""The arithmetic of Meta's release, step by step, on our model's weights: what the library is measured against.
+"""The arithmetic of Meta's release, step by step, on our model's weights: what the library is measured against. One process.
 
 Rotary positions in complex numbers, a cache that grows by slices, repeated key/value heads, scores of the whole square,
 the output head on every position.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llama import Transformer
-from llama.model import TransformerBlock, apply_rotary_emb, repeat_kv
+from llama.model import FeedForward, RMSNorm, TransformerBlock, apply_rotary_emb, repeat_kv
 
 
 def _attention(
@@ -21,7 +21,7 @@ def _attention(
 ) -> torch.Tensor:
     attention = block.attention
     B, S, _ = x.shape
-    q, k, v = (w(x).view(B, S, -1, attention.head_dim) for w in (attention.wq, attention.wk, attention.wv))
+    q, k, v = (F.linear(x, w.weight).view(B, S, -1, attention.head_dim) for w in (attention.wq, attention.wk, attention.wv))
     q, k = apply_rotary_emb(q, k, freqs)
     attention.cache_k[:B, start : start + S] = k
     attention.cache_v[:B, start : start + S] = v
@@ -31,7 +31,16 @@ def _attention(
     if mask is not None:
         scores = scores + mask
     out = F.softmax(scores.float(), dim=-1).type_as(q) @ values
-    return attention.wo(out.transpose(1, 2).reshape(B, S, -1))
+    return F.linear(out.transpose(1, 2).reshape(B, S, -1), attention.wo.weight)
+
+
+def _norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + norm.eps)).type_as(x) * norm.weight
+
+
+def _feed_forward(layer: FeedForward, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(F.silu(F.linear(x, layer.w1.weight)) * F.linear(x, layer.w3.weight), layer.w2.weight)
 
 
 @torch.inference_mode()
@@ -46,9 +55,9 @@ def forward(model: Transformer, tokens: torch.Tensor, start: int) -> torch.Tenso
         mask = torch.hstack([torch.zeros(S, start, device=h.device), mask]).type_as(h)
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
-        h = h + _attention(block, block.attention_norm(h), start, freqs, mask)
-        h = h + block.feed_forward(block.ffn_norm(h))
-    return model.output(model.norm(h)).float()
+        h = h + _attention(block, _norm(block.attention_norm, h), start, freqs, mask)
+        h = h + _feed_forward(block.feed_forward, _norm(block.ffn_norm, h))
+    return F.linear(_norm(model.norm, h), model.output.weight).float()
 
 
 def generate(model: Transformer, prompt: list[int], count: int) -> list[int]:

@@ -46,9 +46,7 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
         return recorded if wanted or device.type == "cuda" else None
     if type(model.output) is not ColumnParallelLinear:
         if wanted:
-            say(
-                "The decode step is not compiled: quantised weights have a form of their own on a CPU, which a package cannot take"
-            )
+            say("The decode step is not compiled: on a CPU quantised weights have a form that a package cannot take")
         return None
     packaged = Packaged(model)
     try:
