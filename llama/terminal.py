@@ -44,6 +44,8 @@ def chat(
     seed: int = 1,
     device: Optional[str] = None,
     dtype: Optional[str] = None,
+    quantize: Optional[str] = None,
+    compile: Optional[bool] = None,
     system: Optional[str] = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
@@ -60,7 +62,9 @@ def chat(
     read = None
     if Launch.read().rank == 0:  # before a long load, since what it needs may be missing
         read = _typed_lines() if sys.stdin.isatty() else _piped_lines()
-    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed, device, dtype)
+    llama = _build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed, device, dtype, quantize, compile
+    )
     session = llama.chat(
         system, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, stop=stop, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty,
@@ -82,6 +86,8 @@ def complete(
     seed: int = 1,
     device: Optional[str] = None,
     dtype: Optional[str] = None,
+    quantize: Optional[str] = None,
+    compile: Optional[bool] = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_gen_len: Optional[int] = None,
@@ -104,7 +110,7 @@ def complete(
     size = max_batch_size or (1 if jsonl is None else 4)
 
     def build() -> Llama:
-        return _build(ckpt_dir, tokenizer_path, max_seq_len, size, model_parallel_size, seed, device, dtype)
+        return _build(ckpt_dir, tokenizer_path, max_seq_len, size, model_parallel_size, seed, device, dtype, quantize, compile)
 
     if jsonl is not None:
         if prompt is not None or file is not None or echo:
@@ -174,13 +180,17 @@ def score(
     seed: int = 1,
     device: Optional[str] = None,
     dtype: Optional[str] = None,
+    quantize: Optional[str] = None,
+    compile: Optional[bool] = None,
 ) -> None:
     """Show how probable the model finds each token of a TEXT, of a --file or of a pipe, and the whole text's perplexity.
 
     stride: between the windows in which a text longer than max_seq_len is read. json: one object in place of the table.
     """
     given = _input(text, file, "text")
-    llama = _build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed, device, dtype)
+    llama = _build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed, device, dtype, quantize, compile
+    )
     result = llama.score([_on_first(lambda: given)], stride=stride)[0]
     nothing = math.isnan(result["perplexity"])
     with _pipe_may_close():
@@ -544,12 +554,15 @@ def _build(
     seed: int,
     device: Optional[str],
     dtype: Optional[str],
+    quantize: Optional[str],
+    compile: Optional[bool],
 ) -> Llama:
     # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
     with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():
         return Llama.build(
-            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed, device=device, dtype=dtype
-        )
+            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
+            device=device, dtype=dtype, quantize=quantize, compile=compile,
+        )  # fmt: skip
 
 
 def _on_first(work: Callable[[], T]) -> T:

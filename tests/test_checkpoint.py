@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,17 @@ def test_whole_tensors_stay_in_the_file(tiny: Path, tokenizer_path: str) -> None
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_stored_dtype_is_kept(stored: torch.dtype, tmp_path: Path, tokenizer_path: str) -> None:
+def test_the_stored_dtype_is_kept(
+    stored: torch.dtype, tmp_path: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or, of a float16 checkpoint on an x86 processor, asked for, which a line says."""
     folder = write_checkpoint(tmp_path, {name: weight.to(stored) for name, weight in random_weights().items()})
     llama = build(folder, tokenizer_path)
+    if stored == torch.float16 and platform.machine() == "x86_64":
+        assert {p.dtype for p in llama.model.parameters()} == {torch.bfloat16}
+        assert "in float16, which cpu is not good at: it runs in bfloat16; dtype='float16' keeps it" in capsys.readouterr().out
+        llama = build(folder, tokenizer_path, dtype="float16")
+    assert "not good at" not in capsys.readouterr().out
     assert {p.dtype for p in llama.model.parameters()} == {stored}
     assert llama.model.layers[0].attention.cache_k.dtype == stored
     assert {p.dtype for p in build(folder, tokenizer_path, dtype=torch.float32).model.parameters()} == {torch.float32}
