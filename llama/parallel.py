@@ -215,7 +215,11 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         y = self.product(x)
         return all_gather(y, self.group) if self.gather_output else y
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def shared(self, x: torch.Tensor) -> Any:
+        """What `product` makes of x first, and layers of the same kind and input need not each make again."""
+        return None
+
+    def product(self, x: torch.Tensor, shared: Any = None) -> torch.Tensor:
         return product(x, self.weight)
 
 
@@ -234,8 +238,11 @@ def fuse(layers: Sequence[ColumnParallelLinear]) -> Optional[torch.Tensor]:
 
 def products(x: torch.Tensor, fused: Optional[torch.Tensor], layers: Sequence[ColumnParallelLinear]) -> Sequence[torch.Tensor]:
     """What each of the layers makes of x, by one product where `fuse` made one matrix of them."""
-    if fused is None or torch.is_grad_enabled():  # a gradient goes to each layer's own weight
+    if torch.is_grad_enabled():  # a gradient goes to each layer's own weight
         return [layer(x) for layer in layers]
+    if fused is None:
+        shared = layers[0].shared(x)
+        return [layer.product(x, shared) for layer in layers]
     return product(x, fused).split([layer.output_size_per_partition for layer in layers], dim=-1)
 
 
@@ -266,7 +273,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
             return super().forward(x)
         return all_reduce(self.product(x), self.group)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor, shared: Any = None) -> torch.Tensor:
         return product(x, self.weight)
 
 

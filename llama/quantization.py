@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Optional, cast
+from typing import Any, NamedTuple, Optional, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ PIECE = 2**17  # numbers that one core works on at a time, so that they stay in 
 REFINEMENTS = 6
 FEW_ROWS = 24  # of activations; with more, the packed int4 product loses to dequantised blocks
 BLOCK_ROWS = 128  # of activations that the int8 product takes at a time, so that what it makes of them stays in a cache
-STEPS, FINE_STEPS = 127 * 2**8, 63 * 2**16  # activations become whole numbers of at most this size
-MAGIC, MAGIC_BITS = 1.5 * 2**23, 0x4B400000  # added to a float32, it rounds it to a whole number that its last bits show
+BASE = 254  # of the digits that activations are written in: each is half a step wrong at most, which the next one counts in
+MAGIC = 1.5 * 2**23  # added to a float32, it rounds it to a whole number that its last bits show
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,28 @@ def _refuse_gradients(x: torch.Tensor) -> None:
         raise ValueError("no gradients through quantised weights; build without quantize, or use torch.no_grad()")
 
 
+class Digits(NamedTuple):
+    """Rows x (M, columns), each number as the digits of a whole number to the base of 254, the highest first."""
+
+    numbers: torch.Tensor  # int8 (2 or 3, M, columns)
+    unit: torch.Tensor  # float32 (M, 1): what 1 stands for
+
+
+def in_digits(x: torch.Tensor) -> Digits:
+    """oneDNN multiplies int8 with int8 only. So each row of x becomes whole numbers of 15 bits (of float32, of 23), and all
+    their digits are multiplied at once: the weights are read once for them."""
+    count = 3 if x.dtype == torch.float32 else 2
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # infinity and NaN go on from here into the result
+    rest = x * (127 / largest)
+    numbers = x.new_empty((count, *x.shape), dtype=torch.int8)
+    for digit in numbers:
+        rounded = rest + MAGIC
+        digit.copy_(rounded.view(torch.int32))  # keeps the last byte
+        rest.sub_(rounded.sub_(MAGIC)).mul_(BASE)
+    return Digits(numbers, largest / (127 * BASE ** (count - 1)))
+
+
 class Int8(Quantized):
     kind = "int8"
     weight: nn.Parameter  # int8 (rows, columns)
@@ -244,36 +266,27 @@ class Int8(Quantized):
             return [before]
         return []
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def shared(self, x: torch.Tensor) -> Optional[Digits]:
+        rows = x.reshape(-1, x.shape[-1])
+        return in_digits(rows) if self.packed and len(rows) <= BLOCK_ROWS else None
+
+    def product(self, x: torch.Tensor, shared: Optional[Digits] = None) -> torch.Tensor:
         _refuse_gradients(x)
         rows = x.reshape(-1, x.shape[-1])
         if not self.packed:
             y = self._generic(rows)
         elif len(rows) <= BLOCK_ROWS:
-            y = self._in_digits(rows)
+            y = self._of_digits(shared or in_digits(rows), x.dtype)
         else:
-            y = torch.cat([self._in_digits(some) for some in rows.split(BLOCK_ROWS)])
+            y = torch.cat([self._of_digits(in_digits(some), x.dtype) for some in rows.split(BLOCK_ROWS)])
         return y.view(*x.shape[:-1], -1)
 
-    def _in_digits(self, x: torch.Tensor) -> torch.Tensor:
-        """oneDNN multiplies int8 with int8 only. So each row of x becomes whole numbers of 16 bits, low + 256 * high, and
-        both digits are multiplied: the weights are read once for both. float32 has three digits. (M, columns) -> (M, rows)
-        """
-        x32 = x.float()
-        largest = x32.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # infinity and NaN go on from here into the result
-        steps, count = (FINE_STEPS, 3) if x.dtype == torch.float32 else (STEPS, 2)
-        digits = [(x32 * (steps / largest)).add_(MAGIC).view(torch.int32)]  # of which the last byte counts
-        if count == 3:
-            digits[0].sub_(MAGIC_BITS)  # which would be seen in the third
-        while len(digits) < count:
-            digits.append((digits[-1] + 128) >> 8)
+    def _of_digits(self, digits: Digits, dtype: torch.dtype) -> torch.Tensor:
         product = int8_product_op if torch.compiler.is_compiling() else int8_product
-        y, *lower = reversed(
-            product(torch.stack([digit.to(torch.int8) for digit in digits]), self.weight, self.scales).unbind()
-        )
+        y, *lower = product(digits.numbers, self.weight, self.scales).unbind()
         for digit in lower:
-            y = torch.add(digit, y, alpha=256)
-        return y.mul_(largest / steps).to(x.dtype)
+            y = torch.add(digit, y, alpha=BASE)
+        return y.mul_(digits.unit).to(dtype)
 
     def _generic(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
@@ -407,7 +420,7 @@ class Int4(Quantized):
             return torch._convert_weight_to_int4pack(weight, 8)
         return None
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor, shared: Any = None) -> torch.Tensor:
         _refuse_gradients(x)
         rows = x.reshape(-1, x.shape[-1])
         if not self.packed:
