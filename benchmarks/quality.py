@@ -17,7 +17,7 @@ from typing import Optional
 
 import fire
 
-from llama import Llama, checkpoint, quantization
+from llama import Llama, checkpoint, quantization, rounding
 
 sys.path.insert(0, str(Path(quantization.__file__).parent / "demo"))
 from data import read_stories
@@ -28,7 +28,7 @@ FORMS = [
     *(
         (f"int4, groups of {group}{', plain' if not rounds else ''}", "int4", group, rounds)
         for group in (64, 32)
-        for rounds in (0, quantization.REFINEMENTS)
+        for rounds in (0, rounding.REFINEMENTS)
     ),
 ]
 
@@ -45,11 +45,11 @@ def main(text: str, ckpt_dir: Optional[str] = None, stories: int = 100) -> None:
     print(f"{len(held_out)} held-out stories, {ckpt_dir or 'the demo model'}")
     whole = perplexity(ckpt_dir, held_out)
     print(f"{'as stored':30s}{whole:9.4f}")
-    rounding = quantization.to_int4
+    to_int4 = quantization.to_int4
     for name, kind, group, refinements in FORMS:
-        form = quantization.Quantization(kind, group)
+        form = rounding.Quantization(kind, group)
         checkpoint.Quantization = lambda kind, form=form: form  # type: ignore[assignment,misc]
-        quantization.to_int4 = lambda w, g, refinements=refinements: rounding(w, g, refinements)  # type: ignore[assignment]
+        quantization.to_int4 = lambda w, g, refinements=refinements: to_int4(w, g, refinements)  # type: ignore[assignment]
         value = perplexity(ckpt_dir, held_out, quantize=kind)
         print(f"{name:30s}{value:9.4f}  {100 * (value / whole - 1):+.2f} %", flush=True)
 

@@ -21,7 +21,8 @@ from .files import MappedFiles, Number, check_archive, contents, listed, read_js
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY, HuggingFaceCheckpoint
 from .model import ModelArgs, Transformer
 from .parallel import group_rank, group_size, is_first_process, model_parallel_group
-from .quantization import Quantization, Quantized, quantize_layers, row_maxima
+from .quantization import Quantized, quantize_layers
+from .rounding import Quantization, row_maxima
 from .runtime import DTYPES
 
 IGNORED = {"rope.freqs"}  # a table that Meta's files carry and that is computed here

@@ -27,7 +27,7 @@ from .sampling import Sampling, next_token
 
 LEAST_COLUMNS = 256  # of the cache that a recorded graph looks at; more comes in powers of two
 MOST_GRAPHS = 64  # recorded at a time
-SOURCES = ("model.py", "parallel.py", "quantization.py")  # a package is of the code that it was made from
+SOURCES = ("model.py", "parallel.py")  # a package is of the code that it was made from
 
 
 def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Packaged, Recorded]]:
@@ -218,7 +218,8 @@ class Recorded:
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             self._step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
         self._recordings: dict[Any, _Recording] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._captures = self.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     def buckets(self, rows: int, span: int) -> tuple[int, int]:
         """The next powers of two, within the cache."""
@@ -266,20 +267,32 @@ class Recorded:
         if recording.bias is not None and bias is not None:
             recording.bias.copy_(bias)
         if recording.replay is None:
-            try:
-                with runtime.inductor_cache():
-                    self._record(recording, columns, sampling)
-            except Exception as error:
-                if self.backend is None:
-                    raise
-                say(f"The decode step is not compiled, and runs as it is: {reason(error)}")
-                self.backend, self._step = None, self.model.step
-                self._record(recording, columns, sampling)
-            if self.backend == "inductor":
-                marker(self.model).touch()
+            self._prepare(recording, columns, sampling)
         assert recording.replay is not None
         recording.replay()
         return recording.logits[:rows], recording.chosen[:rows].clone()
+
+    def _prepare(self, recording: _Recording, columns: int, sampling: Sampling) -> None:
+        """As it was asked for; where that fails, with torch's own kernels, and then without a recording, which a line says."""
+        try:
+            with runtime.inductor_cache():
+                self._record(recording, columns, sampling)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.backend is not None:
+                say(f"The decode step is not compiled, and runs as it is: {reason(error)}")
+                self.backend, self._step = None, self.model.step
+            elif self._captures:
+                say(f"The decode step is not recorded, and runs as it is: {reason(error)}")
+                self._captures = False
+            else:
+                raise
+            self._prepare(recording, columns, sampling)
+        else:
+            if self.backend == "inductor":
+                marker(self.model).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                marker(self.model).touch()
 
     def _record(self, recording: _Recording, columns: int, sampling: Sampling) -> None:
         """Its inputs are in place already: what is run here writes what the step is to write."""
@@ -291,7 +304,7 @@ class Recorded:
             logits = self._step(recording.tokens, recording.positions, looked_at, table)
             return logits, next_token(logits, sampling, recording.noise, recording.seen, recording.bias)
 
-        if self.device.type != "cuda":
+        if not self._captures:
 
             def run_again() -> None:
                 recording.logits, recording.chosen = step()

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from .model import ModelArgs, process_counts
-from .quantization import KINDS, Quantization
+from .rounding import KINDS, Quantization
 
 
 class Need(NamedTuple):

@@ -204,6 +204,20 @@ def test_one_graph_for_each_number_of_rows(tiny: Path, tokenizer_path: str, monk
     assert not any("complex" in str(node.meta.get("example_value", "")) for graph in graphs for node in graph.graph.nodes)
 
 
+def test_what_cannot_be_compiled_runs_as_it_is(tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no triton here\nand more")
+
+    torch._dynamo.reset()
+    llama = build(tiny, tokenizer_path)
+    record(llama, fail)  # type: ignore[arg-type]
+    ids = llama.generate(PROMPTS, 5, 0)
+    out = capsys.readouterr().out
+    assert out.count("The decode step is not compiled, and runs as it is: ") == 1
+    assert "and more" not in out
+    assert ids == build(tiny, tokenizer_path, compile=False).generate(PROMPTS, 5, 0)
+
+
 def test_recorded_forgets_replaced_weights(tiny: Path, tokenizer_path: str) -> None:
     """A recorded graph knows addresses only."""
     llama = build(tiny, tokenizer_path)

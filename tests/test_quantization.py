@@ -16,10 +16,11 @@ from test_launch import environment
 from torch import nn
 from workers import Pool
 
-from llama import Llama, ModelArgs, memory, quantization
+from llama import Llama, ModelArgs, memory, quantization, rounding
 from llama.convert import convert
 from llama.parallel import ColumnParallelLinear
-from llama.quantization import Quantization, Quantized, quantize_layers, to_int4
+from llama.quantization import Quantized, quantize_layers
+from llama.rounding import Quantization, to_int4
 
 CPU = torch.device("cpu")
 
@@ -136,10 +137,10 @@ def test_refined_rounding_is_never_worse(group: int) -> None:
         back = (parts - 8) * scales.double()[..., None] + zeros.double()[..., None]
         return (weight.double().unflatten(1, (-1, group)) - back).square().sum(-1)
 
-    plain, refined = (errors(weights(), r) for r in (0, quantization.REFINEMENTS))
+    plain, refined = (errors(weights(), r) for r in (0, rounding.REFINEMENTS))
     assert (refined <= plain * (1 + 1e-4)).all()
     assert refined.sum() < 0.93 * plain.sum()
-    plain, refined = (errors(weights(outliers=True), r) for r in (0, quantization.REFINEMENTS))
+    plain, refined = (errors(weights(outliers=True), r) for r in (0, rounding.REFINEMENTS))
     assert (refined <= plain * (1 + 1e-4)).all()
     assert refined.sum() < 0.93 * plain.sum()
     for constant in (0.0, 0.7, -3e-4):
