@@ -45,9 +45,7 @@ def bench(
     is continued by, whatever they are. quantize, compile, device, dtype: as `Llama.build` has them. json: one object
     in place of the text. Medians of 3 runs after one that is not counted. Under torchrun, bytes and rates are one process's.
     """
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile}
-    if quantize is not None:
-        options["quantize"] = quantize
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "compile": compile}
     _check_count("new_tokens", new_tokens, 2)  # one comes with the prompt; decode is timed on the others
     _check_count("batch_size", batch_size, 1)
     if prompt_tokens is None:

@@ -48,8 +48,8 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
         if wanted:
             say("The decode step is not compiled: on a CPU quantised weights have a form that a package cannot take")
         return None
-    packaged = Packaged(model)
     try:
+        packaged = Packaged(model)
         if not (wanted or packaged.remembered()):
             return None
         packaged.prepare()
@@ -69,12 +69,12 @@ def say(line: str) -> None:
         print(line)
 
 
-def fingerprint(model: Transformer, *more: object) -> str:
+def fingerprint(model: Transformer) -> str:
     """Stands for all that compiled code depends on."""
     weights = [(name, tuple(t.shape), t.dtype, t.stride()) for name, t in named_tensors(model).items()]
     place = torch.cuda.get_device_name(model.norm.weight.device) if model.norm.weight.is_cuda else runtime.processor()
-    what = repr((torch.__version__, place, astuple(model.params), weights, more))
-    sources = [path.read_bytes() for name in SOURCES if (path := Path(__file__).with_name(name)).exists()]
+    what = repr((torch.__version__, place, astuple(model.params), weights))
+    sources = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
     return hashlib.sha256(what.encode() + b"".join(sources)).hexdigest()[:32]
 
 
@@ -99,22 +99,18 @@ class Packaged:
         self._runners: dict[bool, Any] = {}  # by whether there are several rows
         self._columns = torch.arange(model.params.max_seq_len)
         self._tensors: list[torch.Tensor] = []
-
-    def path(self, several: bool) -> Path:
-        return runtime.cache_folder() / f"{fingerprint(self.model, several)}.pt2"
-
-    @property
-    def kinds(self) -> list[bool]:
-        return [False, True] if self.model.params.max_batch_size > 1 else [False]
+        folder, stem = runtime.cache_folder(), fingerprint(model)
+        self._paths = {False: folder / f"{stem}-one.pt2"}
+        if model.params.max_batch_size > 1:
+            self._paths[True] = folder / f"{stem}-several.pt2"
 
     def remembered(self) -> bool:
         """Whether all packages are there from an earlier run."""
-        return all(self.path(several).exists() for several in self.kinds)
+        return all(path.exists() for path in self._paths.values())
 
     def prepare(self) -> None:
         """Load the packages, and make those that are not there yet."""
-        for several in self.kinds:
-            path = self.path(several)
+        for several, path in self._paths.items():
             if not path.exists():
                 began = time.perf_counter()
                 say("Compiling the decode step, once for this model's shape and this machine …")
