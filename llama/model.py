@@ -273,7 +273,7 @@ class FeedForward(nn.Module):
         self.register_buffer("fused", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = products(x, self.fused, (self.w1, self.w3))
+        gate, up = products(x, self.fused, (self.w1, self.w3), any_order=True)
         if torch.is_grad_enabled():
             return self.w2(F.silu(gate) * up)
         return self.w2(F.silu(gate, inplace=True).mul_(up))  # these are the largest tensors of a pass: no more of them

@@ -19,9 +19,9 @@ from .rounding import Quantization, pairs, row_maxima, to_int4, to_int8, unpair
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
 FEW_ROWS = 64  # of activations; with more, the packed int4 product (170 GFLOP/s on two cores) loses to dequantised blocks
-BLOCK_ROWS = 128  # of activations that the int8 product takes at a time, so that what it makes of them stays in a cache
 BASE = 254  # of the digits that activations are written in: each is half a step wrong at most, which the next one counts in
-MAGIC = 1.5 * 2**23  # added to a float32, it rounds it to a whole number that its last bits show
+BLOCK_ROWS = 1024  # of activations that the int8 product takes at a time: what it makes of them is twice their size
+PLAIN = 2**21  # numbers: smaller int8 matrices are multiplied as they are, larger ones packed
 
 
 def blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -107,18 +107,21 @@ class Digits(NamedTuple):
 
 
 def in_digits(x: torch.Tensor) -> Digits:
-    """oneDNN multiplies int8 with int8 only. So each row of x becomes whole numbers of 15 bits (of float32, of 23), and all
-    their digits are multiplied at once: the weights are read once for them."""
+    """oneDNN multiplies int8 with int8 only. So each row of x becomes whole numbers of 15 bits (of float32, of 23)."""
     count = 3 if x.dtype == torch.float32 else 2
-    x = x.float()
-    largest = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # infinity and NaN go on from here into the result
-    rest = x * (127 / largest)
     numbers = x.new_empty((count, *x.shape), dtype=torch.int8)
-    for digit in numbers:
-        rounded = rest + MAGIC
-        digit.copy_(rounded.view(torch.int32))  # keeps the last byte
-        rest.sub_(rounded.sub_(MAGIC)).mul_(BASE)
-    return Digits(numbers, largest / (127 * BASE ** (count - 1)))
+    unit = x.new_empty(len(x), 1, dtype=torch.float32)
+    step = max(1, 2 * PIECE // x.shape[-1])
+    for i in range(0, len(x), step):
+        some = slice(i, i + step)
+        rest = x[some].float()
+        largest = rest.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # infinity and NaN go on from here into the result
+        torch.mul(largest, 1 / (127 * BASE ** (count - 1)), out=unit[some])
+        rest = rest * (127 / largest)
+        numbers[0, some] = rounded = rest.round()
+        for digit in numbers[1:, some]:
+            digit.copy_(rounded := rest.sub_(rounded).mul_(BASE).round())
+    return Digits(numbers, unit)
 
 
 class Int8(Quantized):
@@ -141,14 +144,13 @@ class Int8(Quantized):
 
     def plain(self) -> dict[str, torch.Tensor]:
         weight = self.weight.detach()
-        return {"weight": weight.to_dense().t().contiguous() if self.packed else weight, "scales": self.scales}
+        return {"weight": weight.to_dense().t().contiguous() if weight.is_mkldnn else weight, "scales": self.scales}
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
         before = self.weight.detach()
-        self.packed = self.weight.device.type == "cpu" and onednn_is_exact()
-        if self.packed:
-            packed = torch.ops.onednn.qlinear_prepack(self.weight.detach(), None)
-            self.weight = nn.Parameter(packed, requires_grad=False)
+        self.packed = before.device.type == "cpu" and onednn_is_exact()
+        if self.packed and before.numel() > PLAIN:
+            self.weight = nn.Parameter(torch.ops.onednn.qlinear_prepack(before, None), requires_grad=False)
             return [before]
         return []
 
@@ -156,7 +158,7 @@ class Int8(Quantized):
         rows = x.reshape(-1, x.shape[-1])
         return in_digits(rows) if self.packed and len(rows) <= BLOCK_ROWS else None
 
-    def product(self, x: torch.Tensor, shared: Optional[Digits] = None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, shared: Optional[Digits] = None, any_order: bool = False) -> torch.Tensor:
         _refuse_gradients(x)
         rows = x.reshape(-1, x.shape[-1])
         if not self.packed:
@@ -169,10 +171,7 @@ class Int8(Quantized):
 
     def _of_digits(self, digits: Digits, dtype: torch.dtype) -> torch.Tensor:
         product = int8_product_op if torch.compiler.is_compiling() else int8_product
-        y, *lower = product(digits.numbers, self.weight, self.scales).unbind()
-        for digit in lower:
-            y = torch.add(digit, y, alpha=BASE)
-        return y.mul_(digits.unit).to(dtype)
+        return product(digits.numbers, self.weight, self.scales).mul_(digits.unit).to(dtype)
 
     def _generic(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
@@ -187,11 +186,37 @@ class Int8(Quantized):
         return (y * self.scales).to(x.dtype)
 
 
-def int8_product(digits: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """int8 (..., columns), prepacked int8 (columns, rows), float32 (rows,) -> float32 (..., rows)."""
+def int8_product(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Digits int8 (count, M, columns) of rows x, weight int8 (rows, columns) or prepacked, scales float32 (rows,)
+    -> x (weight * scales)ᵀ: float32 (M, rows)"""
+    count, M, columns = digits.shape
+    if not weight.is_mkldnn:
+        flat = digits.view(-1, columns)
+        whole = torch._int_mm(weight, flat.t()).t().contiguous() if M <= FEW_ROWS else torch._int_mm(flat, weight.t())
+        y, *lower = (whole * scales).view(count, M, -1).unbind()
+    elif M <= FEW_ROWS:  # all digits at once, so that the weights are read once
+        y, *lower = _qlinear(digits, weight, scales).unbind()
+    else:  # each added to those before by the product itself
+        y = _qlinear(digits[0], weight, scales, BASE ** (count - 1))
+        for i in range(1, count):
+            y = _qlinear(digits[i], weight, scales, BASE ** (count - 1 - i), y)
+        return y
+    for digit in lower:
+        y = torch.add(digit, y, alpha=BASE)
+    return y
+
+
+def _qlinear(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, unit: float = 1.0, plus: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """int8 (..., columns), prepacked int8 (columns, rows), float32 (rows,) -> float32 (..., rows), added to `plus`."""
     zeros = _no_zero_points(len(scales))
-    return torch.ops.onednn.qlinear_pointwise(
-        digits, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    if plus is None:
+        return torch.ops.onednn.qlinear_pointwise(
+            x, unit, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+    return torch.ops.onednn.qlinear_pointwise.binary(
+        x, unit, 0, packed, scales, zeros, plus, None, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], ""
     )
 
 
@@ -200,8 +225,8 @@ int8_product_op = torch.library.custom_op("llama::int8_product", int8_product, m
 
 
 @int8_product_op.register_fake
-def _(digits: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return digits.new_empty((*digits.shape[:-1], len(scales)), dtype=torch.float32)
+def _(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return scales.new_empty(digits.shape[1], len(scales))
 
 
 @lru_cache
@@ -219,10 +244,12 @@ def onednn_is_exact() -> bool:
         weight[1::2] = -127
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
         scales = torch.ones(64)
-        for rows in (1, 2, 64):
-            x = torch.full((rows, 256), -128, dtype=torch.int8)
-            x[:, ::2] = 127 * (torch.arange(rows)[:, None] % 2)
-            if not torch.equal(int8_product(x, packed, scales), x.float() @ weight.float().t()):
+        for rows in (1, 2, FEW_ROWS + 1):
+            digits = torch.full((2, rows, 256), -128, dtype=torch.int8)
+            digits[0] = 1
+            digits[1, :, ::2] = 127 * (torch.arange(rows)[:, None] % 2)
+            expected = (BASE * digits[0].float() + digits[1].float()) @ weight.float().t()  # all below 2^24
+            if not all(torch.equal(int8_product(digits, form, scales), expected) for form in (weight, packed)):
                 return False
         return torch.equal(packed.to_dense().t(), weight)
     except (AttributeError, RuntimeError):
@@ -306,7 +333,7 @@ class Int4(Quantized):
             return torch._convert_weight_to_int4pack(weight, 8)
         return None
 
-    def product(self, x: torch.Tensor, shared: Any = None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, shared: Any = None, any_order: bool = False) -> torch.Tensor:
         _refuse_gradients(x)
         rows = x.reshape(-1, x.shape[-1])
         if not self.packed:
@@ -342,13 +369,14 @@ class Int4(Quantized):
         packed = self.weight.view(-1, groups, group, height // 2)  # two rows of a block of `height` in each byte
         scales, zeros = self.scales_and_zeros.detach().unbind(-1)
         scales = scales.unflatten(1, (-1, height)).transpose(0, 1).contiguous()[:, :, None]  # (blocks, groups, 1, height)
-        blocks = max(1, 2048 // height)
-        piece = max(1, PIECE * torch.get_num_threads() // (blocks * height * group))
+        blocks = min(max(1, 2048 // height), len(packed))
+        piece = max(1, 2**21 // (blocks * height * group))  # smaller ones cost more in calls than they save in a cache
         y = x.new_empty(len(x), len(packed) * height)
+        whole = x.new_empty(x.shape[1], blocks * height)
         for i in range(0, len(packed), blocks):
             some = slice(i, i + blocks)
             columns = slice(i * height, (i + blocks) * height)
-            weight = x.new_empty(x.shape[1], y[:, columns].shape[1])
+            weight = whole[:, : y[:, columns].shape[1]]
             weight[self.columns :] = zeros[:, columns]
             target = weight[: self.columns].view(groups, group, -1, height).permute(2, 0, 1, 3)
             for j in range(0, groups, piece):
