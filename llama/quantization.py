@@ -19,6 +19,7 @@ from .rounding import Quantization, pairs, row_maxima, to_int4, to_int8, unpair
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
 FEW_ROWS = 64  # of activations; with more, the packed int4 product (170 GFLOP/s on two cores) loses to dequantised blocks
+DEQUANTIZED = 2**21  # int4 numbers at a time: fewer cost more in calls than they save in a cache
 BASE = 254  # of the digits that activations are written in: each is half a step wrong at most, which the next one counts in
 BLOCK_ROWS = 1024  # of activations that the int8 product takes at a time: what it makes of them is twice their size
 PLAIN = 2**21  # numbers: smaller int8 matrices are multiplied as they are, larger ones packed
@@ -370,7 +371,7 @@ class Int4(Quantized):
         scales, zeros = self.scales_and_zeros.detach().unbind(-1)
         scales = scales.unflatten(1, (-1, height)).transpose(0, 1).contiguous()[:, :, None]  # (blocks, groups, 1, height)
         blocks = min(max(1, 2048 // height), len(packed))
-        piece = max(1, 2**21 // (blocks * height * group))  # smaller ones cost more in calls than they save in a cache
+        piece = max(1, DEQUANTIZED // (blocks * height * group))
         y = x.new_empty(len(x), len(packed) * height)
         whole = x.new_empty(x.shape[1], blocks * height)
         for i in range(0, len(packed), blocks):
