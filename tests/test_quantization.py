@@ -16,7 +16,7 @@ from test_launch import environment
 from torch import nn
 from workers import Pool
 
-from llama import Llama, ModelArgs, memory, quantization, rounding
+from llama import Llama, ModelArgs, memory, parallel, quantization, rounding
 from llama.convert import convert
 from llama.parallel import ColumnParallelLinear
 from llama.quantization import Quantized, quantize_layers
@@ -82,6 +82,11 @@ def test_int8_products(shape: tuple[int, ...], dtype: torch.dtype, either_way: s
     assert y.dtype == dtype
     # The row's largest entry decides the step of the activations: 1 / 32512 of it.
     assert_near(y, x, numbers(layer), 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+@pytest.mark.skipif(not parallel.AMX, reason="says nothing of processors without tiles")
+def test_int8_uses_the_tiles() -> None:
+    assert quantization.onednn_is_exact()
 
 
 @pytest.mark.parametrize("plain", [0, 2**21])
