@@ -300,7 +300,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         return all_reduce(self.product(x), self.group)
 
     def product(self, x: torch.Tensor, shared: Any = None) -> torch.Tensor:
-        return product(x, self.weight, any_order=is_by_feature(x) and self.group is None)
+        return product(x, self.weight, any_order=self.group is None)
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
