@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .files import MappedFiles, Number, check_archive, contents, listed, read_json, shortened
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY, HuggingFaceCheckpoint
+from .memory import return_freed
 from .model import ModelArgs, Transformer
 from .parallel import group_rank, group_size, is_first_process, model_parallel_group
 from .quantization import Quantized, quantize_layers
@@ -362,6 +363,7 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
             first = rank // copies * part
             layer.load_state_dict(quantized(checkpoint, prefix, layer, first, first + part, device), assign=True)
             layer.pack(dtype)  # at once: what it was rounded to is let go
+            return_freed()
             done.add(prefix)
             continue
         stored = checkpoint.read(name, dim, first, first + part)
@@ -376,6 +378,8 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
     for prefix in layers.keys() - done:
         for tensor in layers[prefix].pack(dtype):
             checkpoint.mapped.release(tensor)
+    if layers:
+        return_freed()
     if not mapped:
         model.fuse()
     model.allocate(device, dtype)
