@@ -17,8 +17,7 @@ from .sampling import Sampling, next_token
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
 CHUNK = 512  # columns of prompts in one pass, at least: long prompts cost no more memory
-PASS = 1024  # tokens in one pass, where the rows are few
-GPU_PASS = 2048  # fewer do not keep a GPU busy
+PASS = 2048  # tokens in one pass, where the rows are few: fewer do not keep a GPU busy, and later passes need a mask
 KEPT = 2**25 - 2**16  # bytes; see `keep_pages`
 
 
@@ -73,7 +72,7 @@ class Engine:
         the model.
         """
         lengths = [len(prompt) for prompt in prompts]
-        chunk = max(CHUNK, (GPU_PASS if self.device.type == "cuda" else PASS) // len(prompts))
+        chunk = max(CHUNK, PASS // len(prompts))
         for at in range(start, max(lengths), chunk):
             end = min(at + chunk, max(lengths))
             rows = [row for row, length in enumerate(lengths) if length > at]
