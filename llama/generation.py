@@ -102,7 +102,7 @@ class Llama:
         if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16, and bfloat16 for a
         float16 one on an x86 processor, which is slow in float16; a line says so). quantize: "int8" or
         "int4" rounds the matrices while they are loaded; a folder that `convert` wrote so needs no word. compile: True
-        compiles the decode step (a third of a minute or two once on a CPU, which needs a C++ compiler), False does not. If not
+        compiles the decode step (once, in a minute or two on a CPU, which needs a C++ compiler), False does not. If not
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used.
 
         Raises ValueError, on every process, before any weight is copied, where an argument or a file is not right.

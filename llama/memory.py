@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -101,7 +100,7 @@ def _free_in_group(folder: Path) -> Optional[int]:
 def return_freed() -> None:
     """Have glibc hand back what it keeps of freed memory: as much as a third of a quantised model lies between the pieces
     that loading lets go. Does nothing elsewhere."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

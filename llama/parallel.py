@@ -176,6 +176,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> t
 
 
 def is_by_feature(x: torch.Tensor) -> bool:
+    """Whether the numbers of a feature lie together, not those of a row."""
     return x.stride(-1) != 1
 
 
@@ -299,7 +300,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
             return super().forward(x)
         return all_reduce(self.product(x), self.group)
 
-    def product(self, x: torch.Tensor, shared: Any = None) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         return product(x, self.weight, any_order=self.group is None)
 
 

@@ -18,7 +18,9 @@ from .parallel import ColumnParallelLinear, RowParallelLinear, group_size
 from .rounding import Quantization, pairs, row_maxima, to_int4, to_int8, unpair
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
-FEW_ROWS = 64  # of activations; with more, the packed int4 product (170 GFLOP/s on two cores) loses to dequantised blocks
+# Of activations. With more, the packed int4 product (170 GFLOP/s on two cores) loses to dequantised blocks, and reading int8
+# weights once for all digits no longer pays.
+FEW_ROWS = 64
 DEQUANTIZED = 2**21  # int4 numbers at a time: fewer cost more in calls than they save in a cache
 BASE = 254  # of the digits that activations are written in: each is half a step wrong at most, which the next one counts in
 BLOCK_ROWS = 2048  # of activations that the int8 product takes at a time: what it makes of them is twice their size
