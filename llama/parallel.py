@@ -31,9 +31,8 @@ AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 # put in order (1.1 times) and neither side of W is short.
 FEW, MANY, WIDE = 128, 640, 2048
 
-# One row, compiled: matrices of more than TINY and up to SMALL numbers are multiplied in Inductor's own loop. A 134M model,
-# where they are most of all, takes its steps 1.3 times as fast so; in a 1.1B model larger ones cost 13 % and smaller ones 3 %.
-TINY, SMALL = 2**19, 2**21
+# One row, compiled: rows of up to so many numbers are summed in Inductor's own loop, which it writes differently for longer.
+SUMMED = 4096
 
 
 def model_parallel_group() -> Group:
@@ -191,9 +190,11 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     # Compilers make something slower of that, unless they are kept from looking into it.
     if not AMX:
         return one_row(x, weight)
-    if TINY < weight.numel() <= SMALL:
-        # Eight rows at a time, in Inductor's own loop: oneDNN takes 20 microseconds to begin, as long as a small matrix takes.
-        return torch.cat([(some.float() * x.float()).sum(-1) for some in weight.chunk(8)]).to(x.dtype)
+    if weight.shape[1] <= SUMMED:
+        # Eight rows at a time: oneDNN takes 20 microseconds to begin, as long as a small matrix takes.
+        x32 = x.float()
+        x32 = x32.as_strided(x32.shape, x32.stride())  # to memory: else what made x, a norm, is made anew for every row
+        return torch.cat([(some.float() * x32).sum(-1) for some in weight.chunk(8)]).to(x.dtype)
     return torch.mm(weight, x.expand(2, -1).t())[:, 0]  # of two rows, as fast as `mv`
 
 

@@ -43,11 +43,10 @@ def test_other_numbers_are_left_to_torch(tiles: bool) -> None:
         assert torch.equal(parallel.product(x, weight, any_order=True), torch.nn.functional.linear(x, weight))
 
 
-@pytest.mark.parametrize("small", [97 * 160 - 1, 97 * 160])
+@pytest.mark.parametrize("summed", [159, 160])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_products_in_a_graph(rows: int, small: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "TINY", 0)
-    monkeypatch.setattr(parallel, "SMALL", small)
+def test_products_in_a_graph(rows: int, summed: int, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "SUMMED", summed)
     weight, x = torch.randn(97, 160).bfloat16(), torch.randn(rows, 1, 160).bfloat16()  # of no even number of rows
     compiled = torch.compile(parallel.product, backend="aot_eager", fullgraph=True)
     assert_near(compiled(x, weight), x.double() @ weight.double().t())
