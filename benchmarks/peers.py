@@ -69,10 +69,12 @@ def find_source(shape: str, ckpt_dir: Optional[str]) -> Path:
 
 
 def ours(setting: Setting, modes: list[str], compiled: bool) -> list[System]:
-    """Each mode, and each again compiled."""
+    """Each mode, and each again compiled: on a CPU only what can be, which quantised weights cannot."""
     systems = []
     for compile in (None, True) if compiled else (None,):
         for mode in modes:
+            if compile and mode != "none" and setting.device.type == "cpu":
+                continue
             options = {} if mode == "none" else {"quantize": mode}
             options |= {"compile": True} if compile else {}
             name = "ours" + f" {mode}" * (mode != "none") + ", compiled" * bool(compile)

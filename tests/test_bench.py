@@ -13,7 +13,7 @@ import torch
 from conftest import PARAMS, ROOT
 from test_launch import NOISE, TORCHRUN, run
 
-from llama import Llama, bench
+from llama import Llama, ModelArgs, bench
 from llama.model import feed_forward_width
 
 WIDTH = feed_forward_width(4 * 64, 32, None)
@@ -213,6 +213,18 @@ def test_compare(flags: list[str], tmp_path: Path) -> None:
         assert words in result.stdout
     assert result.stdout.count(" 19 of 19 greedy ids are those of ours") == 2
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_compiled_systems_are_those_that_compile() -> None:
+    from peers import Setting, ours
+    from tasks import QUICK
+
+    def names(device: str) -> list[str]:
+        setting = Setting(Path("a"), ModelArgs(), Path("b"), torch.device(device), QUICK)
+        return [system.name for system in ours(setting, ["none", "int8"], compiled=True)]
+
+    assert names("cpu") == ["ours", "ours int8", "ours, compiled"]
+    assert names("cuda") == ["ours", "ours int8", "ours, compiled", "ours int8, compiled"]
 
 
 @pytest.mark.parametrize(
