@@ -20,6 +20,7 @@ import torch
 from .drafting import Drafter
 from .engine import Engine, token_logprobs
 from .model import ModelArgs
+from .runtime import device_kind
 from .sampling import Sampling, exponential_noise, next_token
 
 # How far apart the two best logits must be, in units of their spread, for a pass over several tokens to decide between them.
@@ -145,7 +146,7 @@ class Batch:
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(self.lanes, self.vocab_size, dtype=torch.bool, device=engine.device)
         if draft is None:
-            draft = engine.model.norm.weight.dtype == torch.float32 and engine.device.type == "cpu"
+            draft = engine.model.norm.weight.dtype == torch.float32 and device_kind(engine.device) == "cpu"
         self.draft = draft and sampling.temperature == 0 and self.seen is None
         self.rows: list[_Row] = []
         self._ahead: Optional[_Ahead] = None
@@ -210,7 +211,7 @@ class Batch:
         if self.generator is not None:
             return self.generator
         device = self.engine.device
-        return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
+        return torch.default_generator if device_kind(device) == "cpu" else torch.cuda.default_generators[device.index or 0]
 
     def _check_owned(self) -> None:
         if not self.engine.owned_by(self):

@@ -18,7 +18,7 @@ from .batching import Batch, Request
 from .generation import DEMO, DEMO_POSITIONS, Llama
 from .model import Transformer
 from .parallel import from_first_process
-from .runtime import Launch
+from .runtime import Launch, device_kind
 from .sampling import Sampling
 from .tokenizer import user_path
 
@@ -96,7 +96,7 @@ def measure(llama: Llama, prompt_tokens: int, new_tokens: int, batch_size: int) 
         "weights_GB_s": nbytes / step / 1e9,
         "memory_GB_s": limit / 1e9,
         "share_of_memory_rate": nbytes / step / limit,
-        "fits_cache": nbytes < largest_cache() and weight.device.type == "cpu",
+        "fits_cache": nbytes < largest_cache() and device_kind(weight) == "cpu",
     }
 
 
@@ -165,7 +165,7 @@ def read_rate(device: torch.device, nbytes: int = READ_BYTES) -> float:
     free = memory.free_bytes(device)
     nbytes = nbytes if free is None else max(2**20, min(nbytes, free // 4))
     numbers = torch.ones(nbytes // 8 * 2, dtype=torch.float32, device=device)  # an even number; ones touch every page
-    if device.type != "cpu":
+    if device_kind(device) != "cpu":
         target = torch.empty_like(numbers)
         return 2 * numbers.nbytes / _seconds(lambda: target.copy_(numbers), device)
     halves, integers = numbers.chunk(2), numbers.view(torch.int32)
@@ -191,7 +191,7 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     def once() -> float:
         began = time.perf_counter()
         work()
-        if device.type != "cpu":
+        if device_kind(device) != "cpu":
             torch.accelerator.synchronize(device)
         return time.perf_counter() - began
 

@@ -24,7 +24,7 @@ from .model import ModelArgs, Transformer
 from .parallel import group_rank, group_size, is_first_process, model_parallel_group
 from .quantization import Quantized, quantize_layers
 from .rounding import Quantization, row_maxima
-from .runtime import DTYPES
+from .runtime import DTYPES, device_kind
 
 IGNORED = {"rope.freqs"}  # a table that Meta's files carry and that is computed here
 
@@ -368,7 +368,7 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
             continue
         stored = checkpoint.read(name, dim, first, first + part)
         wanted = stored.dtype if prefix in layers else dtype
-        if stored.dtype == wanted and device.type == "cpu" and stored.is_contiguous():
+        if stored.dtype == wanted and device_kind(device) == "cpu" and stored.is_contiguous():
             weights[name], mapped = stored, True
         else:
             weights[name] = torch.empty(stored.shape, dtype=wanted, device=device)

@@ -72,7 +72,7 @@ def info(
     chosen = runtime.choose_dtype(dtype, stored, place)
     quantization = choose_quantization(checkpoint, quantize)
     need, free = memory.estimate(args, chosen, processes, quantization), memory.free_bytes(place)
-    sharers = processes if place.type == "cpu" else 1
+    sharers = processes if runtime.device_kind(place) == "cpu" else 1
     numbers = memory.estimate(args, torch.int8).weights
     whole = memory.estimate(args, stored, 1, stored_quantization(checkpoint)).weights
     theta = f", rotary base {args.rope_theta:g}" + (", one matrix for embedding and output" if checkpoint.tied else "")

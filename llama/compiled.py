@@ -37,13 +37,14 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
     takes no time to speak of); False does neither.
     """
     device = model.norm.weight.device
-    if wanted is False or device.type not in ("cpu", "cuda") or model.params.max_seq_len < 4:
+    kind = runtime.device_kind(device)
+    if wanted is False or kind not in ("cpu", "cuda") or model.params.max_seq_len < 4:
         if wanted:
             say(f"The decode step is not compiled: there is no form for {device} and max_seq_len={model.params.max_seq_len}")
         return None
-    if device.type == "cuda" or model.output.group is not None:
+    if kind == "cuda" or model.output.group is not None:
         recorded = Recorded(model, "inductor" if wanted or (wanted is None and marker(model).exists()) else None)
-        return recorded if wanted or device.type == "cuda" else None
+        return recorded if wanted or kind == "cuda" else None
     if type(model.output) is not ColumnParallelLinear:
         if wanted:
             say("The decode step is not compiled: on a CPU quantised weights have a form that a package cannot take")
@@ -72,7 +73,9 @@ def say(line: str) -> None:
 def fingerprint(model: Transformer) -> str:
     """Stands for all that compiled code depends on."""
     weights = [(name, tuple(t.shape), t.dtype, t.stride()) for name, t in named_tensors(model).items()]
-    place = torch.cuda.get_device_name(model.norm.weight.device) if model.norm.weight.is_cuda else runtime.processor()
+    device = model.norm.weight.device
+    on_gpu = runtime.device_kind(device) == "cuda"
+    place = torch.cuda.get_device_name(device) if on_gpu else runtime.processor()
     what = repr((torch.__version__, place, astuple(model.params), weights))
     sources = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
     return hashlib.sha256(what.encode() + b"".join(sources)).hexdigest()[:32]
@@ -209,12 +212,12 @@ class Recorded:
         self._step: Callable[..., torch.Tensor] = model.step
         if backend is not None:
             options: Any = None
-            if backend == "inductor" and self.device.type == "cuda":
+            if backend == "inductor" and runtime.device_kind(self.device) == "cuda":
                 options = {"coordinate_descent_tuning": True}  # and products of one row become sums, which read faster
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             self._step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
         self._recordings: dict[Any, _Recording] = {}
-        self._captures = self.device.type == "cuda"
+        self._captures = runtime.device_kind(self.device) == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     def buckets(self, rows: int, span: int) -> tuple[int, int]:

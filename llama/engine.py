@@ -13,6 +13,7 @@ from . import memory, runtime
 from .compiled import Packaged, Recorded, make_graph
 from .model import Transformer
 from .parallel import AMX, group_size
+from .runtime import device_kind
 from .sampling import Sampling, next_token
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
@@ -118,11 +119,11 @@ class Engine:
     @property
     def looks_ahead(self) -> bool:
         """Whether a step costs the host so little that the next may be queued before this one's ids are known to it."""
-        return isinstance(self._ready, Recorded) and self.device.type == "cuda"
+        return isinstance(self._ready, Recorded) and device_kind(self.device) == "cuda"
 
     def read(self, ids: torch.Tensor, meanwhile: Optional[Callable[[], None]] = None) -> list[int]:
         """Ids of the device as numbers. `meanwhile` may queue work there, which is not waited for."""
-        if self.device.type != "cuda":
+        if device_kind(self.device) != "cuda":
             if meanwhile is not None:
                 meanwhile()
             return ids.tolist()
@@ -152,7 +153,7 @@ class Engine:
 
     def _fast_products(self, rows: int) -> AbstractContextManager[None]:
         weight = self.model.norm.weight
-        one_row = rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not AMX
+        one_row = rows == 1 and weight.dtype == torch.bfloat16 and device_kind(weight) == "cpu" and not AMX
         return without_onednn() if one_row else nullcontext()
 
     def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

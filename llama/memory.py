@@ -13,6 +13,7 @@ import torch
 
 from .model import ModelArgs, process_counts
 from .rounding import KINDS, Quantization
+from .runtime import device_kind
 
 
 class Need(NamedTuple):
@@ -56,9 +57,9 @@ def estimate(args: ModelArgs, dtype: torch.dtype, processes: int = 1, quantizati
 
 def free_bytes(device: torch.device) -> Optional[int]:
     """What this process may still allocate on the device; None where the system does not tell."""
-    if device.type == "cuda":
+    if device_kind(device) == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
+    if device_kind(device) == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return _free_host_bytes(Path("/"))
 
@@ -127,7 +128,7 @@ def check_fits(
     if free is None or need.resident * sharers <= free:
         return
     each = f" for each of {sharers} processes" if sharers > 1 else ""
-    place = "this machine" if device.type == "cpu" else str(device)
+    place = "this machine" if device_kind(device) == "cpu" else str(device)
     missing = gigabytes(need.resident * sharers - free)
     advice = way_out(args, dtype, processes, device, free, sharers, quantization)
     raise ValueError(
@@ -167,10 +168,10 @@ def way_out(
         ways += [f"{name}={good}"] * (good > 0)
     if dtype == torch.float32 and fits(args, torch.bfloat16):
         ways.append("dtype='bfloat16'")
-    if device.type != "mps":
+    if device_kind(device) != "mps":
         counts = [n for n in process_counts(args) if shares(quantization, n)]
         more = [n for n in counts if n > processes and fits(args, processes=n)]
-        ways += [f"{n} processes, {sharers} on each {'machine' if device.type == 'cpu' else 'GPU'}" for n in more[:1]]
+        ways += [f"{n} processes, {sharers} on each {'machine' if device_kind(device) == 'cpu' else 'GPU'}" for n in more[:1]]
     if quantization is None:
         kinds = [kind for kind in map(Quantization, KINDS) if shares(kind, processes) and fits(args, quantization=kind)]
         ways += [f"quantize={quantization.kind!r}" for quantization in kinds[:1]]

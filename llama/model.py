@@ -30,6 +30,7 @@ from .parallel import (
     model_parallel_group,
     products,
 )
+from .runtime import device_kind
 
 
 @dataclass
@@ -175,7 +176,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
     if S > 1:
         q = q.transpose(1, 2)
         seen: Optional[torch.Tensor] = None if mask is None else mask[:, None]
-        if causal and S < T and q.device.type == "cuda":
+        if causal and S < T and device_kind(q) == "cuda":
             # The same mask under a name that flash attention knows.
             seen = cast(torch.Tensor, causal_lower_right(S, T))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and S == T, enable_gqa=K != H)
@@ -183,7 +184,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
     # One query: the heads of a group stand in as the queries, so that every key is read once.
     q = q.view(B, K, H // K, D)
     mask = None if mask is None else mask[:, None]
-    if q.device.type == "cpu" and AMX:
+    if device_kind(q) == "cpu" and AMX:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, S, H * D)
     # Fused attention takes five times as long here, on one query: on GPUs it leaves most of them idle.
     scores = (q @ k.transpose(2, 3)) / math.sqrt(D)  # (B, K, H/K, T)
@@ -317,7 +318,7 @@ class Transformer(nn.Module):
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
         args = self.params
-        if device.type == "meta":  # nothing to compute; and doing so would import torch's compiler
+        if device_kind(device) == "meta":  # nothing to compute; and doing so would import torch's compiler
             return torch.empty(args.max_seq_len, args.head_size // 2, dtype=torch.complex64, device=device)
         with torch.device("cpu"):
             table = precompute_freqs_cis(args.head_size, args.max_seq_len, args.rope_theta)

@@ -21,6 +21,8 @@ from fairscale.nn.model_parallel import initialize as mpu
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
+from .runtime import device_kind
+
 Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
 
 # Whether the processor multiplies tiles (Intel's AMX). There oneDNN and fused attention are the fastest with one row too,
@@ -84,7 +86,7 @@ def broadcast_random_state(device: torch.device, group: Group) -> None:
     """Give every rank the generator state of the group's first rank, so that all of them draw the same tokens."""
     if group is None:
         return
-    module = torch.get_device_module(device) if device.type != "cpu" else torch
+    module = torch.get_device_module(device) if device_kind(device) != "cpu" else torch
     state = [module.get_rng_state()]
     dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
     module.set_rng_state(state[0])
@@ -165,7 +167,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> t
     any_order: the numbers of a feature may lie together in the result, if it is faster so. (To elementwise operations it
     is all the same.)
     """
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+    if device_kind(x) != "cpu" or x.dtype != torch.bfloat16:
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1:

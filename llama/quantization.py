@@ -16,6 +16,7 @@ from torch import nn
 
 from .parallel import ColumnParallelLinear, RowParallelLinear, group_size
 from .rounding import Quantization, pairs, row_maxima, to_int4, to_int8, unpair
+from .runtime import device_kind
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
 # Of activations. With more, the packed int4 product (170 GFLOP/s on two cores) loses to dequantised blocks, and reading int8
@@ -29,7 +30,7 @@ PLAIN = 2**21  # numbers: smaller int8 matrices are multiplied as they are, larg
 
 def blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
     """A weight in float32 on a device, a few rows at a time."""
-    numbers = PIECE * torch.get_num_threads() if device.type == "cpu" else 2**24
+    numbers = PIECE * torch.get_num_threads() if device_kind(device) == "cpu" else 2**24
     step = max(1, numbers // weight.shape[1])
     for i in range(0, len(weight), step):
         yield slice(i, i + step), weight[i : i + step].to(device, torch.float32)
@@ -151,7 +152,7 @@ class Int8(Quantized):
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
         before = self.weight.detach()
-        self.packed = before.device.type == "cpu" and onednn_is_exact()
+        self.packed = device_kind(before) == "cpu" and onednn_is_exact()
         if self.packed and before.numel() > PLAIN:
             self.weight = nn.Parameter(torch.ops.onednn.qlinear_prepack(before, None), requires_grad=False)
             return [before]
@@ -178,10 +179,10 @@ class Int8(Quantized):
 
     def _generic(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        if weight.device.type == "cpu" and len(x) <= FEW_ROWS and hasattr(torch, "_weight_int8pack_mm"):
+        if device_kind(weight) == "cpu" and len(x) <= FEW_ROWS and hasattr(torch, "_weight_int8pack_mm"):
             ones = torch.ones(len(weight), dtype=x.dtype)
             y = torch._weight_int8pack_mm(x.contiguous(), weight, ones)
-        elif weight.device.type == "cpu":  # never all of it in the wider dtype
+        elif device_kind(weight) == "cpu":  # never all of it in the wider dtype
             step = max(1, 2**22 // weight.shape[1])
             y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(step)], dim=-1)
         else:
@@ -324,10 +325,10 @@ class Int4(Quantized):
         rows = len(weight)
         if self.group_columns < 32:
             return None
-        if device.type == "cpu" and hasattr(torch, "_weight_int4pack_mm_for_cpu") and rows % 64 == 0:
+        if device_kind(device) == "cpu" and hasattr(torch, "_weight_int4pack_mm_for_cpu") and rows % 64 == 0:
             return torch._convert_weight_to_int4pack_for_cpu(unpair(weight).int(), 1)
         if (
-            device.type == "cuda"
+            device_kind(device) == "cuda"
             and torch.version.hip is None
             and torch.cuda.get_device_capability(device) >= (8, 0)
             and rows % 8 == 0
@@ -341,14 +342,14 @@ class Int4(Quantized):
         rows = x.reshape(-1, x.shape[-1])
         if not self.packed:
             y = self._generic(rows)
-        elif len(rows) <= FEW_ROWS or self.device.type != "cpu" or packed_layout() is None:
+        elif len(rows) <= FEW_ROWS or device_kind(self.device) != "cpu" or packed_layout() is None:
             y = self._few(rows.bfloat16(), self.scales_and_zeros).to(x.dtype)
         else:
             y = self._many(rows.bfloat16()).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
     def _few(self, x: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
-        on_cpu = x.device.type == "cpu"
+        on_cpu = device_kind(x) == "cpu"
         multiply = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
         return multiply(x.contiguous(), self.weight, self.group_columns, scales_and_zeros)
 
@@ -356,7 +357,7 @@ class Int4(Quantized):
         """In x's own dtype, dequantised a few rows at a time."""
         assert self.scales is not None
         assert self.zeros is not None
-        on_cpu = x.device.type == "cpu"
+        on_cpu = device_kind(x) == "cpu"
         step = max(1, 2**22 // self.columns) if on_cpu else len(self.weight)
         parts = zip(self.weight.split(step), self.scales.split(step), self.zeros.split(step))
         return torch.cat([F.linear(x, dequantized(*part, x.dtype)) for part in parts], dim=-1)

@@ -27,6 +27,16 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# Kinds of devices that are to be treated as another kind: the tests' emulated GPU is one of "cuda".
+ALIASES: dict[str, str] = {}
+
+
+def device_kind(place: Union[torch.Tensor, torch.device]) -> str:
+    """ "cpu", "cuda", "mps" or "meta": what a tensor lies on, or a device is. The only place that asks."""
+    device = place.device if isinstance(place, torch.Tensor) else place
+    return ALIASES.get(device.type, device.type)
+
+
 PATIENCE = 5.0  # seconds that a process which has ended waits for the others
 
 
@@ -89,7 +99,7 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     launch = Launch.read()
     size = _model_parallel_size(model_parallel_size, launch.world_size)
     chosen = choose_device(device, launch)
-    if chosen.type == "cuda":
+    if device_kind(chosen) == "cuda":
         torch.cuda.set_device(chosen)  # before NCCL starts, which binds to the current device
     if launch.by_launcher:
         _join(chosen, size)
@@ -126,7 +136,7 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not a device of torch; use 'cpu', 'cuda' or 'mps'") from error
-    if chosen.type == "cuda":
+    if device_kind(chosen) == "cuda":
         count = torch.cuda.device_count()
         index = launch.local_rank if chosen.index is None else chosen.index
         if not count:
@@ -136,17 +146,17 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
                 f"process {launch.local_rank} of this machine wants GPU {index}, but {count} can be seen; "
                 f"start at most {count} process{'es' * (count > 1)} here, or pass device='cpu'"
             )
-        return torch.device("cuda", index)
-    if chosen.type == "mps" and (launch.world_size > 1 or not torch.backends.mps.is_available()):
+        return torch.device(chosen.type, index)
+    if device_kind(chosen) == "mps" and (launch.world_size > 1 or not torch.backends.mps.is_available()):
         raise ValueError("device='mps' needs a Mac with Metal and a single process; use device='cpu'")
-    if chosen.type not in ("cpu", "mps"):
+    if device_kind(chosen) not in ("cpu", "mps"):
         raise ValueError(f"device={str(device)!r} is not supported; use 'cpu', 'cuda' or 'mps'")
     return chosen
 
 
 def memory_sharers(device: torch.device) -> int:
     """How many of the launcher's processes allocate from this device's memory: on a CPU, all those of this machine."""
-    return Launch.read().local_world_size if device.type == "cpu" else 1
+    return Launch.read().local_world_size if device_kind(device) == "cpu" else 1
 
 
 def _join(device: torch.device, model_parallel_size: int) -> None:
@@ -172,7 +182,7 @@ def _join(device: torch.device, model_parallel_size: int) -> None:
 
 def _share_cores(device: torch.device, local_world_size: int) -> None:
     """torchrun sets OMP_NUM_THREADS=1 for several processes; on a CPU that would leave most cores idle."""
-    if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1" and _started.threads is None:
+    if device_kind(device) == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1" and _started.threads is None:
         _started.threads = torch.get_num_threads()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_world_size))
@@ -270,7 +280,7 @@ def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, dev
     which reads prompts up to twenty times as fast in it; Llama 2's weights, trained in bfloat16, lose nothing.
     """
     if wanted is None:
-        if stored == torch.float16 and device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        if stored == torch.float16 and device_kind(device) == "cpu" and platform.machine() in ("x86_64", "AMD64"):
             return torch.bfloat16
         return torch.float16 if stored == torch.bfloat16 and not _computes_in_bfloat16(device) else stored
     dtype = DTYPES.get(wanted) if isinstance(wanted, str) else wanted
@@ -280,9 +290,9 @@ def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, dev
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
+    if device_kind(device) == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "mps":
+    if device_kind(device) == "mps":
         try:
             torch.ones(1, device=device, dtype=torch.bfloat16) + 1
         except (RuntimeError, TypeError):  # before macOS 14
