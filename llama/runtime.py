@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,18 @@ def device_kind(place: Union[torch.Tensor, torch.device]) -> str:
     """ "cpu", "cuda", "mps" or "meta": what a tensor lies on, or a device is. The only place that asks."""
     device = place.device if isinstance(place, torch.Tensor) else place
     return ALIASES.get(device.type, device.type)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within the block a GPU is the thread's current one: streams, events and kernels of Triton go there, not to the tensors'."""
+    return torch.cuda.device(device) if device_kind(device) == "cuda" else nullcontext()
+
+
+def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """Numbers of the host as a tensor on a device. On a GPU they pass through pinned memory, so that the host need not wait."""
+    if device_kind(device) != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 PATIENCE = 5.0  # seconds that a process which has ended waits for the others
