@@ -39,7 +39,7 @@ def device_kind(place: Union[torch.Tensor, torch.device]) -> str:
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Within the block a GPU is the thread's current one: streams, events and kernels of Triton go there, not to the tensors'."""
+    """Within the block a GPU is the thread's current one, which streams, events and Triton's kernels belong to."""
     return torch.cuda.device(device) if device_kind(device) == "cuda" else nullcontext()
 
 
