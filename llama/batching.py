@@ -10,9 +10,8 @@ import itertools
 import math
 import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, Optional
 
 import torch
@@ -20,7 +19,7 @@ import torch
 from .drafting import Drafter
 from .engine import Engine, token_logprobs
 from .model import ModelArgs
-from .runtime import device_kind
+from .runtime import device_kind, to_device
 from .sampling import Sampling, exponential_noise, next_token
 
 # How far apart the two best logits must be, in units of their spread, for a pass over several tokens to decide between them.
@@ -78,13 +77,23 @@ class _Row:
 
 
 @dataclass
+class _Decision:
+    """What a step chose for one row, on the host."""
+
+    token: int  # -1: the logits were not finite
+    logprob: float = 0.0
+    alternatives: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass
 class _Ahead:
-    """A step that was queued before it was known which rows go on."""
+    """A step that was queued before it was known which rows go on, and what it takes to undo that."""
 
     logits: torch.Tensor
     chosen: torch.Tensor
     rows: list[_Row]  # that it was run for
     states: list[tuple[torch.Generator, torch.Tensor]]  # of the generators, before it drew
+    seen: Optional[torch.Tensor]
 
 
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], args: ModelArgs) -> list[list[int]]:
@@ -149,7 +158,9 @@ class Batch:
             draft = engine.model.norm.weight.dtype == torch.float32 and device_kind(engine.device) == "cpu"
         self.draft = draft and sampling.temperature == 0 and self.seen is None
         self.rows: list[_Row] = []
+        self._chosen = torch.empty(0, dtype=torch.long, device=engine.device)  # each row's newest id
         self._ahead: Optional[_Ahead] = None
+        self._lanes_of: tuple[list[_Row], Optional[torch.Tensor]] = [], None
         self._cancelled: set[int] = set()
 
     def cancel(self, index: int) -> None:
@@ -172,12 +183,13 @@ class Batch:
         waiting = deque(enumerate(self.requests))
         while waiting and len(self.rows) < self.lanes:
             self.rows.append(self._admit(*waiting.popleft(), lane=len(self.rows)))
-        chosen = torch.empty(0, dtype=torch.long, device=self.engine.device)
         while self.rows:
-            for logits, chosen in self._steps(chosen):  # noqa: B020, each step chooses what the next one runs
-                yield from self._report(logits, chosen)
+            for decisions in self._decide():
+                yield from self._report(decisions)
             ended = [i for i, row in enumerate(self.rows) if row.index in self._cancelled]
-            keep = chosen.clone()
+            if ended:
+                self._take_back()
+            keep = self._chosen.clone() if ended else self._chosen
             for i in reversed(ended):
                 if waiting:
                     self.rows[i] = self._admit(*waiting.popleft(), lane=self.rows[i].lane)
@@ -188,21 +200,24 @@ class Batch:
                         self.engine.move(len(self.rows), i, last.length)
                     self.rows[i] = last
                     keep[i] = keep[len(self.rows)]
-            chosen = keep[: len(self.rows)]
+            self._chosen = keep[: len(self.rows)]
 
-    def _look_ahead(self, chosen: torch.Tensor) -> None:
+    def _look_ahead(self) -> None:
         """Queue the next step before the host knows this one's ids: the device need not wait for it. Of rows that turn out
         to have ended, nothing remains of it but columns that are overwritten before they are looked at."""
         rooms = (min(self.limit - row.length, row.request.max_new - len(row.new)) for row in self.rows)
-        if self.seen is None and all(room > 1 for room in rooms):
+        if all(room > 1 for room in rooms):
             generators = [self._generator, *(row.generator for row in self.rows if row.generator is not None)]
             states = [(generator, generator.get_state()) for generator in generators] if self.sampling.temperature > 0 else []
-            self._ahead = _Ahead(*self._advance(chosen, known=False), list(self.rows), states)
+            seen = None if self.seen is None else self.seen.clone()
+            self._ahead = _Ahead(*self._advance(self._chosen, known=False), list(self.rows), states, seen)
 
     def _take_back(self) -> None:
         """Undo a step that was queued in vain: what it drew is to be drawn again."""
         for generator, state in self._ahead.states if self._ahead else []:
             generator.set_state(state)
+        if self._ahead is not None:
+            self.seen = self._ahead.seen
         self._ahead = None
 
     @property
@@ -217,53 +232,61 @@ class Batch:
         if not self.engine.owned_by(self):
             raise RuntimeError("another call has used the model since; finish a stream, or leave it, before the next call")
 
-    def _steps(self, chosen: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits (rows, V) and ids (rows,) of one step, or of several in turn where drafts of a lone row hold."""
+    def _decide(self) -> Iterator[list[_Decision]]:
+        """One step's decision for each row, or those of several steps in turn where drafts of a lone row hold."""
         self._check_owned()
         row = self.rows[0]
         if self._ahead is not None and self._ahead.rows == self.rows:
             ahead, self._ahead = self._ahead, None
-            yield ahead.logits, ahead.chosen
+            yield self._read(ahead.logits, ahead.chosen)
             return
         self._take_back()
-        if not self.draft or len(self.rows) > 1 or row.fresh:
-            yield self._advance(chosen)
+        if self.draft and len(self.rows) == 1 and not row.fresh:
+            yield from self._decide_with_drafts(row)
             return
+        yield self._read(*self._advance(self._chosen))
+
+    def _decide_with_drafts(self, row: _Row) -> Iterator[list[_Decision]]:
         row.drafter.read(row.ids[len(row.drafter.ids) :])
         drafts = row.drafter.draft(min(row.request.max_new - len(row.new), self.limit - row.length) - 1)
         if not drafts:
-            logits, chosen = self._advance(chosen)
-            if row.rounded is not None and not self._is_clear(logits):
-                logits, chosen = self._single_steps(row)
-            yield logits, chosen
+            logits, self._chosen = self._advance(self._chosen)
+            unsure = None if row.rounded is None else self._is_clear(logits).logical_not()
+            decisions, again = self._read_with(logits, self._chosen, unsure)
+            yield self._read(*self._single_steps(row)) if any(again) else decisions
             return
         start = row.length
         if row.rounded is None:
             row.rounded = start - 1
+        logits = self.engine.verify([row.ids[-1], *drafts], start - 1)
+        ids = next_token(logits, self.sampling, bias=self.bias)
+        decisions, clear = self._read_with(logits, ids, self._is_clear(logits))
         # The last place decides an id that no draft foresaw.
-        for logits, draft in zip(self.engine.verify([row.ids[-1], *drafts], start - 1).split(1), [*drafts, None]):
-            if not self._is_clear(logits):
-                yield self._single_steps(row)
+        for place, draft in enumerate([*drafts, None]):
+            if not clear[place]:
+                yield self._read(*self._single_steps(row))
                 break
-            yield logits, next_token(logits, self.sampling, bias=self.bias)
+            self._chosen = ids[place : place + 1]
+            yield [decisions[place]]
             self._check_owned()
             if row.index in self._cancelled or row.new[-1] != draft:
                 break
         agreed = zip(row.ids[start:], drafts)
         row.drafter.judge(len(drafts), sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], agreed)))
 
-    def _is_clear(self, logits: torch.Tensor) -> bool:
-        """Whether rounding cannot change which is the best of (1, V)."""
-        best, second = (logits if self.bias is None else logits + self.bias).topk(2).values[0].tolist()
-        return best - second > CLEAR[self.engine.model.norm.weight.dtype] * logits.std().item()
+    def _is_clear(self, logits: torch.Tensor) -> torch.Tensor:
+        """Whether rounding cannot change which is the best: (N, V) -> bool (N,)."""
+        best, second = (logits if self.bias is None else logits + self.bias).topk(2).values.unbind(-1)
+        return best - second > CLEAR[self.engine.model.norm.weight.dtype] * logits.std(-1)
 
     def _single_steps(self, row: _Row) -> tuple[torch.Tensor, torch.Tensor]:
         """The newest token's step as it is without drafts. In float32 what was run with drafts is run again before it."""
         first = row.length - 1
         if self.engine.model.norm.weight.dtype == torch.float32 and row.rounded is not None:
             first, row.rounded = row.rounded, None
-        for position in range(first, row.length):
-            logits = self.engine.decode(torch.tensor([row.ids[position]], device=self.engine.device), [position], [0])
+        ids = to_device(row.ids[first:], self.engine.device)
+        for at in range(len(ids)):
+            logits = self.engine.decode(ids[at : at + 1], [first + at])
         return logits, next_token(logits, self.sampling, bias=self.bias)
 
     def _admit(self, index: int, request: Request, lane: int) -> _Row:
@@ -272,61 +295,68 @@ class Batch:
             row.generator = torch.Generator(self.engine.device).manual_seed(request.seed)
         if self.seen is not None:
             self.seen[lane] = False
-            self.seen[lane, torch.tensor(request.prompt, device=self.engine.device)] = True
+            self.seen[lane].index_fill_(0, to_device(request.prompt, self.engine.device), True)
         return row
+
+    @property
+    def _lanes(self) -> Optional[torch.Tensor]:
+        """The rows' lanes, int64 (rows,); None where they are all lanes in order."""
+        rows, lanes = self._lanes_of
+        if rows != self.rows:
+            order = [row.lane for row in self.rows]
+            lanes = None if order == list(range(self.lanes)) else to_device(order, self.engine.device)
+            self._lanes_of = list(self.rows), lanes
+        return lanes
 
     def _advance(self, chosen: torch.Tensor, known: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the rows' newest tokens, whole prompts for those that have just come. -> float32 logits (rows, V), ids (rows,)
 
         known: whether the rows have the chosen tokens already, or they are only on the device.
         """
-        lanes = torch.tensor([row.lane for row in self.rows], device=self.engine.device)
+        lanes = self._lanes
         noise = self._noise(lanes) if self.sampling.temperature > 0 else None
-        seen = None if self.seen is None else self.seen[lanes]
-        if any(row.fresh for row in self.rows):
-            logits = self._join(chosen)
-            chosen = next_token(logits, self.sampling, noise, seen, self.bias)
-        else:
-            # The newest token stands at a row's last position.
-            positions = [row.length - known for row in self.rows]
-            logits, chosen = self.engine.decode_and_choose(
-                chosen.clamp(min=0), positions, self.sampling, noise, seen, self.bias
-            )
+        seen = self.seen if self.seen is None or lanes is None else self.seen[lanes]
+        new = [i for i, row in enumerate(self.rows) if row.fresh]
+        logits = torch.empty(0)
+        if len(new) < len(self.rows):
+            # The newest token stands at a row's last position. Rows that join now take part with a token at position 0,
+            # which their prompts overwrite, so that the others are run as always.
+            positions = [0 if row.fresh else row.length - known for row in self.rows]
+            logits = self.engine.decode(chosen.clamp(min=0), positions)
+        if new:
+            first = self._prefill(new)
+            whole = len(new) == len(self.rows)
+            logits = first if whole else logits.index_copy(0, to_device(new, logits.device), first)
+        chosen = next_token(logits, self.sampling, noise, seen, self.bias)
         if self.seen is not None:
-            self.seen[lanes, chosen.clamp(min=0)] = True
+            flat = chosen.clamp(min=0) + self.vocab_size * (self._all_lanes if lanes is None else lanes)
+            self.seen.view(-1).index_fill_(0, flat, True)
         return logits, chosen
 
-    def _join(self, chosen: torch.Tensor) -> torch.Tensor:
-        """A step in which prompts join the rows that run. -> float32 logits (rows, V)"""
-        logits = torch.empty(len(self.rows), self.vocab_size, device=self.engine.device)
-        new = [i for i, row in enumerate(self.rows) if row.fresh]
-        old = [i for i, row in enumerate(self.rows) if not row.fresh]
-        if new:
-            logits[new] = self._prefill(new)
-        if old:
-            positions = [self.rows[i].length - 1 for i in old]
-            logits[old] = self.engine.decode(chosen[old].clamp(min=0), positions, old)
-        return logits
+    @property
+    def _all_lanes(self) -> torch.Tensor:
+        return torch.arange(self.lanes, device=self.engine.device)
 
     def _prefill(self, new: list[int]) -> torch.Tensor:
+        """Read the prompts of rows that join. -> float32 logits (new, V) behind their last tokens"""
+        model, device = self.engine.model, self.engine.device
         prompts = [self.rows[i].request.prompt for i in new]
-        last = torch.empty(
-            len(new), self.engine.model.params.dim, dtype=self.engine.model.norm.weight.dtype, device=self.engine.device
-        )
-        scores: list[list[float]] = [[0.0] for _ in new]
+        last = torch.empty(len(new), model.params.dim, dtype=model.norm.weight.dtype, device=device)
+        ids = [to_device(prompt, device) for prompt in prompts] if self.score_prompts else []
+        parts: list[list[torch.Tensor]] = [[] for _ in new]
         for rows, hidden, at in self.engine.prefill(prompts, new, self.reused):
             for states, row in zip(hidden, rows):
-                prompt = prompts[row]
                 if self.score_prompts:
-                    targets = torch.tensor(prompt[at + 1 : at + 1 + len(states)], device=self.engine.device)
-                    scores[row] += self.engine.logprobs(states[: len(targets)], targets).tolist()
-                if at < len(prompt) <= at + len(states):
-                    last[row] = states[len(prompt) - 1 - at]
-        for i, row_scores in zip(new, scores):
-            if any(map(math.isnan, row_scores)):
+                    targets = ids[row][at + 1 : at + 1 + len(states)]
+                    parts[row].append(self.engine.logprobs(states[: len(targets)], targets))
+                if at < len(prompts[row]) <= at + len(states):
+                    last[row] = states[len(prompts[row]) - 1 - at]
+        scores = self.engine.fetch([torch.cat(row) for row in parts]) if self.score_prompts else []
+        for i, row_scores in itertools.zip_longest(new, scores):
+            if row_scores is not None and any(map(math.isnan, row_scores)):
                 raise self._not_finite(self.rows[i].index)
             self.rows[i].fresh = False
-            self.rows[i].prompt_logprobs = row_scores if self.score_prompts else None
+            self.rows[i].prompt_logprobs = None if row_scores is None else [0.0, *row_scores]
         return self.engine.logits(last)
 
     def _not_finite(self, prompt: int) -> ValueError:
@@ -334,29 +364,56 @@ class Batch:
         way = "check the weights" if dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
         return ValueError(f"the model's logits for prompt {prompt} are not finite in {dtype}; {way}")
 
-    def _noise(self, lanes: torch.Tensor) -> torch.Tensor:
+    def _noise(self, lanes: Optional[torch.Tensor]) -> torch.Tensor:
         """(rows, V). Rows without a seed share one draw over all lanes, those that ended too, as in Meta's release: the
         draws of a row must not depend on which others have ended."""
         device = self.engine.device
         if all(row.generator is not None for row in self.rows):
-            noise = torch.empty(len(self.rows), self.vocab_size, device=device)
+            noise = torch.empty(len(self.rows), self.vocab_size, dtype=torch.float32, device=device)
         else:
-            noise = exponential_noise(self.lanes, self.vocab_size, device, self.generator)[lanes]
+            noise = exponential_noise(self.lanes, self.vocab_size, device, self.generator)
+            noise = noise if lanes is None else noise[lanes]
         for i, row in enumerate(self.rows):
             if row.generator is not None:
                 noise[i] = exponential_noise(1, self.vocab_size, device, row.generator)[0]
         return noise
 
-    def _report(self, logits: torch.Tensor, chosen: torch.Tensor) -> Iterator[Step]:
-        scores, best = [0.0] * len(self.rows), None
+    def _read(self, logits: torch.Tensor, chosen: torch.Tensor) -> list[_Decision]:
+        """A step's ids on the host. Meanwhile the device goes on with the next step, where it can."""
+        self._chosen = chosen
+        ahead = self.engine.looks_ahead and not self.draft
+        decisions, _ = self._read_with(logits, chosen, meanwhile=self._look_ahead if ahead else None)
+        return decisions
+
+    def _read_with(
+        self,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        more: Optional[torch.Tensor] = None,
+        meanwhile: Optional[Callable[[], None]] = None,
+    ) -> tuple[list[_Decision], list[bool]]:
+        """With the log-probabilities that were asked for, and whatever else (`more`), in one wait."""
+        wanted = [chosen]
         if self.scored:
-            scores = token_logprobs(logits, chosen.clamp(min=0)).tolist()
+            wanted.append(token_logprobs(logits, chosen.clamp(min=0)))
         if self.alternatives:
             top = torch.log_softmax(logits, dim=-1).topk(min(self.alternatives, self.vocab_size), dim=-1)
-            best = [list(zip(ids, values)) for ids, values in zip(top.indices.tolist(), top.values.tolist())]
-        ahead = self.engine.looks_ahead and not self.draft
-        tokens = self.engine.read(chosen, partial(self._look_ahead, chosen) if ahead else None)
-        for i, (row, token) in enumerate(zip(list(self.rows), tokens)):
+            wanted += [top.indices, top.values]
+        if more is not None:
+            wanted.append(more)
+        tokens, *others = self.engine.fetch(wanted, meanwhile)
+        decisions = [_Decision(token) for token in tokens]
+        if self.scored:
+            for decision, logprob in zip(decisions, others.pop(0)):
+                decision.logprob = logprob
+        if self.alternatives:
+            for decision, ids, values in zip(decisions, others.pop(0), others.pop(0)):
+                decision.alternatives = list(zip(ids, values))
+        return decisions, others.pop(0) if more is not None else []
+
+    def _report(self, decisions: list[_Decision]) -> Iterator[Step]:
+        for row, decision in zip(list(self.rows), decisions):
+            token = decision.token
             step = Step(row.index, prompt_logprobs=row.prompt_logprobs)
             row.prompt_logprobs = None
             room = self.limit - row.length
@@ -368,8 +425,7 @@ class Batch:
                 step.finish_reason = "stop"
             else:
                 row.new.append(token)
-                step.token, step.logprob = token, scores[i]
-                step.alternatives = best[i] if best else []
+                step.token, step.logprob, step.alternatives = token, decision.logprob, decision.alternatives
                 if len(row.new) == row.request.max_new:
                     step.finish_reason = "length"
                 elif row.length == self.limit:

@@ -1,8 +1,8 @@
 """The decode step as one graph: what `Transformer.step` computes, without what Python and torch add to it.
 
 Two forms. `Packaged`, for one process on a CPU: compiled ahead of time (AOTInductor), kept in a folder, loaded from there in
-milliseconds. `Recorded`, for GPUs and for several processes: static buffers, on a GPU a CUDA graph over them with the choice
-of the next ids in it; its kernels are torch's own, or Inductor's where that was asked for.
+milliseconds. `Recorded`, for GPUs and for several processes: static buffers, on a GPU a CUDA graph over them; its kernels
+are torch's own, or Inductor's where that was asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -22,11 +22,13 @@ from torch import nn
 
 from . import runtime
 from .model import Transformer
-from .parallel import ColumnParallelLinear, is_first_process
-from .sampling import Sampling, next_token
+from .parallel import ColumnParallelLinear, all_agree, is_first_process
 
 LEAST_COLUMNS = 256  # of the cache that a recorded graph looks at; more comes in powers of two
-MOST_GRAPHS = 64  # recorded at a time
+MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
+PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find what is freed later
+# How far two ways to compute the same may lie apart, in units of the numbers' spread: five times what deep models show.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 SOURCES = ("model.py", "parallel.py")  # a package is of the code that it was made from
 
 
@@ -184,41 +186,66 @@ class _Bound(nn.Module):
         return self.model.step(*arguments)
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One way to run the step; those that fail make place for the next."""
+
+    kind: str  # what a line says that the step is not, where this way fails
+    step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as `Transformer.step`
+    captured: bool  # in a CUDA graph
+
+
 @dataclass
 class _Recording:
-    """A recorded step: the buffers that it reads, those that it wrote, and what runs it once more."""
+    """A step over buffers of its own. All that a graph reads beside the model is here: a graph keeps no tensor alive."""
 
     tokens: torch.Tensor  # (bucket,)
     positions: torch.Tensor  # (bucket,)
-    noise: Optional[torch.Tensor]  # (bucket, V)
-    seen: Optional[torch.Tensor]  # (bucket, V)
-    bias: Optional[torch.Tensor]  # (V,)
+    columns: torch.Tensor  # 0 … T - 1
+    rotations: torch.Tensor  # (max_seq_len, D/2, 2)
     logits: torch.Tensor = field(init=False)  # (bucket, V)
-    chosen: torch.Tensor = field(init=False)  # (bucket,)
-    replay: Optional[Callable[[], None]] = None
+    graph: Optional[torch.cuda.CUDAGraph] = None
+    proofs: int = 0  # how many replays have been compared with the plain step
+
+    def run(self, way: _Way) -> None:
+        self.logits = way.step(self.tokens, self.positions, self.columns, self.rotations)
 
 
 class Recorded:
-    """The step, and the choice of the next ids, over static buffers: recorded once for each bucket of rows and columns.
+    """The step over static buffers: one recording for each bucket of rows and columns.
 
-    Rows above those that run are filled up: they write to column 0 of slots that nobody owns. Elsewhere than on a GPU
-    "recorded" means run again; so its shapes are the same everywhere.
+    Rows above those that run are filled up: they write to column 0 of slots that nobody owns. On a GPU a recording is a
+    CUDA graph; elsewhere it is run again, so its shapes are the same everywhere. What is drawn from the logits is not part
+    of it: options change from call to call, and a graph for each would have to be recorded.
+
+    The first replays of every CUDA graph are compared with the plain step. Where they differ, a line says so, and the next
+    way runs: a GPU on which something is wrong must not answer wrongly in silence.
     """
 
     def __init__(self, model: Transformer, backend: Optional[str] = None) -> None:
         """backend: of torch.compile for the step, None to leave it to torch's own kernels."""
-        self.model, self.backend = model, backend
+        self.model = model
         self.device = model.norm.weight.device
-        self._step: Callable[..., torch.Tensor] = model.step
+        captures = runtime.device_kind(self.device) == "cuda"
+        self._ways = [_Way("recorded", model.step, True)] * captures + [_Way("plain", model.step, False)]
         if backend is not None:
             options: Any = None
-            if backend == "inductor" and runtime.device_kind(self.device) == "cuda":
+            if backend == "inductor" and captures:
                 options = {"coordinate_descent_tuning": True}  # and products of one row become sums, which read faster
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
-            self._step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
-        self._recordings: dict[Any, _Recording] = {}
-        self._captures = runtime.device_kind(self.device) == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+            step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
+            self._ways.insert(0, _Way("compiled", step, captures))
+        self.backend = backend
+        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._places: Optional[tuple[int, ...]] = None
+        self._pool: Any = None
+        self._stream: Any = None
+        if captures:
+            with runtime.current(self.device):
+                self._pool = torch.cuda.graph_pool_handle()
+                # One for all captures: cuBLAS keeps 32 MiB for each stream that it has multiplied on.
+                self._stream = torch.cuda.Stream(self.device)
+            runtime.release_first(self.clear)
 
     def buckets(self, rows: int, span: int) -> tuple[int, int]:
         """The next powers of two, within the cache."""
@@ -226,99 +253,112 @@ class Recorded:
         columns = max(LEAST_COLUMNS, 1 << (span - 1).bit_length())
         return min(1 << (rows - 1).bit_length(), args.max_batch_size), min(columns, args.max_seq_len)
 
+    def clear(self) -> None:
+        """Let all recordings go. Those that hold collectives must go before their process group does."""
+        for recording in self._recordings.values():
+            if recording.graph is not None:
+                recording.graph.reset()
+        self._recordings.clear()
+
     def refresh(self) -> None:
-        """Forget recordings of weights or caches that have been replaced since."""
-        places = tuple(t.data_ptr() for t in named_tensors(self.model).values())
-        if places != getattr(self, "_places", places):
-            self._recordings.clear()
+        """Forget recordings of weights, caches or rotations that have been replaced since."""
+        tensors = (*named_tensors(self.model).values(), self.model.freqs_cis)
+        places = tuple(t.data_ptr() for t in tensors)
+        if places != self._places:
+            self.clear()
         self._places = places
 
-    def __call__(
-        self,
-        tokens: torch.Tensor,
-        positions: Sequence[int],
-        sampling: Sampling,
-        noise: Optional[torch.Tensor],
-        seen: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, V), valid until the next call, and the next ids (B,). For the arguments see `next_token`."""
+    def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """As `Transformer.step`; the logits are valid until the next call."""
         rows = len(positions)
-        bucket, columns = self.buckets(rows, max(positions) + 1)
-        key = (bucket, columns, replace(sampling, logit_bias=None), noise is None, seen is None, bias is None)
-        recording = self._recordings.get(key)
-        if recording is None:
-            if len(self._recordings) >= MOST_GRAPHS:
-                self._recordings.pop(next(iter(self._recordings)))
-            recording = self._recordings[key] = _Recording(
-                tokens=tokens.new_zeros(bucket),
-                positions=tokens.new_zeros(bucket),
-                noise=None if noise is None else noise.new_ones(bucket, noise.shape[1]),
-                seen=None if seen is None else seen.new_zeros(bucket, seen.shape[1]),
-                bias=None if bias is None else torch.empty_like(bias),
-            )
-        recording.tokens[:rows].copy_(tokens)
-        recording.positions[:rows].copy_(torch.tensor(positions), non_blocking=True)
-        recording.positions[rows:].zero_()
-        for buffer, value in ((recording.noise, noise), (recording.seen, seen)):
-            if buffer is not None and value is not None:
-                buffer[:rows].copy_(value)
-        if recording.bias is not None and bias is not None:
-            recording.bias.copy_(bias)
-        if recording.replay is None:
-            self._prepare(recording, columns, sampling)
-        assert recording.replay is not None
-        recording.replay()
-        return recording.logits[:rows], recording.chosen[:rows].clone()
-
-    def _prepare(self, recording: _Recording, columns: int, sampling: Sampling) -> None:
-        """As it was asked for; where that fails, with torch's own kernels, and then without a recording, which a line says."""
-        try:
-            with runtime.inductor_cache():
-                self._record(recording, columns, sampling)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if self.backend is not None:
-                say(f"The decode step is not compiled, and runs as it is: {reason(error)}")
-                self.backend, self._step = None, self.model.step
-            elif self._captures:
-                say(f"The decode step is not recorded, and runs as it is: {reason(error)}")
-                self._captures = False
+        key = self.buckets(rows, max(positions) + 1)
+        with runtime.current(self.device):
+            recording = self._recordings.get(key)
+            if new := recording is None:
+                recording = self._recordings[key] = self._new(*key)
+            recording.tokens[:rows].copy_(tokens)
+            runtime.to_device([*positions, *[0] * (key[0] - rows)], self.device, out=recording.positions)
+            if new:
+                self._prepare(recording)
+            way = self._ways[0]
+            if recording.graph is None:
+                recording.run(way)
             else:
+                recording.graph.replay()
+                if recording.proofs < PROOFS and not self._is_proven(recording, rows):
+                    self._fail("it gives other numbers than the plain step")
+                    return self(tokens, positions)
+            return recording.logits[:rows]
+
+    def _new(self, bucket: int, span: int) -> _Recording:
+        tokens, positions = (torch.zeros(bucket, dtype=torch.long, device=self.device) for _ in range(2))
+        columns = torch.arange(span, device=self.device)
+        if self.backend is not None:
+            torch._dynamo.maybe_mark_dynamic(columns, 0)
+        return _Recording(tokens, positions, columns, rotations(self.model))
+
+    def _prepare(self, recording: _Recording) -> None:
+        """Compile and capture, as the first way has it; where that fails, on any process, as the next one has it."""
+        while (way := self._ways[0]).captured or way.kind == "compiled":
+            problem: Optional[Exception] = None
+            try:
+                # Each number of rows is compiled anew, more often than torch expects.
+                with runtime.inductor_cache(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+                    self._record(recording, way)
+            except torch.OutOfMemoryError:
                 raise
-            self._prepare(recording, columns, sampling)
-        else:
-            if self.backend == "inductor":
-                marker(self.model).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                marker(self.model).touch()
+            except Exception as error:
+                problem = error
+            if all_agree(problem is None, self.model.output.group):
+                break
+            self._fail("another process failed" if problem is None else reason(problem), keep=recording)
+        if self._ways[0].kind == "compiled" and self.backend == "inductor":
+            marker(self.model).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            marker(self.model).touch()
 
-    def _record(self, recording: _Recording, columns: int, sampling: Sampling) -> None:
-        """Its inputs are in place already: what is run here writes what the step is to write."""
-        looked_at = torch.arange(columns, device=self.device)
-        torch._dynamo.maybe_mark_dynamic(looked_at, 0)
-        table = rotations(self.model)
-
-        def step() -> tuple[torch.Tensor, torch.Tensor]:
-            logits = self._step(recording.tokens, recording.positions, looked_at, table)
-            return logits, next_token(logits, sampling, recording.noise, recording.seen, recording.bias)
-
-        if not self._captures:
-
-            def run_again() -> None:
-                recording.logits, recording.chosen = step()
-
-            run_again()
-            recording.replay = run_again
+    def _record(self, recording: _Recording, way: _Way) -> None:
+        """The inputs are in place already: the runs before the capture write what the step is to write."""
+        if not way.captured:
+            recording.run(way)
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             for _ in range(2):  # compiles, and lets libraries allocate what they need, before anything is recorded
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
+                recording.run(way)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Of this thread only: NCCL's watchdog looks at its own events meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            recording.logits, recording.chosen = step()
-        recording.replay = graph.replay
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            recording.run(way)
+        recording.graph = graph
+
+    def _fail(self, why: str, keep: Optional[_Recording] = None) -> None:
+        """Go on with the next way, and forget what was recorded in this one."""
+        say(f"The decode step is not {self._ways.pop(0).kind}, and runs as it is: {why}")
+        self.clear()
+        if keep is not None:
+            self._recordings[len(keep.tokens), len(keep.columns)] = keep
+
+    def _is_proven(self, recording: _Recording, rows: int) -> bool:
+        """Whether a replay gave the logits that the plain step gives, and wrote the same keys and values."""
+        recording.proofs += 1
+        found = recording.logits[:rows].clone(), self._written(recording, rows)
+        logits = self.model.step(recording.tokens, recording.positions, recording.columns, recording.rotations)
+        expected = logits[:rows], self._written(recording, rows)
+        near = all(is_near(a, b, self.model.norm.weight.dtype) for a, b in zip(found, expected))
+        return all_agree(near, self.model.output.group)
+
+    def _written(self, recording: _Recording, rows: int) -> torch.Tensor:
+        """The keys and values of the step's tokens: (2 x layers, rows, K, D)."""
+        slots, positions = torch.arange(rows, device=self.device), recording.positions[:rows]
+        caches = (cache for attention in self.model.attentions() for cache in (attention.cache_k, attention.cache_v))
+        return torch.stack([cache[slots, positions] for cache in caches])
+
+
+def is_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to compute the same in `dtype` agree, but for rounding. Waits for the device."""
+    found, expected = found.float(), expected.float()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    spread = expected.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
+    return bool((same | ((found - expected).abs() <= TOLERANCE[dtype] * spread)).all())

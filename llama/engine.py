@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
 from . import memory, runtime
-from .compiled import Packaged, Recorded, make_graph
+from .compiled import Recorded, make_graph
 from .model import Transformer
 from .parallel import AMX, group_size
 from .runtime import device_kind
-from .sampling import Sampling, next_token
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
 CHUNK = 512  # columns of prompts in one pass, at least: long prompts cost no more memory
@@ -53,10 +53,10 @@ class Engine:
         self._explained = partial(
             memory.explained, model.params, model.norm.weight.dtype, processes, self.device, sharers, quantization
         )  # what to do where memory runs out
-        self._ready = self.graph  # or None, for what a graph would not do
+        self._ready = self.graph  # or None, while the model has hooks, which a graph would not call
         self._slot0: list[int] = []
         self._calls = 0
-        self._user: object = None
+        self._user: Callable[[], object] = lambda: None
 
     @property
     def device(self) -> torch.device:
@@ -79,62 +79,44 @@ class Engine:
             rows = [row for row, length in enumerate(lengths) if length > at]
             end = min(end, max(lengths[row] for row in rows))
             ids = [[*prompts[row][at:end], *[0] * (end - max(at, lengths[row]))] for row in rows]
-            owned = torch.tensor([slots[row] for row in rows], device=self.device)
-            with self._explained():
-                hidden = self.model.hidden_states(torch.tensor(ids, device=self.device), at, slots=owned, layers=layers)
+            owned = runtime.to_device([slots[row] for row in rows], self.device)
+            with self._explained(), runtime.current(self.device):
+                hidden = self.model.hidden_states(runtime.to_device(ids, self.device), at, slots=owned, layers=layers)
             yield rows, hidden, at
 
-    def decode(self, tokens: torch.Tensor, positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
-        """One token of every row, (B,), at its own position. -> float32 logits (B, vocab_size)."""
-        in_order = list(slots) == list(range(len(slots)))  # then the cache is read in place
-        if in_order and isinstance(self._ready, Packaged):
-            with self._explained(), self._fast_products(len(positions)):
+    def decode(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """One token of every row, (B,), at its own position; row i owns slot i. -> float32 logits (B, vocab_size), which
+        are good until the next call."""
+        with self._explained(), runtime.current(self.device), self._fast_products(len(positions)):
+            if self._ready is not None:
                 return self._ready(tokens, positions)
-        same = positions[0] if len(set(positions)) == 1 else None
-        start_pos = torch.tensor(positions, device=self.device) if same is None else same
-        owned = None if in_order else torch.tensor(slots, device=self.device)
-        with self._explained(), self._fast_products(len(positions)):
-            hidden = self.model.hidden_states(tokens[:, None], start_pos, slots=owned, span=max(positions) + 1)
-        return self.logits(hidden[:, -1])
-
-    def decode_and_choose(
-        self,
-        tokens: torch.Tensor,
-        positions: Sequence[int],
-        sampling: Sampling,
-        noise: Optional[torch.Tensor],
-        seen: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`decode` for rows that own the first slots in order, and the next ids: float32 (B, vocab_size), int64 (B,).
-
-        In one graph where there is one. The logits are good until the next call. For the last arguments see `next_token`.
-        """
-        if isinstance(self._ready, Recorded):
-            with self._explained(), self._fast_products(len(positions)):
-                return self._ready(tokens, positions, sampling, noise, seen, bias)
-        logits = self.decode(tokens, positions, range(len(positions)))
-        return logits, next_token(logits, sampling, noise, seen, bias)
+            same = len(set(positions)) == 1
+            start_pos = positions[0] if same else runtime.to_device(positions, self.device)
+            hidden = self.model.hidden_states(tokens[:, None], start_pos, span=max(positions) + 1)
+            return self.model.output(hidden[:, -1]).float()
 
     @property
     def looks_ahead(self) -> bool:
         """Whether a step costs the host so little that the next may be queued before this one's ids are known to it."""
         return isinstance(self._ready, Recorded) and device_kind(self.device) == "cuda"
 
-    def read(self, ids: torch.Tensor, meanwhile: Optional[Callable[[], None]] = None) -> list[int]:
-        """Ids of the device as numbers. `meanwhile` may queue work there, which is not waited for."""
+    def fetch(self, tensors: Sequence[torch.Tensor], meanwhile: Optional[Callable[[], None]] = None) -> list[Any]:
+        """What lies on the device, as lists of numbers, with one wait for all. `meanwhile` may queue work there, which is
+        not waited for."""
         if device_kind(self.device) != "cuda":
             if meanwhile is not None:
                 meanwhile()
-            return ids.tolist()
-        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-        host.copy_(ids, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        if meanwhile is not None:
-            meanwhile()
-        copied.synchronize()
-        return host.tolist()
+            return [tensor.tolist() for tensor in tensors]
+        host = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True) for tensor in tensors]
+        with runtime.current(self.device):
+            for tensor, target in zip(tensors, host):
+                target.copy_(tensor, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            if meanwhile is not None:
+                meanwhile()
+            copied.synchronize()
+        return [target.tolist() for target in host]
 
     def verify(self, tokens: Sequence[int], position: int) -> torch.Tensor:
         """The newest token of slot 0's row, at `position` (above 0), and drafts behind it, in one pass.
@@ -142,13 +124,13 @@ class Engine:
         -> float32 logits (S, vocab_size), one row for each. What it leaves in the cache behind a draft that is refused is
         overwritten before it is looked at.
         """
-        batch = torch.tensor([list(tokens)], device=self.device)
-        with self._explained():
+        batch = runtime.to_device([list(tokens)], self.device)
+        with self._explained(), runtime.current(self.device):
             return self.model.output(self.model.hidden_states(batch, position)[0]).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, dim) -> float32 (B, vocab_size)"""
-        with self._explained(), self._fast_products(len(hidden)):
+        with self._explained(), runtime.current(self.device), self._fast_products(len(hidden)):
             return self.model.output(hidden).float()
 
     def _fast_products(self, rows: int) -> AbstractContextManager[None]:
@@ -163,11 +145,12 @@ class Engine:
         """
         step = max(1, LOGITS_BYTES // (4 * self.model.vocab_size))
         parts = [token_logprobs(self.logits(hidden[i : i + step]), targets[i : i + step]) for i in range(0, len(targets), step)]
-        return torch.cat(parts) if parts else torch.empty(0)
+        return torch.cat(parts) if parts else targets.float()
 
     def take(self, user: object) -> None:
         """From now on the cache is this user's; what it held is forgotten."""
-        self._user, self._slot0, self._calls = user, [], self.model.direct_calls
+        self._user = (lambda: None) if user is None else weakref.ref(user)  # a batch holds its engine already
+        self._slot0, self._calls = [], self.model.direct_calls
         self.model.keep_fused()
         # Graphs do not call what somebody has hooked into the modules.
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
@@ -177,7 +160,7 @@ class Engine:
 
     def owned_by(self, user: object) -> bool:
         """Whether nobody else has written to the cache since."""
-        return self._user is user and self._calls == self.model.direct_calls
+        return self._user() is user and self._calls == self.model.direct_calls
 
     def remember(self, ids: Sequence[int]) -> None:
         """Slot 0 holds the keys and values of these ids."""

@@ -92,6 +92,10 @@ def broadcast_random_state(device: torch.device, group: Group) -> None:
     module.set_rng_state(state[0])
 
 
+def all_agree(flag: bool, group: Group) -> bool:
+    return flag
+
+
 def replica() -> tuple[int, int]:
     """(which, of how many): the copies of the model that more processes than one copy needs make up."""
     if not mpu.model_parallel_is_initialized():

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -43,11 +44,15 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device_kind(device) == "cuda" else nullcontext()
 
 
-def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
-    """Numbers of the host as a tensor on a device. On a GPU they pass through pinned memory, so that the host need not wait."""
-    if device_kind(device) != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+def to_device(values: Any, device: torch.device, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """A tensor of the host, or a list of whole numbers, on a device (in `out`, if given).
+
+    On a GPU they pass through pinned memory, so that the host does not wait.
+    """
+    host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.long, device="cpu")
+    on_gpu = device_kind(device) == "cuda"
+    host = host.pin_memory() if on_gpu else host
+    return host.to(device, non_blocking=on_gpu) if out is None else out.copy_(host, non_blocking=on_gpu)
 
 
 PATIENCE = 5.0  # seconds that a process which has ended waits for the others
@@ -249,6 +254,14 @@ def processor() -> str:
     """What this machine's processor can do, as far as compiled code depends on it."""
     abilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return repr((platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(abilities.items())))
+
+
+def release_first(release: Any) -> None:
+    """A bound method to call before the process group is left."""
+    _releases.append(weakref.WeakMethod(release))
+
+
+_releases: list[Any] = []
 
 
 def shutdown() -> None:

@@ -9,6 +9,8 @@ from typing import Optional
 
 import torch
 
+from .runtime import to_device
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,7 +50,7 @@ class Sampling:
         """`logit_bias` as float32 (vocab_size,), or None."""
         if not self.logit_bias:
             return None
-        bias = torch.zeros(vocab_size)
+        bias = torch.zeros(vocab_size, dtype=torch.float32, device="cpu")
         for token, value in self.logit_bias.items():
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
                 raise ValueError(f"logit_bias has the id {token!r}; ids go from 0 to {vocab_size - 1}")
@@ -57,14 +59,14 @@ class Sampling:
             bias[token] = value
         if bias.max() == -math.inf:
             raise ValueError("logit_bias forbids every id of the vocabulary; leave at least one")
-        return bias.to(device)
+        return to_device(bias, device)
 
 
 def exponential_noise(
     rows: int, vocab_size: int, device: torch.device, generator: Optional[torch.Generator] = None
 ) -> torch.Tensor:
     """What `torch.multinomial` on (rows, vocab_size) probabilities would draw, and as much of the generator's state."""
-    return torch.empty(rows, vocab_size, device=device).exponential_(1, generator=generator)
+    return torch.empty(rows, vocab_size, dtype=torch.float32, device=device).exponential_(1, generator=generator)
 
 
 def multinomial_no_sync(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -101,7 +103,7 @@ def next_token(
     logits float32 (B, V); noise (B, V) from `exponential_noise`, for temperatures above 0; seen bool (B, V), the ids
     that a row has already, for a repetition penalty; bias (V,) or None.
     """
-    finite = logits.isfinite().all(dim=-1)
+    finite = logits.sum(dim=-1).isfinite()  # a sum of numbers that are not is none either
     if seen is not None:
         penalty = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -174,63 +174,71 @@ def _on_device(key: Any, device: torch.device) -> Any:
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do what an operator does, on the memory of its device."""
     name = func._schema.name.removeprefix("aten::")
-    flat, spec = tree_flatten((args, kwargs))
-    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    tensors = [x for x in _leaves((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, EmulatedTensor)]
     wanted = kwargs.get("device")
-    target = wanted.index or 0 if wanted is not None and wanted.type == "emulated" else None
-    copies = name in ("copy_", "_to_copy")
-    if not copies:
+    if name not in ("copy_", "_to_copy"):
         _check_places(name, args, tensors, ours)
     elif (crossing := _crossing(name, args, kwargs, ours)) is not None:
         return crossing
-    index = target if target is not None else ours[0].device.index
+    index = wanted.index or 0 if wanted is not None and wanted.type == "emulated" else ours[0].device.index
     if name in WAITS:
         machine.wait(name)
     graph = machine.capture
-    recorded = graph is not None and graph.records(index)
-    if recorded and name in RANDOM:
-        machine.violations[f"random numbers in a graph, at {here()}"] += 1
-    plain = [_plain(x) for x in flat]
-    refs = [Ref(x) if isinstance(x, torch.Tensor) else x for x in plain] if recorded else []
-    writes = {i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write}
-    if recorded and graph is not None:
-        for i in writes:
-            for written in tree_flatten(args[i] if i < len(args) else None)[0]:
-                if isinstance(written, EmulatedTensor):
-                    graph.restore.append((written.inner, written.inner.clone()))
-    inner_args, inner_kwargs = tree_unflatten(plain, spec)
-    inner_kwargs.pop("pin_memory", None)
+    if graph is not None and not graph.records(index):
+        graph = None
+    inner_args = _inner(args)
+    inner_kwargs = {key: _inner(value) for key, value in kwargs.items() if key != "pin_memory"}
+    writes = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    refs: Any = None
+    if graph is not None:
+        if name in RANDOM:
+            machine.violations[f"random numbers in a graph, at {here()}"] += 1
+        graph.restore += [(x, x.clone()) for i in writes for x in _leaves(inner_args[i : i + 1])]
+        refs = tree_flatten((inner_args, inner_kwargs))
+        refs = [Ref(x) if isinstance(x, torch.Tensor) else x for x in refs[0]], refs[1]
     out = func(*inner_args, **inner_kwargs)
     known = {id(x.inner): x for x in ours}
-    storages = {x.untyped_storage().data_ptr() for x in plain if isinstance(x, torch.Tensor) and x.layout == torch.strided}
-    results, shape = tree_flatten(out)
-    wrapped, targets = [], []
-    for result in results:
-        made = None
-        if isinstance(result, torch.Tensor) and id(result) in known:
-            result = known[id(result)]
-        elif isinstance(result, torch.Tensor):
-            fresh = result.untyped_storage().data_ptr() not in storages or not result.numel()
-            if fresh:
-                result = made = _placed(result, index, graph.arena if recorded and graph is not None else None)
-            # A view of a tensor that was made outside inference mode is none of inference mode either.
-            normal = made is None and not all(x.is_inference() for x in ours)
-            with torch.inference_mode(False) if normal else contextlib.nullcontext():
-                result = EmulatedTensor(result, index)
-        wrapped.append(result)
-        targets.append(None if made is None else made)
-    is_view = not writes and all(made is None for made in targets)
-    if name not in NO_LAUNCH and not is_view and not name.startswith("profiler"):
+    storages = {x.inner.untyped_storage().data_ptr() for x in ours}
+    made: list[Optional[torch.Tensor]] = []
+
+    def wrapped(result: Any) -> Any:
+        if isinstance(result, (list, tuple)):
+            return type(result)(wrapped(part) for part in result)
+        made.append(None)
+        if not isinstance(result, torch.Tensor):
+            return result
+        if id(result) in known:
+            return known[id(result)]
+        if not result.numel() or result.untyped_storage().data_ptr() not in storages:
+            result = made[-1] = _placed(result, index, None if graph is None else graph.arena)
+        # A view of a tensor that was made outside inference mode is none of inference mode either.
+        normal = made[-1] is None and not all(x.is_inference() for x in ours)
+        with torch.inference_mode(False) if normal else contextlib.nullcontext():
+            return EmulatedTensor(result, index)
+
+    results = wrapped(out)
+    is_view = func.namespace == "aten" and not writes and not any(x is not None for x in made)
+    if name not in NO_LAUNCH and not is_view:
         machine.launches[name] += 1
-    if recorded and graph is not None:
-        graph.record(func, refs, spec, [None if made is None else Ref(made) for made in targets], name)
-    return tree_unflatten(wrapped, shape)
+    if graph is not None and not is_view:
+        graph.record(func, *refs, [None if x is None else Ref(x) for x in made], name)
+    return results
 
 
-def _plain(x: Any) -> Any:
+def _leaves(parts: Any) -> Iterator[Any]:
+    for part in parts:
+        if isinstance(part, (list, tuple)):
+            yield from _leaves(part)
+        else:
+            yield part
+
+
+def _inner(x: Any) -> Any:
     if isinstance(x, EmulatedTensor):
         return x.inner
+    if isinstance(x, (list, tuple)):
+        return type(x)(_inner(part) for part in x)
     return torch.device("cpu") if isinstance(x, torch.device) and x.type == "emulated" else x
 
 
@@ -357,22 +365,23 @@ class Graph:
                 offset, number, line = found
                 if ref.arena is not self.arena or number in self.before:
                     self.outside.setdefault((id(ref.arena), offset), (ref.arena, number, line, f"{name} at {here()}"))
-        self.operators.append((func, refs, spec, targets))
+        # Tensors over addresses of the arena, which keep none of its blocks.
+        args, kwargs = tree_unflatten([ref.tensor() if isinstance(ref, Ref) else ref for ref in refs], spec)
+        kwargs.pop("pin_memory", None)
+        self.operators.append((func, args, kwargs, [None if target is None else target.tensor() for target in targets]))
 
     def replay(self) -> None:
         machine.replays += 1
         for (_, offset), (arena, number, line, reader) in self.outside.items():
             if offset not in arena.blocks or arena.blocks[offset][1] != number:
                 machine.violations[f"a replay reads freed memory: allocated at [{line}], read by {reader}"] += 1
-        for func, refs, spec, targets in self.operators:
-            args, kwargs = tree_unflatten([r.tensor() if isinstance(r, Ref) else r for r in refs], spec)
-            kwargs.pop("pin_memory", None)
-            results = tree_flatten(func(*args, **kwargs))[0]
-            for result, target in zip(results, targets):
-                if isinstance(result, torch._C.ScriptObject):  # of a collective; the stream would wait for it
-                    torch._C._distributed_c10d.Work.unbox(result).wait()
-                elif target is not None:
-                    target.tensor().copy_(result)
+        for func, args, kwargs, targets in self.operators:
+            result = func(*args, **kwargs)
+            for made, target in zip(tree_flatten(result)[0], targets):
+                if target is not None:
+                    target.copy_(made)
+                elif isinstance(made, torch._C.ScriptObject):  # of a collective; the stream would wait for it
+                    torch._C._distributed_c10d.Work.unbox(made).wait()
 
     def reset(self) -> None:
         self.operators.clear()

@@ -311,7 +311,7 @@ def test_a_near_tie_is_left_to_single_steps(tiny_model: Counting, monkeypatch: p
     assert swapped
     assert drafted == plain
     # What drafts had left in the cache is run again as well, so that it is to the bit as if there had been none.
-    monkeypatch.setattr(Batch, "_is_clear", lambda *_: False)
+    monkeypatch.setattr(Batch, "_is_clear", lambda _, logits: torch.zeros(len(logits), dtype=torch.bool))
     assert tiny_model.ids([1, 20, 30], 120, True)[0] == plain
     keys = [attention.cache_k[0, :122].clone() for attention in tiny_model.llama.model.attentions()]
     tiny_model.ids([1, 20, 30], 120, False)

@@ -73,7 +73,7 @@ def test_finished_rows_cost_nothing(llama: Llama, monkeypatch: pytest.MonkeyPatc
     """Meta's loop keeps computing rows that have ended until the last one has."""
     rows: list[int] = []
     decode = llama._engine.decode
-    monkeypatch.setattr(llama._engine, "decode", lambda t, p, s: rows.append(len(p)) or decode(t, p, s))
+    monkeypatch.setattr(llama._engine, "decode", lambda t, p: rows.append(len(p)) or decode(t, p))
     free, _ = llama.generate([[1, 20], [1, 30], [1, 40]], 12, 0)
     assert rows == [3] * 11
     rows.clear()

@@ -1,0 +1,297 @@
+"""The lines for CUDA, on the emulation of `emulated_cuda`: recorded steps against plain ones, in all that the library does."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from emulated_cuda import Machine, emulated
+from workers import Pool
+
+from llama import Llama, compiled
+
+TEXTS = ["Once upon a time", "The dog", "A little girl named Lily went to the park and saw a big", "One day, Tom and his friend",
+         "There was a cat", "In the forest", "Mom said", "It was raining and the children"]  # fmt: skip
+FORTY = [f"{TEXTS[i % 8]} {'and then ' * (i % 5)}" for i in range(40)]
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    with emulated(devices=2) as machine:
+        yield machine
+        assert not machine.violations
+
+
+def build(folder: Path, tokenizer_path: str, rows: int = 4, device: str = "emulated", **options: Any) -> Llama:
+    llama = Llama.build(str(folder), tokenizer_path, 96, rows, device=device, **options)
+    llama.tokenizer.eos_id = 17  # random weights choose it now and then
+    return llama
+
+
+def left_early(llama: Llama, texts: list[str]) -> Any:
+    stream, seen = llama.stream_text(texts, 0.8, 0.9, 50), []
+    for _, chunk in zip(range(25), stream):
+        seen.append((chunk["index"], chunk["text"]))
+    stream.close()  # type: ignore[attr-defined]
+    return seen, llama.text_completion(texts[:2], 0.8, 0.9, 20)
+
+
+def conversation(llama: Llama, _: list[str]) -> Any:
+    chat = llama.chat(system="You tell short stories.")
+    return [chat.ask(text, max_gen_len=8, temperature=t) for text, t in (("A dog.", 0), ("And then?", 0.8), ("Why?", 0))]
+
+
+def replaced(llama: Llama, texts: list[str]) -> Any:
+    before = llama.text_completion(texts[:1], 0, 1, 10)
+    layer = llama.model.layers[1].attention_norm
+    kept = layer.weight
+    layer.weight = torch.nn.Parameter(kept * 0.3, requires_grad=False)
+    during = llama.text_completion(texts[:1], 0, 1, 10)
+    layer.weight = kept
+    rotations = llama.model.freqs_cis
+    llama.model.freqs_cis = torch.conj_physical(rotations)
+    turned = llama.text_completion(texts[:1], 0, 1, 10)
+    llama.model.freqs_cis = rotations
+    return before, during, turned
+
+
+def hooked(llama: Llama, texts: list[str]) -> Any:
+    calls: list[int] = []
+    handle = llama.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    during = llama.text_completion(texts[:1], 0, 1, 10)
+    handle.remove()
+    return len(calls) > 5, during, llama.text_completion(texts[:1], 0, 1, 10)
+
+
+def between(llama: Llama, texts: list[str]) -> Any:
+    """Steps of somebody else's own between two generations."""
+    ids = torch.tensor([llama.tokenizer.encode(texts[0], bos=True, eos=False)])
+    logits = llama.model(ids.to(llama.model.norm.weight.device), 0)
+    return logits.argmax(-1).tolist(), llama.text_completion(texts[:1], 0, 1, 10)
+
+
+# What both paths run. Each starts from the same state of torch's generator.
+SCENARIOS: dict[str, Callable[[Llama, list[str]], Any]] = {
+    "greedy": lambda m, t: [m.text_completion(t, 0, 1, 30, logprobs=True) for _ in range(2)],
+    "sampled": lambda m, t: m.text_completion(t, 0.8, 0.9, 30, logprobs=True),
+    "echo": lambda m, t: m.text_completion(t, 0, 1, 12, logprobs=True, echo=True),
+    "to the end": lambda m, t: m.text_completion(t[:1], 0, 1),
+    "sampled to the end": lambda m, t: m.text_completion(t[-1:], 0.7, 1),
+    "options": lambda m, t: m.text_completion(
+        t, 0.9, 0.95, 25, top_k=20, min_p=0.02, repetition_penalty=1.2, logit_bias={5: -2.0, 100: 1.0}
+    ),
+    "other options": lambda m, t: m.text_completion(t, 0.7, 0.8, 15, top_k=30, min_p=0.01, logit_bias={7: -3.0}),
+    "penalty": lambda m, t: m.text_completion(t, 0, 1, 25, repetition_penalty=1.3),
+    "seeds": lambda m, t: m.text_completion(t, 0.9, 0.95, 20, seed=list(range(len(t)))),
+    "one seed": lambda m, t: m.text_completion(t, 0.9, 0.95, 20, seed=11),
+    "alternatives": lambda m, t: m.text_completion(t, 0, 1, 10, logprobs=3),
+    "many": lambda m, t: m.text_completion(FORTY, 0, 1, 12),
+    "many sampled": lambda m, t: m.text_completion(FORTY, 0.9, 0.9, 12),
+    "many, penalty": lambda m, t: m.text_completion(FORTY, 0.9, 0.9, 12, repetition_penalty=1.3, logprobs=True),
+    "many with stops": lambda m, t: m.text_completion(FORTY, 0.9, 0.9, 20, stop=["e", "the"]),
+    "many with seeds": lambda m, t: m.text_completion(FORTY, 0.9, 0.9, 12, seed=list(range(40))),
+    "left early": left_early,
+    "chat": conversation,
+    "drafts": lambda m, t: m.text_completion(t[:1], 0, 1, 60, draft=True, logprobs=True),
+    "score": lambda m, t: m.score(["The dog ran home. " * 5, "A cat.", TEXTS[2] * 12]),
+    "embed": lambda m, t: m.embed(t).float().cpu().flatten().tolist(),
+    "replaced": replaced,
+    "hooked": hooked,
+    "between": between,
+}
+
+
+def ran(llama: Llama, scenario: str, rows: int) -> tuple[Any, int]:
+    """What it gave, and the generator's state afterwards."""
+    torch.manual_seed(7)
+    value = SCENARIOS[scenario](llama, [TEXTS[i % 8] for i in range(min(rows, 8))])
+    return value, hash(bytes(torch.get_rng_state().numpy()))
+
+
+def assert_same(found: Any, expected: Any, tolerance: float) -> None:
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=tolerance, rel=tolerance)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_same(found[name], expected[name], tolerance)
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected):
+            assert_same(ours, theirs, tolerance)
+    else:
+        assert found == expected
+
+
+FORMS = [(1, "float32", None), (4, "float32", None), (32, "float32", None), (4, "bfloat16", None), (4, "bfloat16", "int8"),
+         (4, "bfloat16", "int4"), (1, "bfloat16", "int4")]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
+def test_scenarios(
+    form: tuple[int, str, Optional[str]], tiny: Path, tokenizer_path: str, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Recorded steps give the ids, log-probabilities and generator states of plain ones; in float32 those of the CPU."""
+    rows, dtype, quantize = form
+    graph = build(tiny, tokenizer_path, rows, dtype=dtype, quantize=quantize)
+    plain = build(tiny, tokenizer_path, rows, dtype=dtype, quantize=quantize, compile=False)
+    host = build(tiny, tokenizer_path, rows, "cpu", dtype=dtype, compile=False) if dtype == "float32" else None
+    assert isinstance(graph._engine.graph, compiled.Recorded)
+    assert plain._engine.graph is None
+    for scenario in SCENARIOS:
+        found, state = ran(graph, scenario, rows)
+        expected, its_state = ran(plain, scenario, rows)
+        assert_same(found, expected, 1e-3)
+        assert state == its_state, scenario
+        if host is not None:
+            assert_same(found, ran(host, scenario, rows)[0], 1e-3)
+    assert machine.captured
+    assert machine.replays > 300
+    assert "The decode step is not" not in capsys.readouterr().out
+    assert not machine.violations
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 0.0, "logprobs": True},
+    {"temperature": 0.8, "logprobs": 3, "top_k": 20, "min_p": 0.02},
+    {"temperature": 0.9, "repetition_penalty": 1.2, "logit_bias": {5: -2.0}},
+    {"temperature": 0.9, "seed": [1, 2, 3, 4]},
+    {"temperature": 0.0, "echo": True, "logprobs": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_step_waits_for_nothing_but_its_ids(
+    options: dict[str, Any], tiny: Path, tokenizer_path: str, machine: Machine
+) -> None:
+    """The host reads each step's ids when the next step is queued already, and waits nowhere else, nor before the first."""
+    llama = build(tiny, tokenizer_path)
+    llama.tokenizer.eos_id = -1
+    for count in (20, 30):
+        machine.waits.clear()
+        llama.text_completion(TEXTS[:4], max_gen_len=count, **options)
+    waits = {line: n for line, n in machine.waits.items() if not line.startswith("event at engine.py")}
+    assert waits == {}
+    assert sum(machine.waits.values()) <= 30 + 1  # the prompts' own log-probabilities are one more
+    assert not machine.violations
+
+
+def test_options_are_not_recorded(tiny: Path, tokenizer_path: str, machine: Machine) -> None:
+    """Each temperature, top_p and top_k made a graph of its own, each of which warmed up on a stream of its own."""
+    llama = build(tiny, tokenizer_path)
+    for i in range(20):
+        llama.text_completion(TEXTS[:4], 0.1 * i, 1 - i / 100, 20, top_k=i, seed=i)
+    assert machine.captured == 1
+    assert machine.streams <= 2
+
+
+def test_a_prompt_that_joins_does_not_stop_the_graph(
+    tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that ran while a prompt was read decoded op by op, over copies of their cache."""
+    llama = build(tiny, tokenizer_path)
+    llama.text_completion(FORTY[:8], 0, 1, 10)
+    widths: list[int] = []
+    run = llama.model.hidden_states
+    monkeypatch.setattr(llama.model, "hidden_states", lambda ids, *a, **k: widths.append(ids.shape[1]) or run(ids, *a, **k))
+    llama.text_completion(FORTY, 0, 1, 10, stop=["e"])
+    assert 1 not in widths
+
+
+def test_every_device_and_thread(tiny: Path, tokenizer_path: str, machine: Machine) -> None:
+    """Streams, events and captures belonged to the thread's current device, whatever the model's was: a worker thread, or
+    a model on the second GPU, recorded nothing and read memory that nobody had written."""
+    models = [build(tiny, tokenizer_path, device=f"emulated:{index}") for index in (0, 1)]
+    expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:4], 0, 1, 20, logprobs=True)
+    torch.cuda.set_device(0)
+    for llama in (*models, *models):
+        assert_same(llama.text_completion(TEXTS[:4], 0, 1, 20, logprobs=True), expected, 1e-3)
+    found: list[Any] = []
+
+    def work() -> None:
+        for llama in models:
+            found.append(llama.text_completion(TEXTS[:3], 0, 1, 20, logprobs=True))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert_same(found, [expected[:3]] * 2, 1e-3)
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_graph_that_reads_freed_memory_is_found_out(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fault that every recorded step had, put in again: the columns that a step looks at were kept by nobody. Its first
+    replays differ from the plain step, which then runs."""
+    expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:2], 0, 1, 20)
+    record = compiled.Recorded._record
+
+    def forget(self: Any, recording: Any, way: Any) -> None:
+        recording.columns = recording.columns.clone()
+        record(self, recording, way)
+        recording.columns = torch.arange(len(recording.columns), device=self.device)
+
+    monkeypatch.setattr(compiled.Recorded, "_record", forget)
+    with emulated() as machine:
+        llama = build(tiny, tokenizer_path)
+        assert llama.text_completion(TEXTS[:2], 0, 1, 20) == expected
+        assert any("replay reads freed memory" in line for line in machine.violations)
+    assert "The decode step is not recorded, and runs as it is: it gives other numbers" in capsys.readouterr().out
+
+
+def test_a_capture_on_another_device_is_found_out(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:2], 0, 1, 20)
+    with emulated(devices=2) as machine:
+        llama = build(tiny, tokenizer_path, device="emulated:1")
+        torch.cuda.set_device(0)
+        graph = llama._engine.graph
+        assert isinstance(graph, compiled.Recorded)
+        graph._stream = torch.cuda.Stream(0)  # type: ignore[no-untyped-call]
+        assert llama.text_completion(TEXTS[:2], 0, 1, 20) == expected
+        assert machine.captured
+    assert "The decode step is not recorded, and runs as it is: it gives other numbers" in capsys.readouterr().out
+
+
+def test_a_model_that_is_let_go_leaves_its_memory(tiny: Path, tokenizer_path: str, machine: Machine) -> None:
+    """A reference cycle kept it until the next collection, and a second build then found the memory taken."""
+    gc.collect()
+    gc.disable()
+    try:
+        llama = build(tiny, tokenizer_path)
+        llama.text_completion(TEXTS[:2], 0.8, 0.9, 10)
+        model = weakref.ref(llama.model)
+        del llama
+        assert model() is None
+    finally:
+        gc.enable()
+    assert torch.cuda.memory_allocated() == 0
+
+
+def on_two(folder: str, tokenizer_path: str) -> tuple[Any, int, int]:
+    with emulated(devices=4) as machine:
+        llama = Llama.build(folder, tokenizer_path, 96, 4, 2, device="emulated")
+        assert isinstance(llama._engine.graph, compiled.Recorded)
+        results = [ran(llama, name, 4)[0] for name in ("greedy", "many", "many with seeds", "chat")]
+        return results, machine.captured, sum(machine.violations.values())
+
+
+def test_collectives_are_captured(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    """Two processes: all-reduces and gathers are in the graph."""
+    host = build(tiny, tokenizer_path, device="cpu", compile=False)
+    host.tokenizer.eos_id = 2
+    expected = [ran(host, name, 4)[0] for name in ("greedy", "many", "many with seeds", "chat")]
+    for found, captured, violations in pool.run(on_two, str(tiny), tokenizer_path):
+        assert captured
+        assert not violations
+        assert_same(found, expected, 1e-3)
