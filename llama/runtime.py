@@ -299,7 +299,7 @@ _first: list[Callable[[], Optional[Callable[[], object]]]] = []  # what `release
 
 
 def release_first(callback: Callable[[], object]) -> None:
-    """Have each `shutdown` call this before it destroys the process group.
+    """Have each `shutdown` call this before it destroys the process group, and before what was given earlier.
 
     It is for what holds NCCL's communicators, such as CUDA graphs: NCCL waits for ever for a graph with one of its
     collectives (pytorch issue 115388). A bound method is held weakly, so that it keeps no model alive.
@@ -322,7 +322,7 @@ def shutdown() -> None:
     global _started
     started, _started = _started, _Started()
     failed = has_failed()
-    steps = [callback for known in _first if (callback := known()) is not None]
+    steps = [callback for known in reversed(_first) if (callback := known()) is not None]
     if not failed and torch.cuda.is_initialized():
         # A graph lets go of NCCL only when the GPU has ended its last replay.
         steps += [partial(torch.cuda.synchronize, gpu) for gpu in started.gpus]

@@ -188,7 +188,7 @@ for _ in range(int(sys.argv[1])):
         (["2", "one"], ["cleared one", "waited for cuda:1", "destroyed", "cleared one", "cleared one"]),
         (["fail", "one"], ["cleared one", "destroyed"]),  # a GPU may wait for a process that is gone
         (
-            ["1", "broken", "one"],
+            ["1", "one", "broken"],
             ["cleared broken", "cleared one", "waited for cuda:1", "destroyed", "told: the graph is broken"]
             + ["cleared broken", "cleared one"],
         ),
