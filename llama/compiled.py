@@ -22,7 +22,7 @@ from torch import nn
 
 from . import runtime
 from .model import Transformer
-from .parallel import ColumnParallelLinear, all_agree, is_first_process
+from .parallel import ColumnParallelLinear, all_agree, forget_small_all_reduces, is_first_process, prepare_small_all_reduces
 
 LEAST_COLUMNS = 256  # of the cache that a recorded graph looks at; more comes in powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
@@ -245,7 +245,8 @@ class Recorded:
                 self._pool = torch.cuda.graph_pool_handle()
                 # One for all captures: cuBLAS keeps 32 MiB for each stream that it has multiplied on.
                 self._stream = torch.cuda.Stream(self.device)
-            runtime.release_first(self.clear)
+            if model.output.group is not None:
+                runtime.release_first(self.clear)
 
     def buckets(self, rows: int, span: int) -> tuple[int, int]:
         """The next powers of two, within the cache."""
@@ -291,6 +292,8 @@ class Recorded:
             return recording.logits[:rows]
 
     def _new(self, bucket: int, span: int) -> _Recording:
+        group, weight = self.model.output.group, self.model.norm.weight
+        prepare_small_all_reduces(group, self.device, weight.dtype, bucket * self.model.params.dim)
         tokens, positions = (torch.zeros(bucket, dtype=torch.long, device=self.device) for _ in range(2))
         columns = torch.arange(span, device=self.device)
         if self.backend is not None:
@@ -337,6 +340,7 @@ class Recorded:
         """Go on with the next way, and forget what was recorded in this one."""
         say(f"The decode step is not {self._ways.pop(0).kind}, and runs as it is: {why}")
         self.clear()
+        forget_small_all_reduces(self.model.output.group)
         if keep is not None:
             self._recordings[len(keep.tokens), len(keep.columns)] = keep
 

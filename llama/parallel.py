@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -21,7 +22,7 @@ from fairscale.nn.model_parallel import initialize as mpu
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
-from .runtime import device_kind
+from .runtime import current, device_kind, has_failed, machine, release_first
 
 Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
 
@@ -32,6 +33,11 @@ AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 # Where W Xᵀ is faster than X Wᵀ there: with few rows of x always (1.2 to 1.6 times), with more if the result need not be
 # put in order (1.1 times) and neither side of W is short.
 FEW, MANY, WIDE = 128, 640, 2048
+
+# Messages of up to this many bytes are summed by reading the other GPUs' memory, if `prepare_small_all_reduces` allows it: 9
+# microseconds for one row where NCCL takes 16 to 18. Every rank reads the whole message of every other, so larger ones are
+# NCCL's. Inductor draws the line at the same size.
+SMALL = 128 * 1024
 
 # One row, compiled: rows of up to so many numbers are summed in Inductor's own loop, which it writes differently for longer.
 SUMMED = 4096
@@ -67,33 +73,168 @@ def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> in
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Sum over the group, in place and in `x`'s dtype."""
-    if group is not None:
-        dist.all_reduce(x, group=group)
+    """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor if the message is small. `x` is lost either way."""
+    if group is None:
+        return x
+    if group.group_name in _small and _is_small(x.dtype, x.numel()):
+        return small_all_reduce(x, group.group_name)
+    dist.all_reduce(x, group=group)
     return x
 
 
+def _is_small(dtype: torch.dtype, numel: int) -> bool:
+    """Whether torch's one-shot kernel takes such a message: it knows two dtypes, and reads 16 bytes at a time."""
+    size = numel * dtype.itemsize
+    return dtype in (torch.float32, torch.bfloat16) and 0 < size <= SMALL and size % 16 == 0
+
+
+def _symmetric_memory() -> Optional[SimpleNamespace]:
+    """What is used of torch's symmetric memory, a private module that is still changing; None if a part of it is missing."""
+    try:
+        from torch.distributed import _symmetric_memory as module
+
+        one_shot = torch.ops.symm_mem.one_shot_all_reduce
+        return SimpleNamespace(empty=module.empty, rendezvous=module.rendezvous, one_shot_all_reduce=one_shot)
+    except (ImportError, AttributeError):
+        return None
+
+
+class _OneShot:
+    """Small sums over a group: this rank's message lies in memory that the others read. Call the methods on all ranks.
+
+    One buffer is enough. torch's kernel waits for all ranks before it reads, and again before it ends, until all have read
+    (`sync_remote_blocks` in CUDASymmetricMemoryOps.cu); the next message is written behind it on the same stream. The form
+    that also copies the message (`one_shot_all_reduce_copy`) would save a launch, but signals before all of its threads
+    have copied.
+    """
+
+    def __init__(self, memory: SimpleNamespace, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.memory, self.group, self.device = memory, group, device
+
+    def allocate(self) -> bool:
+        # All dtypes share the buffer: a second one may lie at an offset in torch's pool, which some releases' kernels forget.
+        self.buffer = self.memory.empty(SMALL // 4, dtype=torch.float32, device=self.device)
+        return True
+
+    def meet(self) -> bool:
+        self.handle = self.memory.rendezvous(self.buffer, self.group.group_name)
+        return self.handle is not None
+
+    def check(self) -> bool:
+        """Whether two sums, one after the other, are right. A rank that sees a wrong one goes on with the others."""
+        ranks, numbers = group_size(self.group), torch.arange(SMALL // 4, dtype=torch.float32, device=self.device)
+        sums = [self(numbers + turn * group_rank(self.group)) for turn in (1, 2)]
+        return all(torch.equal(sums[i], numbers * ranks + (i + 1) * ranks * (ranks - 1) / 2) for i in range(2))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        message = self.buffer.view(x.dtype)[: x.numel()].view(x.shape)
+        with current(self.device):  # the kernel goes to the current device's stream
+            message.copy_(x)
+            return self.memory.one_shot_all_reduce(message, "sum", self.group.group_name)
+
+
+_small: dict[str, _OneShot] = {}  # by the names of the groups for which it is prepared
+_without: set[str] = set()  # groups for which it is not to be
+
+
+@torch.library.custom_op("llama::small_all_reduce", mutates_args=())
+def small_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    """An operator, because a compiler would replace the buffer, which others read, by a tensor of its own."""
+    return _small[group](x)
+
+
+@small_all_reduce.register_fake
+def _(x: torch.Tensor, group: str) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.dtype, numel: int) -> bool:
+    """Let `all_reduce` sum small messages over memory that the group's GPUs share. Returns whether `numel` numbers go that way.
+
+    Call it on all ranks alike, outside of any capture of a graph. All ranks get the same answer; it is False on CPUs, on
+    several machines, and if any rank lacks something or computes a wrong sum. What is missing raises nothing.
+    """
+    if group is None or not _is_small(dtype, numel) or group.group_name in _without:
+        return False
+    if group.group_name in _small:
+        return True
+    memory = _symmetric_memory() if device_kind(device) == "cuda" else None
+    places: list[Optional[str]] = [None] * group_size(group)
+    dist.all_gather_object(places, None if memory is None else machine(), group=group)
+    if memory is not None and set(places) == {machine()}:
+        one_shot = _OneShot(memory, group, device)
+        # A rank must not begin a step in which it would wait for one that failed in the step before.
+        if all(_everywhere(step, group, device) for step in (one_shot.allocate, one_shot.meet, one_shot.check)):
+            _small[group.group_name] = one_shot
+            return True
+    _without.add(group.group_name)
+    return False
+
+
+def _everywhere(step: Callable[[], bool], group: Group, device: torch.device) -> bool:
+    try:
+        with current(device), torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
+            well = step()
+    except Exception:
+        well = False
+    return all_agree(well, group)
+
+
+def forget_small_all_reduces(group: Group) -> None:
+    """Let NCCL sum all messages of this group from now on. Call it on all ranks, after graphs that use the buffer are gone."""
+    if group is not None:
+        _small.pop(group.group_name, None)
+        _without.add(group.group_name)
+
+
+def _forget_groups() -> None:
+    """The groups end: a later one may have the name of one of them."""
+    if not has_failed():  # freeing the buffer waits for the GPU
+        _small.clear()
+    _without.clear()
+    _patient.clear()
+
+
+release_first(_forget_groups)
+
+
+def all_agree(flag: bool, group: Group) -> bool:
+    """Whether all ranks of the group say so. A collective: over gloo, or over NCCL if the caller's own group has no gloo."""
+    if group is None:
+        return flag
+    device = (
+        torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else torch.device("cuda", torch.cuda.current_device())
+    )
+    vote = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
+    return bool(vote.item())
+
+
+# torch 2.13 has a new name for it, and warns of the old one.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """(..., n) on each rank -> (..., n * ranks), in rank order."""
+    """(..., n) on each rank -> (..., n * ranks), in rank order. A view of what was received, if there is one row."""
     if group is None:
         return x
-    parts = [torch.empty_like(x) for _ in range(group_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
+    ranks = group_size(group)
+    parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])  # gloo takes no other form
+    _gather(parts, x.contiguous(), group=group)
+    return parts.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
 
 
 def broadcast_random_state(device: torch.device, group: Group) -> None:
     """Give every rank the generator state of the group's first rank, so that all of them draw the same tokens."""
     if group is None:
         return
-    module = torch.get_device_module(device) if device_kind(device) != "cpu" else torch
-    state = [module.get_rng_state()]
+    on_gpu = device_kind(device) == "cuda"  # else torch would take the thread's current GPU
+    state = [torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()]
     dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
-    module.set_rng_state(state[0])
-
-
-def all_agree(flag: bool, group: Group) -> bool:
-    return flag
+    if on_gpu:
+        torch.cuda.set_rng_state(state[0], device)
+    else:
+        torch.set_rng_state(state[0])
 
 
 def replica() -> tuple[int, int]:

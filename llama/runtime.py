@@ -14,11 +14,13 @@ import platform
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, Optional, TextIO, Union
 
 import torch
@@ -56,6 +58,11 @@ def to_device(values: Any, device: torch.device, out: Optional[torch.Tensor] = N
 
 
 PATIENCE = 5.0  # seconds that a process which has ended waits for the others
+
+# A collective waits this long for a process that is late: it may read 138 GB of weights from a network disk that another
+# process has in its page cache (torch's limits are 30 minutes, and 10 with NCCL). A process that died is noticed sooner:
+# gloo loses its connection, and torchrun ends the others.
+TIME_LIMIT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class _Started:
     stdout: Optional[TextIO] = None
     silence: Optional[TextIO] = None  # what stands in for it
     excepthook: Optional[Any] = None
+    gpus: list[torch.device] = field(default_factory=list)  # the ones that were computed on
 
 
 _started = _Started()
@@ -112,16 +120,19 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     """Join the other processes of the launcher, if there are any, and return the device that this one computes on.
 
     A process group, or fairscale's groups, that the caller made before are used as they are. ValueError where the
-    device is not there, or `model_parallel_size` does not fit the number of processes.
+    device is not there, or is another process's, or `model_parallel_size` does not fit the number of processes.
     """
     launch = Launch.read()
     size = _model_parallel_size(model_parallel_size, launch.world_size)
     chosen = choose_device(device, launch)
     if device_kind(chosen) == "cuda":
         torch.cuda.set_device(chosen)  # before NCCL starts, which binds to the current device
+        if chosen not in _started.gpus:
+            _started.gpus.append(chosen)
     if launch.by_launcher:
         _join(chosen, size)
     if launch.world_size > 1:
+        _compare_devices(chosen)
         _share_cores(chosen, launch.local_world_size)
         _quieten(launch.rank)
     return chosen
@@ -156,7 +167,8 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
         raise ValueError(f"device={device!r} is not a device of torch; use 'cpu', 'cuda' or 'mps'") from error
     if device_kind(chosen) == "cuda":
         count = torch.cuda.device_count()
-        index = launch.local_rank if chosen.index is None else chosen.index
+        # A single visible GPU is this process's own, as SLURM gives them out; `start` refuses two processes that see the same.
+        index = chosen.index if chosen.index is not None else 0 if count == 1 else launch.local_rank
         if not count:
             raise ValueError("device='cuda', but torch sees no GPU; pass device='cpu', or install a CUDA build of PyTorch")
         if index >= count:
@@ -172,6 +184,35 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
     return chosen
 
 
+def machine() -> str:
+    """This machine's name, and on Linux when it was started: all machines of some clusters are called "localhost"."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return platform.node() + (" " + boot.read_text().strip() if boot.exists() else "")
+
+
+def _compare_devices(device: torch.device) -> None:
+    """A collective. ValueError on all processes where one computes on a GPU and another does not, or two on the same GPU:
+    their first collective would wait for ever, or fail inside NCCL."""
+    kind = device_kind(device)
+    uuid = str(torch.cuda.get_device_properties(device.index).uuid) if kind == "cuda" else ""
+    places: list[tuple[str, str, str]] = [("", "", "")] * dist.get_world_size()
+    dist.all_gather_object(places, (machine(), kind, uuid))
+    problem = ""
+    for rank, place in enumerate(places):
+        first = places.index(place)
+        if place[1] != places[0][1]:
+            problem = f"process 0 computes on {places[0][1]}, but process {rank} on {place[1]}; pass the same device= to both"
+        elif kind == "cuda" and first != rank:
+            problem = (
+                f"processes {first} and {rank} of {place[0].split(' ')[0]} both compute on GPU {place[2]}; start no more "
+                "processes than GPUs, let CUDA_VISIBLE_DEVICES show each process another one, or pass device='cpu'"
+            )
+        if problem:
+            error = ValueError(problem)
+            error.everywhere = True  # type: ignore[attr-defined]  # one process speaks for all: see `_report`
+            raise error
+
+
 def memory_sharers(device: torch.device) -> int:
     """How many of the launcher's processes allocate from this device's memory: on a CPU, all those of this machine."""
     return Launch.read().local_world_size if device_kind(device) == "cpu" else 1
@@ -182,7 +223,7 @@ def _join(device: torch.device, model_parallel_size: int) -> None:
         # Both where there are GPUs: a later build may be for the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIME_LIMIT)
         _started.store = store
         atexit.register(shutdown)
     if mpu.model_parallel_is_initialized() and mpu.get_model_parallel_world_size() != model_parallel_size:
@@ -195,6 +236,8 @@ def _join(device: torch.device, model_parallel_size: int) -> None:
     if not mpu.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines
             mpu.initialize_model_parallel(model_parallel_size)
+        for group in (mpu.get_model_parallel_group(), mpu.get_data_parallel_group()):  # a new group has torch's limits
+            dist.distributed_c10d._set_pg_timeout(TIME_LIMIT, group)
         _started.model_parallel = True
 
 
@@ -256,22 +299,43 @@ def processor() -> str:
     return repr((platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(abilities.items())))
 
 
-def release_first(release: Any) -> None:
-    """A bound method to call before the process group is left."""
-    _releases.append(weakref.WeakMethod(release))
+_first: list[Callable[[], Optional[Callable[[], object]]]] = []  # what `release_first` was given, or references to it
 
 
-_releases: list[Any] = []
+def release_first(callback: Callable[[], object]) -> None:
+    """Have each `shutdown` call this before it destroys the process group, and before what was given earlier.
+
+    It is for what holds NCCL's communicators, such as CUDA graphs: NCCL waits for ever for a graph with one of its
+    collectives (pytorch issue 115388). A bound method is held weakly, so that it keeps no model alive.
+    """
+    reference = weakref.WeakMethod(callback) if isinstance(callback, MethodType) else lambda: callback
+    _first[:] = [known for known in _first if known() is not None] + [reference]
+
+
+def has_failed() -> bool:
+    """Whether an exception ends this process. Then it must not wait for its GPU: a collective there may never end."""
+    return getattr(sys, "last_value", None) is not None
 
 
 def shutdown() -> None:
     """Leave the process group that `start` joined, and give back stdout, threads and the exception hook.
 
-    Call it on every process. Models built over several processes cannot run afterwards; a new `build` can.
+    Call it on every process. Models built over several processes cannot run afterwards; a new `build` can. What a callback
+    of `release_first` raises is raised at the end.
     """
     global _started
     started, _started = _started, _Started()
-    failed = getattr(sys, "last_value", None) is not None  # then nobody need wait
+    failed = has_failed()
+    steps = [callback for known in reversed(_first) if (callback := known()) is not None]
+    if not failed and torch.cuda.is_initialized():
+        # A graph lets go of NCCL only when the GPU has ended its last replay.
+        steps += [partial(torch.cuda.synchronize, gpu) for gpu in started.gpus]
+    errors: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            errors.append(error)
     if started.store is not None and dist.is_initialized():
         if not failed:
             _wait_for_peers(started.store)
@@ -287,6 +351,8 @@ def shutdown() -> None:
         started.silence.close()
     if started.excepthook is not None and sys.excepthook is _report:
         sys.excepthook = started.excepthook
+    if errors and not failed:
+        raise errors[0]
 
 
 def _wait_for_peers(store: Store) -> None:

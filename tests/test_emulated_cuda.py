@@ -16,7 +16,7 @@ from workers import Pool
 
 from llama import Llama, compiled
 
-TEXTS = ["Once upon a time", "The dog", "A little girl named Lily went to the park and saw a big", "One day, Tom and his friend",
+TEXTS = ["Once upon a time", "The dog", "A little girl named Lily went to the park and saw a big", "One day, Tom and his",
          "There was a cat", "In the forest", "Mom said", "It was raining and the children"]  # fmt: skip
 FORTY = [f"{TEXTS[i % 8]} {'and then ' * (i % 5)}" for i in range(40)]
 

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from workers import Pool
+import torch.distributed as dist
+from conftest import ROOT
+from fairscale.nn.model_parallel import initialize as mpu
+from workers import Pool, free_port
 
 from llama import Llama, runtime
 
@@ -66,6 +73,131 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="process 3 of this machine wants GPU 3, but 2 can be seen; start at most 2"):
         runtime.choose_device("cuda", runtime.Launch(True, 3, 4, 3, 4))
     assert runtime.choose_device("cuda", runtime.Launch(True, 1, 4, 1, 4)) == torch.device("cuda", 1)
+    assert runtime.choose_device("cuda:1", runtime.Launch(False, 0, 1, 0, 1)) == torch.device("cuda", 1)
+
+
+def test_one_visible_gpu_is_the_processes_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM sets CUDA_VISIBLE_DEVICES for each process: the fourth one's only GPU has index 0, not 3."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    fourth = runtime.Launch(True, 3, 4, 3, 4)
+    assert runtime.choose_device("cuda", fourth) == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="process 3 of this machine wants GPU 1, but 1 can be seen"):
+        runtime.choose_device("cuda:1", fourth)
+
+
+def start_on_gpus(uuids: list[str], kinds: list[str]) -> str:
+    """`start` in a process that sees one GPU, which has this rank's uuid."""
+    rank = dist.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[rank]))
+        try:
+            return str(runtime.start(kinds[rank]))
+        except ValueError as error:
+            return str(error)
+
+
+def test_two_processes_on_one_gpu(pool: Pool) -> None:
+    """NCCL would say "Duplicate GPU detected" after the weights were loaded, or wait for ever for a process on a CPU."""
+    assert pool.run(start_on_gpus, list("abcd"), ["cuda"] * 4) == ["cuda:0"] * 4
+    (message,) = set(pool.run(start_on_gpus, list("abcb"), ["cuda"] * 4))
+    assert message.startswith(f"processes 1 and 3 of {os.uname().nodename} both compute on GPU b; start no more processes than")
+    (message,) = set(pool.run(start_on_gpus, list("abcd"), ["cuda", "cuda", "cpu", "cuda"]))
+    assert message == "process 0 computes on cuda, but process 2 on cpu; pass the same device= to both"
+
+
+def time_limits() -> list[float]:
+    groups = (dist.group.WORLD, mpu.get_model_parallel_group(), mpu.get_data_parallel_group())
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]  # type: ignore[union-attr]
+
+
+def test_groups_wait_for_a_slow_load(pool: Pool) -> None:
+    """torch gave fairscale's groups its own 30 minutes (10 with NCCL), whatever the world's limit was."""
+    assert pool.run(time_limits) == [[runtime.TIME_LIMIT.total_seconds()] * 3] * 4
+
+
+KILLED = """
+import os, signal, torch, torch.distributed as dist
+from llama import runtime
+runtime.start("cpu")
+dist.all_reduce(torch.ones(1))
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def processes(script: str, count: int = 1, *args: str) -> list[tuple[str, str]]:
+    """stdout and stderr of `count` processes that no launcher watches."""
+    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common["PYTHONPATH"] = str(ROOT)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", script, *args],
+            env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    return [process.communicate(timeout=60) for process in started]
+
+
+def test_a_killed_process_is_noticed_before_the_time_limit() -> None:
+    began = time.monotonic()
+    (_, first), _ = processes(KILLED, 2)
+    assert "process 0 ends because another one failed; its message tells why" in first
+    assert time.monotonic() - began < 40
+
+
+SHUTDOWN = """
+import sys, torch, torch.distributed as dist
+from llama import runtime
+
+class Graphs:
+    def __init__(self, name): self.name = name
+    def clear(self):
+        print("cleared", self.name)
+        if self.name == "broken": raise RuntimeError("the graph is broken")
+
+device = runtime.start("cpu")
+runtime._started.gpus.append(torch.device("cuda", 1))
+torch.cuda.is_initialized = lambda: True
+torch.cuda.synchronize = lambda device: print("waited for", device)
+destroy = dist.destroy_process_group
+dist.destroy_process_group = lambda: (print("destroyed"), destroy())
+for name in ("dead", *sys.argv[2:]):
+    graphs = Graphs(name)
+    globals()[name] = graphs
+    runtime.release_first(graphs.clear)
+del dead, graphs
+if sys.argv[1] == "fail":
+    raise ValueError("failed")
+for _ in range(int(sys.argv[1])):
+    try:
+        runtime.shutdown()
+    except RuntimeError as error:
+        print("told:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["0", "one"], ["cleared one", "waited for cuda:1", "destroyed"]),  # at exit
+        (["1", "one"], ["cleared one", "waited for cuda:1", "destroyed", "cleared one"]),  # and at exit once more
+        (["2", "one"], ["cleared one", "waited for cuda:1", "destroyed", "cleared one", "cleared one"]),
+        (["fail", "one"], ["cleared one", "destroyed"]),  # a GPU may wait for a process that is gone
+        (
+            ["1", "one", "broken"],
+            ["cleared broken", "cleared one", "waited for cuda:1", "destroyed", "told: the graph is broken"]
+            + ["cleared broken", "cleared one"],
+        ),
+    ],
+)
+def test_graphs_go_before_the_group(arguments: list[str], lines: list[str]) -> None:
+    """NCCL waits for ever for a CUDA graph that has one of its collectives; nothing made shutdown let go of them."""
+    ((out, _),) = processes(SHUTDOWN, 1, *arguments)
+    assert out.splitlines() == lines
 
 
 @pytest.mark.parametrize("size", [0, 2, -1])
@@ -98,8 +230,6 @@ def what_is_set(tiny: str, tokenizer_path: str) -> tuple[int, bool, int]:
 
 
 def test_several_processes_share_the_cores_and_one_prints(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
-    import os
-
     results = pool.run(what_is_set, str(tiny), tokenizer_path)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     assert results == [(max(1, cores // 4), rank == 0, 200) for rank in range(4)]
@@ -107,8 +237,6 @@ def test_several_processes_share_the_cores_and_one_prints(tiny: Path, tokenizer_
 
 def print_from_everywhere() -> tuple[bool, bool]:
     """A caller who took stdout back keeps it, and can still print after shutdown."""
-    import os
-
     sys.stdout = mine = io.StringIO()
     runtime.shutdown()
     kept = sys.stdout is mine
@@ -125,8 +253,6 @@ def test_shutdown_leaves_the_callers_stdout(pool: Pool) -> None:
 
 def leave_and_come_back(tiny: str, tokenizer_path: str) -> tuple[bool, bool, list[list[int]]]:
     """shutdown gives everything back; the variables are still there, so the next build joins again, by another port."""
-    import os
-
     runtime.shutdown()
     undone = sys.stdout is sys.__stdout__ and sys.excepthook is not runtime._report
     gone = not torch.distributed.is_initialized()
