@@ -28,15 +28,14 @@ class Tiles(NamedTuple):
     columns: int
     warps: int
     stages: int = 1
-    registers: Optional[int] = None  # the most per thread; None: as many as the compiler likes
 
 
 # Block sizes. Chosen by counting instructions, registers and bytes in flight (benchmarks/sass.py); tune them on a GPU.
 # One activation row: 64 threads that each load 16 bytes of every row at once. 4096 rows are 4 to 8 programs for each of 132
 # multiprocessors, which have about 32 KB in flight then. More rows share the work on x, but take more registers.
-ONE = {16: Tiles(4, 512, 2), 8: Tiles(8, 1024, 2), 4: Tiles(8, 2048, 2, registers=168)}
+ONE = {16: Tiles(4, 512, 2), 8: Tiles(8, 1024, 2), 4: Tiles(8, 2048, 2)}
 # Several rows: tensor cores. 4096 rows are 128 programs, one for each multiprocessor, so loads have to run some stages ahead.
-SEVERAL = {16: Tiles(32, 128, 4, 5), 8: Tiles(32, 256, 4, 4), 4: Tiles(32, 256, 4, 4)}
+SEVERAL = {16: Tiles(32, 128, 4, 5), 8: Tiles(32, 256, 4, 4), 4: Tiles(32, 256, 4, 6)}
 DOT_ROWS = 16  # the least that tl.dot takes; fewer activation rows or query heads are padded to it
 KEYS = 64  # keys that attention reads at a time: 16 KB at D = 128
 SPLITS_PER_PROCESSOR = 2  # programs of attention that one multiprocessor gets, if there are enough keys
@@ -379,9 +378,9 @@ def _one(
 
 
 @triton.jit
-def _float(numbers, OFFSET: tl.constexpr):
-    """int32 0 ... 255 -> numbers - OFFSET in float32. No conversion of integers, which GPUs are slow at."""
-    return (numbers | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
+def _float(numbers):
+    """int32, small -> float32, by an addition to the fraction of 1.5 * 2**23. GPUs convert integers slowly."""
+    return (numbers + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
 @triton.jit
@@ -404,7 +403,7 @@ def _several(
         if KIND == 4:
             numbers = tl.load(weight + start * (K // 2) + (k // 2 + byte)[None, :], (k // 2 + byte < K // 2)[None, :], 0)
             numbers = numbers.to(tl.int32)
-            n = tl.interleave(_float(numbers >> 4, 8), _float(numbers & 15, 8)).reshape(ROWS, CHUNKS, CHUNK)
+            n = tl.interleave(_float((numbers >> 4) - 8), _float((numbers & 15) - 8)).reshape(ROWS, CHUNKS, CHUNK)
             group = (k + chunk * CHUNK) // GROUP
             known = (group < K // GROUP)[None, :]
             scale = tl.load(scales + start * (K // GROUP) + group[None, :], known, 0.0).to(tl.float32)
@@ -412,7 +411,7 @@ def _several(
             w = (n * scale[:, :, None] + zero[:, :, None]).reshape(ROWS, COLUMNS).to(DTYPE)
         elif KIND == 8:
             n = tl.load(weight + start * K + (k + column)[None, :], inside, 0)
-            w = _float((n.to(tl.int32) & 255) ^ 128, 128).to(DTYPE)
+            w = _float(n.to(tl.int32)).to(DTYPE)
         else:
             w = tl.load(weight + start * K + (k + column)[None, :], inside, 0.0)
         sums = tl.dot(a, tl.trans(w), sums)
@@ -442,7 +441,7 @@ def _product(
     one = B == 1 and K % (32 // kind) == 0  # else a row of weights would not be whole words
     tiles = ONE[kind] if one else SEVERAL[kind]
     grid = (triton.cdiv(N, tiles.rows // (2 if gated else 1)),)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers, **FUSION}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **FUSION}
     with on_device(x):
         if one:
             words = x.view(torch.int32), weight.view(torch.int32)
@@ -487,7 +486,7 @@ def _dequantize_int4(weight, scales, zeros, out, CHUNKS, CHUNK: tl.constexpr, GR
     group = chunk * CHUNK // GROUP
     scale = tl.load(scales + group, inside, 0.0).to(DTYPE).to(tl.float32)[:, None]
     zero = tl.load(zeros + group, inside, 0.0).to(DTYPE).to(tl.float32)[:, None]
-    w = tl.interleave(_float(numbers >> 4, 8), _float(numbers & 15, 8)) * scale + zero
+    w = tl.interleave(_float((numbers >> 4) - 8), _float((numbers & 15) - 8)) * scale + zero
     tl.store(out + chunk[:, None] * CHUNK + column, w.to(DTYPE), inside[:, None])
 
 
