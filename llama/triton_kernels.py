@@ -1,0 +1,504 @@
+"""Triton kernels for one decoding step on NVIDIA GPUs of compute capability 8.0 and higher, in bfloat16 or float16.
+
+`kernels` has the same functions in plain torch, with what each computes. Imported only if Triton is installed; under
+TRITON_INTERPRET=1 the kernels run on the CPU, for tests. No function waits for the device or copies from the host, and
+launches depend on shapes alone, so all can be recorded in a CUDA graph. Activations and weights must be contiguous.
+
+Letters in shapes:
+    B  rows of the batch                  H  query heads          T  columns of the cache
+    N, K  rows and columns of a matrix    K  key/value heads      D  size of a head
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Tiles(NamedTuple):
+    """How one program of a product works: `rows` weight rows, `columns` of each at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+# Block sizes. Chosen by counting instructions, registers and bytes in flight (benchmarks/sass.py); tune them on a GPU.
+# One activation row: 64 threads that each load 16 bytes of every row at once. 4096 rows are 4 to 8 programs for each of 132
+# multiprocessors, which have about 32 KB in flight then. More rows share the work on x, but take more registers.
+ONE = {16: Tiles(4, 512, 2), 8: Tiles(8, 1024, 2), 4: Tiles(8, 2048, 2)}
+# Several rows: tensor cores. 4096 rows are 128 programs, one for each multiprocessor, so loads have to run some stages ahead.
+SEVERAL = {16: Tiles(32, 128, 4, 5), 8: Tiles(32, 256, 4, 4), 4: Tiles(32, 256, 4, 6)}
+DOT_ROWS = 16  # the least that tl.dot takes; fewer activation rows or query heads are padded to it
+KEYS = 64  # keys that attention reads at a time: 16 KB at D = 128
+SPLITS_PER_PROCESSOR = 2  # programs of attention that one multiprocessor gets, if there are enough keys
+MOST_SPLITS = 64
+ELEMENTS = 1024  # that one program of silu_mul or dequantize_int4 makes
+
+# Triton 3.9 warns if this is not said.
+FUSION = {"enable_fp_fusion": True}
+# The bits of 1.0 and 1.5. Passed as arguments they stay in a register; as literals they cost an instruction per weight.
+BITS_OF_ONE, BITS_OF_ONE_AND_A_HALF = 0x3F800000, 0x3FC00000
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@lru_cache
+def processor_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@triton.jit
+def _silu(x):
+    """float32 -> float32"""
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _add_norm(x, delta, weight, h, normed, dim, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    inside = columns < dim
+    at = tl.program_id(0) * dim + columns
+    value = tl.load(x + at, inside, 0.0)
+    scale = tl.load(weight + columns, inside, 0.0)
+    if ADD:
+        value = (value.to(tl.float32) + tl.load(delta + at, inside, 0.0).to(tl.float32)).to(value.dtype)
+        tl.store(h + at, value, inside)
+    wide = value.to(tl.float32)
+    unit = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)).to(value.dtype)
+    tl.store(normed + at, (unit.to(tl.float32) * scale.to(tl.float32)).to(value.dtype), inside)
+
+
+def add_norm(
+    x: torch.Tensor, delta: Optional[torch.Tensor], weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta (B, dim), weight (dim,) -> x + delta (x itself if delta is None) and its RMSNorm, (B, dim). One launch."""
+    B, dim = x.shape
+    h = x if delta is None else torch.empty_like(x)
+    normed = torch.empty_like(x)
+    block = triton.next_power_of_2(dim)
+    with on_device(x):
+        _add_norm[(B,)](
+            x, delta, weight, h, normed, dim, eps, delta is not None, block, num_warps=min(16, max(1, block // 512)), **FUSION
+        )
+    return h, normed
+
+
+@triton.jit
+def _rotate_and_store(
+    qkv, rotations, positions, cache_k, cache_v, q, H, K, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    pair = tl.arange(0, BLOCK)
+    inside = pair < D // 2
+    position = tl.load(positions + row)
+    at = qkv + (row * (H + 2 * K) + head) * D + 2 * pair
+    even, odd = tl.load(at, inside), tl.load(at + 1, inside)
+    if head >= H + K:
+        to_v = cache_v + row.to(tl.int64) * v_row + position * v_column + (head - H - K) * v_head
+        tl.store(to_v + 2 * pair * v_item, even, inside)
+        tl.store(to_v + (2 * pair + 1) * v_item, odd, inside)
+    else:
+        angle = rotations + position * D + 2 * pair
+        cos, sin = tl.load(angle, inside), tl.load(angle + 1, inside)
+        x, y = even.to(tl.float32), odd.to(tl.float32)
+        left, right = (x * cos - y * sin).to(even.dtype), (x * sin + y * cos).to(even.dtype)
+        if head >= H:
+            to_k = cache_k + row.to(tl.int64) * k_row + position * k_column + (head - H) * k_head
+            tl.store(to_k + 2 * pair * k_item, left, inside)
+            tl.store(to_k + (2 * pair + 1) * k_item, right, inside)
+        else:
+            to_q = q + (row * H + head) * D + 2 * pair
+            tl.store(to_q, left, inside)
+            tl.store(to_q + 1, right, inside)
+
+
+def rotate_and_store(
+    qkv: torch.Tensor, rotations: torch.Tensor, positions: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
+) -> torch.Tensor:
+    """Turns q and k by their positions, and writes k and v into the cache; row i of the batch owns row i of it.
+
+    qkv (B, (H + 2K) * D); rotations float32 (max_seq_len, D/2, 2), cosines and sines; positions int64 (B,);
+    cache_k, cache_v (at least B, T, K, D), any strides -> q (B, H, D). One launch.
+    """
+    B = len(qkv)
+    K, D = cache_k.shape[2:]
+    H = qkv.shape[1] // D - 2 * K
+    q = qkv.new_empty(B, H, D)
+    with on_device(qkv):
+        _rotate_and_store[(B, H + 2 * K)](
+            qkv, rotations, positions, cache_k, cache_v, q, H, K, *cache_k.stride(), *cache_v.stride(),
+            D, triton.next_power_of_2(D // 2), num_warps=1, **FUSION,
+        )  # fmt: skip
+    return q
+
+
+@triton.jit
+def _attend(
+    q, cache_k, cache_v, positions, out, parts, sums, scale, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
+    K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The queries of one group over one part of the keys. Each block of keys has one or more that are seen, so its largest
+    score is -inf only if a real score is."""
+    row, kv_head = tl.program_id(0) // K, tl.program_id(0) % K
+    split = tl.program_id(1)
+    length = tl.load(positions + row).to(tl.int32) + 1
+    share = tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
+    first, last = split * share, tl.minimum(length, (split + 1) * share)
+    head, item, key = tl.arange(0, HEADS), tl.arange(0, SIZE), tl.arange(0, KEYS)
+    lines = (row * K + kv_head) * GROUP + head  # of q and out
+    own = head < GROUP
+    whole = own[:, None] & (item < D)[None, :]
+    query = tl.load(q + lines[:, None] * D + item[None, :], whole, 0.0)
+    at_k = cache_k + row.to(tl.int64) * k_row + kv_head * k_head + item[:, None] * k_item
+    at_v = cache_v + row.to(tl.int64) * v_row + kv_head * v_head + item[None, :] * v_item
+    most = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    mixed = tl.zeros((HEADS, SIZE), tl.float32)
+    for start in range(first, last, KEYS):
+        column = start + key
+        seen = column < last
+        k = tl.load(at_k + column[None, :].to(tl.int64) * k_column, (item < D)[:, None] & seen[None, :], 0.0)
+        v = tl.load(at_v + column[:, None].to(tl.int64) * v_column, seen[:, None] & (item < D)[None, :], 0.0)
+        scores = tl.where(seen[None, :], tl.dot(query, k) * scale, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(most - higher)
+        total = total * shrink + tl.sum(p, 1)
+        mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None])
+        most = higher
+    if SPLITS == 1:
+        tl.store(out + lines[:, None] * D + item[None, :], (mixed / total[:, None]).to(out.dtype.element_ty), whole)
+    else:
+        part = lines * SPLITS + split
+        tl.store(parts + part[:, None] * D + item[None, :], mixed, whole)
+        tl.store(sums + part * 2, most, own)
+        tl.store(sums + part * 2 + 1, total, own)
+
+
+@triton.jit
+def _combine(parts, sums, out, D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the parts of one head. Those without keys have -inf as their largest score and weigh nothing."""
+    split, item = tl.arange(0, BLOCK), tl.arange(0, SIZE)
+    part = tl.program_id(0) * SPLITS + split
+    inside = split < SPLITS
+    most = tl.load(sums + part * 2, inside, float("-inf"))
+    weight = tl.exp2(most - tl.max(most, 0))
+    total = tl.sum(tl.load(sums + part * 2 + 1, inside, 0.0) * weight, 0)
+    whole = inside[:, None] & (item < D)[None, :]
+    mixed = tl.load(parts + part[:, None] * D + item[None, :], whole, 0.0)
+    mean = tl.sum(mixed * weight[:, None], 0) / total
+    tl.store(out + tl.program_id(0) * D + item, mean.to(out.dtype.element_ty), item < D)
+
+
+def splits_of(groups: int, T: int, processors: int) -> int:
+    """How many programs share the keys of one group, so that all of them fill the GPU."""
+    return max(1, min(triton.cdiv(T, KEYS), SPLITS_PER_PROCESSOR * processors // groups, MOST_SPLITS))
+
+
+def attend(
+    q: torch.Tensor,
+    cache_k: torch.Tensor,
+    cache_v: torch.Tensor,
+    positions: torch.Tensor,
+    processors: Optional[int] = None,
+) -> torch.Tensor:
+    """Grouped-query attention of one query per row over the columns up to its position; nothing beyond is read.
+
+    q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,); processors: of the GPU, asked of
+    it if None -> (B, H * D). Two launches, or one if there is one split.
+    """
+    B, H, D = q.shape
+    T, K = cache_k.shape[1:3]
+    splits = splits_of(B * K, T, processors or processor_count(q.device))
+    out = q.new_empty(B, H * D)
+    parts = q.new_empty((B * H, splits, D) if splits > 1 else 0, dtype=torch.float32)
+    sums = q.new_empty((B * H, splits, 2) if splits > 1 else 0, dtype=torch.float32)
+    size = max(16, triton.next_power_of_2(D))
+    with on_device(q):
+        _attend[(B * K, splits)](
+            q, cache_k, cache_v, positions, out, parts, sums, math.log2(math.e) / math.sqrt(D),
+            *cache_k.stride(), *cache_v.stride(), K, H // K, D, max(DOT_ROWS, triton.next_power_of_2(H // K)), size, KEYS,
+            splits, num_warps=4, num_stages=2, **FUSION,
+        )  # fmt: skip
+        if splits > 1:
+            _combine[(B * H,)](parts, sums, out, D, size, splits, triton.next_power_of_2(splits), num_warps=4, **FUSION)
+    return out
+
+
+@triton.jit
+def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = gate_up + tl.program_id(0) * 2 * width + column
+    gate, up = tl.load(at, inside, 0.0), tl.load(at + width, inside, 0.0)
+    gate = _silu(gate.to(tl.float32)).to(up.dtype)
+    tl.store(out + tl.program_id(0) * width + column, (gate.to(tl.float32) * up.to(tl.float32)).to(up.dtype), inside)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """(B, 2 * width), gate and up side by side -> silu(gate) * up, (B, width). One launch."""
+    B, width = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty(B, width)
+    with on_device(gate_up):
+        _silu_mul[(B, triton.cdiv(width, ELEMENTS))](gate_up, out, width, ELEMENTS, num_warps=4, **FUSION)
+    return out
+
+
+@triton.jit
+def _left(pair, DTYPE: tl.constexpr):
+    """The first of two 16-bit numbers in an int32, as float32."""
+    bits = pair << 16 if DTYPE == tl.bfloat16 else pair.to(tl.int16)
+    return bits.to(tl.float32 if DTYPE == tl.bfloat16 else DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _right(pair, DTYPE: tl.constexpr):
+    bits = pair & -65536 if DTYPE == tl.bfloat16 else (pair >> 16).to(tl.int16)
+    return bits.to(tl.float32 if DTYPE == tl.bfloat16 else DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _top(words, BYTE: tl.constexpr):
+    """Moves a byte of each int32 to bits 15 ... 22, the highest of a float32's fraction."""
+    return words << (15 - 8 * BYTE) if BYTE < 2 else words >> (8 * BYTE - 15)
+
+
+@triton.jit
+def _whole(words, BYTE: tl.constexpr, bits):
+    """A signed byte n as 1.5 + n / 256. bits: of 1.5"""
+    return ((_top(words, BYTE) & 0x7F8000) ^ bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _upper(words, BYTE: tl.constexpr, bits):
+    """The upper half of a byte, n, as 1 + n / 16. bits: of 1"""
+    return ((_top(words, BYTE) & 0x780000) | bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _lower(words, BYTE: tl.constexpr, bits):
+    """The lower half of a byte, n, as 1 + n / 256. bits: of 1"""
+    return ((_top(words, BYTE) & 0x078000) | bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rows(first, N, ROWS: tl.constexpr, GATED: tl.constexpr):
+    """The weight rows of a program; gated: each row of w1 before its partner of w3. Beyond the end: the last one again."""
+    r = tl.arange(0, ROWS)
+    return tl.minimum(first + r // 2, N - 1) + (r % 2) * N if GATED else tl.minimum(first + r, N - 1)
+
+
+@triton.jit
+def _gated(gate, up):
+    return (_silu(gate.to(tl.float32)).to(up.dtype).to(tl.float32) * up.to(tl.float32)).to(up.dtype)
+
+
+@triton.jit
+def _one(
+    x, weight, scales, zeros, out, N, bits, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One activation row, by multiply-and-add.
+
+    x and weight are read as int32: words of 2, 4 or 8 weights, pairs of activations. No instruction converts an integer:
+    its bits become a fraction, so that the sum over weight n is v = 1.5 + n / 256 (or alike) times x, less 1.5 times x.
+    Each lane takes that off its own few columns, before anything is lost to cancellation.
+    """
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    PER_WORD: tl.constexpr = 32 // KIND
+    LINE: tl.constexpr = K // PER_WORD
+    WORDS: tl.constexpr = COLUMNS // PER_WORD
+    CHUNK: tl.constexpr = min(GROUP, 32)  # int4 columns that one thread sums before it scales them
+    CHUNKS: tl.constexpr = COLUMNS // CHUNK
+    first = tl.program_id(0) * (ROWS // 2 if GATED else ROWS)
+    row = _rows(first, N, ROWS, GATED)
+    word, pair, chunk = tl.arange(0, WORDS), tl.arange(0, COLUMNS // 2), tl.arange(0, CHUNKS)
+    at = weight + first.to(tl.int64) * LINE + (row - first)[:, None] * LINE + word[None, :]
+    sums = tl.zeros((ROWS, CHUNKS if KIND == 4 else WORDS), tl.float32)
+    offset = tl.zeros((WORDS,), tl.float32)
+    for k in range(0, LINE, WORDS):
+        inside = (k + word < LINE)[None, :]
+        # Beyond the end x is 0, and any integer becomes a finite v.
+        w = tl.load(at + k, inside, 0) if KIND == 16 else tl.load(at + k, inside)
+        p = tl.load(x + k * (PER_WORD // 2) + pair, k * (PER_WORD // 2) + pair < K // 2, 0)
+        if KIND == 16:
+            sums += _left(w, DTYPE) * _left(p, DTYPE)[None, :]
+            sums += _right(w, DTYPE) * _right(p, DTYPE)[None, :]
+        elif KIND == 8:
+            a, b = tl.split(p.reshape(WORDS, 2))
+            x0, x1, x2, x3 = _left(a, DTYPE), _right(a, DTYPE), _left(b, DTYPE), _right(b, DTYPE)
+            offset += 1.5 * ((x0 + x1) + (x2 + x3))
+            sums += _whole(w, 0, bits) * x0[None, :]
+            sums += _whole(w, 1, bits) * x1[None, :]
+            sums += _whole(w, 2, bits) * x2[None, :]
+            sums += _whole(w, 3, bits) * x3[None, :]
+        else:
+            ac, bd = tl.split(p.reshape(WORDS, 2, 2))
+            a, c = tl.split(ac)
+            b, d = tl.split(bd)
+            # The left columns are the upper halves of the bytes; the lower halves count 16 times less.
+            x0, x2, x4, x6 = _left(a, DTYPE), _left(b, DTYPE), _left(c, DTYPE), _left(d, DTYPE)
+            x1, x3, x5, x7 = _right(a, DTYPE) * 16, _right(b, DTYPE) * 16, _right(c, DTYPE) * 16, _right(d, DTYPE) * 16
+            left, right = (x0 + x2) + (x4 + x6), (x1 + x3) + (x5 + x7)
+            s = _upper(w, 0, bits) * x0[None, :] - (1.5 * left + 1.03125 * right)[None, :]  # 8 / 16 and 8 / 256 with it
+            s += _upper(w, 1, bits) * x2[None, :]
+            s += _upper(w, 2, bits) * x4[None, :]
+            s += _upper(w, 3, bits) * x6[None, :]
+            s += _lower(w, 0, bits) * x1[None, :]
+            s += _lower(w, 1, bits) * x3[None, :]
+            s += _lower(w, 2, bits) * x5[None, :]
+            s += _lower(w, 3, bits) * x7[None, :]
+            group = (k * PER_WORD + chunk * CHUNK) // GROUP
+            known = (group < K // GROUP)[None, :]
+            places = row.to(tl.int64)[:, None] * (K // GROUP) + group[None, :]
+            scale = tl.load(scales + places, known, 0.0).to(tl.float32) * 16
+            zero = tl.load(zeros + places, known, 0.0).to(tl.float32)
+            total = tl.sum((left + 0.0625 * right).reshape(CHUNKS, CHUNK // 8), 1)
+            sums += tl.sum(s.reshape(ROWS, CHUNKS, CHUNK // 8), 2) * scale + total[None, :] * zero
+    y = tl.sum(sums - offset[None, :], 1) * (tl.load(scales + row) * 256) if KIND == 8 else tl.sum(sums, 1)
+    y = y.to(DTYPE)
+    column = first + tl.arange(0, ROWS // 2 if GATED else ROWS)
+    if GATED:
+        gate, up = tl.split(y.reshape(ROWS // 2, 2))
+        y = _gated(gate, up)
+    tl.store(out + column, y, column < N)
+
+
+@triton.jit
+def _float(numbers):
+    """int32, small -> float32, by an addition to the fraction of 1.5 * 2**23. GPUs convert integers slowly."""
+    return (numbers + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def _several(
+    x, weight, scales, zeros, out, B, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Up to BATCH activation rows, on tensor cores; integers are rounded to the activations' dtype before."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    CHUNK: tl.constexpr = min(GROUP, 32)
+    CHUNKS: tl.constexpr = COLUMNS // CHUNK
+    first = tl.program_id(0) * (ROWS // 2 if GATED else ROWS)
+    row = _rows(first, N, ROWS, GATED)
+    line, column, byte, chunk = tl.arange(0, BATCH), tl.arange(0, COLUMNS), tl.arange(0, COLUMNS // 2), tl.arange(0, CHUNKS)
+    start = row.to(tl.int64)[:, None]
+    sums = tl.zeros((BATCH, ROWS), tl.float32)
+    for k in range(0, K, COLUMNS):
+        inside = (k + column < K)[None, :]
+        a = tl.load(x + line[:, None] * K + (k + column)[None, :], (line < B)[:, None] & inside, 0.0)
+        if KIND == 4:
+            numbers = tl.load(weight + start * (K // 2) + (k // 2 + byte)[None, :], (k // 2 + byte < K // 2)[None, :], 0)
+            numbers = numbers.to(tl.int32)
+            n = tl.interleave(_float((numbers >> 4) - 8), _float((numbers & 15) - 8)).reshape(ROWS, CHUNKS, CHUNK)
+            group = (k + chunk * CHUNK) // GROUP
+            known = (group < K // GROUP)[None, :]
+            scale = tl.load(scales + start * (K // GROUP) + group[None, :], known, 0.0).to(tl.float32)
+            zero = tl.load(zeros + start * (K // GROUP) + group[None, :], known, 0.0).to(tl.float32)
+            w = (n * scale[:, :, None] + zero[:, :, None]).reshape(ROWS, COLUMNS).to(DTYPE)
+        elif KIND == 8:
+            n = tl.load(weight + start * K + (k + column)[None, :], inside, 0)
+            w = _float(n.to(tl.int32)).to(DTYPE)
+        else:
+            w = tl.load(weight + start * K + (k + column)[None, :], inside, 0.0)
+        sums = tl.dot(a, tl.trans(w), sums)
+    if KIND == 8:
+        sums *= tl.load(scales + row)[None, :]
+    y = sums.to(DTYPE)
+    column = first + tl.arange(0, ROWS // 2 if GATED else ROWS)
+    if GATED:
+        gate, up = tl.split(y.reshape(BATCH, ROWS // 2, 2))
+        y = _gated(gate, up)
+    tl.store(out + line[:, None] * N + column[None, :], y, (line < B)[:, None] & (column < N)[None, :])
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: Optional[torch.Tensor],
+    zeros: Optional[torch.Tensor],
+    kind: int,
+    gated: bool,
+) -> torch.Tensor:
+    """kind: the bits of a weight"""
+    B, K = x.shape
+    N = len(weight) // (2 if gated else 1)
+    group = 32 if zeros is None else K * len(weight) // zeros.numel()
+    out = x.new_empty(B, N)
+    one = B == 1 and K % (32 // kind) == 0  # else a row of weights would not be whole words
+    tiles = ONE[kind] if one else SEVERAL[kind]
+    grid = (triton.cdiv(N, tiles.rows // (2 if gated else 1)),)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **FUSION}
+    with on_device(x):
+        if one:
+            words = x.view(torch.int32), weight.view(torch.int32)
+            bits = BITS_OF_ONE_AND_A_HALF if kind == 8 else BITS_OF_ONE
+            _one[grid](*words, scales, zeros, out, N, bits, K, kind, group, gated, tiles.rows, tiles.columns, **options)
+        else:
+            batch = max(DOT_ROWS, triton.next_power_of_2(B))
+            _several[grid](
+                x, weight, scales, zeros, out, B, N, K, kind, group, gated, batch, tiles.rows, tiles.columns, **options
+            )
+    return out
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> torch.Tensor:
+    """x (B, K) for B up to 16 or so, weight (N, K) in x's dtype -> x weightᵀ, (B, N), summed in float32. One launch.
+
+    gated: weight is w1 above w3, (2N, K) -> silu(x w1ᵀ) * (x w3ᵀ), (B, N), rounded where separate products would be.
+    """
+    return _product(x, weight, None, None, 16, gated)
+
+
+def product_int8(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, gated: bool = False) -> torch.Tensor:
+    """As `product`, with weight int8 (N, K) and scales float32 (N,). Infinite x gives NaN. One launch."""
+    return _product(x, weight, scales, None, 8, gated)
+
+
+def product_int4(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, gated: bool = False
+) -> torch.Tensor:
+    """As `product`, with weight uint8 (N, K / 2), the left of two columns in the upper half of a byte, and bfloat16 scales
+    and zeros (N, K / group): (n - 8) * scale + zero, which is not rounded if B is 1. Infinite x gives NaN. One launch."""
+    return _product(x, weight, scales, zeros, 4, gated)
+
+
+@triton.jit
+def _dequantize_int4(weight, scales, zeros, out, CHUNKS, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = chunk < CHUNKS
+    byte, column = tl.arange(0, CHUNK // 2)[None, :], tl.arange(0, CHUNK)[None, :]
+    numbers = tl.load(weight + chunk[:, None] * (CHUNK // 2) + byte, inside[:, None], 0).to(tl.int32)
+    group = chunk * CHUNK // GROUP
+    scale = tl.load(scales + group, inside, 0.0).to(DTYPE).to(tl.float32)[:, None]
+    zero = tl.load(zeros + group, inside, 0.0).to(DTYPE).to(tl.float32)[:, None]
+    w = tl.interleave(_float((numbers >> 4) - 8), _float((numbers & 15) - 8)) * scale + zero
+    tl.store(out + chunk[:, None] * CHUNK + column, w.to(DTYPE), inside[:, None])
+
+
+def dequantize_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight uint8 (N, K / 2), scales and zeros bfloat16 (N, K / group) -> (N, K) in dtype, for prompts. One launch."""
+    N, K = len(weight), 2 * weight.shape[1]
+    out = torch.empty(N, K, dtype=dtype, device=weight.device)
+    group = out.numel() // scales.numel()
+    chunk = min(group, 32)
+    chunks, block = out.numel() // chunk, ELEMENTS // chunk
+    with on_device(weight):
+        _dequantize_int4[(triton.cdiv(chunks, block),)](
+            weight, scales, zeros, out, chunks, chunk, group, block, num_warps=4, **FUSION
+        )
+    return out
