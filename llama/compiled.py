@@ -1,8 +1,8 @@
 """The decode step as one graph: what `Transformer.step` computes, without what Python and torch add to it.
 
 Two forms. `Packaged`, for one process on a CPU: compiled ahead of time (AOTInductor), kept in a folder, loaded from there in
-milliseconds. `Recorded`, for GPUs and for several processes: static buffers, on a GPU a CUDA graph over them; its kernels
-are torch's own, or Inductor's where that was asked for.
+milliseconds. `Recorded`, for GPUs and for several processes: static buffers, on a GPU a CUDA graph over them. Its kernels are
+those of `gpu_step`, or torch's own, or Inductor's.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 from torch import nn
 
-from . import runtime
+from . import gpu_step, runtime
 from .model import Transformer
 from .parallel import ColumnParallelLinear, all_agree, forget_small_all_reduces, is_first_process, prepare_small_all_reduces
+from .proven import STEP_TOLERANCE, is_near
 
 LEAST_COLUMNS = 256  # of the cache that a recorded graph looks at; more comes in powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
 PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find what is freed later
-# How far two ways to compute the same may lie apart, in units of the numbers' spread: five times what deep models show.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 SOURCES = ("model.py", "parallel.py")  # a package is of the code that it was made from
 
 
@@ -45,7 +45,8 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
             say(f"The decode step is not compiled: there is no form for {device} and max_seq_len={model.params.max_seq_len}")
         return None
     if kind == "cuda" or model.output.group is not None:
-        recorded = Recorded(model, "inductor" if wanted or (wanted is None and marker(model).exists()) else None)
+        compiles = (wanted or (wanted is None and marker(model).exists())) and not gpu_step.suits(model)
+        recorded = Recorded(model, "inductor" if compiles else None)
         return recorded if wanted or kind == "cuda" else None
     if type(model.output) is not ColumnParallelLinear:
         if wanted:
@@ -193,6 +194,7 @@ class _Way:
     kind: str  # what a line says that the step is not, where this way fails
     step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as `Transformer.step`
     captured: bool  # in a CUDA graph
+    whole_cache: bool = False  # it finds out itself how much of the cache is to be read, so that one recording is enough
 
 
 @dataclass
@@ -235,6 +237,8 @@ class Recorded:
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
             self._ways.insert(0, _Way("compiled", step, captures))
+        elif gpu_step.suits(model):
+            self._ways.insert(0, _Way("made of Triton's kernels", partial(gpu_step.step, model), captures, whole_cache=True))
         self.backend = backend
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._places: Optional[tuple[int, ...]] = None
@@ -249,9 +253,9 @@ class Recorded:
                 runtime.release_first(self.clear)
 
     def buckets(self, rows: int, span: int) -> tuple[int, int]:
-        """The next powers of two, within the cache."""
+        """How many rows, and columns of the cache, to record for: the next powers of two, within the cache."""
         args = self.model.params
-        columns = max(LEAST_COLUMNS, 1 << (span - 1).bit_length())
+        columns = args.max_seq_len if self._ways[0].whole_cache else max(LEAST_COLUMNS, 1 << (span - 1).bit_length())
         return min(1 << (rows - 1).bit_length(), args.max_batch_size), min(columns, args.max_seq_len)
 
     def clear(self) -> None:
@@ -350,7 +354,8 @@ class Recorded:
         found = recording.logits[:rows].clone(), self._written(recording, rows)
         logits = self.model.step(recording.tokens, recording.positions, recording.columns, recording.rotations)
         expected = logits[:rows], self._written(recording, rows)
-        near = all(is_near(a, b, self.model.norm.weight.dtype) for a, b in zip(found, expected))
+        tolerance = STEP_TOLERANCE[self.model.norm.weight.dtype]
+        near = all(is_near(a, b, tolerance) for a, b in zip(found, expected))
         return all_agree(near, self.model.output.group)
 
     def _written(self, recording: _Recording, rows: int) -> torch.Tensor:
@@ -358,11 +363,3 @@ class Recorded:
         slots, positions = torch.arange(rows, device=self.device), recording.positions[:rows]
         caches = (cache for attention in self.model.attentions() for cache in (attention.cache_k, attention.cache_v))
         return torch.stack([cache[slots, positions] for cache in caches])
-
-
-def is_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to compute the same in `dtype` agree, but for rounding. Waits for the device."""
-    found, expected = found.float(), expected.float()
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    spread = expected.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
-    return bool((same | ((found - expected).abs() <= TOLERANCE[dtype] * spread)).all())

@@ -12,12 +12,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Optional, Union, cast
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 from .parallel import (
     AMX,
@@ -174,11 +173,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
     T, K = k.shape[1:3]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D), contiguous in a row of the cache
     if S > 1:
+        seen = None if mask is None else mask[:, None]
+        if device_kind(q) == "cuda":
+            return _attend_on_gpu(q, k, v, seen, causal)
         q = q.transpose(1, 2)
-        seen: Optional[torch.Tensor] = None if mask is None else mask[:, None]
-        if causal and S < T and device_kind(q) == "cuda":
-            # The same mask under a name that flash attention knows.
-            seen = cast(torch.Tensor, causal_lower_right(S, T))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and S == T, enable_gqa=K != H)
         return out.transpose(1, 2).reshape(B, S, H * D)
     # One query: the heads of a group stand in as the queries, so that every key is read once.
@@ -191,6 +189,28 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return (scores.float().softmax(-1).type_as(q) @ v).view(B, S, H * D)
+
+
+def _attend_on_gpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool
+) -> torch.Tensor:
+    """`attend` for several queries: q (B, S, H, D); k, v (B, K, T, D); mask (1 or B, 1, S, T) or None -> (B, S, H * D)"""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right  # brings in torch's compiler: a second, for who needs it only
+
+    B, S, H, D = q.shape
+    K, T = k.shape[1:3]
+    q = q.transpose(1, 2)
+    flash = q.dtype != torch.float32 and (mask is None or causal) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if K != H and not flash:  # only flash attention shares heads; the form with all scores in memory would take its place
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
+    seen: Any = mask
+    if causal and S < T:
+        seen = causal_lower_right(S, T)  # the same mask under a name that flash attention knows
+    # By name and without cuDNN's, which makes a plan for each new length of prompts.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and S == T, enable_gqa=K != H and flash)
+    return out.transpose(1, 2).reshape(B, S, H * D)
 
 
 @dataclass

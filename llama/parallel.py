@@ -313,7 +313,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> t
     is all the same.)
     """
     if device_kind(x) != "cpu" or x.dtype != torch.bfloat16:
-        return F.linear(x, weight)
+        return F.linear(to_memory(x), weight)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1:
         return _one_row(rows[0], weight).view(*x.shape[:-1], -1)
@@ -323,6 +323,11 @@ def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> t
         y = torch.mm(weight, rows.t()).t()
         return (y if any_order else y.contiguous()).unflatten(0, x.shape[:-1])
     return F.linear(x, weight)
+
+
+def to_memory(x: torch.Tensor) -> torch.Tensor:
+    """Keeps Inductor from computing what made x, a norm or SiLU, anew for every row of the matrix that x is multiplied with."""
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
 
 
 def is_by_feature(x: torch.Tensor) -> bool:
@@ -339,8 +344,7 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return one_row(x, weight)
     if weight.shape[1] <= SUMMED:
         # Eight rows at a time: oneDNN takes 20 microseconds to begin, as long as a small matrix takes.
-        x32 = x.float()
-        x32 = x32.as_strided(x32.shape, x32.stride())  # to memory: else what made x, a norm, is made anew for every row
+        x32 = to_memory(x.float())
         return torch.cat([(some.float() * x32).sum(-1) for some in weight.chunk(8)]).to(x.dtype)
     return torch.mm(weight, x.expand(2, -1).t())[:, 0]  # of two rows, as fast as `mv`
 

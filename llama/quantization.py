@@ -25,6 +25,7 @@ FEW_ROWS = 64
 DEQUANTIZED = 2**21  # int4 numbers at a time: fewer cost more in calls than they save in a cache
 BASE = 254  # of the digits that activations are written in: each is half a step wrong at most, which the next one counts in
 BLOCK_ROWS = 2048  # of activations that the int8 product takes at a time: what it makes of them is twice their size
+STORED_ROWS = 16
 PLAIN = 2**21  # numbers: smaller int8 matrices are multiplied as they are, larger ones packed
 
 

@@ -31,7 +31,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from llama import runtime
+from llama import kernels, proven, runtime
 
 ARENA_BYTES = 2 * 2**30  # of virtual memory
 GRAIN = 512
@@ -56,7 +56,8 @@ def here() -> str:
 class Arena:
     """A device's memory, or a graph pool's: blocks of equal size are given out again, the latest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_graphs: bool = False) -> None:
+        self.of_graphs = of_graphs  # whose replays go on using what was freed
         self.memory = np.zeros(ARENA_BYTES, dtype=np.uint8)
         self.base = self.memory.ctypes.data
         self.reserved = 0
@@ -78,7 +79,8 @@ class Arena:
         return torch.from_numpy(piece)[:nbytes]
 
     def _release(self, offset: int, size: int) -> None:
-        self.poison(offset, size)
+        if not self.of_graphs:
+            self.poison(offset, size)
         del self.blocks[offset]
         self.free[size].append(offset)
 
@@ -135,8 +137,25 @@ class Machine:
 machine: Machine  # the one that is switched on
 
 
+class StandIns:
+    """What stands for `triton_kernels`: the plain forms, each counted as the launches that Triton's takes."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def launch(*args: Any, **options: Any) -> Any:
+            before = machine.launches.copy()
+            result = getattr(kernels, name)(*args, **options)
+            machine.launches = before + collections.Counter({name: 2 if name == "attend" else 1})
+            return result
+
+        return launch
+
+
+STAND_INS = StandIns()
+
+
 class EmulatedTensor(torch.Tensor):
     inner: torch.Tensor  # of the CPU, over the memory of an arena
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, index: int) -> EmulatedTensor:
@@ -177,7 +196,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in _leaves((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, EmulatedTensor)]
     wanted = kwargs.get("device")
-    if name not in ("copy_", "_to_copy"):
+    if name not in ("copy_", "_to_copy", "to"):
         _check_places(name, args, tensors, ours)
     elif (crossing := _crossing(name, args, kwargs, ours)) is not None:
         return crossing
@@ -201,10 +220,10 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     known = {id(x.inner): x for x in ours}
     storages = {x.inner.untyped_storage().data_ptr() for x in ours}
     made: list[Optional[torch.Tensor]] = []
+    # A view of a tensor that was made outside inference mode is none of inference mode either.
+    normal = not all(x.is_inference() for x in ours)
 
     def wrapped(result: Any) -> Any:
-        if isinstance(result, (list, tuple)):
-            return type(result)(wrapped(part) for part in result)
         made.append(None)
         if not isinstance(result, torch.Tensor):
             return result
@@ -212,12 +231,14 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return known[id(result)]
         if not result.numel() or result.untyped_storage().data_ptr() not in storages:
             result = made[-1] = _placed(result, index, None if graph is None else graph.arena)
-        # A view of a tensor that was made outside inference mode is none of inference mode either.
-        normal = made[-1] is None and not all(x.is_inference() for x in ours)
-        with torch.inference_mode(False) if normal else contextlib.nullcontext():
+        with torch.inference_mode(False) if normal and made[-1] is None else contextlib.nullcontext():
             return EmulatedTensor(result, index)
 
-    results = wrapped(out)
+    # No recursion: a function that knows itself would keep tensors until the next garbage collection.
+    several = isinstance(out, (list, tuple))
+    results = type(out)([wrapped(part) for part in _leaves(out)]) if several else wrapped(out)
+    if "c10d" in func._schema.name and several:  # (tensors, or lists of them; the work)
+        results = args[0], results[-1]
     is_view = func.namespace == "aten" and not writes and not any(x is not None for x in made)
     if name not in NO_LAUNCH and not is_view:
         machine.launches[name] += 1
@@ -269,12 +290,13 @@ def _check_places(name: str, args: Any, tensors: list[torch.Tensor], ours: list[
 
 def _crossing(name: str, args: Any, kwargs: Any, ours: list[EmulatedTensor]) -> Any:
     """A copy between host and device. None: it is none."""
-    if name == "_to_copy":
-        wanted = kwargs.get("device")
+    if name != "copy_":  # from the CPU, `to` comes as an empty tensor and `copy_`
+        wanted = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.device)), None)
         if wanted is None or wanted.type != "cpu" or not ours:
-            return None  # from the CPU, `to` comes as an empty tensor and `copy_`
+            return None
         machine.wait("copy to the host")
-        return args[0].inner.to(kwargs.get("dtype") or args[0].dtype, copy=True)
+        dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), args[0].dtype)
+        return args[0].inner.to(dtype, copy=True)
     into, source = args[:2]
     non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
     if isinstance(into, EmulatedTensor) == isinstance(source, EmulatedTensor):
@@ -341,7 +363,7 @@ class Graph:
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         self.stream = current_stream(None)
-        self.arena = machine.pools.setdefault(self if pool is None else pool, Arena())
+        self.arena = machine.pools.setdefault(self if pool is None else pool, Arena(of_graphs=True))
         self.before = {number for _, number, _ in self.arena.blocks.values()}
         machine.local.capture = self
 
@@ -505,8 +527,13 @@ def set_device(device: Any) -> None:
 
 
 @contextlib.contextmanager
-def emulated(devices: int = 1, total: int = 80 * 10**9, capability: tuple[int, int] = (9, 0)) -> Iterator[Machine]:
-    """Within the block torch.cuda is the emulation: build with device="emulated" (or "emulated:1")."""
+def emulated(
+    devices: int = 1, total: int = 80 * 10**9, capability: tuple[int, int] = (9, 0), triton: Any = STAND_INS
+) -> Iterator[Machine]:
+    """Within the block torch.cuda is the emulation: build with device="emulated" (or "emulated:1").
+
+    triton: what stands for `triton_kernels`, None for a machine without Triton.
+    """
     global machine
     if not _registered:
         _register()
@@ -531,15 +558,23 @@ def emulated(devices: int = 1, total: int = 80 * 10**9, capability: tuple[int, i
         overload = (overloads.default, overloads.start, overloads.start_step)[len(bounds) - 1]
         return run(overload, bounds, {"device": torch.device(device), **options})
 
+    class NewGenerator:
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return generator()
+
     def reserved(device: Any = None) -> int:
         return machine.devices[_index(device)].reserved
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(runtime.ALIASES, "emulated", "cuda")
+        patch.setattr(proven, "triton_kernels", lambda: triton)
+        for function in vars(proven).values():
+            if isinstance(function, proven.Proven):
+                patch.setattr(function, "_verdicts", {})
         patch.setattr(torch, "tensor", new_tensor)
         patch.setattr(torch, "empty", new_empty)
         patch.setattr(torch, "arange", new_arange)
-        patch.setattr(torch, "Generator", lambda device="cpu": generator())
+        patch.setattr(torch, "Generator", NewGenerator)
         patch.setattr(torch.Tensor, "is_pinned", is_pinned)
         patch.setattr(torch.Tensor, "pin_memory", lambda self: pinned(self.clone()))
         for name, value in {
