@@ -349,15 +349,7 @@ def test_products_swallow_nothing(form: Any, B: int, what: float) -> None:
 def test_they_compile(tmp_path: Path) -> None:
     """For a GPU that need not be here: the interpreter takes more than the compiler does."""
     script = Path(__file__).parents[1] / "benchmarks/sass.py"
-    names = [
-        "add_norm",
-        "rotate_and_store",
-        "attend",
-        "silu_mul",
-        "product_int8 w1w3 B=4",
-        "product_int4 w1w3 B=1",
-        "dequantize",
-    ]
+    names = ["rotate_and_store", "attend", "product_int8 w1w3 B=4", "product_int4 w1w3 B=1"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(script), "--arch", "80", "--only", *names]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
