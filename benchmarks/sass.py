@@ -33,9 +33,7 @@ from triton.compiler import ASTSource
 from llama import triton_kernels as kernels
 
 RATES = {80: {"A100": 1.7e12}, 90: {"H100": 2.9e12, "H200": 4.1e12}}  # bytes per second that good kernels reach
-TYPES = {
-    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8",
-}  # fmt: skip
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DIM, WIDTH, HEADS, SIZE, LENGTH, GROUP = 4096, 11008, 32, 128, 1024, 32
 
@@ -87,7 +85,7 @@ def compiled(kernel: Any, given: dict[str, Any], arch: int) -> Any:
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, given[parameter.name]
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
+            signature[name] = "*" + TYPES[str(value.dtype).removeprefix("torch.")]
         elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         else:
@@ -144,7 +142,7 @@ def nbytes(function: Callable[..., Any], arguments: list[Any], result: Any) -> i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=RATES)
-    parser.add_argument("--only", default="", help="kernels with this in their name")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases with one of these in their name")
     args = parser.parse_args()
     rows = []
     for arch in args.arch:
@@ -153,7 +151,7 @@ def main() -> None:
             f"\nsm_{arch}\n{'':28} regs spill shared  LDG.128  LDG  I2F MUFU FFMA HMMA  loop  each      MB  " + "  ".join(rates)
         )
         for name, (function, arguments) in cases().items():
-            if args.only not in name:
+            if not any(part in name for part in args.only):
                 continue
             found, result = launches(function, arguments)
             moved = nbytes(function, arguments, result)

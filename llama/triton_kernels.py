@@ -32,8 +32,9 @@ class Tiles(NamedTuple):
 
 # Block sizes. Chosen by counting instructions, registers and bytes in flight (benchmarks/sass.py); tune them on a GPU.
 # One activation row: 64 threads that each load 16 bytes of every row at once. 4096 rows are 4 to 8 programs for each of 132
-# multiprocessors, which have about 32 KB in flight then. More rows share the work on x, but take more registers.
-ONE = {16: Tiles(4, 512, 2), 8: Tiles(8, 1024, 2), 4: Tiles(8, 2048, 2)}
+# multiprocessors, which have 32 KB or more in flight then. More rows share the work on x, but need more registers: 8 rows of
+# int4 take 254, so that only 8 warps fit a multiprocessor; 4 take 128 and 16 % more instructions.
+ONE = {16: Tiles(4, 512, 2), 8: Tiles(8, 1024, 2), 4: Tiles(4, 2048, 2)}
 # Several rows: tensor cores. 4096 rows are 128 programs, one for each multiprocessor, so loads have to run some stages ahead.
 SEVERAL = {16: Tiles(32, 128, 4, 5), 8: Tiles(32, 256, 4, 4), 4: Tiles(32, 256, 4, 6)}
 DOT_ROWS = 16  # the least that tl.dot takes; fewer activation rows or query heads are padded to it
@@ -44,8 +45,6 @@ ELEMENTS = 1024  # that one program of silu_mul or dequantize_int4 makes
 
 # Triton 3.9 warns if this is not said.
 FUSION = {"enable_fp_fusion": True}
-# The bits of 1.0 and 1.5. Passed as arguments they stay in a register; as literals they cost an instruction per weight.
-BITS_OF_ONE, BITS_OF_ONE_AND_A_HALF = 0x3F800000, 0x3FC00000
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
@@ -308,7 +307,7 @@ def _gated(gate, up):
 
 @triton.jit
 def _one(
-    x, weight, scales, zeros, out, N, bits, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    x, weight, scales, zeros, out, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One activation row, by multiply-and-add.
@@ -323,10 +322,13 @@ def _one(
     WORDS: tl.constexpr = COLUMNS // PER_WORD
     CHUNK: tl.constexpr = min(GROUP, 32)  # int4 columns that one thread sums before it scales them
     CHUNKS: tl.constexpr = COLUMNS // CHUNK
+    # Of 1.5 or 1. The second index is 0 here; with it the sum stays in a register, else it costs an instruction per weight.
+    bits = (0x3FC00000 if KIND == 8 else 0x3F800000) + tl.program_id(1)
     first = tl.program_id(0) * (ROWS // 2 if GATED else ROWS)
     row = _rows(first, N, ROWS, GATED)
     word, pair, chunk = tl.arange(0, WORDS), tl.arange(0, COLUMNS // 2), tl.arange(0, CHUNKS)
-    at = weight + first.to(tl.int64) * LINE + (row - first)[:, None] * LINE + word[None, :]
+    start = first.to(tl.int64)
+    at = weight + start * LINE + (row - first)[:, None] * LINE + word[None, :]
     sums = tl.zeros((ROWS, CHUNKS if KIND == 4 else WORDS), tl.float32)
     offset = tl.zeros((WORDS,), tl.float32)
     for k in range(0, LINE, WORDS):
@@ -363,9 +365,9 @@ def _one(
             s += _lower(w, 3, bits) * x7[None, :]
             group = (k * PER_WORD + chunk * CHUNK) // GROUP
             known = (group < K // GROUP)[None, :]
-            places = row.to(tl.int64)[:, None] * (K // GROUP) + group[None, :]
-            scale = tl.load(scales + places, known, 0.0).to(tl.float32) * 16
-            zero = tl.load(zeros + places, known, 0.0).to(tl.float32)
+            places = (row - first)[:, None] * (K // GROUP) + group[None, :]
+            scale = tl.load(scales + start * (K // GROUP) + places, known, 0.0).to(tl.float32) * 16
+            zero = tl.load(zeros + start * (K // GROUP) + places, known, 0.0).to(tl.float32)
             total = tl.sum((left + 0.0625 * right).reshape(CHUNKS, CHUNK // 8), 1)
             sums += tl.sum(s.reshape(ROWS, CHUNKS, CHUNK // 8), 2) * scale + total[None, :] * zero
     y = tl.sum(sums - offset[None, :], 1) * (tl.load(scales + row) * 256) if KIND == 8 else tl.sum(sums, 1)
@@ -445,8 +447,7 @@ def _product(
     with on_device(x):
         if one:
             words = x.view(torch.int32), weight.view(torch.int32)
-            bits = BITS_OF_ONE_AND_A_HALF if kind == 8 else BITS_OF_ONE
-            _one[grid](*words, scales, zeros, out, N, bits, K, kind, group, gated, tiles.rows, tiles.columns, **options)
+            _one[grid](*words, scales, zeros, out, N, K, kind, group, gated, tiles.rows, tiles.columns, **options)
         else:
             batch = max(DOT_ROWS, triton.next_power_of_2(B))
             _several[grid](
