@@ -11,8 +11,9 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from .parallel import group_rank, group_size, is_first_process, model_parallel_g
 from .quantization import Quantized, quantize_layers
 from .rounding import Quantization, row_maxima
 from .runtime import DTYPES, device_kind
+from .staging import Job, Sender, run_jobs
 
 IGNORED = {"rope.freqs"}  # a table that Meta's files carry and that is computed here
 
@@ -164,22 +166,27 @@ class MetaCheckpoint:
         if any(not torch.equal(shard[name], self.shards[0][name]) for shard in self.shards[1:]):
             raise ValueError(f"the shards in {self.folder} have different {name}; they are not shards of one model")
 
-    def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
-        """Entries start … stop of the full matrix along `shard_dim`; a view of the mapping where one shard has them all.
+    def parts(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> list[torch.Tensor]:
+        """Entries start … stop of the full matrix along `shard_dim`, as views of the mapping in the order of the shards.
 
         4 shards on 2 ranks: rank 1 asks for the second half, which is shards 2 and 3. 2 shards on 4 ranks: rank 1 asks
         for the second quarter, which is the second half of shard 0.
         """
         pieces = [shard[name] for shard in self.shards]
         if shard_dim is None:
-            return pieces[0]
+            return pieces[:1]
         each = pieces[0].shape[shard_dim]
         parts = []
         for i, piece in enumerate(pieces):
             low, high = max(start, i * each), min(stop, (i + 1) * each)
             if low < high:
                 parts.append(piece.narrow(shard_dim, low - i * each, high - low))
-        if len(parts) == 1:
+        return parts
+
+    def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
+        """The `parts` as one tensor, which is a view of the mapping if one shard has all of it."""
+        parts = self.parts(name, shard_dim, start, stop)
+        if shard_dim is None or len(parts) == 1:
             return parts[0]
         shape = list(parts[0].shape)
         shape[shard_dim] = stop - start
@@ -342,44 +349,108 @@ def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tenso
 
 def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Give a model that was built on the meta device, and that `prepare` passed, its weights, and make its cache."""
+    if device_kind(device) == "cpu":
+        _fill_mapped(model, checkpoint, dtype)
+    else:
+        model.allocate_weights(device, dtype)
+        jobs = _jobs(model, checkpoint)
+        with _progress(len(jobs)) as progress:
+            for _ in run_jobs(jobs, device, checkpoint.mapped):
+                progress.update()
+    model.allocate(device, dtype)
+
+
+def _progress(tensors: int) -> Any:
+    """Shown after a second and a half, and only on a terminal of the rank that speaks."""
+    quiet = None if is_first_process() else True
+    return tqdm(total=tensors, desc="Loading", unit="tensor", delay=1.5, leave=False, disable=quiet)
+
+
+class Part(NamedTuple):
+    """What this rank reads of one tensor of the checkpoint: entries start … stop along `dim`."""
+
+    name: str
+    dim: Optional[int]
+    start: int
+    stop: int
+    layer: Optional[Quantized]  # that rounds what is read. Its other tensors have no parts of their own
+
+
+def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
     group = model_parallel_group()
     rank, ranks = group_rank(group), group_size(group)
-    layers = quantized_layers(model)
-    to_round = layers if stored_quantization(checkpoint) is None else {}
-    weights: dict[str, torch.Tensor] = {}
-    done: set[str] = set()
-    mapped = False
-    # Shown after a second and a half, and only on a terminal of the rank that speaks.
-    for name, (shape, dim, copies) in tqdm(
-        cut(model).items(), "Loading", unit="tensor", delay=1.5, leave=False, disable=None if is_first_process() else True
-    ):
-        prefix = name.rpartition(".")[0]
-        if prefix in done:  # with another tensor of its layer
+    to_round = quantized_layers(model) if stored_quantization(checkpoint) is None else {}
+    parts = []
+    for name, (shape, dim, copies) in cut(model).items():
+        prefix, _, kind = name.rpartition(".")
+        layer = to_round.get(prefix)
+        if layer is not None and kind != "weight":
             continue
-        part = 0 if dim is None else shape[dim] * copies // ranks
-        first = rank // copies * part
-        if (layer := to_round.get(prefix)) is not None:
-            part = layer.in_features // ranks if dim == 1 else part  # of the numbers, of which a byte may hold two
-            first = rank // copies * part
-            layer.load_state_dict(quantized(checkpoint, prefix, layer, first, first + part, device), assign=True)
-            layer.pack(dtype)  # at once: what it was rounded to is let go
-            return_freed()
-            done.add(prefix)
-            continue
-        stored = checkpoint.read(name, dim, first, first + part)
-        wanted = stored.dtype if prefix in layers else dtype
-        if stored.dtype == wanted and device_kind(device) == "cpu" and stored.is_contiguous():
-            weights[name], mapped = stored, True
+        size = 0 if dim is None else shape[dim] * copies // ranks
+        if layer is not None and dim == 1:
+            size = layer.in_features // ranks  # of the numbers, of which a byte may hold two
+        parts.append(Part(name, dim, rank // copies * size, (rank // copies + 1) * size, layer))
+    return parts
+
+
+def _jobs(model: Transformer, checkpoint: Checkpoint) -> list[Job]:
+    """For each part of the checkpoint: bring it into the weights that the model has on a device."""
+    weights = dict(model.named_parameters())
+    jobs: list[Job] = []
+    for part in _parts(model, checkpoint):
+        if part.layer is None:
+            jobs.append(partial(_copy_part, checkpoint, part, weights[part.name].detach()))
         else:
-            weights[name] = torch.empty(stored.shape, dtype=wanted, device=device)
-            checkpoint.mapped.copy(stored, weights[name])
-    model.load_state_dict(weights, strict=not done, assign=True)  # the names are right: `check_weights` saw them
+            jobs.append(partial(_round_part, checkpoint, part, part.layer))
+    return jobs
+
+
+def _copy_part(checkpoint: Checkpoint, part: Part, weight: torch.Tensor, sender: Sender) -> None:
+    for rows, piece in sender.pieces(checkpoint.parts(part.name, part.dim, part.start, part.stop), part.dim):
+        weight[rows].copy_(piece)  # which converts it, on the device
+
+
+def _round_part(checkpoint: Checkpoint, part: Part, layer: Quantized, sender: Sender) -> None:
+    start, stop, columns = part.start, part.stop, slice(None)
+    if layer.kind == "int8" and part.dim == 1:  # a scale belongs to the full row, so that is sent
+        start, stop, columns = 0, layer.in_features, slice(part.start, part.stop)
+    weights = {name: tensor.detach() for name, tensor in layer.named_parameters(recurse=False)}
+    for rows, piece in sender.pieces(checkpoint.parts(part.name, part.dim, start, stop), part.dim):
+        into = {name: tensor[rows] for name, tensor in weights.items()}
+        layer.round(piece[:, columns].float(), row_maxima(piece), into)
+
+
+def _fill_mapped(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """On a CPU, a tensor that needs no change stays in the mapping."""
+    device = torch.device("cpu")
+    layers = quantized_layers(model)
+    weights: dict[str, torch.Tensor] = {}
+    rounded: set[str] = set()
+    mapped = False
+    parts = _parts(model, checkpoint)
+    with _progress(len(parts)) as progress:
+        for name, dim, start, stop, layer in parts:
+            progress.update()
+            prefix = name.rpartition(".")[0]
+            if layer is not None:
+                layer.load_state_dict(quantized(checkpoint, prefix, layer, start, stop, device), assign=True)
+                layer.pack(dtype)  # at once, to free the tensors that were packed
+                return_freed()
+                rounded.add(prefix)
+                continue
+            stored = checkpoint.read(name, dim, start, stop)
+            wanted = stored.dtype if prefix in layers else dtype
+            if stored.dtype == wanted and stored.is_contiguous():
+                weights[name], mapped = stored, True
+            else:
+                weights[name] = torch.empty(stored.shape, dtype=wanted, device=device)
+                checkpoint.mapped.copy(stored, weights[name])
+    model.load_state_dict(weights, strict=not rounded, assign=True)  # the names are right: `check_weights` saw them
     weights.clear()
-    for prefix in layers.keys() - done:
+    for prefix in layers.keys() - rounded:
         for tensor in layers[prefix].pack(dtype):
             checkpoint.mapped.release(tensor)
     if layers:
         return_freed()
     if not mapped:
         model.fuse()
-    model.allocate(device, dtype)

@@ -71,7 +71,7 @@ def info(
     place = runtime.choose_device(device, runtime.Launch.read())
     chosen = runtime.choose_dtype(dtype, stored, place)
     quantization = choose_quantization(checkpoint, quantize)
-    need, free = memory.estimate(args, chosen, processes, quantization), memory.free_bytes(place)
+    need, free = memory.estimate(args, chosen, processes, quantization, place), memory.free_bytes(place)
     sharers = processes if runtime.device_kind(place) == "cpu" else 1
     numbers = memory.estimate(args, torch.int8).weights
     whole = memory.estimate(args, stored, 1, stored_quantization(checkpoint)).weights
@@ -89,8 +89,7 @@ def info(
     print(f"  processes   {', '.join(map(str, process_counts(args)))}")
     print(f"  memory      {processes} process{'es' * (processes > 1)}, {max_batch_size=}, {max_seq_len=}, "
           f"dtype={str(chosen).removeprefix('torch.')}{form}; on each process:")  # fmt: skip
-    print(f"              {memory.gigabytes(need.weights)} of weights, {memory.gigabytes(need.cache)} of cache, "
-          f"up to {memory.gigabytes(need.temporary)} while prompts are read")  # fmt: skip
+    print(f"              {need}, and up to {memory.gigabytes(need.temporary)} while prompts are read")
     if free is None:
         print(f"  free        {place} does not tell")
     else:

@@ -16,16 +16,8 @@ from .model import Attention, FeedForward, RMSNorm, Transformer, TransformerBloc
 from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, all_gather, all_reduce
 from .quantization import STORED_ROWS, Int4, Int8, Quantized
 
-OURS = (
-    Transformer,
-    TransformerBlock,
-    Attention,
-    FeedForward,
-    RMSNorm,
-    ParallelEmbedding,
-    ColumnParallelLinear,
-    RowParallelLinear,
-)
+LAYERS = (ParallelEmbedding, ColumnParallelLinear, RowParallelLinear)
+OURS = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, torch.nn.ModuleList, *LAYERS)
 
 
 def suits(model: Transformer) -> bool:
@@ -58,7 +50,7 @@ def step(
 
 def _joined(block: Union[Attention, FeedForward]) -> Any:
     """One matrix of all that the block multiplies its input with."""
-    return getattr(block, "joined", None) or block.fused
+    return block.joined or block.fused
 
 
 def multiply(x: torch.Tensor, matrix: Any, gated: bool = False) -> torch.Tensor:

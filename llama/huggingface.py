@@ -207,6 +207,15 @@ class HuggingFaceCheckpoint:
             shape[0] = min(shape[0], self.args.vocab_size)
         return shape
 
+    def parts(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> list[torch.Tensor]:
+        """What `read` returns, as a view of the mapping, in a list of one; rows of q and k as (heads, D/2, 2, columns)."""
+        if shard_dim == 1 or not name.endswith(ROTATED):
+            return [self.read(name, shard_dim, start, stop)]
+        half = self.args.head_size // 2
+        low, high = (start, stop) if shard_dim == 0 else (0, self.shape(name, shard_dim)[0])  # whole heads
+        rows = self._parts[name].get_slice(self._theirs[name])[low:high]
+        return [rows.view(-1, 2, half, rows.shape[-1]).transpose(1, 2)]
+
     def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
         """Entries start … stop along `shard_dim`, all if that is None; a view of the mapping where rows keep their order."""
         weight = self._parts[name].get_slice(self._theirs[name])

@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .quantization import dequantized
+from .rounding import dequantized
 
 
 def add_norm(

@@ -15,6 +15,16 @@ from .model import ModelArgs, process_counts
 from .rounding import KINDS, Quantization
 from .runtime import device_kind
 
+# What a GPU takes beside tensors. cuBLAS has a workspace (torch's: 32 MiB on Hopper, less before) for each stream that
+# multiplies: the one that reads prompts, and the one that graphs are recorded on.
+WORKSPACE_BYTES = 32 * 2**20
+STREAMS = 2
+KERNEL_BYTES = 192 * 2**20  # CUDA brings the code of torch's and cuBLAS's kernels to the GPU when they are first called
+NCCL_BYTES = 768 * 2**20  # of each process: a few MiB for each channel, peer and protocol, for the model's group and all's
+# A recorded step keeps its temporaries for itself. With one row of the batch those are float32 logits, probabilities and
+# their sum, sorted, with int64 places; there are graphs for one row, and for 2, 4, 8 … rows, which add up to twice the last.
+GRAPH_LOGITS = 2 * 8
+
 
 class Need(NamedTuple):
     """Bytes on one process."""
@@ -22,14 +32,30 @@ class Need(NamedTuple):
     weights: int
     cache: int
     temporary: int  # the most that a prefill of the whole cache holds at once
+    overhead: int = 0  # on a GPU: workspaces, code, recorded steps, buffers of the collectives
 
     @property
     def resident(self) -> int:
-        return self.weights + self.cache
+        return self.weights + self.cache + self.overhead
+
+    def __str__(self) -> str:
+        parts = [f"{gigabytes(self.weights)} of weights", f"{gigabytes(self.cache)} of cache"]
+        if self.overhead:
+            parts.append(f"{gigabytes(self.overhead)} for CUDA's libraries and recorded steps")
+        return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def estimate(args: ModelArgs, dtype: torch.dtype, processes: int = 1, quantization: Optional[Quantization] = None) -> Need:
-    """What max_batch_size rows of max_seq_len tokens need when the model is shared by that many processes."""
+def estimate(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    processes: int = 1,
+    quantization: Optional[Quantization] = None,
+    device: Optional[torch.device] = None,
+) -> Need:
+    """What max_batch_size rows of max_seq_len tokens need when the model is shared by that many processes.
+
+    device: adds what a GPU takes besides, if it is one.
+    """
 
     def matrix(rows: int, columns: int, parts: int = 1) -> int:
         """Bytes of rows x columns, of which the full matrix has so many side by side."""
@@ -52,13 +78,21 @@ def estimate(args: ModelArgs, dtype: torch.dtype, processes: int = 1, quantizati
         weights=weights,
         cache=size * 2 * args.n_layers * tokens * keys,
         temporary=tokens * max(size * attention + rotating, size * feed_forward),
+        overhead=_overhead(args, processes) if device is not None and device_kind(device) == "cuda" else 0,
     )
+
+
+def _overhead(args: ModelArgs, processes: int) -> int:
+    graphs = 4 * GRAPH_LOGITS * args.max_batch_size * args.vocab_size
+    return STREAMS * WORKSPACE_BYTES + KERNEL_BYTES + NCCL_BYTES * (processes > 1) + graphs
 
 
 def free_bytes(device: torch.device) -> Optional[int]:
     """What this process may still allocate on the device; None where the system does not tell."""
     if device_kind(device) == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps of freed tensors is free for new ones.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device_kind(device) == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return _free_host_bytes(Path("/"))
@@ -124,7 +158,7 @@ def check_fits(
 
     sharers: how many of the processes use this device's memory (on a CPU, all of a machine).
     """
-    need, free = estimate(args, dtype, processes, quantization), free_bytes(device)
+    need, free = estimate(args, dtype, processes, quantization, device), free_bytes(device)
     if free is None or need.resident * sharers <= free:
         return
     each = f" for each of {sharers} processes" if sharers > 1 else ""
@@ -132,8 +166,8 @@ def check_fits(
     missing = gigabytes(need.resident * sharers - free)
     advice = way_out(args, dtype, processes, device, free, sharers, quantization)
     raise ValueError(
-        f"not enough memory: the weights take {gigabytes(need.weights)} and the cache {gigabytes(need.cache)}{each}, but "
-        f"{place} has {gigabytes(free)} free, {missing} too little; {advice}"
+        f"not enough memory: the model takes {need}{each}, but {place} has {gigabytes(free)} free, {missing} too little; "
+        f"{advice}"
     )
 
 
@@ -155,7 +189,7 @@ def way_out(
         processes: int = processes,
         quantization: Optional[Quantization] = quantization,
     ) -> bool:
-        need = estimate(changed, dtype, processes, quantization)
+        need = estimate(changed, dtype, processes, quantization, device)
         return (need.resident + need.temporary * working) * sharers <= free
 
     def shares(quantization: Optional[Quantization], processes: int) -> bool:
@@ -202,11 +236,11 @@ def explained(
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        need, free = estimate(args, dtype, processes, quantization), free_bytes(device) or 0
+        need, free = estimate(args, dtype, processes, quantization, device), free_bytes(device) or 0
         room = free + need.resident * sharers
         advice = way_out(args, dtype, processes, device, room, sharers, quantization, working=True)
         raise type(error)(
-            f"{device} is out of memory: the model has {gigabytes(need.weights)} of weights and {gigabytes(need.cache)} of "
-            f"cache, and takes up to {gigabytes(need.temporary)} while it reads prompts of {args.max_seq_len} tokens; shorter "
-            f"or fewer prompts at once, or a build with less: {advice} ({str(error).splitlines()[0]})"
+            f"{device} is out of memory: the model has {need}, and takes up to {gigabytes(need.temporary)} while it reads "
+            f"prompts of {args.max_seq_len} tokens; shorter or fewer prompts at once, or a build with less: {advice} "
+            f"({str(error).splitlines()[0]})"
         ) from error

@@ -21,6 +21,7 @@ from torch import nn
 from .parallel import (
     AMX,
     ColumnParallelLinear,
+    Make,
     ParallelEmbedding,
     RowParallelLinear,
     fuse,
@@ -29,6 +30,7 @@ from .parallel import (
     model_parallel_group,
     products,
 )
+from .quantization import Quantized, join_quantized
 from .runtime import device_kind
 
 
@@ -234,6 +236,7 @@ class Attention(nn.Module):
     cache_k: torch.Tensor
     cache_v: torch.Tensor
     fused: Optional[torch.Tensor]  # wq, wk and wv in one matrix, where `Transformer.fuse` made it
+    joined: Optional[Quantized] = None  # the same of quantised layers; hidden from `modules()`, which has its parts
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -261,7 +264,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, window: Window) -> torch.Tensor:
         """(B, S, dim) -> (B, S, dim)"""
-        projected = products(x, self.fused, (self.wq, self.wk, self.wv))
+        projected = products(x, self.joined or self.fused, (self.wq, self.wk, self.wv))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (B, S, H or K, D)
         q, k = rotate(q, window.rotary), rotate(k, window.rotary)
         with torch.no_grad():
@@ -276,6 +279,7 @@ class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x). (..., dim) -> (..., dim)"""
 
     fused: Optional[torch.Tensor]  # w1 and w3 in one matrix, where `Transformer.fuse` made it
+    joined: Optional[Quantized] = None  # see `Attention`
 
     def __init__(
         self,
@@ -294,7 +298,7 @@ class FeedForward(nn.Module):
         self.register_buffer("fused", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = products(x, self.fused, (self.w1, self.w3), any_order=True)
+        gate, up = products(x, self.joined or self.fused, (self.w1, self.w3), any_order=True)
         if torch.is_grad_enabled():
             return self.w2(F.silu(gate) * up)
         return self.w2(F.silu(gate, inplace=True).mul_(up))  # these are the largest tensors of a pass: no more of them
@@ -342,31 +346,36 @@ class Transformer(nn.Module):
             return torch.empty(args.max_seq_len, args.head_size // 2, dtype=torch.complex64, device=device)
         with torch.device("cpu"):
             table = precompute_freqs_cis(args.head_size, args.max_seq_len, args.rope_theta)
-        return table.to(device)
+        # Through pinned memory the host need not wait for a GPU.
+        return table.pin_memory().to(device, non_blocking=True) if device_kind(device) == "cuda" else table.to(device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Transformer:
-        fused = [module for module, _ in self._fusable() if module.fused is not None]
+        fused = [module for module, _ in self._fusable() if module.fused is not None or module.joined is not None]
         for module in fused:
-            module.fused = None  # what moves is its parts
+            module.fused = vars(module)["joined"] = None  # what moves is its parts
         super()._apply(fn, recurse)
         if fused:
             self.fuse()
         self.freqs_cis = self._rotations(self.norm.weight.device)
         return self
 
-    def fuse(self) -> None:
+    def fuse(self, make: Make = torch.cat) -> None:
         """Let wq, wk and wv share one matrix, and w1 and w3 another: two products of a block in place of five.
 
-        For weights that are this process's own: those that lie in a mapped file would be copied.
+        For weights that are this process's own: those that lie in a mapped file would be copied. make: see `parallel.join`.
         """
         for module, layers in self._fusable():
-            module.fused = fuse(layers)
+            module.fused = fuse(layers, make)
+            vars(module)["joined"] = join_quantized(layers, make)  # past nn.Module, which would make it a child
 
     def keep_fused(self) -> None:
         """Fuse anew where somebody has put other weights into the layers since."""
         for module, layers in self._fusable():
             if module.fused is not None and not is_fused(module.fused, layers):
                 module.fused = fuse(layers)
+            whole = module.joined
+            if whole is not None and not all(is_fused(t, layers, name) for name, t in whole.named_parameters(recurse=False)):
+                vars(module)["joined"] = join_quantized(layers)
 
     def _fusable(self) -> Iterator[tuple[Union[Attention, FeedForward], list[Any]]]:
         for module in self.modules():
@@ -374,6 +383,21 @@ class Transformer(nn.Module):
                 yield module, [module.wq, module.wk, module.wv]
             elif isinstance(module, FeedForward):
                 yield module, [module.w1, module.w3]
+
+    def allocate_weights(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Give a model on the meta device weights on another, without numbers yet, joined as `fuse` joins them. Quantised
+        layers keep their dtypes."""
+        stored = {id(p) for module in self.modules() if isinstance(module, Quantized) for p in module.parameters(recurse=False)}
+
+        def empty(parts: list[torch.Tensor]) -> torch.Tensor:
+            wanted = parts[0].dtype if id(parts[0]) in stored else dtype
+            return torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=wanted, device=device)
+
+        self.fuse(empty)
+        for module in self.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                if p.is_meta:
+                    setattr(module, name, nn.Parameter(empty([p]), requires_grad=p.requires_grad))
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make everything that is not a weight: empty caches and the rotary table."""

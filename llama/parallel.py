@@ -24,6 +24,7 @@ from torch import nn
 
 from .runtime import current, device_kind, has_failed, machine, release_first
 
+Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes one tensor of several that are to lie in it, one below the other
 Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
 
 # Whether the processor multiplies tiles (Intel's AMX). There oneDNN and fused attention are the fastest with one row too,
@@ -409,36 +410,57 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         return product(x, self.weight, any_order)
 
 
-def fuse(layers: Sequence[ColumnParallelLinear]) -> Optional[torch.Tensor]:
+def fuse(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optional[torch.Tensor]:
     """Make the layers' weights the parts of one matrix and return that: one product in place of several reads it faster.
 
-    None where they are not plain weights (quantised ones are not).
+    None if they are not plain weights; for quantised ones see `quantization.join_quantized`. make: see `join`.
     """
     if any(type(layer) is not ColumnParallelLinear for layer in layers):
         return None
-    whole = torch.cat([layer.weight.detach() for layer in layers])
-    for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
-        layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
+    return join(layers, "weight", make)
+
+
+def join(layers: Sequence[nn.Module], name: str, make: Make = torch.cat) -> torch.Tensor:
+    """Make the layers' parameters of that name views of one tensor, one below the other, and return it.
+
+    make: the parameters -> that tensor. Any but `torch.cat` gives them other numbers, or none yet.
+    """
+    parts: list[torch.Tensor] = [layer.get_parameter(name) for layer in layers]
+    with torch.no_grad():
+        whole = make(parts)
+    for layer, old, part in zip(layers, parts, whole.split([len(part) for part in parts])):
+        setattr(layer, name, nn.Parameter(part, requires_grad=old.requires_grad))
     return whole
 
 
 def products(
-    x: torch.Tensor, fused: Optional[torch.Tensor], layers: Sequence[ColumnParallelLinear], any_order: bool = False
+    x: torch.Tensor,
+    fused: Any,
+    layers: Sequence[ColumnParallelLinear],
+    any_order: bool = False,
 ) -> Sequence[torch.Tensor]:
-    """What each of the layers makes of x, by one product where `fuse` made one matrix of them. any_order: see `product`."""
+    """What each of the layers makes of x. any_order: see `product`.
+
+    fused: one matrix (`fuse`) or one quantised layer (`join_quantized`) of them all, for one product in place of several;
+    None if there is neither.
+    """
     if torch.is_grad_enabled():  # a gradient goes to each layer's own weight
         return [layer(x) for layer in layers]
     if fused is None:
         shared = layers[0].shared(x)
         return [layer.product(x, shared, any_order) for layer in layers]
-    return product(x, fused, any_order).split([layer.output_size_per_partition for layer in layers], dim=-1)
+    y = product(x, fused, any_order) if isinstance(fused, torch.Tensor) else fused.product(x, any_order=any_order)
+    return y.split([layer.output_size_per_partition for layer in layers], dim=-1)
 
 
-def is_fused(whole: torch.Tensor, layers: Sequence[ColumnParallelLinear]) -> bool:
-    """Whether the layers' weights are still the parts of `whole`, in this order."""
-    ends = [layer.weight.data_ptr() + layer.weight.nbytes for layer in layers]
-    starts = [layer.weight.data_ptr() for layer in layers]
-    return [*starts, ends[-1]] == [whole.data_ptr(), *ends]
+def is_fused(whole: torch.Tensor, layers: Sequence[nn.Module], name: str = "weight") -> bool:
+    """Whether the layers' parameters of that name are still the parts of `whole`, in this order."""
+    tensors = [getattr(layer, name, None) for layer in layers]
+    parts = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    if len(parts) < len(layers):
+        return False
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    return [*(part.data_ptr() for part in parts), ends[-1]] == [whole.data_ptr(), *ends]
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):

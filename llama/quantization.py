@@ -6,7 +6,8 @@ reads 1 to 10 billion weights a second where these read 25 on two cores, and its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any, NamedTuple, Optional, cast
 
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parallel import ColumnParallelLinear, RowParallelLinear, group_size
-from .rounding import Quantization, pairs, row_maxima, to_int4, to_int8, unpair
+from . import proven
+from .parallel import ColumnParallelLinear, Make, RowParallelLinear, group_size, join
+from .rounding import Quantization, dequantized, pairs, row_maxima, to_int4, to_int8, unpair
 from .runtime import device_kind
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
@@ -25,8 +27,9 @@ FEW_ROWS = 64
 DEQUANTIZED = 2**21  # int4 numbers at a time: fewer cost more in calls than they save in a cache
 BASE = 254  # of the digits that activations are written in: each is half a step wrong at most, which the next one counts in
 BLOCK_ROWS = 2048  # of activations that the int8 product takes at a time: what it makes of them is twice their size
-STORED_ROWS = 16
 PLAIN = 2**21  # numbers: smaller int8 matrices are multiplied as they are, larger ones packed
+# On a GPU: up to this many rows are multiplied with the stored weights, for more a plain matrix is made of them first.
+STORED_ROWS = 16
 
 
 def blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -66,6 +69,13 @@ class Quantized(nn.Module):
 
     def quantize(self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
         """Some of the layer's weights, as they are stored, on a device. maxima: of the full rows, if `weight` has parts."""
+        made = self.empty(len(weight), weight.shape[1], device)
+        for rows, block in blocks(weight, device):
+            self.round(block, row_maxima(block) if maxima is None else maxima[rows], {n: t[rows] for n, t in made.items()})
+        return made
+
+    def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
+        """Round rows of the layer, float32, into the same rows of its tensors. maxima: of the full rows."""
         raise NotImplementedError
 
     def plain(self) -> dict[str, torch.Tensor]:
@@ -140,12 +150,9 @@ class Int8(Quantized):
             "scales": torch.empty(rows, dtype=torch.float32, device=device),
         }
 
-    def quantize(self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-        made = self.empty(len(weight), weight.shape[1], device)
-        for rows, block in blocks(weight, device):
-            largest = row_maxima(block) if maxima is None else maxima[rows]
-            made["weight"][rows], made["scales"][rows] = to_int8(block, largest)
-        return made
+    def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
+        for name, numbers in zip(("weight", "scales"), to_int8(block, maxima)):
+            into[name].copy_(numbers)
 
     def plain(self) -> dict[str, torch.Tensor]:
         weight = self.weight.detach()
@@ -186,8 +193,10 @@ class Int8(Quantized):
         elif device_kind(weight) == "cpu":  # never all of it in the wider dtype
             step = max(1, 2**22 // weight.shape[1])
             y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(step)], dim=-1)
-        else:
-            y = F.linear(x, weight.to(x.dtype))  # which Inductor makes one kernel of
+        elif device_kind(weight) == "cuda" and len(x) <= STORED_ROWS:
+            return proven.product_int8(x, weight, self.scales)
+        else:  # 128 is exact, and keeps sums of float16, with weights up to 127, in range
+            return (F.linear(x / 128, weight.to(x.dtype)) * (self.scales * 128)).to(x.dtype)
         return (y * self.scales).to(x.dtype)
 
 
@@ -286,12 +295,10 @@ class Int4(Quantized):
             "zeros": torch.empty(shape, dtype=torch.bfloat16, device=device),
         }
 
-    def quantize(self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-        made = self.empty(len(weight), weight.shape[1], device)
-        for part, block in blocks(weight, device):
-            numbers, made["scales"][part], made["zeros"][part] = to_int4(block, self.group_columns)
-            made["weight"][part] = pairs(numbers)
-        return made
+    def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
+        numbers, scales, zeros = to_int4(block, self.group_columns)
+        for name, made in (("weight", pairs(numbers)), ("scales", scales), ("zeros", zeros)):
+            into[name].copy_(made)
 
     def plain(self) -> dict[str, torch.Tensor]:
         if not self.packed:
@@ -321,21 +328,13 @@ class Int4(Quantized):
         return []
 
     def _packed_weight(self) -> Optional[torch.Tensor]:
-        """For torch's own products, of bfloat16 with groups of 32 and more. None where there is none."""
+        """For torch's own products on a CPU, of bfloat16 with groups of 32 and more. None if there is none."""
         weight, device = self.weight.detach(), self.device
         rows = len(weight)
         if self.group_columns < 32:
             return None
         if device_kind(device) == "cpu" and hasattr(torch, "_weight_int4pack_mm_for_cpu") and rows % 64 == 0:
             return torch._convert_weight_to_int4pack_for_cpu(unpair(weight).int(), 1)
-        if (
-            device_kind(device) == "cuda"
-            and torch.version.hip is None
-            and torch.cuda.get_device_capability(device) >= (8, 0)
-            and rows % 8 == 0
-            and self.columns % 128 == 0
-        ):
-            return torch._convert_weight_to_int4pack(weight, 8)
         return None
 
     def product(self, x: torch.Tensor, shared: Any = None, any_order: bool = False) -> torch.Tensor:
@@ -343,23 +342,24 @@ class Int4(Quantized):
         rows = x.reshape(-1, x.shape[-1])
         if not self.packed:
             y = self._generic(rows)
-        elif len(rows) <= FEW_ROWS or device_kind(self.device) != "cpu" or packed_layout() is None:
+        elif len(rows) <= FEW_ROWS or packed_layout() is None:
             y = self._few(rows.bfloat16(), self.scales_and_zeros).to(x.dtype)
         else:
             y = self._many(rows.bfloat16()).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
     def _few(self, x: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
-        on_cpu = device_kind(x) == "cpu"
-        multiply = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
-        return multiply(x.contiguous(), self.weight, self.group_columns, scales_and_zeros)
+        return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.weight, self.group_columns, scales_and_zeros)
 
     def _generic(self, x: torch.Tensor) -> torch.Tensor:
         """In x's own dtype, dequantised a few rows at a time."""
         assert self.scales is not None
         assert self.zeros is not None
-        on_cpu = device_kind(x) == "cpu"
-        step = max(1, 2**22 // self.columns) if on_cpu else len(self.weight)
+        if device_kind(x) == "cuda":
+            if len(x) <= STORED_ROWS:
+                return proven.product_int4(x, self.weight, self.scales, self.zeros)
+            return F.linear(x, proven.dequantize_int4(self.weight, self.scales, self.zeros, x.dtype))
+        step = max(1, 2**22 // self.columns) if device_kind(x) == "cpu" else len(self.weight)
         parts = zip(self.weight.split(step), self.scales.split(step), self.zeros.split(step))
         return torch.cat([F.linear(x, dequantized(*part, x.dtype)) for part in parts], dim=-1)
 
@@ -392,12 +392,6 @@ class Int4(Quantized):
                     torch.mul(centred, scales[some, part, :, rows], out=target[:, part, :, rows])
             y[:, columns] = x @ weight
         return y
-
-
-def dequantized(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """int4 as it is stored -> (rows, columns)"""
-    numbers = unpair(weight).view(torch.int8).sub_(8).to(dtype).unflatten(1, (scales.shape[1], -1))
-    return torch.addcmul(zeros.to(dtype)[..., None], numbers, scales.to(dtype)[..., None]).flatten(1)
 
 
 @lru_cache
@@ -440,6 +434,23 @@ class Int4ColumnParallelLinear(Int4, ColumnParallelLinear):
 
 class Int4RowParallelLinear(Int4, RowParallelLinear):
     shard_dims = {"weight": 1, "scales": 1, "zeros": 1}  # noqa: RUF012
+
+
+def join_quantized(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optional[Quantized]:
+    """One layer over the rows of several, whose tensors become views of its own; see `parallel.join`.
+
+    None if they are not quantised layers of one kind, or lie on a CPU, which multiplies with packed forms.
+    """
+    first = layers[0]
+    if not isinstance(first, Quantized) or any(type(layer) is not type(first) for layer in layers):
+        return None
+    if device_kind(first.device) == "cpu" or first.shard_dim != 0:
+        return None
+    names = [name for name, tensor in first.named_parameters(recurse=False)]
+    whole = copy(first)  # which shares its dictionaries with the first layer, so the parameters get one of their own
+    whole._parameters = {name: nn.Parameter(join(layers, name, make), requires_grad=False) for name in names}
+    whole._parameters["bias"] = None
+    return whole
 
 
 def quantize_layers(model: nn.Module, quantization: Quantization) -> None:

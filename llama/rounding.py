@@ -119,3 +119,9 @@ def pairs(numbers: torch.Tensor) -> torch.Tensor:
 
 def unpair(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+
+
+def dequantized(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int4 as it is stored -> (rows, columns)"""
+    numbers = unpair(weight).view(torch.int8).sub_(8).to(dtype).unflatten(1, (scales.shape[1], -1))
+    return torch.addcmul(zeros.to(dtype)[..., None], numbers, scales.to(dtype)[..., None]).flatten(1)

@@ -58,6 +58,7 @@ class Arena:
 
     def __init__(self, of_graphs: bool = False) -> None:
         self.of_graphs = of_graphs  # whose replays go on using what was freed
+        self.lock = threading.RLock()  # a tensor may be freed, by the garbage collector, while another is allocated
         self.memory = np.zeros(ARENA_BYTES, dtype=np.uint8)
         self.base = self.memory.ctypes.data
         self.reserved = 0
@@ -67,13 +68,14 @@ class Arena:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         size = -(-max(1, nbytes) // GRAIN) * GRAIN
-        if self.free[size]:
-            offset = self.free[size].pop()
-        else:
-            offset, self.reserved = self.reserved, self.reserved + size
-            if self.reserved > ARENA_BYTES:
-                raise torch.OutOfMemoryError("the emulated GPU is out of memory")
-        self.blocks[offset] = size, next(self.serial), here()
+        with self.lock:
+            if self.free[size]:
+                offset = self.free[size].pop()
+            else:
+                offset, self.reserved = self.reserved, self.reserved + size
+                if self.reserved > ARENA_BYTES:
+                    raise torch.OutOfMemoryError("the emulated GPU is out of memory")
+            self.blocks[offset] = size, next(self.serial), here()
         piece = self.memory[offset : offset + size]
         weakref.finalize(piece, self._release, offset, size)
         return torch.from_numpy(piece)[:nbytes]
@@ -81,8 +83,16 @@ class Arena:
     def _release(self, offset: int, size: int) -> None:
         if not self.of_graphs:
             self.poison(offset, size)
-        del self.blocks[offset]
-        self.free[size].append(offset)
+        with self.lock:
+            del self.blocks[offset]
+            self.free[size].append(offset)
+
+    def trim(self) -> None:
+        """Give back what lies behind the last living block."""
+        with self.lock:
+            self.reserved = max((offset + size for offset, (size, _, _) in self.blocks.items()), default=0)
+            for size, offsets in self.free.items():
+                offsets[:] = [offset for offset in offsets if offset + size <= self.reserved]
 
     def poison(self, offset: int, size: int) -> None:
         self.memory[offset : offset + size] = POISON
@@ -90,11 +100,13 @@ class Arena:
     def block(self, address: int) -> Optional[tuple[int, int, str]]:
         """(offset, serial number, line) of the living block around an address."""
         place = address - self.base
-        return next(((o, n, w) for o, (size, n, w) in self.blocks.items() if o <= place < o + size), None)
+        with self.lock:
+            return next(((o, n, w) for o, (size, n, w) in self.blocks.items() if o <= place < o + size), None)
 
     @property
     def allocated(self) -> int:
-        return sum(size for size, _, _ in self.blocks.values())
+        with self.lock:
+            return sum(size for size, _, _ in self.blocks.values())
 
 
 class Machine:
@@ -589,7 +601,7 @@ def emulated(
             "mem_get_info": lambda device=None: (machine.total - reserved(device), machine.total),
             "memory_reserved": reserved,
             "memory_allocated": lambda device=None: machine.devices[_index(device)].allocated,
-            "empty_cache": lambda: None,
+            "empty_cache": lambda: [arena.trim() for arena in machine.devices],
             "synchronize": lambda *_: machine.wait("synchronize"),
             "CUDAGraph": Graph,
             "graph": Capture,

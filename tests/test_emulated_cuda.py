@@ -29,7 +29,7 @@ def machine() -> Iterator[Machine]:
 
 
 def build(folder: Path, tokenizer_path: str, rows: int = 4, device: str = "emulated", **options: Any) -> Llama:
-    llama = Llama.build(str(folder), tokenizer_path, 96, rows, device=device, **options)
+    llama = Llama.build(str(folder), tokenizer_path, 160, rows, device=device, **options)
     llama.tokenizer.eos_id = 17  # random weights choose it now and then
     return llama
 
@@ -43,8 +43,8 @@ def left_early(llama: Llama, texts: list[str]) -> Any:
 
 
 def conversation(llama: Llama, _: list[str]) -> Any:
-    chat = llama.chat(system="You tell short stories.")
-    return [chat.ask(text, max_gen_len=8, temperature=t) for text, t in (("A dog.", 0), ("And then?", 0.8), ("Why?", 0))]
+    chat = llama.chat(system="Be short.")
+    return [chat.ask(text, max_gen_len=8, temperature=t) for text, t in (("A dog.", 0), ("Then?", 0.8), ("Why?", 0))]
 
 
 def replaced(llama: Llama, texts: list[str]) -> Any:
@@ -212,12 +212,12 @@ def test_launches(quantize: Optional[str], tiny: Path, tokenizer_path: str, mach
     graph = llama._engine.graph
     assert isinstance(graph, compiled.Recorded)
     tokens, positions = (runtime.to_device([5, 6], llama._engine.device) for _ in range(2))
-    counts = []
+    columns, counts = torch.arange(160, device="emulated"), []
     for way in graph._ways[:2]:
         for _ in range(2):  # kernels prove themselves in the first
             machine.launches.clear()
             with torch.inference_mode():
-                way.step(tokens, positions, torch.arange(96, device="emulated"), compiled.rotations(llama.model))
+                way.step(tokens, positions, columns, compiled.rotations(llama.model))
         counts.append(machine.launches.total())
     assert counts[0] == 9 * llama.model.n_layers + 4
     assert counts[1] > 25 * llama.model.n_layers
@@ -343,7 +343,7 @@ def test_a_model_that_is_let_go_leaves_its_memory(tiny: Path, tokenizer_path: st
 
 def on_two(folder: str, tokenizer_path: str) -> tuple[Any, int, int]:
     with emulated(devices=4) as machine:
-        llama = Llama.build(folder, tokenizer_path, 96, 4, 2, device="emulated")
+        llama = Llama.build(folder, tokenizer_path, 160, 4, 2, device="emulated")
         assert isinstance(llama._engine.graph, compiled.Recorded)
         results = [ran(llama, name, 4)[0] for name in ("greedy", "many", "many with seeds", "chat")]
         return results, machine.captured, sum(machine.violations.values())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PARAMS, ROOT
+from emulated_cuda import emulated
 from test_launch import environment
 from workers import Pool
 
@@ -120,7 +122,7 @@ def test_what_would_make_it_fit() -> None:
     """Each single change that is named fits, and the next larger does not."""
     seven = ModelArgs(vocab_size=32000, max_batch_size=32, max_seq_len=4096)
     assert advice(seven, torch.bfloat16, 1, GPU, 24e9) == (
-        "max_batch_size=4 or max_seq_len=627 or 4 processes, 1 on each GPU would fit"
+        "max_batch_size=4 or max_seq_len=607 or 4 processes, 1 on each GPU would fit"
     )
     small = ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=2048)
     assert advice(small, torch.float32, 1, CPU, 16e9) == (
@@ -134,7 +136,7 @@ def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, m
     """It used to end in exit -9, without a word."""
     began = Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
     assert began
-    with pytest.raises(ValueError, match=r"not enough memory: .* the cache 51200.0 GB, but this machine has .* too little"):
+    with pytest.raises(ValueError, match=r"not enough memory: .* 51200.0 GB of cache, but this machine has .* too little"):
         Llama.build(str(tiny), tokenizer_path, 10**8, 1000, device="cpu")
     need = memory.estimate(began.model.params, torch.float32).resident
     monkeypatch.setattr(memory, "free_bytes", lambda device: need)
@@ -183,3 +185,39 @@ def test_running_out_later_is_explained(
     assert llama.generate([[1]], 2)
     with pytest.raises(RuntimeError, match="^something else$"), memory.explained(SEVENTY, torch.float32, 1, CPU, 1):
         raise RuntimeError("something else")
+
+
+def test_a_second_build_is_not_refused_for_the_first_ones_memory(tiny: Path, tokenizer_path: str) -> None:
+    """torch keeps what a deleted model had, and the next model takes it from there. CUDA calls it used."""
+    need = memory.estimate(
+        ModelArgs(**PARAMS, vocab_size=400, max_batch_size=1, max_seq_len=16), torch.float32, device=torch.device("cuda")
+    )
+    tensors = need.weights + need.cache
+    with emulated(total=need.overhead + tensors * 3 // 2) as machine:
+        llama = Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
+        assert machine.devices[0].allocated >= tensors
+        with pytest.raises(ValueError, match="not enough memory"):
+            Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
+        del llama
+        assert memory.free_bytes(torch.device("emulated")) == machine.total
+        Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
+
+
+def test_what_a_gpu_takes_besides() -> None:
+    """Workspaces and code on every GPU, logits of recorded steps by their rows, NCCL's buffers with several processes."""
+    one, two = (memory.estimate(SEVENTY, torch.bfloat16, n, device=GPU) for n in (1, 2))
+    assert (
+        memory.estimate(SEVENTY, torch.bfloat16).overhead == 0 == memory.estimate(SEVENTY, torch.bfloat16, device=CPU).overhead
+    )
+    assert 0.2 * GB < one.overhead < 0.4 * GB
+    assert two.overhead - one.overhead == memory.NCCL_BYTES
+    assert one.resident == one.weights + one.cache + one.overhead
+    wide = memory.estimate(replace(SEVENTY, max_batch_size=64), torch.bfloat16, device=GPU)
+    assert wide.overhead - one.overhead == 60 * 32000 * 4 * memory.GRAPH_LOGITS
+    assert str(one).endswith("of cache and 0.3 GB for CUDA's libraries and recorded steps")
+    assert "CUDA" not in str(memory.estimate(SEVENTY, torch.bfloat16))
+
+
+def test_what_does_not_fit_a_gpu(tiny: Path, tokenizer_path: str) -> None:
+    with emulated(total=10**8), pytest.raises(ValueError, match="for CUDA's libraries .*, but emulated:0 has 0.1 GB free"):
+        Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
