@@ -20,6 +20,9 @@ LAYERS = (ParallelEmbedding, ColumnParallelLinear, RowParallelLinear)
 OURS = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, torch.nn.ModuleList, *LAYERS)
 
 
+FEW_ROWS = 16  # of activations: for more, cuBLAS multiplies with plain weights
+
+
 def suits(model: Transformer) -> bool:
     """Whether the model is made of the modules that are known here, with joined matrices, on a GPU that has the kernels."""
     ours = all(type(module) in OURS or isinstance(module, Quantized) for module in model.modules())
@@ -56,12 +59,15 @@ def _joined(block: Union[Attention, FeedForward]) -> Any:
 def multiply(x: torch.Tensor, matrix: Any, gated: bool = False) -> torch.Tensor:
     """x (B, K) -> (B, N). matrix: a layer, or a plain weight (N, K). gated: it is w1 above w3; the result is
     silu(x w1ᵀ) * (x w3ᵀ)."""
-    if len(x) <= STORED_ROWS:
-        if isinstance(matrix, Int4):
-            return proven.product_int4(x, matrix.weight, matrix.scales, matrix.zeros, gated=gated)
-        if isinstance(matrix, Int8):
-            return proven.product_int8(x, matrix.weight, matrix.scales, gated=gated)
+    if isinstance(matrix, Int4) and len(x) <= STORED_ROWS:
+        return proven.product_int4(x, matrix.weight, matrix.scales, matrix.zeros, gated=gated)
+    if isinstance(matrix, Int8) and len(x) <= STORED_ROWS:
+        return proven.product_int8(x, matrix.weight, matrix.scales, gated=gated)
+    if isinstance(matrix, Quantized):
+        y = cast(Any, matrix).product(x)
+    else:
         weight = matrix if isinstance(matrix, torch.Tensor) else matrix.weight
-        return proven.product(x, weight, gated=gated)
-    y = F.linear(x, matrix) if isinstance(matrix, torch.Tensor) else matrix.product(x)
+        if len(x) <= FEW_ROWS:
+            return proven.product(x, weight, gated=gated)
+        y = F.linear(x, weight)
     return proven.silu_mul(y) if gated else y

@@ -29,7 +29,7 @@ BASE = 254  # of the digits that activations are written in: each is half a step
 BLOCK_ROWS = 2048  # of activations that the int8 product takes at a time: what it makes of them is twice their size
 PLAIN = 2**21  # numbers: smaller int8 matrices are multiplied as they are, larger ones packed
 # On a GPU: up to this many rows are multiplied with the stored weights, for more a plain matrix is made of them first.
-STORED_ROWS = 16
+STORED_ROWS = 64
 
 
 def blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -450,6 +450,7 @@ def _product(
             _one[grid](*words, scales, zeros, out, N, K, kind, group, gated, tiles.rows, tiles.columns, **options)
         else:
             batch = max(DOT_ROWS, triton.next_power_of_2(B))
+            options["num_stages"] = max(2, tiles.stages * DOT_ROWS // batch)  # more rows of x take their place in memory
             _several[grid](
                 x, weight, scales, zeros, out, B, N, K, kind, group, gated, batch, tiles.rows, tiles.columns, **options
             )
@@ -457,7 +458,7 @@ def _product(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> torch.Tensor:
-    """x (B, K) for B up to 16 or so, weight (N, K) in x's dtype -> x weightᵀ, (B, N), summed in float32. One launch.
+    """x (B, K) for B up to 64, weight (N, K) in x's dtype -> x weightᵀ, (B, N), summed in float32. One launch.
 
     gated: weight is w1 above w3, (2N, K) -> silu(x w1ᵀ) * (x w3ᵀ), (B, N), rounded where separate products would be.
     """

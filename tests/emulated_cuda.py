@@ -24,6 +24,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import numpy as np
@@ -598,6 +599,9 @@ def emulated(
             "device": use_device,
             "get_device_capability": lambda *_: capability,
             "get_device_name": lambda *_: "emulated",
+            "get_device_properties": lambda device=None: SimpleNamespace(
+                uuid=f"GPU-{_index(device)}", multi_processor_count=132
+            ),
             "mem_get_info": lambda device=None: (machine.total - reserved(device), machine.total),
             "memory_reserved": reserved,
             "memory_allocated": lambda device=None: machine.devices[_index(device)].allocated,

@@ -273,7 +273,7 @@ def test_product(form: Any, dtype: torch.dtype, gated: bool, B: int, N: int, K: 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "N", "K"), [*SHAPES, (1, 4, 34), (2, 2, 19)])
+@pytest.mark.parametrize(("B", "N", "K"), [*SHAPES, (1, 4, 34), (2, 2, 19), (33, 5, 96)])
 def test_product_int8(form: Any, dtype: torch.dtype, gated: bool, B: int, N: int, K: int) -> None:
     weight = numbers(2 * N if gated else N, K, seed=1) / 4
     n, scales = to_int8(weight, row_maxima(weight))
@@ -287,7 +287,8 @@ def test_product_int8(form: Any, dtype: torch.dtype, gated: bool, B: int, N: int
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("B", "N", "K", "group"), [(*shape, 16) for shape in SHAPES] + [(B, 5, 1280, g) for B in (1, 3) for g in (32, 64, 128, 256)]
+    ("B", "N", "K", "group"),
+    [(33, 5, 96, 32)] + [(*shape, 16) for shape in SHAPES] + [(B, 5, 1280, g) for B in (1, 3) for g in (32, 64, 128, 256)],
 )
 def test_product_int4(form: Any, dtype: torch.dtype, gated: bool, B: int, N: int, K: int, group: int) -> None:
     n, scales, zeros = to_int4(numbers(2 * N if gated else N, K, seed=1) / 4, group)
