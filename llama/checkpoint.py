@@ -417,7 +417,7 @@ def _round_part(checkpoint: Checkpoint, part: Part, layer: Quantized, sender: Se
     weights = {name: tensor.detach() for name, tensor in layer.named_parameters(recurse=False)}
     for rows, piece in sender.pieces(checkpoint.parts(part.name, part.dim, start, stop), part.dim):
         into = {name: tensor[rows] for name, tensor in weights.items()}
-        layer.round(piece[:, columns].float(), row_maxima(piece), into)
+        layer.round(piece[:, columns].to(layer.device, torch.float32), row_maxima(piece).to(layer.device), into)
 
 
 def _fill_mapped(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

@@ -96,7 +96,11 @@ class Quantized(nn.Module):
         """Follows the model to a device and stays the numbers that it is; packed again there for the dtype it is given."""
         probe = fn(torch.empty(0, dtype=torch.bfloat16, device=self.device))
         if not self.packed:
-            return super()._apply(lambda t: t.to(probe.device), recurse)
+            from_gpu = device_kind(self.device) == "cuda"
+            super()._apply(lambda t: t.to(probe.device), recurse)
+            if from_gpu and device_kind(probe) == "cpu":
+                self.pack(probe.dtype)
+            return self
         plain = {name: tensor.to(probe.device) for name, tensor in self.plain().items()}
         for name in list(self._parameters):
             self._parameters[name] = None

@@ -26,7 +26,7 @@ class Cancelled(Exception):
 
 
 class Sender:
-    """Brings pieces of mapped tensors to a device, one after another; the plain way, which waits for each."""
+    """Reads mapped tensors in pieces. This one leaves the pieces on the host, and `copy_` to bring them to the device."""
 
     nbytes = COPY_BYTES
 
@@ -35,9 +35,10 @@ class Sender:
         self.cancelled = False
 
     def pieces(self, parts: Sequence[torch.Tensor], dim: Optional[int]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """A tensor that lies in the files as `parts`, in order along `dim` -> some of its rows, and those on the device.
+        """A tensor that lies in the files as `parts`, in order along `dim` -> which rows of it, and those rows, in its dtype.
 
-        A part may have more dimensions than the tensor: all but the last are rows. The pages of what was sent are released.
+        A part may have more dimensions than the tensor: all but the last are rows. The pages of each piece are released
+        when the next is asked for.
         """
         first = 0
         for beside in [parts] if dim == 1 else [[part] for part in parts]:
@@ -48,19 +49,19 @@ class Sender:
                     raise Cancelled
                 some = [part[i : i + step] for part in beside]
                 piece = self.send(some)
-                for part in some:
-                    self.mapped.release(part)
                 piece = piece.flatten(0, -2) if piece.ndim > 2 else piece
                 yield slice(first, first + len(piece)), piece
                 first += len(piece)
+                for part in some:
+                    self.mapped.release(part)
 
     def send(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Parts side by side (along their last dimension), as one tensor of their dtype on the device."""
-        return torch.cat([part.to(self.device) for part in parts], dim=-1)
+        """Parts side by side (along their last dimension), as one tensor."""
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
 class PinnedSender(Sender):
-    """Sends through two pinned buffers, on a stream of its own, without waiting for what it sent last."""
+    """Sends pieces to a GPU through two pinned buffers, on a stream of its own, without waiting for the piece before."""
 
     nbytes = STAGED_BYTES
 
@@ -111,11 +112,13 @@ def run_jobs(jobs: Sequence[Job], device: torch.device, mapped: MappedFiles) -> 
         return
     with current(device):
         senders = [PinnedSender(device, mapped) for _ in range(min(LOADERS, len(jobs)))]
-    yield from _in_threads(jobs, senders)
-    with current(device):
-        for sender in senders:
-            sender.stream.synchronize()
-        torch.cuda.empty_cache()  # blocks of the senders' streams, which no other stream can use
+    try:
+        yield from _in_threads(jobs, senders)
+    finally:  # after an error too: what is still being sent must not arrive in memory that has another owner by then
+        with current(device):
+            for sender in senders:
+                sender.stream.synchronize()
+            torch.cuda.empty_cache()  # blocks of the senders' streams, which no other stream can use
 
 
 def _in_threads(jobs: Sequence[Job], senders: Sequence[PinnedSender]) -> Iterator[None]:

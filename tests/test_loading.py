@@ -182,9 +182,11 @@ def test_an_error_in_a_thread_is_the_callers(tiny: Path, tokenizer_path: str, mo
         return send(self, parts)
 
     monkeypatch.setattr(staging.PinnedSender, "send", failing)
-    with emulated(), pytest.raises(DiskError, match="^lost$"):
+    with emulated() as machine, pytest.raises(DiskError, match="^lost$"):
         Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
     assert len(calls) > 1
+    # Or what is still being sent would arrive in memory that has another owner by then.
+    assert sum(n for line, n in machine.waits.items() if "Stream.synchronize" in line) == staging.LOADERS
     assert not any("llama-loader" in thread.name for thread in threading.enumerate())
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMS, ROOT, golden, random_weights, shared, write_checkpoint
+from emulated_cuda import emulated
 from test_huggingface import TWINS, write_twin
 from test_launch import environment
 from torch import nn
 from workers import Pool
 
-from llama import Llama, ModelArgs, memory, parallel, quantization, rounding
+from llama import Llama, ModelArgs, kernels, memory, parallel, quantization, rounding
 from llama.convert import convert
 from llama.parallel import ColumnParallelLinear
 from llama.quantization import Quantized, quantize_layers
@@ -194,6 +195,37 @@ def test_what_is_stored_is_what_is_packed(either_way: str) -> None:
         x = torch.randn(3, 256).bfloat16()
         before = layer(x)
         assert torch.equal(layer.to(torch.float16).to(torch.bfloat16)(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_gpu_multiplies_what_is_stored(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows with the stored numbers, more with a plain matrix of them. Moved to a CPU, it packs them."""
+    calls: list[str] = []
+    for name in ("product_int8", "product_int4", "dequantize_int4"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, real=real, name=name: (calls.append(name), real(*args))[1])
+    packed = layer_of(weights(), kind, dtype)
+    with emulated(), torch.no_grad():
+        layer = layer_of(weights(), kind, dtype).to("emulated")
+        assert not layer.packed
+        assert all(torch.equal(tensor.cpu(), packed.state_dict()[name]) for name, tensor in layer.state_dict().items())
+        for rows, called in ((1, f"product_{kind}"), (16, f"product_{kind}"), (17, "dequantize_int4")):
+            x = torch.randn(rows, 256).to(dtype)
+            calls.clear()
+            assert_near(layer(x.to("emulated")).cpu(), x, numbers(packed), 2**-7)
+            assert called in calls or (kind == "int8" and rows == 17 and not calls)
+        layer = layer.to("cpu")
+        assert layer.packed == packed.packed
+        assert torch.equal(layer(x), packed(x))
+
+
+def test_int8_sums_stay_in_float16() -> None:
+    """256 weights of 127 steps times 30 make 975,000; float16 ends at 65,504."""
+    with emulated(), torch.no_grad():
+        layer = layer_of(torch.full((8, 256), 1e-3), "int8", torch.float16).to("emulated")
+        y = layer(torch.full((20, 256), 30.0, dtype=torch.float16).to("emulated")).cpu()
+    torch.testing.assert_close(y, torch.full((20, 8), 256 * 30 * 1e-3, dtype=torch.float16), rtol=2e-3, atol=0)
 
 
 def test_no_silent_gradients() -> None:
