@@ -12,7 +12,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -309,8 +310,7 @@ class Recorded:
         while (way := self._ways[0]).captured or way.kind == "compiled":
             problem: Optional[Exception] = None
             try:
-                # Each number of rows is compiled anew, more often than torch expects.
-                with runtime.inductor_cache(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+                with _compiling() if way.kind == "compiled" else nullcontext():
                     self._record(recording, way)
             except torch.OutOfMemoryError:
                 raise
@@ -363,3 +363,10 @@ class Recorded:
         slots, positions = torch.arange(rows, device=self.device), recording.positions[:rows]
         caches = (cache for attention in self.model.attentions() for cache in (attention.cache_k, attention.cache_v))
         return torch.stack([cache[slots, positions] for cache in caches])
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Each number of rows is compiled anew, more often than torch expects."""
+    with runtime.inductor_cache(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+        yield

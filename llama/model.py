@@ -189,8 +189,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
     # Fused attention takes five times as long here, on one query: on GPUs it leaves most of them idle.
     scores = (q @ k.transpose(2, 3)) / math.sqrt(D)  # (B, K, H/K, T)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return (scores.float().softmax(-1).type_as(q) @ v).view(B, S, H * D)
+        scores = scores.masked_fill_(~mask, -math.inf)
+    return (scores.softmax(-1, dtype=torch.float32).type_as(q) @ v).view(B, S, H * D)
 
 
 def _attend_on_gpu(

@@ -198,7 +198,7 @@ class Int8(Quantized):
             step = max(1, 2**22 // weight.shape[1])
             y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(step)], dim=-1)
         elif device_kind(weight) == "cuda" and len(x) <= STORED_ROWS:
-            return proven.product_int8(x, weight, self.scales)
+            return proven.product_int8(x.contiguous(), weight, self.scales)
         else:  # 128 is exact, and keeps sums of float16, with weights up to 127, in range
             return (F.linear(x / 128, weight.to(x.dtype)) * (self.scales * 128)).to(x.dtype)
         return (y * self.scales).to(x.dtype)
@@ -361,7 +361,7 @@ class Int4(Quantized):
         assert self.zeros is not None
         if device_kind(x) == "cuda":
             if len(x) <= STORED_ROWS:
-                return proven.product_int4(x, self.weight, self.scales, self.zeros)
+                return proven.product_int4(x.contiguous(), self.weight, self.scales, self.zeros)
             return F.linear(x, proven.dequantize_int4(self.weight, self.scales, self.zeros, x.dtype))
         step = max(1, 2**22 // self.columns) if device_kind(x) == "cpu" else len(self.weight)
         parts = zip(self.weight.split(step), self.scales.split(step), self.zeros.split(step))

@@ -351,6 +351,8 @@ def on_two(folder: str, tokenizer_path: str) -> tuple[Any, int, int]:
     with emulated(devices=4) as machine:
         llama = Llama.build(folder, tokenizer_path, 160, 4, 2, device="emulated")
         assert isinstance(llama._engine.graph, compiled.Recorded)
+        graph = llama._engine.graph
+        assert any(release() == graph.clear for release in runtime._first)  # before the process group goes
         results = [ran(llama, name, 4)[0] for name in ("greedy", "many", "many with seeds", "chat")]
         return results, machine.captured, sum(machine.violations.values())
 
