@@ -142,12 +142,14 @@ class Batch:
         reuse: bool = False,
         draft: Optional[bool] = None,
         generator: Optional[torch.Generator] = None,
+        draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None,
+        plainly: Optional[Callable[[Batch], Iterator[Step]]] = None,
     ) -> None:
         params = engine.model.params
         self.engine, self.requests, self.sampling, self.eos = engine, requests, sampling, eos
         self.scored, self.alternatives, self.score_prompts = logprobs, alternatives, score_prompts
         self.reused = engine.remembered(requests[0].prompt) if reuse and len(requests) == 1 else 0
-        self.generator = generator
+        self.generator, self.draw, self.plainly = generator, draw, plainly
         self.limit, self.vocab_size = params.max_seq_len, params.vocab_size
         self.lanes = min(len(requests), params.max_batch_size)
         self.bias = sampling.bias(self.vocab_size, engine.device)
@@ -155,24 +157,27 @@ class Batch:
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(self.lanes, self.vocab_size, dtype=torch.bool, device=engine.device)
         if draft is None:
-            draft = engine.model.norm.weight.dtype == torch.float32 and device_kind(engine.device) == "cpu"
+            draft = engine.dtype == torch.float32 and device_kind(engine.device) == "cpu"
         self.draft = draft and sampling.temperature == 0 and self.seen is None
         self.rows: list[_Row] = []
         self._chosen = torch.empty(0, dtype=torch.long, device=engine.device)  # each row's newest id
         self._ahead: Optional[_Ahead] = None
         self._lanes_of: tuple[list[_Row], Optional[torch.Tensor]] = [], None
-        self._cancelled: set[int] = set()
+        self.cancelled: set[int] = set()  # the prompts that have ended
 
     def cancel(self, index: int) -> None:
         """End a prompt before its time; no more steps of it come."""
-        self._cancelled.add(index)
+        self.cancelled.add(index)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Step]:
         self.engine.take(self)
         try:
-            for step in self._run():
-                if len(self.requests) == 1:
+            changed = not self.engine.as_built
+            if changed and self.plainly is None:
+                raise ValueError("this model has hooks, patches or parts of somebody's own, which run in calls of Llama only")
+            for step in self.plainly(self) if changed and self.plainly is not None else self._run():
+                if len(self.requests) == 1 and not changed:
                     # Its newest id is not in the cache until it was run.
                     self.engine.remember(self.rows[0].ids[:-1] if self.rows[0].new else self.rows[0].ids)
                 yield step
@@ -182,17 +187,17 @@ class Batch:
     def _run(self) -> Iterator[Step]:
         waiting = deque(enumerate(self.requests))
         while waiting and len(self.rows) < self.lanes:
-            self.rows.append(self._admit(*waiting.popleft(), lane=len(self.rows)))
+            self.rows.append(self.admit(*waiting.popleft(), lane=len(self.rows)))
         while self.rows:
             for decisions in self._decide():
-                yield from self._report(decisions)
-            ended = [i for i, row in enumerate(self.rows) if row.index in self._cancelled]
+                yield from self.report(decisions)
+            ended = [i for i, row in enumerate(self.rows) if row.index in self.cancelled]
             if ended:
                 self._take_back()
             keep = self._chosen.clone() if ended else self._chosen
             for i in reversed(ended):
                 if waiting:
-                    self.rows[i] = self._admit(*waiting.popleft(), lane=self.rows[i].lane)
+                    self.rows[i] = self.admit(*waiting.popleft(), lane=self.rows[i].lane)
                     continue
                 last = self.rows.pop()
                 if i < len(self.rows):
@@ -228,13 +233,13 @@ class Batch:
         device = self.engine.device
         return torch.default_generator if device_kind(device) == "cpu" else torch.cuda.default_generators[device.index or 0]
 
-    def _check_owned(self) -> None:
+    def check_owned(self) -> None:
         if not self.engine.owned_by(self):
             raise RuntimeError("another call has used the model since; finish a stream, or leave it, before the next call")
 
     def _decide(self) -> Iterator[list[_Decision]]:
         """One step's decision for each row, or those of several steps in turn where drafts of a lone row hold."""
-        self._check_owned()
+        self.check_owned()
         row = self.rows[0]
         if self._ahead is not None and self._ahead.rows == self.rows:
             ahead, self._ahead = self._ahead, None
@@ -268,8 +273,8 @@ class Batch:
                 break
             self._chosen = ids[place : place + 1]
             yield [decisions[place]]
-            self._check_owned()
-            if row.index in self._cancelled or row.new[-1] != draft:
+            self.check_owned()
+            if row.index in self.cancelled or row.new[-1] != draft:
                 break
         agreed = zip(row.ids[start:], drafts)
         row.drafter.judge(len(drafts), sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], agreed)))
@@ -277,19 +282,19 @@ class Batch:
     def _is_clear(self, logits: torch.Tensor) -> torch.Tensor:
         """Whether rounding cannot change which is the best: (N, V) -> bool (N,)."""
         best, second = (logits if self.bias is None else logits + self.bias).topk(2).values.unbind(-1)
-        return best - second > CLEAR[self.engine.model.norm.weight.dtype] * logits.std(-1)
+        return best - second > CLEAR[self.engine.dtype] * logits.std(-1)
 
     def _single_steps(self, row: _Row) -> tuple[torch.Tensor, torch.Tensor]:
         """The newest token's step as it is without drafts. In float32 what was run with drafts is run again before it."""
         first = row.length - 1
-        if self.engine.model.norm.weight.dtype == torch.float32 and row.rounded is not None:
+        if self.engine.dtype == torch.float32 and row.rounded is not None:
             first, row.rounded = row.rounded, None
         ids = to_device(row.ids[first:], self.engine.device)
         for at in range(len(ids)):
             logits = self.engine.decode(ids[at : at + 1], [first + at])
         return logits, next_token(logits, self.sampling, bias=self.bias)
 
-    def _admit(self, index: int, request: Request, lane: int) -> _Row:
+    def admit(self, index: int, request: Request, lane: int) -> _Row:
         row = _Row(index, request, lane)
         if request.seed is not None:
             row.generator = torch.Generator(self.engine.device).manual_seed(request.seed)
@@ -327,11 +332,33 @@ class Batch:
             first = self._prefill(new)
             whole = len(new) == len(self.rows)
             logits = first if whole else logits.index_copy(0, to_device(new, logits.device), first)
-        chosen = next_token(logits, self.sampling, noise, seen, self.bias)
-        if self.seen is not None:
-            flat = chosen.clamp(min=0) + self.vocab_size * (self._all_lanes if lanes is None else lanes)
-            self.seen.view(-1).index_fill_(0, flat, True)
+        chosen = self._next(logits, noise, seen)
+        self.mark_seen(chosen.clamp(min=0))
         return logits, chosen
+
+    def _next(
+        self, logits: torch.Tensor, noise: Optional[torch.Tensor] = None, seen: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """(N, V) -> ids (N,), by `draw` if there is one: -1 if a row's logits are not finite."""
+        if self.draw is None or self.sampling.temperature == 0:
+            return next_token(logits, self.sampling, noise, seen, self.bias)
+        probs = torch.softmax(logits / self.sampling.temperature, dim=-1)
+        return self.draw(probs, self.sampling.top_p).reshape(-1).where(logits.sum(dim=-1).isfinite(), -1)
+
+    def mark_seen(self, ids: torch.Tensor) -> None:
+        """Ids (rows,), one for each row, that a repetition penalty counts from now on."""
+        if self.seen is not None:
+            lanes = self._lanes
+            flat = ids + self.vocab_size * (self._all_lanes[: len(self.rows)] if lanes is None else lanes)
+            self.seen.view(-1).index_fill_(0, flat, True)
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next id of each of the rows, (rows, V) -> (rows,)."""
+        noise = self._noise(self._lanes)[: len(self.rows)] if self.sampling.temperature > 0 else None
+        return self._next(logits, noise, None if self.seen is None else self.seen[: len(self.rows)])
+
+    def decisions(self, logits: torch.Tensor, chosen: torch.Tensor) -> list[_Decision]:
+        return self._read_with(logits, chosen)[0]
 
     @property
     def _all_lanes(self) -> torch.Tensor:
@@ -354,13 +381,13 @@ class Batch:
         scores = self.engine.fetch([torch.cat(row) for row in parts]) if self.score_prompts else []
         for i, row_scores in itertools.zip_longest(new, scores):
             if row_scores is not None and any(map(math.isnan, row_scores)):
-                raise self._not_finite(self.rows[i].index)
+                raise self.not_finite(self.rows[i].index)
             self.rows[i].fresh = False
             self.rows[i].prompt_logprobs = None if row_scores is None else [0.0, *row_scores]
         return self.engine.logits(last)
 
-    def _not_finite(self, prompt: int) -> ValueError:
-        dtype = self.engine.model.norm.weight.dtype
+    def not_finite(self, prompt: int) -> ValueError:
+        dtype = self.engine.dtype
         way = "check the weights" if dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
         return ValueError(f"the model's logits for prompt {prompt} are not finite in {dtype}; {way}")
 
@@ -411,7 +438,7 @@ class Batch:
                 decision.alternatives = list(zip(ids, values))
         return decisions, others.pop(0) if more is not None else []
 
-    def _report(self, decisions: list[_Decision]) -> Iterator[Step]:
+    def report(self, decisions: list[_Decision]) -> Iterator[Step]:
         for row, decision in zip(list(self.rows), decisions):
             token = decision.token
             step = Step(row.index, prompt_logprobs=row.prompt_logprobs)
@@ -420,7 +447,7 @@ class Batch:
             if min(room, row.request.max_new) <= 0:  # nothing was to be generated
                 step.finish_reason = "length" if row.request.max_new <= 0 else "context"
             elif token < 0:
-                raise self._not_finite(row.index)
+                raise self.not_finite(row.index)
             elif token in self.eos:
                 step.finish_reason = "stop"
             else:
@@ -431,6 +458,6 @@ class Batch:
                 elif row.length == self.limit:
                     step.finish_reason = "context"
             if step.finish_reason:
-                self._cancelled.add(row.index)
-            if step.finish_reason or row.index not in self._cancelled:
+                self.cancelled.add(row.index)
+            if step.finish_reason or row.index not in self.cancelled:
                 yield step

@@ -43,24 +43,46 @@ def keep_pages() -> None:
 class Engine:
     """Steps a `Transformer` over the rows ("slots") of its cache."""
 
-    def __init__(self, model: Transformer, compile: Optional[bool] = False) -> None:
-        """compile: as `make_graph` has it."""
+    def __init__(self, model: Any, compile: Optional[bool] = False) -> None:
+        """model: a `Transformer`, or any module with its `params` and Meta's `forward(tokens, start_pos)`. compile: as
+        `make_graph` has it."""
         self.model = model
-        self.graph = make_graph(model, compile)
+        self.graph = None
+        self._explained: Callable[[], AbstractContextManager[None]] = nullcontext
         keep_pages()
-        processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
-        quantization = getattr(model.output, "quantization", None)
-        self._explained = partial(
-            memory.explained, model.params, model.norm.weight.dtype, processes, self.device, sharers, quantization
-        )  # what to do where memory runs out
-        self._ready = self.graph  # or None, while the model has hooks, which a graph would not call
+        if isinstance(model, Transformer):
+            self.graph = make_graph(model, compile)
+            processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
+            quantization = getattr(model.output, "quantization", None)
+            self._explained = partial(
+                memory.explained, model.params, self.dtype, processes, self.device, sharers, quantization
+            )  # adds to an error of memory what would make it fit
+        self.as_built = False  # as of the last `take`
+        self._ready = self.graph  # or None, while the model is not as it was built
         self._slot0: list[int] = []
-        self._calls = 0
+        self._state: Any = None
         self._user: Callable[[], object] = lambda: None
 
     @property
     def device(self) -> torch.device:
-        return self.model.norm.weight.device
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        return self.model.norm.weight if isinstance(self.model, Transformer) else next(self.model.parameters())
+
+    def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
+        """Meta's call: ids (B, S) at start_pos -> logits float32 (B, S, V). What the model has become runs."""
+        calls = self.model.direct_calls if isinstance(self.model, Transformer) else 0
+        with self._explained(), runtime.current(self.device):
+            logits = self.model.forward(tokens, start_pos).float()
+        if isinstance(self.model, Transformer):
+            self.model.direct_calls = calls  # this was no call of somebody else
+        return logits
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[int], start: int = 0, *, layers: int = -1
@@ -134,8 +156,7 @@ class Engine:
             return self.model.output(hidden).float()
 
     def _fast_products(self, rows: int) -> AbstractContextManager[None]:
-        weight = self.model.norm.weight
-        one_row = rows == 1 and weight.dtype == torch.bfloat16 and device_kind(weight) == "cpu" and not AMX
+        one_row = rows == 1 and self.dtype == torch.bfloat16 and device_kind(self.device) == "cpu" and not AMX
         return without_onednn() if one_row else nullcontext()
 
     def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -150,17 +171,24 @@ class Engine:
     def take(self, user: object) -> None:
         """From now on the cache is this user's; what it held is forgotten."""
         self._user = (lambda: None) if user is None else weakref.ref(user)  # a batch holds its engine already
-        self._slot0, self._calls = [], self.model.direct_calls
-        self.model.keep_fused()
-        # Graphs do not call what somebody has hooked into the modules.
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
-        self._ready = None if hooked else self.graph
+        self._slot0, self._state = [], self._state_of_cache()
+        self.as_built = isinstance(self.model, Transformer) and self.model.as_built
+        if self.as_built:
+            self.model.keep_fused()
+        self._ready = self.graph if self.as_built else None
         if self._ready is not None:
             self._ready.refresh()
 
+    def _state_of_cache(self) -> Any:
+        """Changes when somebody else writes to the cache, or when the weights that it was made with change."""
+        if not isinstance(self.model, Transformer):
+            return None
+        weights = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        return self.model.direct_calls, self.model.freqs_cis.data_ptr(), weights
+
     def owned_by(self, user: object) -> bool:
         """Whether nobody else has written to the cache since."""
-        return self._user() is user and self._calls == self.model.direct_calls
+        return self._user() is user and (self._state is None or self._state[0] == self.model.direct_calls)
 
     def remember(self, ids: Sequence[int]) -> None:
         """Slot 0 holds the keys and values of these ids."""
@@ -168,7 +196,7 @@ class Engine:
 
     def remembered(self, prompt: Sequence[int]) -> int:
         """How many of a prompt's ids slot 0 holds already; its last id has to run in any case."""
-        if self._calls != self.model.direct_calls:
+        if not self.as_built or not self.model.as_built or self._state != self._state_of_cache():
             return 0
         different = (i for i, (a, b) in enumerate(zip(self._slot0, prompt[:-1])) if a != b)
         return next(different, min(len(self._slot0), len(prompt) - 1))

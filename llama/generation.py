@@ -12,7 +12,7 @@ from typing import Any, Literal, Optional, Union
 import torch
 from typing_extensions import Unpack
 
-from . import memory, runtime
+from . import memory, metas_way, runtime
 from .batching import Batch, Request, check_prompts
 from .chat import (
     B_INST,
@@ -61,6 +61,7 @@ from .sampling import sample_top_p
 from .session import ChatSession
 from .tokenizer import Tokenizer, tokenizer_near, user_path
 
+SAMPLE_TOP_P = sample_top_p  # what somebody puts in its place draws from then on
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
 DEMO_POSITIONS = 512
 
@@ -157,8 +158,21 @@ class Llama:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, compile: Optional[bool] = False) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._group = model.output.group  # the processes that share this model
-        self._engine = Engine(model, compile)
+        self._compile = compile
+        output = getattr(model, "output", None)
+        self._group = getattr(output, "group", None)  # the processes that share this model
+        self._engine_of_model = Engine(model, compile)
+
+    @property
+    def _engine(self) -> Engine:
+        """The engine of the model that is now in `model`: somebody may have put another one there."""
+        if self._engine_of_model.model is not self.model:
+            self._engine_of_model = Engine(self.model, self._compile)
+        return self._engine_of_model
+
+    @_engine.setter
+    def _engine(self, engine: Engine) -> None:
+        self._engine_of_model = engine
 
     def __repr__(self) -> str:
         params, weight = self.model.params, self.model.norm.weight
@@ -321,7 +335,7 @@ class Llama:
             for row, values in zip(ids, scores)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, texts: Sequence[str], *, layer: int = -1, pooling: Literal["mean", "last"] = "mean") -> torch.Tensor:
         """Hidden states of texts, BOS in front, as one vector each: float32 (texts, dim).
 
@@ -340,7 +354,11 @@ class Llama:
         for prompt in prompts:
             chunks = [hidden[0].float() for _, hidden, _ in self._engine.prefill([prompt], [0], layers=layer)]
             vectors.append(torch.cat(chunks).mean(0) if pooling == "mean" else chunks[-1][-1])
-        return torch.stack(vectors) if vectors else torch.empty(0, self.model.params.dim)
+        return (
+            torch.stack(vectors)
+            if vectors
+            else torch.empty(0, self.model.params.dim, dtype=torch.float32, device=self._engine.device)
+        )
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
@@ -408,6 +426,8 @@ class Llama:
             reuse=reuse,
             draft=choice.draft,
             generator=generator,
+            draw=None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
+            plainly=metas_way.steps,
         )
         return batch, choice
 

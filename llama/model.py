@@ -9,15 +9,16 @@ Letters in shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .as_built import Originals, Watch
 from .parallel import (
     AMX,
     ColumnParallelLinear,
@@ -30,7 +31,7 @@ from .parallel import (
     model_parallel_group,
     products,
 )
-from .quantization import Quantized, join_quantized
+from .quantization import QUANTIZED, Quantized, join_quantized
 from .runtime import device_kind
 
 
@@ -114,7 +115,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        """x / rms(x), float32."""
+        return F.rms_norm(x, x.shape[-1:], None, self.eps)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x.float()).type_as(x) * self.weight
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` in fewer operators."""
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 
@@ -262,12 +271,42 @@ class Attention(nn.Module):
             cache = torch.zeros(rows, heads, columns + 1, size, device=device, dtype=dtype)[:, :, :-1].transpose(1, 2)
             self.register_buffer(name, cache, persistent=False)
 
-    def forward(self, x: torch.Tensor, window: Window) -> torch.Tensor:
-        """(B, S, dim) -> (B, S, dim)"""
+    def forward(self, x: torch.Tensor, start_pos: int, freqs_cis: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+        """Meta's way: x (B, S, dim), of rows that all stand at start_pos; freqs_cis complex64 (S, D/2), their rotations;
+        mask None or added to the scores, (S, start_pos + S) -> (B, S, dim)."""
+        B, S, _ = x.shape
+        xq, xk, xv = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
+        end = start_pos + S
+        with torch.no_grad():
+            self.fit_cache(xk)
+            self.cache_k[:B, start_pos:end] = xk
+            self.cache_v[:B, start_pos:end] = xv
+        # The new keys themselves where gradients may be wanted: what the cache holds has none.
+        before = slice(0, start_pos)
+        keys, values = (torch.cat((c[:B, before], x), 1) for c, x in ((self.cache_k, xk), (self.cache_v, xv)))
+        keys, values = (repeat_kv(x, self.n_rep).transpose(1, 2) for x in (keys, values))  # (B, H, T, D)
+        scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(self.head_dim)
+        if mask is not None:
+            scores = scores + mask
+        out = scores.float().softmax(-1).type_as(xq) @ values
+        return self.wo(out.transpose(1, 2).reshape(B, S, -1))
+
+    def fit_cache(self, keys: torch.Tensor) -> None:
+        """Let the cache have the dtype and device of the keys that come."""
+        if self.cache_k.dtype != keys.dtype or self.cache_k.device != keys.device:
+            held = self.cache_k, self.cache_v
+            self.allocate_cache(keys.device, keys.dtype)
+            self.cache_k.copy_(held[0])
+            self.cache_v.copy_(held[1])
+
+    def run(self, x: torch.Tensor, window: Window) -> torch.Tensor:
+        """The fast way, for rows that stand anywhere: (B, S, dim) -> (B, S, dim)"""
         projected = products(x, self.joined or self.fused, (self.wq, self.wk, self.wv))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (B, S, H or K, D)
         q, k = rotate(q, window.rotary), rotate(k, window.rotary)
         with torch.no_grad():
+            self.fit_cache(k)
             self.cache_k[window.slots, window.positions] = k
             self.cache_v[window.slots, window.positions] = v
         if window.keys is not None:
@@ -298,6 +337,10 @@ class FeedForward(nn.Module):
         self.register_buffer("fused", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward`, with one product for w1 and w3 where they lie in one matrix."""
         gate, up = products(x, self.joined or self.fused, (self.w1, self.w3), any_order=True)
         if torch.is_grad_enabled():
             return self.w2(F.silu(gate) * up)
@@ -316,15 +359,22 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: torch.Tensor, window: Window) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), window)
+    def forward(self, x: torch.Tensor, start_pos: int, freqs_cis: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+        """For the arguments see `Attention.forward`."""
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
+
+    def run(self, x: torch.Tensor, window: Window) -> torch.Tensor:
+        """The fast way: no module is called as one, so hooks and replaced parts would not run. See `Transformer.as_built`."""
+        h = x + self.attention.run(self.attention_norm.run(x), window)
+        return h + self.feed_forward.run(self.ffn_norm.run(h))
 
 
 class Transformer(nn.Module):
     """The decoder. Raises ValueError for a shape that the processes at hand cannot share.
 
-    freqs_cis: complex64 (max_seq_len, D / 2), Meta's table of rotations. It follows the model to a device, never to a dtype.
+    freqs_cis: complex64 (2 * max_seq_len, D / 2), Meta's table of rotations. It follows the model to a device, never to a
+    dtype; a table that somebody puts in its place counts from then on.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -339,13 +389,14 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.freqs_cis = self._rotations(self.norm.weight.device)
         self.direct_calls = 0
+        self._watch = Watch(ORIGINALS)
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
         args = self.params
         if device_kind(device) == "meta":  # nothing to compute; and doing so would import torch's compiler
-            return torch.empty(args.max_seq_len, args.head_size // 2, dtype=torch.complex64, device=device)
+            return torch.empty(2 * args.max_seq_len, args.head_size // 2, dtype=torch.complex64, device=device)
         with torch.device("cpu"):
-            table = precompute_freqs_cis(args.head_size, args.max_seq_len, args.rope_theta)
+            table = precompute_freqs_cis(args.head_size, 2 * args.max_seq_len, args.rope_theta)
         # Through pinned memory the host need not wait for a GPU.
         return table.pin_memory().to(device, non_blocking=True) if device_kind(device) == "cuda" else table.to(device)
 
@@ -356,8 +407,16 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)
         if fused:
             self.fuse()
-        self.freqs_cis = self._rotations(self.norm.weight.device)
+        place = self.norm.weight.device
+        self.freqs_cis = self._rotations(place) if self.freqs_cis.is_meta else self.freqs_cis.to(place)
         return self
+
+    @property
+    def as_built(self) -> bool:
+        """Whether nothing was put in, patched or hooked since the model was made: then the fast ways compute the same."""
+        kind = type(self)
+        ours = kind.forward is Transformer.forward and kind.forward is FORWARD and "forward" not in vars(self)
+        return ours and self._watch.sees_no_change(self)
 
     def fuse(self, make: Make = torch.cat) -> None:
         """Let wq, wk and wv share one matrix, and w1 and w3 another: two products of a block in place of five.
@@ -418,7 +477,6 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Logits of the tokens that follow: float32 (B, S, vocab_size). For the arguments see `hidden_states`."""
         self.direct_calls += 1  # somebody else writes to the cache
-        self.keep_fused()
         return self.output(self.hidden_states(tokens, start_pos, slots=slots, span=span)).float()
 
     def hidden_states(
@@ -437,11 +495,44 @@ class Transformer(nn.Module):
         cache columns to look at, at least every start_pos + S; given, it spares a look at the positions on the device.
         layers: run so many blocks, and no last norm; all if negative.
         """
-        window = self._window(tokens, start_pos, slots, span)
+        blocks = self.layers if layers < 0 else self.layers[:layers]
         h = self.tok_embeddings(tokens)
-        for layer in self.layers if layers < 0 else self.layers[:layers]:
-            h = layer(h, window)
+        if self._watch.sees_no_change(self):
+            self.keep_fused()
+            window = self._window(tokens, start_pos, slots, span)
+            for block in cast(Iterable[TransformerBlock], blocks):
+                h = block.run(h, window)
+            return self.norm.run(h) if layers < 0 else h
+        start_pos = self._only_position(tokens, start_pos, slots)
+        S = tokens.shape[1]
+        mask = None
+        if S > 1:
+            mask = torch.full((S, S), -math.inf, dtype=h.dtype, device=h.device).triu(1)
+            mask = torch.cat((mask.new_zeros(S, start_pos), mask), 1)
+        for layer in blocks:
+            h = layer(h, start_pos, self.freqs_cis[start_pos : start_pos + S], mask)
         return self.norm(h) if layers < 0 else h
+
+    def _only_position(self, tokens: torch.Tensor, start_pos: Union[int, torch.Tensor], slots: Optional[torch.Tensor]) -> int:
+        """Where all rows stand. ValueError if they stand at several places, or in slots of their own: Meta's way has one."""
+        B, S = tokens.shape
+        starts = set(start_pos.tolist()) if isinstance(start_pos, torch.Tensor) else {index(start_pos)}
+        if len(starts) > 1 or (slots is not None and slots.tolist() != list(range(B))):
+            raise ValueError(
+                f"rows at positions {sorted(starts)} need a model that is as it was built; with hooks, patches or parts of "
+                "one's own all rows stand at one start_pos, and row i owns slot i, as in Meta's code"
+            )
+        self._check_room(B, min(starts), max(starts) + S)
+        return starts.pop()
+
+    def _check_room(self, rows: int, first: int, end: int) -> None:
+        if first < 0:
+            raise ValueError(f"start_pos is {first}; the first position is 0")
+        if self.params.max_batch_size < rows or self.params.max_seq_len < end:
+            raise ValueError(
+                f"{rows} rows up to position {end} do not fit the cache of max_batch_size={self.params.max_batch_size} "
+                f"rows of max_seq_len={self.params.max_seq_len}; build the model with larger ones"
+            )
 
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor, rotations: torch.Tensor
@@ -460,9 +551,9 @@ class Transformer(nn.Module):
             mask=columns <= positions[:, None, None],
         )
         h = self.tok_embeddings(tokens[:, None])
-        for layer in self.layers:
-            h = layer(h, window)
-        return self.output(self.norm(h))[:, 0].float()
+        for block in cast(Iterable[TransformerBlock], self.layers):
+            h = block.run(h, window)
+        return self.output(self.norm.run(h))[:, 0].float()
 
     def _window(
         self,
@@ -480,13 +571,7 @@ class Transformer(nn.Module):
             span = S + (first if isinstance(start_pos, int) else int(start_pos.max()))
             first = first if isinstance(start_pos, int) else int(start_pos.min())
         fresh = isinstance(start_pos, int) and start_pos == 0
-        if first < 0:
-            raise ValueError(f"start_pos is {first}; the first position is 0")
-        if self.params.max_batch_size < B or self.params.max_seq_len < span:
-            raise ValueError(
-                f"{B} rows up to position {span} do not fit the cache of max_batch_size={self.params.max_batch_size} "
-                f"rows of max_seq_len={self.params.max_seq_len}; build the model with larger ones"
-            )
+        self._check_room(B, first, span)
         offsets = torch.arange(S, device=device)
         positions = (start_pos + offsets)[None] if isinstance(start_pos, int) else start_pos[:, None] + offsets
         mask = None
@@ -497,3 +582,15 @@ class Transformer(nn.Module):
         rotary = torch.view_as_real(self.freqs_cis)[positions][:, :, None]
         causal = S > 1 and isinstance(start_pos, int) and span == start_pos + S
         return Window(rows[:, None], positions, rotary, keys, mask, causal)
+
+
+FORWARD = Transformer.forward
+FORWARD_ONLY = (ParallelEmbedding, ColumnParallelLinear, RowParallelLinear, *QUANTIZED, nn.ModuleList)
+ORIGINALS = Originals(
+    {
+        TransformerBlock: ("forward",), Attention: ("forward",), FeedForward: ("forward",), RMSNorm: ("forward", "_norm"),
+        **dict.fromkeys(FORWARD_ONLY, ("forward",)),
+    },
+    globals(),
+    ("apply_rotary_emb", "repeat_kv"),
+)  # fmt: skip

@@ -313,7 +313,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> t
     any_order: the numbers of a feature may lie together in the result, if it is faster so. (To elementwise operations it
     is all the same.)
     """
-    if device_kind(x) != "cpu" or x.dtype != torch.bfloat16:
+    if device_kind(x) != "cpu" or x.dtype != torch.bfloat16 or weight.dtype != x.dtype:  # autocast: two dtypes
         return F.linear(to_memory(x), weight)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1:
@@ -426,10 +426,13 @@ def join(layers: Sequence[nn.Module], name: str, make: Make = torch.cat) -> torc
     make: the parameters -> that tensor. Any but `torch.cat` gives them other numbers, or none yet.
     """
     parts: list[torch.Tensor] = [layer.get_parameter(name) for layer in layers]
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained or edited later
         whole = make(parts)
-    for layer, old, part in zip(layers, parts, whole.split([len(part) for part in parts])):
-        setattr(layer, name, nn.Parameter(part, requires_grad=old.requires_grad))
+        for layer, old, part in zip(layers, parts, whole.split([len(part) for part in parts])):
+            if type(old) is nn.Parameter and torch._has_compatible_shallow_copy_type(old, part):
+                old.data = part  # the same object: an optimizer may hold it
+            else:
+                setattr(layer, name, nn.Parameter(part, requires_grad=old.requires_grad))
     return whole
 
 

@@ -440,6 +440,9 @@ class Int4RowParallelLinear(Int4, RowParallelLinear):
     shard_dims = {"weight": 1, "scales": 1, "zeros": 1}  # noqa: RUF012
 
 
+QUANTIZED = (Int8ColumnParallelLinear, Int8RowParallelLinear, Int4ColumnParallelLinear, Int4RowParallelLinear)
+
+
 def join_quantized(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optional[Quantized]:
     """One layer over the rows of several, whose tensors become views of its own; see `parallel.join`.
 
