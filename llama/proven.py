@@ -32,9 +32,9 @@ def triton_kernels() -> Optional[ModuleType]:
     return module
 
 
-def usable(x: torch.Tensor) -> bool:
-    """Whether there are Triton forms for activations like these."""
-    if device_kind(x) != "cuda" or x.dtype not in KERNEL_TOLERANCE or triton_kernels() is None:
+def usable(x: torch.Tensor, dtype: Optional[torch.dtype] = None) -> bool:
+    """Whether there are Triton forms where x lies, for activations in `dtype` (x's own if not given)."""
+    if device_kind(x) != "cuda" or (dtype or x.dtype) not in KERNEL_TOLERANCE or triton_kernels() is None:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
@@ -55,20 +55,20 @@ class Proven:
         self._verdicts: dict[Any, bool] = {}  # by device, shapes, dtypes and options
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if not usable(args[0]):
+        dtype = args[-1] if isinstance(args[-1], torch.dtype) else args[0].dtype  # of the activations
+        if not usable(args[0], dtype):
             return self.plain(*args, **options)
         fast = getattr(triton_kernels(), self.name)
         key = args[0].device, *map(_signature, args), *options.items()
         verdict = self._verdicts.get(key)
         if verdict is None:
-            verdict = self._verdicts[key] = self._compare(fast, args, options)
+            verdict = self._verdicts[key] = self._compare(fast, args, options, KERNEL_TOLERANCE[dtype])
         return (fast if verdict else self.plain)(*args, **options)
 
-    def _compare(self, fast: Callable[..., Any], args: Any, options: Any) -> bool:
+    def _compare(self, fast: Callable[..., Any], args: Any, options: Any, tolerance: float) -> bool:
         try:
             found = self._results(fast, args, options)
             expected = self._results(self.plain, args, options)
-            tolerance = KERNEL_TOLERANCE[args[0].dtype]
             problem = None if all(map(is_near, found, expected, [tolerance] * len(found))) else "it gives other numbers"
         except torch.OutOfMemoryError:
             raise
