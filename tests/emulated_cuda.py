@@ -530,7 +530,8 @@ def _register() -> None:
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: run(op, args, kwargs), "PrivateUse1")
     _registered.append(library)
-    torch.utils._device._device_constructors()  # which remembers torch's functions, so it must see them before they are patched
+    with torch.device("cpu"):
+        torch.empty(0)  # torch remembers its constructors at their first use here, which must come before they are patched
 
 
 _registered: list[Any] = []
