@@ -169,7 +169,7 @@ class Batch:
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Step]:
-        self.engine.take(self)
+        self.engine.take(self, self._take_back)
         try:
             for step in self._run():
                 if len(self.requests) == 1:

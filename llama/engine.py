@@ -46,7 +46,8 @@ class Engine:
     def __init__(self, model: Transformer, compile: Optional[bool] = False) -> None:
         """compile: as `make_graph` has it."""
         self.model = model
-        self.graph = make_graph(model, compile)
+        self._compile = compile
+        self._make_graph()
         keep_pages()
         processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
         quantization = getattr(model.output, "quantization", None)
@@ -57,6 +58,13 @@ class Engine:
         self._slot0: list[int] = []
         self._calls = 0
         self._user: Callable[[], object] = lambda: None
+        self._give_way: Callable[[], Optional[Callable[[], None]]] = lambda: None
+        self._stream: Any = None  # on which the user's steps run
+
+    def _make_graph(self) -> None:
+        """For where the model is now, and the dtype that it has."""
+        self.graph = make_graph(self.model, self._compile)
+        self._place = self.device, self.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -147,8 +155,21 @@ class Engine:
         parts = [token_logprobs(self.logits(hidden[i : i + step]), targets[i : i + step]) for i in range(0, len(targets), step)]
         return torch.cat(parts) if parts else targets.float()
 
-    def take(self, user: object) -> None:
-        """From now on the cache is this user's; what it held is forgotten."""
+    def take(self, user: object, give_way: Optional[Callable[[], None]] = None) -> None:
+        """From now on the cache is this user's; what it held is forgotten.
+
+        give_way: a method that the next user calls first, to undo what this one has queued ahead.
+        """
+        if (before := self._give_way()) is not None:
+            before()
+        self._give_way = (lambda: None) if give_way is None else weakref.WeakMethod(give_way)
+        if device_kind(self.device) == "cuda":  # what the last user queued may still run, on a stream of its own
+            stream = torch.cuda.current_stream(self.device)
+            if self._stream is not None:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+        if self._place != (self.device, self.model.norm.weight.dtype):
+            self._make_graph()
         self._user = (lambda: None) if user is None else weakref.ref(user)  # a batch holds its engine already
         self._slot0, self._calls = [], self.model.direct_calls
         self.model.keep_fused()
