@@ -47,14 +47,14 @@ def ids(llama: Llama, rows: int = 3, new: int = 24) -> list[list[int]]:
 
 
 def test_every_kernel_computes_what_its_plain_form_does() -> None:
-    import gpu_parts
+    import gpu_kernels
 
-    with gpu_parts.place(small=False) as place:
+    with gpu_kernels.place(small=False) as place:
         wrong = {}
-        for name, kernel in gpu_parts.kernel_cases(place, torch.bfloat16):
+        for name, kernel in gpu_kernels.kernel_cases(place, torch.bfloat16):
             if "T=2040" in name or "B=16" in name:
                 continue
-            record = gpu_parts.compared(kernel, kernel.make(), torch.bfloat16)
+            record = gpu_kernels.compared(kernel, kernel.make(), torch.bfloat16)
             if not record["right"]:
                 wrong[name] = record
     assert wrong == {}

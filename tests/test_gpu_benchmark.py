@@ -134,4 +134,5 @@ def test_all_parts_on_the_emulated_gpu(tmp_path: Path) -> None:
     assert parts["tests"]["tests/test_gpu.py"]["status"] == 0
     assert parts["two"] == {"two processes": {"unable": "1 GPU can be seen; this part needs two"}}
     assert json.loads(out.read_text()) == report
-    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]  # nothing is left behind
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")}  # torch's own
+    assert left == {"gpu.json"}
