@@ -164,9 +164,9 @@ def product_kernel(place: Place, dtype: torch.dtype, bits: int, B: int, N: int, 
 
 
 def cache_kernels(place: Place, dtype: torch.dtype, B: int, heads: int, kv_heads: int, D: int, T: int) -> list[Kernel]:
-    """Those that read and write the cache, which lies as `Attention.allocate_cache` has it. Every row is full but one."""
+    """Those that read and write the cache, which lies as `Attention.allocate_cache` has it. The last row is half full."""
     device = place.device
-    last = [T - 1 - i * (T // 2) * (i == B - 1 > 0) for i in range(B)]
+    last = [T - 1] * (B - 1) + [T // 2 if B > 1 else T - 1]
 
     def caches() -> list[torch.Tensor]:
         return [torch.randn(B, kv_heads, T + 1, D, device=device).to(dtype)[:, :, :-1].transpose(1, 2) for _ in "kv"]

@@ -116,15 +116,21 @@ def test_all_parts_on_the_emulated_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     out = tmp_path / "gpu.json"
     environment = ["env", f"TMPDIR={tmp_path}", f"LLAMA_CACHE={os.environ['LLAMA_CACHE']}", "OMP_NUM_THREADS=1"]
-    result = run([*environment, sys.executable, str(SCRIPT), "--small", "--minutes", "2", "--out", str(out)], cwd=tmp_path)
+    result = run(
+        [*environment, sys.executable, str(SCRIPT), "--small", "--minutes", "2", "--out", str(out)], cwd=tmp_path, seconds=180
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
+    assert json.loads(out.read_text()) == report
     assert report["failed"] == {}, result.stderr
     assert report["about"]["small"]
     parts = report["parts"]
     assert list(parts) == ["kernels", "ids", "waits", "liveness", "decode", "prefill", "load", "tests", "tune", "two"]
     assert all(parts.values())
-    assert all(record["right"] and record["error"] == 0 for name, record in parts["kernels"].items() if "16 " in name)
+    assert parts["kernels"].pop("copy rate, GB/s") > 0
+    assert all(
+        record["right"] and record["error"] == 0 for record in parts["kernels"].values()
+    )  # stand-ins are the plain forms
     for models in parts["ids"].values():
         assert all(ran["same_state"] and ran["twice"] for ran in models.values())
     assert {record["each_step"] for record in parts["waits"].values()} == {0}
@@ -133,6 +139,5 @@ def test_all_parts_on_the_emulated_gpu(tmp_path: Path) -> None:
     assert parts["load"]["bf16"]["load_s"] > 0
     assert parts["tests"]["tests/test_gpu.py"]["status"] == 0
     assert parts["two"] == {"two processes": {"unable": "1 GPU can be seen; this part needs two"}}
-    assert json.loads(out.read_text()) == report
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")}  # torch's own
     assert left == {"gpu.json"}
