@@ -475,12 +475,17 @@ def two(place: Place) -> Cases:
     def run(folder: Path) -> dict[str, Any]:
         began = time.perf_counter()
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            out, errors = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:  # such processes have hung at their exit
+            process.terminate()  # which torchrun passes on to the two
+            out, errors = process.communicate()
         ended = time.time()
-        record: dict[str, Any] = {"status": result.returncode, "seconds": round(time.perf_counter() - began, 1)}
-        said = [line for line in result.stdout.splitlines() if line.startswith("{")]
+        record: dict[str, Any] = {"status": process.returncode, "seconds": round(time.perf_counter() - began, 1)}
+        said = [line for line in out.splitlines() if line.startswith("{")]
         if not said:
-            return {**record, "error": result.stderr.strip().splitlines()[-3:]}
+            return {**record, "errors": [line for line in errors.splitlines() if "Error" in line][:4]}
         answer = json.loads(said[-1])
         alone = followed(built(place, folder, 4), *pair_task())
         record["seconds_to_exit"] = round(ended - answer.pop("at"), 2)
