@@ -20,26 +20,32 @@ VOCAB_SIZE = 32000
 
 def random_checkpoint(shape: str, folder: Path, dtype: torch.dtype = torch.bfloat16, shards: int = 1) -> Path:
     """Write the checkpoint into `folder` unless it is there. The weights keep activations near one."""
-    params = SHAPES[shape]
+    return write_random(SHAPES[shape], VOCAB_SIZE, folder, dtype, shards)
+
+
+def write_random(
+    params: dict[str, float], vocab_size: int, folder: Path, dtype: torch.dtype, shards: int = 1, device: str = "cpu"
+) -> Path:
+    """As `random_checkpoint`, of any shape. device: that the numbers are drawn on."""
     if (folder / "params.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    args = ModelArgs(**params, vocab_size=VOCAB_SIZE, max_seq_len=1, max_batch_size=1)  # type: ignore[arg-type]
+    args = ModelArgs(**params, vocab_size=vocab_size, max_seq_len=1, max_batch_size=1)  # type: ignore[arg-type]
     with torch.device("meta"):
         model = Transformer(args)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     dims = {name: dim for name, (_, dim, _) in cut(model).items()}
     pieces: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
     for name, weight in model.named_parameters():
-        full = torch.ones(weight.shape) if weight.ndim == 1 else torch.empty(weight.shape)
+        full = torch.ones(weight.shape) if weight.ndim == 1 else torch.empty(weight.shape, device=device)
         if weight.ndim > 1:
             full.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
         dim = dims[name]
         for i, piece in enumerate(pieces):
-            piece[name] = (full if dim is None else full.chunk(shards, dim)[i]).to(dtype).clone()
+            piece[name] = (full if dim is None else full.chunk(shards, dim)[i]).to(dtype).to("cpu").clone()
     for i, piece in enumerate(pieces):
         torch.save(piece, folder / f"consolidated.{i:02d}.pth")
-    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": VOCAB_SIZE}))
+    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": vocab_size}))
     return folder
 
 

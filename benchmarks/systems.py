@@ -38,6 +38,8 @@ class Ours:
             spec["path"], spec["tokenizer_path"], *sizes, device=spec["device"], dtype="bfloat16", **options
         )
         self.facts = {"weights_bytes": bench.weight_bytes(self.llama.model), "threads": torch.get_num_threads()}
+        if spec["device"] != "cpu":
+            self.facts["peak_device_MB"] = torch.cuda.max_memory_allocated() / 1e6
 
     def run(self, rows: Rows, new: int) -> Run:
         return self.bench.timed_run(self.llama, rows, new)

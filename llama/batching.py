@@ -171,7 +171,7 @@ class Batch:
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Step]:
-        self.engine.take(self)
+        self.engine.take(self, self._take_back)
         try:
             changed = not self.engine.as_built
             if changed and self.plainly is None:

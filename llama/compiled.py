@@ -22,7 +22,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from . import gpu_step, runtime
+from . import gpu_step, proven, runtime
 from .model import Transformer
 from .parallel import ColumnParallelLinear, all_agree, forget_small_all_reduces, is_first_process, prepare_small_all_reduces
 from .proven import STEP_TOLERANCE, is_near
@@ -208,7 +208,13 @@ class _Recording:
     rotations: torch.Tensor  # (max_seq_len, D/2, 2)
     logits: torch.Tensor = field(init=False)  # (bucket, V)
     graph: Optional[torch.cuda.CUDAGraph] = None
-    proofs: int = 0  # how many replays have been compared with the plain step
+    proven: dict[int, int] = field(default_factory=dict)  # bits of the span -> replays that were compared with the plain step
+
+    def is_due(self, span: int) -> bool:
+        """Whether a replay is to be compared: the first ones, and the first of each span that is twice as long."""
+        done = self.proven.get(span.bit_length(), 0)
+        self.proven[span.bit_length()] = done + 1
+        return sum(self.proven.values()) <= PROOFS or not done
 
     def run(self, way: _Way) -> None:
         self.logits = way.step(self.tokens, self.positions, self.columns, self.rotations)
@@ -245,6 +251,8 @@ class Recorded:
         self._places: Optional[tuple[int, ...]] = None
         self._pool: Any = None
         self._stream: Any = None
+        self._captures = captures
+        self._kept: tuple[torch.Tensor, ...] = ()
         if captures:
             with runtime.current(self.device):
                 self._pool = torch.cuda.graph_pool_handle()
@@ -264,7 +272,11 @@ class Recorded:
         for recording in self._recordings.values():
             if recording.graph is not None:
                 recording.graph.reset()
+                recording.graph, recording.proven = None, {}
         self._recordings.clear()
+        if self._captures:  # torch refuses to record into a pool again whose graphs have all gone
+            with runtime.current(self.device):
+                self._pool = torch.cuda.graph_pool_handle()
 
     def refresh(self) -> None:
         """Forget recordings of weights, caches or rotations that have been replaced since."""
@@ -272,7 +284,7 @@ class Recorded:
         places = tuple(t.data_ptr() for t in tensors)
         if places != self._places:
             self.clear()
-        self._places = places
+        self._places, self._kept = places, tensors  # kept: whoever replaces one while a graph runs does not free it
 
     def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """As `Transformer.step`; the logits are valid until the next call."""
@@ -291,7 +303,7 @@ class Recorded:
                 recording.run(way)
             else:
                 recording.graph.replay()
-                if recording.proofs < PROOFS and not self._is_proven(recording, rows):
+                if recording.is_due(max(positions) + 1) and not self._is_proven(recording, rows):
                     self._fail("it gives other numbers than the plain step")
                     return self(tokens, positions)
             return recording.logits[:rows]
@@ -312,9 +324,9 @@ class Recorded:
             try:
                 with _compiling() if way.kind == "compiled" else nullcontext():
                     self._record(recording, way)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
+                if way.whole_cache and proven.attend.refused:  # plain attention would read all of the cache in each step
+                    raise RuntimeError("the kernel of attention is not used here")
+            except Exception as error:  # whatever a compiler, a capture or a lack of memory may raise
                 problem = error
             if all_agree(problem is None, self.model.output.group):
                 break
@@ -336,12 +348,16 @@ class Recorded:
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Of this thread only: NCCL's watchdog looks at its own events meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(current),  # comes back to it also where torch.cuda.graph fails half way
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             recording.run(way)
         recording.graph = graph
 
     def _fail(self, why: str, keep: Optional[_Recording] = None) -> None:
         """Go on with the next way, and forget what was recorded in this one."""
+        assert len(self._ways) > 1  # the plain step has nothing to fall back to
         say(f"The decode step is not {self._ways.pop(0).kind}, and runs as it is: {why}")
         self.clear()
         forget_small_all_reduces(self.model.output.group)
@@ -350,7 +366,6 @@ class Recorded:
 
     def _is_proven(self, recording: _Recording, rows: int) -> bool:
         """Whether a replay gave the logits that the plain step gives, and wrote the same keys and values."""
-        recording.proofs += 1
         found = recording.logits[:rows].clone(), self._written(recording, rows)
         logits = self.model.step(recording.tokens, recording.positions, recording.columns, recording.rotations)
         expected = logits[:rows], self._written(recording, rows)

@@ -47,11 +47,11 @@ class Engine:
         """model: a `Transformer`, or any module with its `params` and Meta's `forward(tokens, start_pos)`. compile: as
         `make_graph` has it."""
         self.model = model
-        self.graph = None
+        self._compile = compile
+        self._make_graph()
         self._explained: Callable[[], AbstractContextManager[None]] = nullcontext
         keep_pages()
         if isinstance(model, Transformer):
-            self.graph = make_graph(model, compile)
             processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
             quantization = getattr(model.output, "quantization", None)
             self._explained = partial(
@@ -62,6 +62,13 @@ class Engine:
         self._slot0: list[int] = []
         self._state: Any = None
         self._user: Callable[[], object] = lambda: None
+        self._give_way: Callable[[], Optional[Callable[[], None]]] = lambda: None
+        self._stream: Any = None  # on which the user's steps run
+
+    def _make_graph(self) -> None:
+        """For where the model is now, and the dtype that it has."""
+        self.graph = make_graph(self.model, self._compile) if isinstance(self.model, Transformer) else None
+        self._place = self.device, self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -168,13 +175,27 @@ class Engine:
         parts = [token_logprobs(self.logits(hidden[i : i + step]), targets[i : i + step]) for i in range(0, len(targets), step)]
         return torch.cat(parts) if parts else targets.float()
 
-    def take(self, user: object) -> None:
-        """From now on the cache is this user's; what it held is forgotten."""
+    def take(self, user: object, give_way: Optional[Callable[[], None]] = None) -> None:
+        """From now on the cache is this user's; what it held is forgotten.
+
+        give_way: a method that the next user calls first, to undo what this one has queued ahead.
+        """
+        if (before := self._give_way()) is not None:
+            before()
+        self._give_way = (lambda: None) if give_way is None else weakref.WeakMethod(give_way)
+        if device_kind(self.device) == "cuda":  # what the last user queued may still run, on a stream of its own
+            stream = torch.cuda.current_stream(self.device)
+            if self._stream is not None:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+        if self._place != (self.device, self.dtype):
+            self._make_graph()
         self._user = (lambda: None) if user is None else weakref.ref(user)  # a batch holds its engine already
-        self._slot0, self._state = [], self._state_of_cache()
+        self._slot0 = []
         self.as_built = isinstance(self.model, Transformer) and self.model.as_built
         if self.as_built:
             self.model.keep_fused()
+        self._state = self._state_of_cache()
         self._ready = self.graph if self.as_built else None
         if self._ready is not None:
             self._ready.refresh()
@@ -183,7 +204,7 @@ class Engine:
         """Changes when somebody else writes to the cache, or when the weights that it was made with change."""
         if not isinstance(self.model, Transformer):
             return None
-        weights = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        weights = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
         return self.model.direct_calls, self.model.freqs_cis.data_ptr(), weights
 
     def owned_by(self, user: object) -> bool:

@@ -20,7 +20,7 @@ LAYERS = (ParallelEmbedding, ColumnParallelLinear, RowParallelLinear)
 OURS = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, torch.nn.ModuleList, *LAYERS)
 
 
-FEW_ROWS = 16  # of activations: for more, cuBLAS multiplies with plain weights
+CUBLAS_ROWS = 17  # from so many rows of activations on cuBLAS multiplies with plain weights
 
 
 def suits(model: Transformer) -> bool:
@@ -67,7 +67,7 @@ def multiply(x: torch.Tensor, matrix: Any, gated: bool = False) -> torch.Tensor:
         y = cast(Any, matrix).product(x)
     else:
         weight = matrix if isinstance(matrix, torch.Tensor) else matrix.weight
-        if len(x) <= FEW_ROWS:
+        if len(x) < CUBLAS_ROWS:
             return proven.product(x, weight, gated=gated)
         y = F.linear(x, weight)
     return proven.silu_mul(y) if gated else y

@@ -85,7 +85,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> torch
 
 def product_int8(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, gated: bool = False) -> torch.Tensor:
     """As `product`, with weight int8 (N, K) and scales float32 (N,)."""
-    y = (F.linear(x.float(), weight.float()) * scales).type_as(x)
+    # 128 is exact, and keeps sums of float16, with weights up to 127, in range.
+    y = (F.linear(x / 128, weight.type_as(x)) * (scales * 128)).type_as(x)
     return silu_mul(y) if gated else y
 
 

@@ -21,9 +21,9 @@ WORKSPACE_BYTES = 32 * 2**20
 STREAMS = 2
 KERNEL_BYTES = 192 * 2**20  # CUDA brings the code of torch's and cuBLAS's kernels to the GPU when they are first called
 NCCL_BYTES = 768 * 2**20  # of each process: a few MiB for each channel, peer and protocol, for the model's group and all's
-# A recorded step keeps its temporaries for itself. With one row of the batch those are float32 logits, probabilities and
-# their sum, sorted, with int64 places; there are graphs for one row, and for 2, 4, 8 … rows, which add up to twice the last.
-GRAPH_LOGITS = 2 * 8
+# A recorded step keeps its logits, in the model's dtype and in float32, for itself. There are graphs for one row, and for 2, 4,
+# 8 … rows, which add up to twice the last.
+GRAPH_LOGITS = 2 * 2
 
 
 class Need(NamedTuple):

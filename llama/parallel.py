@@ -22,7 +22,7 @@ from fairscale.nn.model_parallel import initialize as mpu
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
-from .runtime import current, device_kind, has_failed, machine, release_first
+from .runtime import chosen_device, current, device_kind, has_failed, machine, release_first
 
 Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes one tensor of several that are to lie in it, one below the other
 Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
@@ -160,8 +160,7 @@ def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.d
     if group.group_name in _small:
         return True
     memory = _symmetric_memory() if device_kind(device) == "cuda" else None
-    places: list[Optional[str]] = [None] * group_size(group)
-    dist.all_gather_object(places, None if memory is None else machine(), group=group)
+    places = gather_objects(None if memory is None else machine(), group)
     if memory is not None and set(places) == {machine()}:
         one_shot = _OneShot(memory, group, device)
         # A rank must not begin a step in which it would wait for one that failed in the step before.
@@ -231,11 +230,20 @@ def broadcast_random_state(device: torch.device, group: Group) -> None:
         return
     on_gpu = device_kind(device) == "cuda"  # else torch would take the thread's current GPU
     state = [torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()]
-    dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
+    with current(device):  # where NCCL, if the group has nothing else, puts what it sends
+        dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
     if on_gpu:
         torch.cuda.set_rng_state(state[0], device)
     else:
         torch.set_rng_state(state[0])
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's value, in rank order; of all processes without a group."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    with current(chosen_device()):  # where NCCL, if the group has nothing else, puts what it sends
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def replica() -> tuple[int, int]:
@@ -250,9 +258,7 @@ def gather_from_replicas(mine: list[Any]) -> list[list[Any]]:
     _, replicas = replica()
     if replicas == 1:
         return [mine]
-    lists: list[list[Any]] = [[] for _ in range(replicas)]
-    dist.all_gather_object(lists, mine, group=mpu.get_data_parallel_group())
-    return lists
+    return gather_objects(mine, mpu.get_data_parallel_group())
 
 
 def from_first_process(value: Any) -> Any:
@@ -293,8 +299,7 @@ def together(group: Group = None, *, everyone: bool = False) -> Iterator[Agreeme
         # Not the exceptions themselves: not all of them survive pickling.
         failure = None if error is None else (isinstance(error, ValueError), str(error))
         digest = hashlib.sha256(pickle.dumps(agreement.value)).digest()
-        outcomes: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(outcomes, (failure, digest), group=group)
+        outcomes = gather_objects((failure, digest), group)
         failures = [(rank, failed) for rank, (failed, _) in enumerate(outcomes) if failed is not None]
         if failures and failures[0][1] != failure:
             rank, (is_value_error, message) = failures[0]

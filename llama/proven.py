@@ -6,6 +6,7 @@ compared with its plain form. If it fails or differs, one line says so, and the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
@@ -15,11 +16,13 @@ import torch
 
 from . import kernels
 from .parallel import is_first_process
-from .runtime import device_kind
+from .runtime import device_kind, to_device
 
-# How far two ways to compute the same may lie apart, in units of the numbers' spread.
-STEP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # a whole model: five times what is seen
-KERNEL_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8}  # four steps of the dtype
+# How far two ways to compute the same may lie apart, in units of the numbers' spread. For a whole model five times what is
+# seen, for a kernel four steps of the dtype.
+STEP_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
+KERNEL_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
+SAMPLED = 1024  # rows of each half of a matrix that a product is compared on
 
 
 @lru_cache
@@ -32,9 +35,9 @@ def triton_kernels() -> Optional[ModuleType]:
     return module
 
 
-def usable(x: torch.Tensor) -> bool:
-    """Whether there are Triton forms for activations like these."""
-    if device_kind(x) != "cuda" or x.dtype not in KERNEL_TOLERANCE or triton_kernels() is None:
+def usable(x: torch.Tensor, dtype: Optional[torch.dtype] = None) -> bool:
+    """Whether there are Triton forms where x lies, for activations in `dtype` (x's own if not given)."""
+    if device_kind(x) != "cuda" or (dtype or x.dtype) not in KERNEL_TOLERANCE or triton_kernels() is None:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
@@ -54,29 +57,57 @@ class Proven:
         self.plain, self.name = plain, plain.__name__
         self._verdicts: dict[Any, bool] = {}  # by device, shapes, dtypes and options
 
+    @property
+    def refused(self) -> bool:
+        """Whether the plain form runs for some shape in place of Triton's."""
+        return not all(self._verdicts.values())
+
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if not usable(args[0]):
+        dtype = args[-1] if isinstance(args[-1], torch.dtype) else args[0].dtype  # of the activations
+        if not usable(args[0], dtype):
             return self.plain(*args, **options)
         fast = getattr(triton_kernels(), self.name)
-        key = args[0].device, *map(_signature, args), *options.items()
+        # The number of rows counts as its power of two: prompts have any.
+        rows = 1 << (len(args[0]) - 1).bit_length()
+        key = args[0].device, rows, args[0].shape[1:], dtype, *map(_signature, args[1:]), *options.items()
         verdict = self._verdicts.get(key)
         if verdict is None:
-            verdict = self._verdicts[key] = self._compare(fast, args, options)
+            verdict = self._verdicts[key] = self._compare(fast, args, options, KERNEL_TOLERANCE[dtype])
         return (fast if verdict else self.plain)(*args, **options)
 
-    def _compare(self, fast: Callable[..., Any], args: Any, options: Any) -> bool:
+    def _compare(self, fast: Callable[..., Any], args: Any, options: Any, tolerance: float) -> bool:
         try:
-            found = self._results(fast, args, options)
-            expected = self._results(self.plain, args, options)
-            tolerance = KERNEL_TOLERANCE[args[0].dtype]
-            problem = None if all(map(is_near, found, expected, [tolerance] * len(found))) else "it gives other numbers"
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler or a driver may raise
+            pairs = [(self._results(form, trial, options) for form in (fast, self.plain)) for trial in self._trials(args)]
+            near = all(is_near(a, b, tolerance) for found, expected in pairs for a, b in zip(found, expected))
+            problem = None if near else "it gives other numbers"
+        except Exception as error:  # whatever a compiler, a driver or a lack of memory may raise
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        if problem is not None and is_first_process():
-            print(f"The kernel {self.name} is not used here, torch's own run in its place: {problem}")
+        if problem is not None:
+            where = sys.stdout if is_first_process() else sys.stderr  # of another process nobody sees the output
+            print(f"The kernel {self.name} is not used here, torch's own run in its place: {problem}", file=where)
         return problem is None
+
+    def _trials(self, args: Any) -> list[Any]:
+        """Arguments to compare with: those at hand, but no more of a matrix than memory has room for; and for attention,
+        which loops over the keys, also numbers of all sizes at places all over a cache of two rows."""
+        if self.name.startswith("product"):
+            x, *parts = args
+            half = len(parts[0]) // 2
+            few = [torch.cat((part[:SAMPLED], part[half : half + SAMPLED])) for part in parts]
+            return [(x, *few)] if half > SAMPLED else [args]
+        if self.name != "attend":
+            return [args]
+        q, cache_k, cache_v, _ = args
+        generator = torch.Generator(q.device).manual_seed(0)
+        last = cache_k.shape[1] - 1
+        rows = min(2, len(cache_k))
+        caches = []
+        for cache in (cache_k, cache_v):
+            like = torch.empty_strided((rows, *cache.shape[1:]), cache.stride(), dtype=q.dtype, device=q.device)
+            caches.append(like.normal_(generator=generator))
+        q = torch.empty(rows, *q.shape[1:], dtype=q.dtype, device=q.device).normal_(generator=generator)
+        places = [(last, last // 2), (min(63, last), min(64, last)), (last * 3 // 4, 0)]
+        return [(q, *caches, to_device(list(pair[:rows]), q.device)) for pair in places]
 
     def _results(self, function: Callable[..., Any], args: Any, options: Any) -> list[torch.Tensor]:
         """What it returns, and what it writes into the cache."""

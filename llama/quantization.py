@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import proven
+from . import kernels, proven
 from .parallel import ColumnParallelLinear, Make, RowParallelLinear, group_size, join
 from .rounding import Quantization, dequantized, pairs, row_maxima, to_int4, to_int8, unpair
 from .runtime import device_kind
@@ -197,10 +197,9 @@ class Int8(Quantized):
         elif device_kind(weight) == "cpu":  # never all of it in the wider dtype
             step = max(1, 2**22 // weight.shape[1])
             y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(step)], dim=-1)
-        elif device_kind(weight) == "cuda" and len(x) <= STORED_ROWS:
-            return proven.product_int8(x.contiguous(), weight, self.scales)
-        else:  # 128 is exact, and keeps sums of float16, with weights up to 127, in range
-            return (F.linear(x / 128, weight.to(x.dtype)) * (self.scales * 128)).to(x.dtype)
+        else:
+            product = proven.product_int8 if len(x) <= STORED_ROWS else kernels.product_int8
+            return product(x.contiguous(), weight, self.scales)
         return (y * self.scales).to(x.dtype)
 
 

@@ -138,6 +138,11 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     return chosen
 
 
+def chosen_device() -> torch.device:
+    """What this process computes on, as of the last `start`."""
+    return _started.gpus[-1] if _started.gpus else torch.device("cpu")
+
+
 def _model_parallel_size(wanted: Optional[int], world_size: int) -> int:
     if wanted is None:
         callers_own = mpu.model_parallel_is_initialized() and not _started.model_parallel
@@ -225,7 +230,7 @@ def _join(device: torch.device, model_parallel_size: int) -> None:
         store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIME_LIMIT)
         _started.store = store
-        atexit.register(shutdown)
+    atexit.register(shutdown)  # with a group of the caller's too: graphs must go before it does
     if mpu.model_parallel_is_initialized() and mpu.get_model_parallel_world_size() != model_parallel_size:
         if not _started.model_parallel:
             raise ValueError(

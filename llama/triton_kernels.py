@@ -12,13 +12,14 @@ Letters in shapes:
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 import triton
 import triton.language as tl
+
+from llama.runtime import current, device_kind  # by name: the tests load this file apart
 
 
 class Tiles(NamedTuple):
@@ -47,14 +48,9 @@ ELEMENTS = 1024  # that one program of silu_mul or dequantize_int4 makes
 FUSION = {"enable_fp_fusion": True}
 
 
-def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 @lru_cache
 def processor_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return torch.cuda.get_device_properties(device).multi_processor_count if device_kind(device) == "cuda" else 132
 
 
 @triton.jit
@@ -86,7 +82,7 @@ def add_norm(
     h = x if delta is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     block = triton.next_power_of_2(dim)
-    with on_device(x):
+    with current(x.device):
         _add_norm[(B,)](
             x, delta, weight, h, normed, dim, eps, delta is not None, block, num_warps=min(16, max(1, block // 512)), **FUSION
         )
@@ -135,7 +131,7 @@ def rotate_and_store(
     K, D = cache_k.shape[2:]
     H = qkv.shape[1] // D - 2 * K
     q = qkv.new_empty(B, H, D)
-    with on_device(qkv):
+    with current(qkv.device):
         _rotate_and_store[(B, H + 2 * K)](
             qkv, rotations, positions, cache_k, cache_v, q, H, K, *cache_k.stride(), *cache_v.stride(),
             D, triton.next_power_of_2(D // 2), num_warps=1, **FUSION,
@@ -226,7 +222,7 @@ def attend(
     parts = q.new_empty((B * H, splits, D) if splits > 1 else 0, dtype=torch.float32)
     sums = q.new_empty((B * H, splits, 2) if splits > 1 else 0, dtype=torch.float32)
     size = max(16, triton.next_power_of_2(D))
-    with on_device(q):
+    with current(q.device):
         _attend[(B * K, splits)](
             q, cache_k, cache_v, positions, out, parts, sums, math.log2(math.e) / math.sqrt(D),
             *cache_k.stride(), *cache_v.stride(), K, H // K, D, max(DOT_ROWS, triton.next_power_of_2(H // K)), size, KEYS,
@@ -251,7 +247,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """(B, 2 * width), gate and up side by side -> silu(gate) * up, (B, width). One launch."""
     B, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(B, width)
-    with on_device(gate_up):
+    with current(gate_up.device):
         _silu_mul[(B, triton.cdiv(width, ELEMENTS))](gate_up, out, width, ELEMENTS, num_warps=4, **FUSION)
     return out
 
@@ -444,7 +440,7 @@ def _product(
     tiles = ONE[kind] if one else SEVERAL[kind]
     grid = (triton.cdiv(N, tiles.rows // (2 if gated else 1)),)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **FUSION}
-    with on_device(x):
+    with current(x.device):
         if one:
             words = x.view(torch.int32), weight.view(torch.int32)
             _one[grid](*words, scales, zeros, out, N, K, kind, group, gated, tiles.rows, tiles.columns, **options)
@@ -499,7 +495,7 @@ def dequantize_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Ten
     group = out.numel() // scales.numel()
     chunk = min(group, 32)
     chunks, block = out.numel() // chunk, ELEMENTS // chunk
-    with on_device(weight):
+    with current(weight.device):
         _dequantize_int4[(triton.cdiv(chunks, block),)](
             weight, scales, zeros, out, chunks, chunk, group, block, num_warps=4, **FUSION
         )

@@ -38,7 +38,7 @@ ARENA_BYTES = 2 * 2**30  # of virtual memory
 GRAIN = 512
 POISON = 0xFF  # NaN in every float, -1 in every whole number
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "unique_dim"}
+WAITS = {"item", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "unique_dim"}
 NO_LAUNCH = {"empty", "empty_strided", "new_empty", "empty_like", "new_empty_strided", "detach", "lift_fresh", "alias"}
 RANDOM = {"exponential_", "normal_", "uniform_", "random_", "randint", "multinomial", "rand", "randn", "bernoulli_"}
 
@@ -59,6 +59,7 @@ class Arena:
 
     def __init__(self, of_graphs: bool = False) -> None:
         self.of_graphs = of_graphs  # whose replays go on using what was freed
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()  # that were recorded into it, and not reset
         self.lock = threading.RLock()  # a tensor may be freed, by the garbage collector, while another is allocated
         self.memory = np.zeros(ARENA_BYTES, dtype=np.uint8)
         self.base = self.memory.ctypes.data
@@ -133,6 +134,7 @@ class Machine:
         self.waits[f"{what} at {here()}"] += 1
         if self.capture is not None:
             self.violations[f"{what} while a graph is captured, at {here()}"] += 1
+            self.capture.spoilt = True
 
     @property
     def capture(self) -> Optional[Graph]:
@@ -369,6 +371,7 @@ class Graph:
         self.outside: dict[tuple[int, int], tuple[Arena, int, str, str]] = {}
         self.restore: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.arena: Arena
+        self.spoilt = self.gone = False
         machine.graphs.add(self)
 
     def records(self, index: int) -> bool:
@@ -376,12 +379,18 @@ class Graph:
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         self.stream = current_stream(None)
+        known = pool in machine.pools
         self.arena = machine.pools.setdefault(self if pool is None else pool, Arena(of_graphs=True))
+        if known and not self.arena.graphs:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: the graphs of this pool have gone")
+        self.arena.graphs.add(self)
         self.before = {number for _, number, _ in self.arena.blocks.values()}
         machine.local.capture = self
 
     def capture_end(self) -> None:
         machine.local.capture = None
+        if self.spoilt:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         machine.captured += 1
         for inner, saved in reversed(self.restore):  # a capture computes nothing
             inner.copy_(saved)
@@ -406,6 +415,8 @@ class Graph:
         self.operators.append((func, args, kwargs, [None if target is None else target.tensor() for target in targets]))
 
     def replay(self) -> None:
+        if self.gone:
+            raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
         machine.replays += 1
         for (_, offset), (arena, number, line, reader) in self.outside.items():
             if offset not in arena.blocks or arena.blocks[offset][1] != number:
@@ -419,6 +430,8 @@ class Graph:
                     torch._C._distributed_c10d.Work.unbox(made).wait()
 
     def reset(self) -> None:
+        self.gone = True
+        self.arena.graphs.discard(self)
         self.operators.clear()
 
 
@@ -530,6 +543,8 @@ def _register() -> None:
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: run(op, args, kwargs), "PrivateUse1")
     _registered.append(library)
+    with torch.device("cpu"):
+        torch.empty(0)  # torch remembers its constructors at their first use here, which must come before they are patched
 
 
 _registered: list[Any] = []

@@ -173,7 +173,7 @@ def test_scenarios_of_kernels(
     """The same of steps that are made of kernels, for which the plain forms stand in, beside steps op by op on the GPU."""
     graph = build(tiny, tokenizer_path, rows, dtype=dtype, quantize=quantize)
     plain = build(tiny, tokenizer_path, rows, dtype=dtype, quantize=quantize, compile=False)
-    for scenario in ("greedy", "options", "many with seeds", "chat", "drafts", "score", "between"):
+    for scenario in ("greedy", "options", "many with seeds", "drafts", "between"):
         found, state = ran(graph, scenario, rows)
         expected, its_state = ran(plain, scenario, rows)
         assert_same(found, expected, 0.1)
@@ -194,16 +194,20 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [(options, ("float32", None)) for options in OPTIONS] + [(OPTIONS[3], ("bfloat16", form)) for form in (None, "int4")],
+    ids=str,
+)
 def test_a_step_waits_for_nothing_but_its_ids(
-    options: dict[str, Any], tiny: Path, tokenizer_path: str, machine: Machine
+    options: dict[str, Any], form: tuple[str, Optional[str]], tiny: Path, tokenizer_path: str, machine: Machine
 ) -> None:
     """The host reads each step's ids when the next step is queued already, and waits nowhere else, nor before the first."""
-    llama = build(tiny, tokenizer_path)
+    llama = build(tiny, tokenizer_path, dtype=form[0], quantize=form[1])
     llama.tokenizer.eos_id = -1
-    for count in (20, 30):
+    for _ in range(2):  # the first records, and proves what it recorded
         machine.waits.clear()
-        llama.text_completion(TEXTS[:4], max_gen_len=count, **options)
+        llama.text_completion(TEXTS[:4], max_gen_len=30, **options)
     waits = {line: n for line, n in machine.waits.items() if not line.startswith("event at engine.py")}
     assert waits == {}
     assert sum(machine.waits.values()) <= 30 + 1  # the prompts' own log-probabilities are one more
@@ -347,22 +351,96 @@ def test_a_model_that_is_let_go_leaves_its_memory(tiny: Path, tokenizer_path: st
     assert torch.cuda.memory_allocated() == 0
 
 
-def on_two(folder: str, tokenizer_path: str) -> tuple[Any, int, int]:
+ON_TWO = ("greedy", "many with seeds")
+
+
+def on_two(folder: str, tokenizer_path: str, options: dict[str, Any]) -> tuple[Any, int, int]:
     with emulated(devices=4) as machine:
-        llama = Llama.build(folder, tokenizer_path, 160, 4, 2, device="emulated")
+        llama = Llama.build(folder, tokenizer_path, 160, 4, 2, device="emulated", **options)
+        llama.tokenizer.eos_id = 17
         assert isinstance(llama._engine.graph, compiled.Recorded)
         graph = llama._engine.graph
         assert any(release() == graph.clear for release in runtime._first)  # before the process group goes
-        results = [ran(llama, name, 4)[0] for name in ("greedy", "many", "many with seeds", "chat")]
+        results = [ran(llama, name, 4)[0] for name in ON_TWO]
         return results, machine.captured, sum(machine.violations.values())
 
 
-def test_collectives_are_captured(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
-    """Two processes: all-reduces and gathers are in the graph."""
-    host = build(tiny, tokenizer_path, device="cpu", compile=False)
-    host.tokenizer.eos_id = 2
-    expected = [ran(host, name, 4)[0] for name in ("greedy", "many", "many with seeds", "chat")]
-    for found, captured, violations in pool.run(on_two, str(tiny), tokenizer_path):
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantize": "int4"}], ids=str)
+def test_collectives_are_captured(options: dict[str, Any], tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    """Two processes: all-reduces and gathers are in the graph, also between kernels."""
+    with emulated():
+        host = build(tiny, tokenizer_path, device="cpu" if not options else "emulated", compile=False, **options)
+        expected = [ran(host, name, 4)[0] for name in ON_TWO]
+    for found, captured, violations in pool.run(on_two, str(tiny), tokenizer_path, options):
         assert captured
         assert not violations
-        assert_same(found, expected, 1e-3)
+        if not options:
+            assert_same(found, expected, 1e-3)
+        else:  # sums in another order may decide otherwise between equals, from where on texts differ
+            same = [a["tokens"][:5] == b["tokens"][:5] for a, b in zip(found[0][0], expected[0][0])]
+            assert sum(same) >= 3
+
+
+def test_a_rank_that_cannot_record(tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another process fails, what this one has recorded already is not replayed, and the next way is proven anew."""
+    expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:2], 0, 1, 20)
+    for failing in range(4):
+        votes = iter([i != failing for i in range(100)])
+        monkeypatch.setattr(compiled, "all_agree", lambda flag, group, votes=votes: next(votes) and flag)
+        llama = build(tiny, tokenizer_path)
+        assert llama.text_completion(TEXTS[:2], 0, 1, 20) == expected
+
+
+def test_a_capture_that_fails_half_way(tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A part that waits for the device spoils the capture. The thread comes back to its own stream, and the step runs."""
+    expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:2], 0, 1, 20)
+    with emulated() as machine:
+        llama = build(tiny, tokenizer_path)
+        step = llama.model.step
+
+        def waiting(*arguments: Any) -> torch.Tensor:
+            logits = step(*arguments)
+            logits.sum().item()
+            return logits
+
+        graph = llama._engine.graph
+        assert isinstance(graph, compiled.Recorded)
+        graph._ways[0] = compiled._Way("recorded", waiting, True)
+        before = torch.cuda.current_stream()
+        assert llama.text_completion(TEXTS[:2], 0, 1, 20) == expected
+        assert torch.cuda.current_stream() is before
+        assert machine.violations
+    assert "The decode step is not recorded, and runs as it is: CUDA error" in capsys.readouterr().out
+
+
+def test_attention_proves_itself_over_the_whole_cache(
+    tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel that is wrong from the second block of keys on is right at the positions where it is used first."""
+
+    class Broken(StandIns):
+        def attend(
+            self, q: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor, positions: torch.Tensor
+        ) -> torch.Tensor:
+            return kernels.attend(q, cache_k, cache_v, positions.clamp(max=63))
+
+    with emulated(triton=Broken()):
+        llama = build(tiny, tokenizer_path, dtype="bfloat16")
+        llama.text_completion(TEXTS[:2], 0, 1, 5)
+    out = capsys.readouterr().out
+    assert "The kernel attend is not used here, torch's own run in its place: it gives other numbers\n" in out
+    assert "The decode step is not made of Triton's kernels" in out
+
+
+def test_draws_ahead_belong_to_nobody_else(tiny: Path, tokenizer_path: str, machine: Machine) -> None:
+    """A stream that stays open has drawn for a step that it may never report; the next call draws as if it had not."""
+    results = []
+    for device in ("emulated", "cpu"):
+        llama = build(tiny, tokenizer_path, device=device, compile=None if device == "emulated" else False)
+        torch.manual_seed(3)
+        stream = llama.stream_text(TEXTS[:2], 0.9, 1, 20)
+        seen = [next(stream)["text"] for _ in range(4)]
+        between = llama.text_completion(TEXTS[2:4], 0.9, 1, 10)
+        stream.close()  # type: ignore[attr-defined]
+        results.append((seen, between, llama.text_completion(TEXTS[2:4], 0.9, 1, 10)))
+    assert results[0] == results[1]

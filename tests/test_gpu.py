@@ -1,0 +1,139 @@
+"""What only a real GPU can show. Skipped where there is none; `benchmarks/gpu.py` runs it with all that is measured there."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any, Optional
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT
+
+from llama import Llama, bench, gpu_step
+from llama.batching import Batch, Request
+from llama.compiled import Recorded
+from llama.sampling import Sampling
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+TEXTS = ["Once upon a time", "The dog", "A little girl named Lily went to the park and saw a big"]
+FORMS = [None, "int8", "int4"]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test gives back what it took."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def build(rows: int = 4, dtype: str = "bfloat16", **options: Any) -> Llama:
+    """The demo model: trained weights, whose best ids are seldom close."""
+    return Llama.build(None, None, 256, rows, device="cuda", dtype=dtype, **options)
+
+
+def never(model: object) -> bool:
+    return False
+
+
+def ids(llama: Llama, rows: int = 3, new: int = 24) -> list[list[int]]:
+    return llama.generate(bench.make_prompts(rows, 9, llama.model.vocab_size), new, temperature=0)[0]
+
+
+def test_every_kernel_computes_what_its_plain_form_does() -> None:
+    import gpu_kernels
+
+    with gpu_kernels.place(small=False) as place:
+        wrong = {}
+        for name, kernel in gpu_kernels.kernel_cases(place, torch.bfloat16):
+            if "T=2040" in name or "B=16" in name:
+                continue
+            record = gpu_kernels.compared(kernel, kernel.make(), torch.bfloat16)
+            if not record["right"]:
+                wrong[name] = record
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("own_kernels", [True, False])
+def test_recorded_steps_against_plain_ones(form: Optional[str], own_kernels: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """No graph is given up for numbers that differ, and greedy ids agree for most of a text: bfloat16 may round a tie."""
+    plain = build(quantize=form, compile=False)
+    patch = mock.patch.object(gpu_step, "suits", gpu_step.suits if own_kernels else never)
+    with patch:
+        recorded = Llama(plain.model, plain.tokenizer, compile=None)
+    assert isinstance(recorded._engine.graph, Recorded)
+    for rows in (1, 3, 4):
+        found, expected = ids(recorded, rows), ids(plain, rows)
+        same = sum(a == b for ours, theirs in zip(found, expected) for a, b in zip(ours, theirs))
+        assert same >= 0.7 * sum(map(len, expected))
+        assert ids(recorded, rows) == found
+    assert "The decode step is not" not in capsys.readouterr().out
+    assert any(recording.graph is not None for recording in recorded._engine.graph._recordings.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 0.8, "repetition_penalty": 1.2, "top_k": 20}])
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_no_step_waits_for_the_device(options: dict[str, Any], logprobs: bool) -> None:
+    llama = build()
+    sampling = Sampling(**{"temperature": 0.0, **options})
+
+    def steps() -> Iterator[Any]:
+        requests = [Request(prompt, 24) for prompt in bench.make_prompts(3, 9, llama.model.vocab_size)]
+        return iter(Batch(llama._engine, requests, sampling, frozenset(), draft=False, logprobs=logprobs))
+
+    for _ in steps():  # records
+        pass
+    running = steps()
+    next(running)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*beta.*|.*prototype.*")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert sum(step.token is not None for step in running) == 3 * 24 - 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_model_that_is_let_go_leaves_its_memory() -> None:
+    ids(build())  # what libraries keep
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    llama = build()
+    ids(llama)
+    assert torch.cuda.memory_allocated() > before
+    model = weakref.ref(llama.model)
+    gc.disable()
+    try:
+        del llama
+        assert model() is None
+    finally:
+        gc.enable()
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_two_models_in_turn() -> None:
+    """Each has its own graphs, buffers and cache."""
+    first, second = build(), build(quantize="int8")
+    alone = ids(first), ids(second)
+    for _ in range(3):
+        assert (ids(first), ids(second)) == alone
+    assert first.text_completion(TEXTS, 0, max_gen_len=12) == first.text_completion(TEXTS, 0, max_gen_len=12)
+
+
+def test_freed_memory_is_read_by_no_graph() -> None:
+    llama = build()
+    before = ids(llama)
+    for empties in (False, True):
+        gc.collect()
+        if empties:
+            torch.cuda.empty_cache()
+        kept = [torch.full((2**i,), float("nan"), device="cuda") for i in range(7, 26)]
+        del kept
+        assert ids(llama) == before
