@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional, TypedDict, Union
+from typing import Any, Optional, TypedDict, Union, cast
 
 import torch
 from tqdm import tqdm
 
 from .batching import Batch, FinishReason
 from .chat import UNSAFE_ERROR, Message
+from .checks import whole
+from .files import shortened
 from .parallel import is_first_process
 from .sampling import Sampling
-from .tokenizer import TextStream, Tokenizer
+from .tokenizer import TextStream, Tokenizer, split
 
 
 class Alternative(TypedDict):
@@ -130,7 +132,7 @@ class Completions:
                 yield chunk
 
     def _alternative(self, token: int, logprob: float) -> Alternative:
-        return Alternative(id=token, text=self.tokenizer.decode(token), logprob=logprob)
+        return Alternative(id=token, text=self.tokenizer.decode([token]), logprob=logprob)
 
 
 class Score(TypedDict):
@@ -171,7 +173,7 @@ def _prediction(tokenizer: Tokenizer, whole: Chunk) -> CompletionPrediction:
     assert reason is not None  # every prompt's last chunk has one
     prediction = CompletionPrediction(generation=whole["text"], finish_reason=reason)
     if "logprobs" in whole:
-        texts = tokenizer.split(whole["tokens"])
+        texts = split(tokenizer, whole["tokens"])
         room = len(whole["text"])
         if sum(map(len, texts)) > room:  # a stop string was cut off: what was behind the cut goes, ids and all
             kept = []
@@ -234,27 +236,39 @@ class Choice:
     draft: Optional[bool]
 
 
+def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    try:
+        return tuple(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} must be {what}, in a list") from None
+
+
 def parse_options(temperature: float, top_p: float, options: Options, prompts: int, vocab_size: int) -> Choice:
     """ValueError for an option that does not exist or is out of range."""
     known = Options.__annotations__
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"unknown option {', '.join(unknown)}; there are {', '.join(known)}")
     stop = options.get("stop")
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    stops: tuple[Any, ...] = (stop,) if stop is None or isinstance(stop, str) else _several("stop", stop, "texts")
+    stops = () if stop is None else stops
     if not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError(f"stop={stops!r} must be texts that are not empty")
-    stop_ids = tuple(options.get("stop_ids") or ())
-    if not all(isinstance(i, int) and 0 <= i < vocab_size for i in stop_ids):
-        raise ValueError(f"stop_ids={stop_ids!r} must be ids from 0 to {vocab_size - 1}")
-    seed = options.get("seed")
-    seeds: tuple[Optional[int], ...] = (None,) * prompts
-    if seed is not None and not isinstance(seed, int):
-        seeds, seed = tuple(seed), None
+    ids = options.get("stop_ids")
+    stop_ids = tuple(map(whole, () if ids is None else _several("stop_ids", ids, "ids")))
+    if not all(i is not None and 0 <= i < vocab_size for i in stop_ids):
+        raise ValueError(f"stop_ids={ids!r} must be ids from 0 to {vocab_size - 1}")
+    given = options.get("seed")
+    seed: Optional[int] = None if given is None else whole(given)
+    seeds: tuple[Any, ...] = (None,) * prompts
+    if given is not None and seed is None and not isinstance(given, (bool, float, str)):
+        seeds = tuple(None if number is None else whole(number) for number in _several("seed", given, "whole numbers"))
         if len(seeds) != prompts:
             raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give one seed, or one for each prompt")
-    for number in (seed, *seeds):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63):
-            raise ValueError(f"seed={number!r} must be a whole number from 0 to 2**63 - 1")
+        wrong = any(number is None and told is not None for number, told in zip(seeds, cast(Iterable[Any], given)))
+    else:
+        wrong = given is not None and seed is None
+    if wrong or not all(number is None or 0 <= number < 2**63 for number in (seed, *seeds)):
+        raise ValueError(f"seed={shortened(given)} must be a whole number from 0 to 2**63 - 1")
     draft = options.get("draft")
     if draft not in (None, True, False):
         raise ValueError(f"draft={draft!r} must be True, False or None")
@@ -267,4 +281,4 @@ def parse_options(temperature: float, top_p: float, options: Options, prompts: i
         options.get("logit_bias"),
     )
     sampling.bias(vocab_size, torch.device("cpu"))  # checks it
-    return Choice(sampling, stops, stop_ids, seeds, seed, draft)
+    return Choice(sampling, stops, cast(tuple[int, ...], stop_ids), seeds, seed, draft)

@@ -13,7 +13,7 @@ import torch
 from typing_extensions import Unpack
 
 from . import memory, metas_way, runtime
-from .batching import Batch, Request, check_prompts
+from .batching import Batch, FinishReason, Request, check_prompts
 from .chat import (
     B_INST,
     B_SYS,
@@ -30,6 +30,7 @@ from .chat import (
     is_unsafe,
 )
 from .checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
+from .checks import whole
 from .completion import (
     ChatPrediction,
     Choice,
@@ -59,7 +60,7 @@ from .parallel import (
 )
 from .sampling import sample_top_p
 from .session import ChatSession
-from .tokenizer import Tokenizer, tokenizer_near, user_path
+from .tokenizer import Tokenizer, split, tokenizer_near, user_path
 
 SAMPLE_TOP_P = sample_top_p  # what somebody puts in its place draws from then on
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
@@ -114,9 +115,10 @@ class Llama:
         if max_seq_len is None:
             max_seq_len = trained or 2048
         for name, limit in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-                raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            if (number := whole(limit)) is None or not 1 <= number < 2**31:
+                raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more, and below 2**31")
+        max_seq_len, max_batch_size = int(max_seq_len), int(max_batch_size)
+        if whole(seed) is None or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed!r} must be a whole number of 64 bits")
         if compile not in (None, True, False):
             raise ValueError(f"compile={compile!r} must be True, False or None")
@@ -237,6 +239,8 @@ class Llama:
         logprobs=N reports the N best ids at each place as well. Where there are several copies of the model, each takes
         its share of the texts, and every process returns all.
         """
+        if self._replaced_generate:
+            return self._by_generate(self._encode(prompts), temperature, top_p, max_gen_len, logprobs, {"echo": echo}, options)
         return self._complete(lambda: self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, options)
 
     def stream_text(
@@ -271,7 +275,11 @@ class Llama:
         """
         safe: list[int] = []
         ids = self._encode_dialogs(dialogs, on_unsafe, safe)
-        replies = dict(zip(safe, self._complete(ids, temperature, top_p, max_gen_len, logprobs, False, options)))
+        if self._replaced_generate:
+            completions = self._by_generate(ids(), temperature, top_p, max_gen_len, logprobs, {}, options)
+        else:
+            completions = self._complete(ids, temperature, top_p, max_gen_len, logprobs, False, options)
+        replies = dict(zip(safe, completions))
         return [chat_prediction(replies.get(i), logprobs) for i in range(len(dialogs))]
 
     def stream_chat(
@@ -331,7 +339,7 @@ class Llama:
         for window, (i, at) in enumerate(windows):
             scores[i] += parts[window][len(scores[i]) - at :]
         return [
-            Score(tokens=self.tokenizer.split(row), logprobs=values, perplexity=perplexity(values))
+            Score(tokens=split(self.tokenizer, row), logprobs=values, perplexity=perplexity(values))
             for row, values in zip(ids, scores)
         ]
 
@@ -359,6 +367,37 @@ class Llama:
             if vectors
             else torch.empty(0, self.model.params.dim, dtype=torch.float32, device=self._engine.device)
         )
+
+    @property
+    def _replaced_generate(self) -> bool:
+        """Whether a subclass, or somebody on this object or on the class, has a `generate` of their own."""
+        return "generate" in vars(self) or type(self).generate is not GENERATE
+
+    def _by_generate(
+        self,
+        prompts: list[list[int]],
+        temperature: float,
+        top_p: float,
+        max_gen_len: Optional[int],
+        logprobs: Union[bool, int],
+        echo: dict[str, bool],
+        options: Options,
+    ) -> list[CompletionPrediction]:
+        """Completions by a `generate` that somebody has put in Meta's place, called as Meta's code calls it."""
+        if options:
+            raise ValueError(f"generate was replaced by another one, which takes no {', '.join(options)}")
+        length = self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+        tokens, scores = self.generate(
+            prompt_tokens=prompts, max_gen_len=length, temperature=temperature, top_p=top_p, logprobs=bool(logprobs), **echo
+        )
+        completions = []
+        for i, row in enumerate(tokens):
+            reason: FinishReason = "length" if len(row) >= length else "stop"
+            completions.append(CompletionPrediction(generation=self.tokenizer.decode(row), finish_reason=reason))
+            if logprobs:
+                completions[-1]["tokens"] = split(self.tokenizer, row)
+                completions[-1]["logprobs"] = list(scores[i]) if scores else []
+        return completions
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
@@ -399,8 +438,8 @@ class Llama:
         before anything runs."""
         which, replicas = share
         with together(self._group, everyone=replicas > 1) as agreement:
-            length = self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
-            if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            length = self.model.params.max_seq_len - 1 if max_gen_len is None else whole(max_gen_len)
+            if length is None or length < 0:
                 raise ValueError(f"max_gen_len={max_gen_len!r} must be a whole number of 0 or more")
             if not isinstance(logprobs, int) or logprobs < 0:
                 raise ValueError(f"logprobs={logprobs!r} must be True, False, or how many alternatives to report")
@@ -443,6 +482,8 @@ class Llama:
         *,
         reuse: bool = False,
     ) -> Iterator[Chunk]:
+        if self._replaced_generate:
+            raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
         batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, reuse=reuse)
         return iter(Completions(self.tokenizer, batch, stops=choice.stops, echo=echo))
 
@@ -490,3 +531,6 @@ def _warn_beyond_training(args: ModelArgs, trained: Optional[int]) -> None:
             "what it writes there is likely to be nonsense",
             stacklevel=3,
         )
+
+
+GENERATE = Llama.generate

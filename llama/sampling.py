@@ -9,6 +9,7 @@ from typing import Optional
 
 import torch
 
+from .checks import real, whole
 from .runtime import to_device
 
 
@@ -33,30 +34,38 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            value = getattr(self, name)
+            value = real(getattr(self, name))
             # Also refuses NaN, which compares false with everything.
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"{name}={value!r} must be a number of 0 or more")
+            if value is None or not value >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of 0 or more")
+            object.__setattr__(self, name, value)
         if math.isinf(self.temperature):
             raise ValueError("temperature=inf has no distribution; use a finite number")
         if self.min_p > 1:
             raise ValueError(f"min_p={self.min_p} must be at most 1, which keeps the best id only")
         if self.repetition_penalty == 0 or math.isinf(self.repetition_penalty):
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 and finite; 1 does nothing")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+        top_k = whole(self.top_k)
+        if top_k is None or top_k < 0:
             raise ValueError(f"top_k={self.top_k!r} must be a whole number of 0 (all) or more")
+        object.__setattr__(self, "top_k", top_k)
 
     def bias(self, vocab_size: int, device: torch.device) -> Optional[torch.Tensor]:
         """`logit_bias` as float32 (vocab_size,), or None."""
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias={self.logit_bias!r} must map ids to what is added to their logits")
         if not self.logit_bias:
             return None
         bias = torch.zeros(vocab_size, dtype=torch.float32, device="cpu")
         for token, value in self.logit_bias.items():
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            place, number = whole(token), real(value)
+            if place is None:
+                raise ValueError(f"logit_bias has the key {token!r}, a {type(token).__name__}; ids are whole numbers")
+            if not 0 <= place < vocab_size:
                 raise ValueError(f"logit_bias has the id {token!r}; ids go from 0 to {vocab_size - 1}")
-            if math.isnan(value) or value == math.inf:
-                raise ValueError(f"logit_bias[{token}]={value} must be a number, or -inf to forbid the id")
-            bias[token] = value
+            if number is None or math.isnan(number) or number == math.inf:
+                raise ValueError(f"logit_bias[{token}]={value!r} must be a number, or -inf to forbid the id")
+            bias[place] = number
         if bias.max() == -math.inf:
             raise ValueError("logit_bias forbids every id of the vocabulary; leave at least one")
         return to_device(bias, device)

@@ -56,7 +56,7 @@ class ChatSession:
         """Takes effect in the first turn, so it can be changed only while there is none."""
         if getattr(self, "turns", []):
             raise ValueError("the system message belongs to the first turn; clear() the session before changing it")
-        self._check(text or "")
+        self._check("" if text is None else text)
         self._system = text
 
     @property
@@ -155,6 +155,8 @@ class ChatSession:
 
     @staticmethod
     def _check(text: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"a message is a text, not {type(text).__name__}")
         if any(tag in text for tag in SPECIAL_TAGS):
             raise DialogError(UNSAFE_ERROR)
 

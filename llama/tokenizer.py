@@ -89,19 +89,38 @@ class Tokenizer:
         raise ValueError("the vocabulary has no piece without a space")
 
 
+def split(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    """`Tokenizer.split`, also for a tokenizer of somebody's own that has Meta's methods only."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.split(ids)
+    stream = StreamDecoder(tokenizer)
+    texts = [stream.add(token) for token in ids]
+    if texts:
+        texts[-1] += stream.finish()
+    return texts
+
+
 class StreamDecoder:
     """Text from ids as they come. The strings that `add` and `finish` return, joined, are `decode` of all ids.
 
-    Nothing that may still change is given out: a character whose bytes have not all come waits for them.
+    Nothing that may still change is given out: a character whose bytes have not all come waits for them. For a tokenizer
+    of somebody's own, with Meta's methods only, all ids are decoded anew with each.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._waiting: list[int] = []
         self._at_start = True
+        self._given: Optional[str] = None if isinstance(tokenizer, Tokenizer) else ""  # of all ids so far
 
     def add(self, token: int) -> str:
         self._waiting.append(token)
+        if self._given is not None:
+            text = self.tokenizer.decode(self._waiting)
+            if text.endswith(REPLACEMENT) or not text.startswith(self._given):
+                return ""
+            new, self._given = text[len(self._given) :], text
+            return new
         text = self._text()
         if not text or text.endswith(REPLACEMENT):
             return ""
@@ -111,6 +130,8 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is still held back, as `decode` shows it."""
+        if self._given is not None:
+            return self.tokenizer.decode(self._waiting)[len(self._given) :] if self._waiting else ""
         text = self._text() if self._waiting else ""
         self._waiting.clear()
         return text
