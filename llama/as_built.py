@@ -29,24 +29,19 @@ class Originals:
 
 
 class Watch:
-    """Looks at a model's parts. What it knows of them belongs to this model alone, so copies and pickles begin anew."""
+    """Looks at a model's parts. What it knows of them belongs to one model: a copy needs another one."""
 
     def __init__(self, originals: Originals) -> None:
         self._originals = originals
-        self._links: list[tuple[dict[str, Any], str, Any]] = []  # a module's children, by name, one of them
+        self._links: list[tuple[dict[str, Any], str, Any, type]] = []  # a module's children by name, one of them, its class
         self._parts: list[dict[str, Any]] = []  # the attributes of each
         self._hooks: list[Any] = []
         self._known = False
 
-    def __reduce__(self) -> Any:
-        return Watch, (None,)
-
-    def __deepcopy__(self, _: Any) -> Watch:
-        return Watch(self._originals)
-
     def sees_no_change(self, model: nn.Module) -> bool:
         """Whether the model's parts are of the original classes, unpatched and unhooked, and outside autocast."""
-        if not self._links or not all(children.get(name) is child for children, name, child in self._links):
+        known = self._links
+        if not known or not all(them.get(name) is child and type(child) is kind for them, name, child, kind in known):
             self._survey(model)
         return (
             self._known
@@ -60,7 +55,8 @@ class Watch:
 
     def _survey(self, model: nn.Module) -> None:
         parts = [part for part in model.modules() if part is not model]
-        self._links = [(m._modules, name, child) for m in (model, *parts) for name, child in m._modules.items()]
+        families = [m._modules for m in (model, *parts)]
+        self._links = [(them, name, child, type(child)) for them in families for name, child in them.items()]
         self._parts = [vars(part) for part in parts]
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         self._hooks = [getattr(m, kind) for m in (model, *parts) for kind in kinds]

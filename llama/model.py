@@ -411,6 +411,13 @@ class Transformer(nn.Module):
         self.freqs_cis = self._rotations(place) if self.freqs_cis.is_meta else self.freqs_cis.to(place)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_watch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch = Watch(ORIGINALS)
+
     @property
     def as_built(self) -> bool:
         """Whether nothing was put in, patched or hooked since the model was made: then the fast ways compute the same."""
