@@ -144,12 +144,13 @@ class Batch:
         generator: Optional[torch.Generator] = None,
         draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None,
         plainly: Optional[Callable[[Batch], Iterator[Step]]] = None,
+        changed: bool = False,
     ) -> None:
         params = engine.model.params
         self.engine, self.requests, self.sampling, self.eos = engine, requests, sampling, eos
         self.scored, self.alternatives, self.score_prompts = logprobs, alternatives, score_prompts
         self.reused = engine.remembered(requests[0].prompt) if reuse and len(requests) == 1 else 0
-        self.generator, self.draw, self.plainly = generator, draw, plainly
+        self.generator, self.draw, self.plainly, self.changed = generator, draw, plainly, changed
         self.limit, self.vocab_size = params.max_seq_len, params.vocab_size
         self.lanes = min(len(requests), params.max_batch_size)
         self.bias = sampling.bias(self.vocab_size, engine.device)
@@ -173,7 +174,7 @@ class Batch:
     def __iter__(self) -> Iterator[Step]:
         self.engine.take(self, self._take_back)
         try:
-            changed = not self.engine.as_built
+            changed = self.changed or not self.engine.as_built
             if changed and self.plainly is None:
                 raise ValueError("this model has hooks, patches or parts of somebody's own, which run in calls of Llama only")
             for step in self.plainly(self) if changed and self.plainly is not None else self._run():

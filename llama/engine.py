@@ -82,6 +82,11 @@ class Engine:
     def _weight(self) -> torch.Tensor:
         return self.model.norm.weight if isinstance(self.model, Transformer) else next(self.model.parameters())
 
+    @property
+    def is_as_built(self) -> bool:
+        """Whether nothing was put into the model; looks anew each time."""
+        return isinstance(self.model, Transformer) and self.model.as_built
+
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
         """Meta's call: ids (B, S) at start_pos -> logits float32 (B, S, V). What the model has become runs."""
         calls = self.model.direct_calls if isinstance(self.model, Transformer) else 0
@@ -192,7 +197,7 @@ class Engine:
             self._make_graph()
         self._user = (lambda: None) if user is None else weakref.ref(user)  # a batch holds its engine already
         self._slot0 = []
-        self.as_built = isinstance(self.model, Transformer) and self.model.as_built
+        self.as_built = self.is_as_built
         if self.as_built:
             self.model.keep_fused()
         self._state = self._state_of_cache()
@@ -217,7 +222,7 @@ class Engine:
 
     def remembered(self, prompt: Sequence[int]) -> int:
         """How many of a prompt's ids slot 0 holds already; its last id has to run in any case."""
-        if not self.as_built or not self.model.as_built or self._state != self._state_of_cache():
+        if not self.as_built or not self.is_as_built or self._state != self._state_of_cache():
             return 0
         different = (i for i, (a, b) in enumerate(zip(self._slot0, prompt[:-1])) if a != b)
         return next(different, min(len(self._slot0), len(prompt) - 1))

@@ -50,6 +50,7 @@ from .completion import (
 from .engine import Engine
 from .model import ModelArgs, Transformer, check_args
 from .parallel import (
+    all_agree,
     broadcast_random_state,
     gather_from_replicas,
     group_size,
@@ -467,6 +468,7 @@ class Llama:
             generator=generator,
             draw=None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
             plainly=metas_way.steps,
+            changed=not all_agree(self._engine.is_as_built, self._group),
         )
         return batch, choice
 
