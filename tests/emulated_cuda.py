@@ -244,7 +244,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return result
         if id(result) in known:
             return known[id(result)]
-        if not result.numel() or result.untyped_storage().data_ptr() not in storages:
+        if result.untyped_storage().data_ptr() not in storages:
             result = made[-1] = _placed(result, index, None if graph is None else graph.arena)
         with torch.inference_mode(False) if normal and made[-1] is None else contextlib.nullcontext():
             return EmulatedTensor(result, index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -54,6 +55,7 @@ def states() -> tuple[set[torch.device], bool]:
     """The devices whose generators were read and set, and whether that of the first rank is everywhere."""
     of: dict[torch.device, torch.Tensor] = {torch.device("cuda", 1): torch.full((4,), dist.get_rank(), dtype=torch.uint8)}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": of[device])
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": of.update({device: state}))
         parallel.broadcast_random_state(torch.device("cuda", 1), parallel.model_parallel_group())
