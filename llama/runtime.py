@@ -57,6 +57,10 @@ def to_device(values: Any, device: torch.device, out: Optional[torch.Tensor] = N
     return host.to(device, non_blocking=on_gpu) if out is None else out.copy_(host, non_blocking=on_gpu)
 
 
+# Where fairscale keeps its groups, which are torch's until the process group is left, whatever becomes of these names.
+FAIRSCALE_GROUPS = tuple(f"_{kind}" for kind in (
+    "MODEL_PARALLEL_GROUP", "DATA_PARALLEL_GROUP", "PIPELINE_PARALLEL_GROUP", "PIPELINE_PARALLEL_RANKS"
+))  # fmt: skip
 PATIENCE = 5.0  # seconds that a process which has ended waits for the others
 
 # A collective waits this long for a process that is late: it may read 138 GB of weights from a network disk that another
@@ -106,6 +110,8 @@ class _Started:
 
     store: Optional[Store] = None  # of the process group that was joined
     model_parallel: bool = False
+    groups: dict[int, dict[str, Any]] = field(default_factory=dict)  # fairscale's, by the processes that share a model
+    at_exit: bool = False
     threads: Optional[int] = None
     stdout: Optional[TextIO] = None
     silence: Optional[TextIO] = None  # what stands in for it
@@ -230,7 +236,9 @@ def _join(device: torch.device, model_parallel_size: int) -> None:
         store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIME_LIMIT)
         _started.store = store
-    atexit.register(shutdown)  # with a group of the caller's too: graphs must go before it does
+    if not _started.at_exit:  # with a group of the caller's too: graphs must go before it does
+        atexit.register(shutdown)
+        _started.at_exit = True
     if mpu.model_parallel_is_initialized() and mpu.get_model_parallel_world_size() != model_parallel_size:
         if not _started.model_parallel:
             raise ValueError(
@@ -238,12 +246,15 @@ def _join(device: torch.device, model_parallel_size: int) -> None:
                 f"model_parallel_size is {model_parallel_size}; pass the same number, or destroy those groups first"
             )
         mpu.destroy_model_parallel()
+        # Groups of an earlier build come back as they were: their models may live, and each group keeps a thread busy.
+        vars(mpu).update(_started.groups.get(model_parallel_size, {}))
     if not mpu.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines
             mpu.initialize_model_parallel(model_parallel_size)
         for group in (mpu.get_model_parallel_group(), mpu.get_data_parallel_group()):  # a new group has torch's limits
             dist.distributed_c10d._set_pg_timeout(TIME_LIMIT, group)
         _started.model_parallel = True
+        _started.groups[model_parallel_size] = {name: vars(mpu)[name] for name in FAIRSCALE_GROUPS}
 
 
 def _share_cores(device: torch.device, local_world_size: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -204,3 +205,21 @@ def test_what_torch_has() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr("torch.distributed._symmetric_memory.rendezvous")
         assert parallel._symmetric_memory() is None
+
+
+def groups_of_builds() -> tuple[bool, int]:
+    """Whether a group comes back when its number of processes does, and how many threads ten more builds bring."""
+    found = []
+    for size in (4, 2, 4, 2):
+        runtime.start("cpu", size)
+        found.append(parallel.model_parallel_group())
+    threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").is_dir() else 0
+    for size in (4, 2) * 5:
+        runtime.start("cpu", size)
+    more = len(list(Path("/proc/self/task").iterdir())) - threads if threads else 0
+    return found[0] is found[2] and found[1] is found[3], more
+
+
+def test_groups_come_back(pool: Pool) -> None:
+    """Each build with another number of processes made three groups more, each with a thread that polls for ever."""
+    assert pool.run(groups_of_builds) == [(True, 0)] * 4
