@@ -257,18 +257,16 @@ def parse_options(temperature: float, top_p: float, options: Options, prompts: i
     stop_ids = tuple(map(whole, () if ids is None else _several("stop_ids", ids, "ids")))
     if not all(i is not None and 0 <= i < vocab_size for i in stop_ids):
         raise ValueError(f"stop_ids={ids!r} must be ids from 0 to {vocab_size - 1}")
-    given = options.get("seed")
-    seed: Optional[int] = None if given is None else whole(given)
-    seeds: tuple[Any, ...] = (None,) * prompts
-    if given is not None and seed is None and not isinstance(given, (bool, float, str)):
-        seeds = tuple(None if number is None else whole(number) for number in _several("seed", given, "whole numbers"))
-        if len(seeds) != prompts:
-            raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give one seed, or one for each prompt")
-        wrong = any(number is None and told is not None for number, told in zip(seeds, cast(Iterable[Any], given)))
-    else:
-        wrong = given is not None and seed is None
-    if wrong or not all(number is None or 0 <= number < 2**63 for number in (seed, *seeds)):
-        raise ValueError(f"seed={shortened(given)} must be a whole number from 0 to 2**63 - 1")
+    given: Any = options.get("seed")
+    is_one = given is None or isinstance(given, (bool, float, str)) or whole(given) is not None
+    told = (given,) if is_one else _several("seed", given, "whole numbers")
+    if not is_one and len(told) != prompts:
+        raise ValueError(f"{len(told)} seeds for {prompts} prompts; give one seed, or one for each prompt")
+    numbers = tuple(None if number is None else whole(number) for number in told)
+    for original, number in zip(told, numbers):
+        if original is not None and (number is None or not 0 <= number < 2**63):
+            raise ValueError(f"seed={shortened(original)} must be a whole number from 0 to 2**63 - 1")
+    seed, seeds = (numbers[0], (None,) * prompts) if is_one else (None, numbers)
     draft = options.get("draft")
     if draft not in (None, True, False):
         raise ValueError(f"draft={draft!r} must be True, False or None")

@@ -146,7 +146,7 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
 
 def chosen_device() -> torch.device:
     """What this process computes on, as of the last `start`."""
-    return _started.gpus[-1] if _started.gpus else torch.device("cpu")
+    return _started.gpus[-1] if _started.gpus and torch.cuda.is_initialized() else torch.device("cpu")
 
 
 def _model_parallel_size(wanted: Optional[int], world_size: int) -> int:

@@ -38,7 +38,6 @@ class Sampling:
             # Also refuses NaN, which compares false with everything.
             if value is None or not value >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number of 0 or more")
-            object.__setattr__(self, name, value)
         if math.isinf(self.temperature):
             raise ValueError("temperature=inf has no distribution; use a finite number")
         if self.min_p > 1:
@@ -48,6 +47,8 @@ class Sampling:
         top_k = whole(self.top_k)
         if top_k is None or top_k < 0:
             raise ValueError(f"top_k={self.top_k!r} must be a whole number of 0 (all) or more")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):  # as Python's numbers, whatever they came as
+            object.__setattr__(self, name, real(getattr(self, name)))
         object.__setattr__(self, "top_k", top_k)
 
     def bias(self, vocab_size: int, device: torch.device) -> Optional[torch.Tensor]:
