@@ -122,7 +122,6 @@ class Machine:
         self.waits: collections.Counter[str] = collections.Counter()
         self.launches: collections.Counter[str] = collections.Counter()
         self.streams = 0
-        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.captured = self.replays = 0
         self.local = threading.local()
         self.default_streams = [Stream.__new__(Stream) for _ in self.devices]
@@ -372,7 +371,6 @@ class Graph:
         self.restore: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.arena: Arena
         self.spoilt = self.gone = False
-        machine.graphs.add(self)
 
     def records(self, index: int) -> bool:
         return index == self.stream.index and current_stream(torch.device("emulated", index)) is self.stream
