@@ -149,7 +149,7 @@ class Batch:
         params = engine.model.params
         self.engine, self.requests, self.sampling, self.eos = engine, requests, sampling, eos
         self.scored, self.alternatives, self.score_prompts = logprobs, alternatives, score_prompts
-        self.reused = engine.remembered(requests[0].prompt) if reuse and len(requests) == 1 else 0
+        self.reuse, self.reused = reuse, 0
         self.generator, self.draw, self.plainly, self.changed = generator, draw, plainly, changed
         self.limit, self.vocab_size = params.max_seq_len, params.vocab_size
         self.lanes = min(len(requests), params.max_batch_size)
@@ -163,6 +163,7 @@ class Batch:
         self.rows: list[_Row] = []
         self._chosen = torch.empty(0, dtype=torch.long, device=engine.device)  # each row's newest id
         self._ahead: Optional[_Ahead] = None
+        self._aside: Optional[list[torch.Tensor]] = None  # the slots of these rows, while others use the cache
         self._lanes_of: tuple[list[_Row], Optional[torch.Tensor]] = [], None
         self.cancelled: set[int] = set()  # the prompts that have ended
 
@@ -170,20 +171,61 @@ class Batch:
         """End a prompt before its time; no more steps of it come."""
         self.cancelled.add(index)
 
-    @torch.inference_mode()
     def __iter__(self) -> Iterator[Step]:
-        self.engine.take(self, self._take_back)
+        steps = self._steps()
         try:
-            changed = self.changed or not self.engine.as_built
-            if changed and self.plainly is None:
-                raise ValueError("this model has hooks, patches or parts of somebody's own, which run in calls of Llama only")
-            for step in self.plainly(self) if changed and self.plainly is not None else self._run():
-                if len(self.requests) == 1 and not changed:
-                    # Its newest id is not in the cache until it was run.
-                    self.engine.remember(self.rows[0].ids[:-1] if self.rows[0].new else self.rows[0].ids)
+            while True:
+                with self.engine.turn():  # not while the caller has a step: others may use the model then
+                    step = next(steps, None)
+                if step is None:
+                    return
                 yield step
         finally:
-            self._take_back()
+            self._leave()
+
+    @torch.inference_mode()
+    def _steps(self) -> Iterator[Step]:
+        if self.reuse and len(self.requests) == 1:
+            self.reused = self.engine.remembered(self.requests[0].prompt)
+        self.engine.take(self)
+        self.changed = self.changed or not self.engine.as_built
+        if self.changed and self.plainly is None:
+            raise ValueError("this model has hooks, patches or parts of somebody's own, which run in calls of Llama only")
+        for step in self.plainly(self) if self.changed and self.plainly is not None else self._run():
+            if len(self.requests) == 1 and not self.changed:
+                # Its newest id is not in the cache until it was run.
+                self.engine.remember(self.rows[0].ids[:-1] if self.rows[0].new else self.rows[0].ids)
+            yield step
+            self._come_back()
+
+    def give_way(self) -> None:
+        """Another call is about to use the cache: undo what was queued ahead, and keep what the rows need to go on."""
+        self._take_back()
+        self._aside = self.engine.set_aside(self.lanes) if self.rows and self.engine.owned_by(self) else None
+
+    def _come_back(self) -> None:
+        """Put into the cache what stood there before others used it. RuntimeError where that is not known."""
+        if self.engine.owned_by(self):
+            return
+        aside, self._aside = self._aside, None
+        if aside is not None:
+            self.engine.take(self)
+        if aside is None or self.changed or not self.engine.as_built:
+            raise RuntimeError(
+                "another call has used the model since, and this stream cannot go on: the model itself was called, or has "
+                "parts, hooks or patches of somebody's own; finish a stream, or leave it, before the next call"
+            )
+        self.engine.put_back(aside)
+
+    def _leave(self) -> None:
+        """Undo what was queued ahead. Without a wait: the garbage collector may end a stream, in any thread; who has the
+        lock meanwhile has asked this batch to give way, or is about to draw from generators that others draw from too."""
+        if self.engine.lock.acquire(blocking=False):
+            try:
+                self._take_back()
+            finally:
+                self.engine.lock.release()
+        self.rows, self._aside = [], None
 
     def _run(self) -> Iterator[Step]:
         waiting = deque(enumerate(self.requests))
@@ -234,13 +276,8 @@ class Batch:
         device = self.engine.device
         return torch.default_generator if device_kind(device) == "cpu" else torch.cuda.default_generators[device.index or 0]
 
-    def check_owned(self) -> None:
-        if not self.engine.owned_by(self):
-            raise RuntimeError("another call has used the model since; finish a stream, or leave it, before the next call")
-
     def _decide(self) -> Iterator[list[_Decision]]:
         """One step's decision for each row, or those of several steps in turn where drafts of a lone row hold."""
-        self.check_owned()
         row = self.rows[0]
         if self._ahead is not None and self._ahead.rows == self.rows:
             ahead, self._ahead = self._ahead, None
@@ -274,7 +311,6 @@ class Batch:
                 break
             self._chosen = ids[place : place + 1]
             yield [decisions[place]]
-            self.check_owned()
             if row.index in self.cancelled or row.new[-1] != draft:
                 break
         agreed = zip(row.ids[start:], drafts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, Optional
 import torch
 
 from . import memory, runtime
+from .cache_use import CacheUse
 from .compiled import Recorded, make_graph
 from .model import Transformer
 from .parallel import AMX, group_size
@@ -22,16 +23,28 @@ PASS = 2048  # tokens in one pass, where the rows are few: fewer do not keep a G
 KEPT = 2**25 - 2**16  # bytes; see `keep_pages`
 
 
-@contextmanager
-def without_onednn() -> Iterator[None]:
+class WithoutOneDNN:
     """For one row in bfloat16 on a CPU without AMX: oneDNN reads the weights at two thirds of the speed of torch's own
-    product."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # as torch.backends.mkldnn.flags does, which warns about TF32
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
+    product. The switch is the process's, so the last of several threads turns it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)  # as torch.backends.mkldnn.flags does, which warns about TF32
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch._C._set_mkldnn_enabled(self._before)
+
+
+without_onednn = WithoutOneDNN()
 
 
 def keep_pages() -> None:
@@ -59,11 +72,7 @@ class Engine:
             )  # adds to an error of memory what would make it fit
         self.as_built = False  # as of the last `take`
         self._ready = self.graph  # or None, while the model is not as it was built
-        self._slot0: list[int] = []
-        self._state: Any = None
-        self._user: Callable[[], object] = lambda: None
-        self._give_way: Callable[[], Optional[Callable[[], None]]] = lambda: None
-        self._stream: Any = None  # on which the user's steps run
+        self._use = model.cache_use if isinstance(model, Transformer) else CacheUse()
 
     def _make_graph(self) -> None:
         """For where the model is now, and the dtype that it has."""
@@ -89,12 +98,9 @@ class Engine:
 
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
         """Meta's call: ids (B, S) at start_pos -> logits float32 (B, S, V). What the model has become runs."""
-        calls = self.model.direct_calls if isinstance(self.model, Transformer) else 0
+        self._use.columns = max(self._use.columns, start_pos + tokens.shape[1])
         with self._explained(), runtime.current(self.device):
-            logits = self.model.forward(tokens, start_pos).float()
-        if isinstance(self.model, Transformer):
-            self.model.direct_calls = calls  # this was no call of somebody else
-        return logits
+            return self.model.forward(tokens, start_pos).float()
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[int], start: int = 0, *, layers: int = -1
@@ -107,6 +113,7 @@ class Engine:
         the model.
         """
         lengths = [len(prompt) for prompt in prompts]
+        self._use.columns = max(self._use.columns, *lengths)
         chunk = max(CHUNK, PASS // len(prompts))
         for at in range(start, max(lengths), chunk):
             end = min(at + chunk, max(lengths))
@@ -121,12 +128,14 @@ class Engine:
     def decode(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """One token of every row, (B,), at its own position; row i owns slot i. -> float32 logits (B, vocab_size), which
         are good until the next call."""
+        span = max(positions) + 1
+        self._use.columns = max(self._use.columns, span)
         with self._explained(), runtime.current(self.device), self._fast_products(len(positions)):
             if self._ready is not None:
                 return self._ready(tokens, positions)
             same = len(set(positions)) == 1
             start_pos = positions[0] if same else runtime.to_device(positions, self.device)
-            hidden = self.model.hidden_states(tokens[:, None], start_pos, span=max(positions) + 1)
+            hidden = self.model.hidden_states(tokens[:, None], start_pos, span=span)
             return self.model.output(hidden[:, -1]).float()
 
     @property
@@ -158,6 +167,7 @@ class Engine:
         -> float32 logits (S, vocab_size), one row for each. What it leaves in the cache behind a draft that is refused is
         overwritten before it is looked at.
         """
+        self._use.columns = max(self._use.columns, position + len(tokens))
         batch = runtime.to_device([list(tokens)], self.device)
         with self._explained(), runtime.current(self.device):
             return self.model.output(self.model.hidden_states(batch, position)[0]).float()
@@ -169,7 +179,7 @@ class Engine:
 
     def _fast_products(self, rows: int) -> AbstractContextManager[None]:
         one_row = rows == 1 and self.dtype == torch.bfloat16 and device_kind(self.device) == "cpu" and not AMX
-        return without_onednn() if one_row else nullcontext()
+        return without_onednn if one_row else nullcontext()
 
     def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """ln p of targets (N,) after hidden states (N, dim): float32 (N,).
@@ -180,52 +190,70 @@ class Engine:
         parts = [token_logprobs(self.logits(hidden[i : i + step]), targets[i : i + step]) for i in range(0, len(targets), step)]
         return torch.cat(parts) if parts else targets.float()
 
-    def take(self, user: object, give_way: Optional[Callable[[], None]] = None) -> None:
-        """From now on the cache is this user's; what it held is forgotten.
+    @property
+    def lock(self) -> threading.RLock:
+        """Held for a whole call, it lets nobody else's steps in between."""
+        return self._use.lock
 
-        give_way: a method that the next user calls first, to undo what this one has queued ahead.
-        """
-        if (before := self._give_way()) is not None:
-            before()
-        self._give_way = (lambda: None) if give_way is None else weakref.WeakMethod(give_way)
-        if device_kind(self.device) == "cuda":  # what the last user queued may still run, on a stream of its own
-            stream = torch.cuda.current_stream(self.device)
-            if self._stream is not None:
-                stream.wait_stream(self._stream)
-            self._stream = stream
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """See `CacheUse.turn`."""
+        with self._use.turn():
+            if device_kind(self.device) == "cuda":  # what the last turn queued may still run, on a stream of its own
+                stream = torch.cuda.current_stream(self.device)
+                if self._use.stream is not None and self._use.stream != stream:
+                    stream.wait_stream(self._use.stream)
+                self._use.stream = stream
+            yield
+
+    def take(self, user: object) -> None:
+        """From now on the cache is this user's, in its turns; what it held is forgotten. The user before is asked to
+        `give_way`."""
         if self._place != (self.device, self.dtype):
             self._make_graph()
-        self._user = (lambda: None) if user is None else weakref.ref(user)  # a batch holds its engine already
-        self._slot0 = []
         self.as_built = self.is_as_built
         if self.as_built:
             self.model.keep_fused()
-        self._state = self._state_of_cache()
+        self._use.take(user, self._state_of_weights())
         self._ready = self.graph if self.as_built else None
         if self._ready is not None:
             self._ready.refresh()
 
-    def _state_of_cache(self) -> Any:
-        """Changes when somebody else writes to the cache, or when the weights that it was made with change."""
+    def _state_of_weights(self) -> Any:
+        """Changes when the weights do that made what the cache holds."""
         if not isinstance(self.model, Transformer):
             return None
         weights = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
-        return self.model.direct_calls, self.model.freqs_cis.data_ptr(), weights
+        return self.model.freqs_cis.data_ptr(), weights
 
     def owned_by(self, user: object) -> bool:
         """Whether nobody else has written to the cache since."""
-        return self._user() is user and (self._state is None or self._state[0] == self.model.direct_calls)
+        return self._use.is_of(user)
 
     def remember(self, ids: Sequence[int]) -> None:
-        """Slot 0 holds the keys and values of these ids."""
-        self._slot0 = list(ids)
+        """See `CacheUse.remember`."""
+        self._use.remember(ids)
 
     def remembered(self, prompt: Sequence[int]) -> int:
-        """How many of a prompt's ids slot 0 holds already; its last id has to run in any case."""
-        if not self.as_built or not self.is_as_built or self._state != self._state_of_cache():
-            return 0
-        different = (i for i, (a, b) in enumerate(zip(self._slot0, prompt[:-1])) if a != b)
-        return next(different, min(len(self._slot0), len(prompt) - 1))
+        """See `CacheUse.remembered`."""
+        return self._use.remembered(prompt, self._state_of_weights()) if self.is_as_built else 0
+
+    def set_aside(self, rows: int) -> Optional[list[torch.Tensor]]:
+        """A copy of what the first slots hold, in the host's memory. None where parts of the model are somebody's own,
+        which may remember more than our caches do."""
+        if not self.as_built:
+            return None
+        with torch.no_grad(), runtime.current(self.device):
+            parts = [cache[:rows, : self._use.columns] for a in self.model.attentions() for cache in (a.cache_k, a.cache_v)]
+            return [part.clone() if part.is_cpu else part.cpu() for part in parts]
+
+    def put_back(self, kept: Sequence[torch.Tensor]) -> None:
+        """What `set_aside` kept."""
+        caches = (cache for a in self.model.attentions() for cache in (a.cache_k, a.cache_v))
+        with runtime.current(self.device):
+            for cache, part in zip(caches, kept):
+                cache[: part.shape[0], : part.shape[1]] = part.to(cache.device)
+        self._use.columns = kept[0].shape[1]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot into another."""

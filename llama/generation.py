@@ -214,14 +214,15 @@ class Llama:
                 )
             return prompt_tokens
 
-        batch, _ = self._batch(prompts, temperature, top_p, max_gen_len, bool(logprobs), echo, {})
-        tokens = [list(request.prompt) if echo else [] for request in batch.requests]
-        scores: list[list[float]] = [[] for _ in batch.requests]
-        for step in batch:
-            scores[step.index] += step.prompt_logprobs or []
-            if step.token is not None:
-                tokens[step.index].append(step.token)
-                scores[step.index].append(step.logprob)
+        with self._engine.lock:
+            batch, _ = self._batch(prompts, temperature, top_p, max_gen_len, bool(logprobs), echo, {})
+            tokens = [list(request.prompt) if echo else [] for request in batch.requests]
+            scores: list[list[float]] = [[] for _ in batch.requests]
+            for step in batch:
+                scores[step.index] += step.prompt_logprobs or []
+                if step.token is not None:
+                    tokens[step.index].append(step.token)
+                    scores[step.index].append(step.logprob)
         return tokens, scores if logprobs else None
 
     def text_completion(
@@ -334,8 +335,9 @@ class Llama:
             windows.extend((i, at) for i, row in enumerate(ids) for at in window_starts(len(row), size, stride))
             return [ids[i][at : at + size] for i, at in windows]
 
-        batch, _ = self._batch(prompts, 0, 1, 0, True, True, {})
-        parts = {step.index: step.prompt_logprobs or [] for step in batch}
+        with self._engine.lock:
+            batch, _ = self._batch(prompts, 0, 1, 0, True, True, {})
+            parts = {step.index: step.prompt_logprobs or [] for step in batch}
         scores: list[list[float]] = [[] for _ in ids]
         for window, (i, at) in enumerate(windows):
             scores[i] += parts[window][len(scores[i]) - at :]
@@ -351,18 +353,19 @@ class Llama:
         layer: how many blocks to run, 0 for the embeddings alone; -1 is all of them and the last norm. pooling: the
         mean over a text's tokens, or its last token's.
         """
-        with together(self._group) as agreement:
+        with self._engine.lock, together(self._group) as agreement:
             if pooling not in ("mean", "last"):
                 raise ValueError(f"pooling={pooling!r} must be 'mean' or 'last'")
             if isinstance(layer, bool) or not isinstance(layer, int) or not -1 <= layer <= self.model.n_layers:
                 raise ValueError(f"layer={layer!r} must be from 0 to {self.model.n_layers}, or -1 for all and the last norm")
             prompts = check_prompts(self._encode(texts), self.model.params)
             agreement.value = (prompts, layer, pooling)
-        self._engine.take(None)
         vectors = []
-        for prompt in prompts:
-            chunks = [hidden[0].float() for _, hidden, _ in self._engine.prefill([prompt], [0], layers=layer)]
-            vectors.append(torch.cat(chunks).mean(0) if pooling == "mean" else chunks[-1][-1])
+        with self._engine.turn():
+            self._engine.take(None)
+            for prompt in prompts:
+                chunks = [hidden[0].float() for _, hidden, _ in self._engine.prefill([prompt], [0], layers=layer)]
+                vectors.append(torch.cat(chunks).mean(0) if pooling == "mean" else chunks[-1][-1])
         return (
             torch.stack(vectors)
             if vectors
@@ -486,7 +489,8 @@ class Llama:
     ) -> Iterator[Chunk]:
         if self._replaced_generate:
             raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
-        batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, reuse=reuse)
+        with self._engine.lock:
+            batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, reuse=reuse)
         return iter(Completions(self.tokenizer, batch, stops=choice.stops, echo=echo))
 
     def _complete(
@@ -501,10 +505,11 @@ class Llama:
     ) -> list[CompletionPrediction]:
         """Drain the stream of this replica's share of the prompts, and put all shares together."""
         share = replica() if self._replicated else (0, 1)
-        batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, share=share)
-        chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=echo)
-        mine = predictions(self.tokenizer, shown(chunks, batch), len(batch.requests))
-        shares = gather_from_replicas(mine) if share[1] > 1 else [mine]
+        with self._engine.lock:
+            batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, share=share)
+            chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=echo)
+            mine = predictions(self.tokenizer, shown(chunks, batch), len(batch.requests))
+            shares = gather_from_replicas(mine) if share[1] > 1 else [mine]
         whole = [CompletionPrediction() for part in shares for _ in part]
         for other, part in enumerate(shares):
             whole[other :: share[1]] = part

@@ -33,7 +33,6 @@ def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[Ste
     scores: list[list[torch.Tensor]] = [[] for _ in rows]
     start, end = 0, min(map(len, prompts))
     while True:
-        batch.check_owned()
         logits = engine.forward(tokens[:, start:end], start)  # (B, S, V)
         if batch.score_prompts:
             for row, prompt in enumerate(prompts):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .as_built import Originals, Watch
+from .cache_use import CacheUse
 from .parallel import (
     AMX,
     ColumnParallelLinear,
@@ -388,7 +389,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.freqs_cis = self._rotations(self.norm.weight.device)
-        self.direct_calls = 0
+        self.cache_use = CacheUse()
         self._watch = Watch(ORIGINALS)
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
@@ -412,11 +413,11 @@ class Transformer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_watch"}
+        return {name: value for name, value in vars(self).items() if name not in ("_watch", "cache_use")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watch = Watch(ORIGINALS)
+        self._watch, self.cache_use = Watch(ORIGINALS), CacheUse()
 
     @property
     def as_built(self) -> bool:
@@ -482,7 +483,6 @@ class Transformer(nn.Module):
         span: Optional[int] = None,
     ) -> torch.Tensor:
         """Logits of the tokens that follow: float32 (B, S, vocab_size). For the arguments see `hidden_states`."""
-        self.direct_calls += 1  # somebody else writes to the cache
         return self.output(self.hidden_states(tokens, start_pos, slots=slots, span=span)).float()
 
     def hidden_states(
@@ -501,6 +501,20 @@ class Transformer(nn.Module):
         cache columns to look at, at least every start_pos + S; given, it spares a look at the positions on the device.
         layers: run so many blocks, and no last norm; all if negative.
         """
+        if torch.compiler.is_compiling():  # where there are no locks
+            self.cache_use.calls += 1
+            return self._hidden_states(tokens, start_pos, slots, span, layers)
+        with self.cache_use.call():
+            return self._hidden_states(tokens, start_pos, slots, span, layers)
+
+    def _hidden_states(
+        self,
+        tokens: torch.Tensor,
+        start_pos: Union[int, torch.Tensor],
+        slots: Optional[torch.Tensor],
+        span: Optional[int],
+        layers: int,
+    ) -> torch.Tensor:
         blocks = self.layers if layers < 0 else self.layers[:layers]
         h = self.tok_embeddings(tokens)
         if self._watch.sees_no_change(self):

@@ -81,6 +81,16 @@ def between(llama: Llama, texts: list[str]) -> Any:
     return logits.argmax(-1).tolist(), llama.text_completion(texts[:1], 0, 1, 10)
 
 
+def interrupted(llama: Llama, texts: list[str]) -> Any:
+    """A stream between whose steps other calls use the cache, and draw."""
+    seen: list[Any] = []
+    for i, chunk in enumerate(llama.stream_text(texts, 0.8, 0.9, 15, repetition_penalty=1.1)):
+        seen.append((chunk["index"], chunk["text"]))
+        if i % 7 == 5:
+            seen.append(llama.text_completion(texts[:1], 0.7, 1, 3))
+    return seen
+
+
 # What both paths run. Each starts from the same state of torch's generator.
 SCENARIOS: dict[str, Callable[[Llama, list[str]], Any]] = {
     "greedy": lambda m, t: [m.text_completion(t, 0, 1, 30, logprobs=True) for _ in range(2)],
@@ -103,6 +113,7 @@ SCENARIOS: dict[str, Callable[[Llama, list[str]], Any]] = {
     "many with stops": lambda m, t: m.text_completion(many(m), 0.9, 0.9, 20, stop=["e", "the"]),
     "many with seeds": lambda m, t: m.text_completion(many(m), 0.9, 0.9, 12, seed=list(range(len(many(m))))),
     "left early": left_early,
+    "interrupted": interrupted,
     "chat": conversation,
     "drafts": lambda m, t: m.text_completion(t[:1], 0, 1, 60, draft=True, logprobs=True),
     "score": lambda m, t: m.score(["The dog ran home. " * 3, "A cat.", TEXTS[2] * 8]),
@@ -174,7 +185,7 @@ def test_scenarios_of_kernels(
     """The same of steps that are made of kernels, for which the plain forms stand in, beside steps op by op on the GPU."""
     graph = build(tiny, tokenizer_path, rows, dtype=dtype, quantize=quantize)
     plain = build(tiny, tokenizer_path, rows, dtype=dtype, quantize=quantize, compile=False)
-    for scenario in ("greedy", "options", "many with seeds", "drafts", "between"):
+    for scenario in ("greedy", "options", "many with seeds", "drafts", "between", "interrupted"):
         found, state = ran(graph, scenario, rows)
         expected, its_state = ran(plain, scenario, rows)
         assert_same(found, expected, 0.1)

@@ -1,0 +1,84 @@
+"""Who uses a model's cache: one user at a time, from whatever thread or `Llama`, each for a step or for a whole call."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+PAST_THE_STEP = (
+    "the model was called in the middle of a step, by a hook or a patch for example, and the cache was written over; call a "
+    "model of its own there"
+)
+
+
+class CacheUse:
+    """Belongs to one model, as its cache does.
+
+    A user holds `lock` while it steps, so that others wait; between its steps they may run. It is told first (`give_way`),
+    so that it can keep aside what it needs to go on.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.calls = 0  # of the model by somebody else than the user: they write to its cache unasked
+        self.columns = 0  # of the cache that the user has written to, at most
+        self.stream: Any = None  # of a GPU, on which the last step was queued
+        self._slot0: list[int] = []
+        self._state: Any = None
+        self._user: Callable[[], Any] = lambda: None
+        self._calls_then = 0
+        self._stepping = False
+        self._depth = 0  # of calls of the model within each other
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Steps of one user; others wait. RuntimeError in the middle of another turn, or where somebody else called the
+        model in the middle of this one."""
+        with self.lock:
+            if self._stepping:
+                raise RuntimeError(PAST_THE_STEP)
+            before, self._stepping = self.calls, True
+            try:
+                yield
+            finally:
+                self._stepping = False
+            if self.calls != before:
+                raise RuntimeError(PAST_THE_STEP)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call of the model: a part of the user's step, or somebody else's, which waits for steps to end."""
+        with self.lock:
+            self.calls += not self._stepping or self._depth > 0
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+
+    def take(self, user: Any, state: Any = None) -> None:
+        """The cache is this user's from now on, or nobody's (None); what it held is forgotten. state: of the weights."""
+        before = self._user()
+        if before is not None and before is not user:
+            before.give_way()
+        self._user = (lambda: None) if user is None else weakref.ref(user)  # a user holds its model already
+        self._calls_then, self.columns = self.calls, 0
+        self._slot0, self._state = [], state
+
+    def is_of(self, user: Any) -> bool:
+        """Whether the cache is as this user's steps left it."""
+        return self._user() is user and self._calls_then == self.calls
+
+    def remember(self, ids: Sequence[int]) -> None:
+        """Slot 0 holds the keys and values of these ids."""
+        self._slot0 = list(ids)
+
+    def remembered(self, prompt: Sequence[int], state: Any) -> int:
+        """How many of a prompt's ids slot 0 holds already, made by the weights as they are; the last one runs in any case."""
+        if self._calls_then != self.calls or self._state != state:
+            return 0
+        different = (i for i, (a, b) in enumerate(zip(self._slot0, prompt[:-1])) if a != b)
+        return next(different, min(len(self._slot0), len(prompt) - 1))

@@ -1,0 +1,234 @@
+"""One `Llama` used from several threads, from the loop of a stream, through a second `Llama`, or from inside a step."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama import Llama
+
+PROMPTS = ["The little dog found", "a red ball under the tree", "Once upon a time", "She laughed"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "drafted": {"temperature": 0, "draft": True},
+    "seeded": {"temperature": 0.8, "seed": 7},
+    "penalized": {"temperature": 0, "repetition_penalty": 1.3, "draft": False},
+    "scored": {"temperature": 0, "logprobs": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: Path, tokenizer_path: str) -> Llama:
+    return Llama.build(str(tiny), tokenizer_path, 64, 4, device="cpu")
+
+
+def streamed(llama: Llama, prompts: list[str], **options: Any) -> list[str]:
+    texts = [""] * len(prompts)
+    for chunk in llama.stream_text(prompts, max_gen_len=8, **options):
+        texts[chunk["index"]] += chunk["text"]
+    return texts
+
+
+def calls(llama: Llama) -> dict[str, Callable[[], Any]]:
+    """Every way to use the model, each with an answer that depends on nobody else."""
+    ids = [llama.tokenizer.encode(p, bos=True, eos=False) for p in PROMPTS]
+    dialog: Any = [{"role": "user", "content": PROMPTS[0]}]
+    return {
+        "generate": lambda: llama.generate(ids[:3], 6, 0),
+        "text_completion": lambda: llama.text_completion(PROMPTS, 0, max_gen_len=5),
+        "seeded": lambda: llama.text_completion(PROMPTS[:2], 0.9, max_gen_len=5, seed=[3, 4]),
+        "stream_text": lambda: streamed(llama, PROMPTS[1:], temperature=0),
+        "chat_completion": lambda: llama.chat_completion([dialog], 0, max_gen_len=4),
+        "chat": lambda: [llama.chat(temperature=0, max_gen_len=4).ask(p) for p in PROMPTS[:2]],
+        "continue_ids": lambda: [i for c in llama.continue_ids(ids[0], 0, max_gen_len=9) for i in c["tokens"]],
+        "score": lambda: llama.score(PROMPTS[:2]),
+        "embed": lambda: llama.embed(PROMPTS[:1]).tolist(),
+    }
+
+
+def test_threads_wait_for_each_other(llama: Llama) -> None:
+    """39 of 216 calls gave other texts without a word."""
+    ways = calls(llama)
+    expected = {name: call() for name, call in ways.items()}
+    order = list(ways) * 4
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda name: ways[name](), order)) == [expected[name] for name in order]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], [*PROMPTS, PROMPTS[1]]], ids=["one", "more than slots"])
+def test_a_stream_goes_on_after_other_calls(llama: Llama, prompts: list[str], options: dict[str, Any]) -> None:
+    """In the stream's own loop, with other calls between its steps."""
+    expected = streamed(llama, prompts, **options)
+    others = itertools.cycle([lambda: llama.generate([[1, 9, 8]] * 4, 2, 0), lambda: llama.embed(PROMPTS[:1])])
+    texts = [""] * len(prompts)
+    for chunk in llama.stream_text(prompts, max_gen_len=8, **options):
+        texts[chunk["index"]] += chunk["text"]
+        next(others)()
+    assert texts == expected
+
+
+def test_streams_take_turns(llama: Llama) -> None:
+    """Three at once, each step of each in another thread; one of them is never finished."""
+    expected = [streamed(llama, [p], temperature=0)[0] for p in PROMPTS[:3]]
+    streams = [llama.stream_text([p], temperature=0, max_gen_len=8) for p in PROMPTS[:3]]
+    texts = [""] * 3
+
+    def step(i: int) -> bool:
+        chunk = next(streams[i], None)
+        texts[i] += chunk["text"] if chunk else ""
+        return chunk is not None
+
+    going = [0, 1, 2]
+    while going:
+        with ThreadPoolExecutor(1) as one:
+            going = [i for i in going if one.submit(step, i).result()]
+        if 2 in going and len(texts[2]) > 3:
+            going.remove(2)
+    assert texts[:2] == expected[:2]
+    assert texts[2]
+    assert expected[2].startswith(texts[2])
+
+
+def test_two_over_one_model(llama: Llama) -> None:
+    """The cache is the model's, not the Llama's: each went on over the other's keys."""
+    other = Llama(llama.model, llama.tokenizer)
+    expected = streamed(llama, PROMPTS[:2], temperature=0)
+    texts = ["", ""]
+    for chunk in llama.stream_text(PROMPTS[:2], temperature=0, max_gen_len=8):
+        texts[chunk["index"]] += chunk["text"]
+        other.generate([[1, 50, 60, 70]], 3, 0)
+    assert texts == expected
+    chat, again = llama.chat(temperature=0, max_gen_len=6), other.chat(temperature=0, max_gen_len=6)
+    chat.ask("red")
+    again.ask("blue")
+    replies = [chat.ask("tree"), again.ask("dog")]
+    for first, then, reply in zip(("red", "blue"), ("tree", "dog"), replies):
+        alone = llama.chat(temperature=0, max_gen_len=6)
+        alone.ask(first)
+        assert alone.ask(then) == reply
+
+
+@pytest.mark.parametrize("step", ["forward", "hidden_states"])
+def test_the_model_called_past_a_stream(llama: Llama, step: str) -> None:
+    """Nobody keeps aside what such a call overwrites, so the stream says that it cannot go on."""
+    for others in ([], [lambda: llama.generate([[1, 5]], 2, 0)]):
+        stream = llama.stream_text(PROMPTS[:2], temperature=0)
+        next(stream)
+        getattr(llama.model, step)(torch.tensor([[1, 2, 3]]), 0)
+        for other in others:
+            other()
+        with pytest.raises(RuntimeError, match="the model itself was called"):
+            list(stream)
+
+
+@pytest.mark.parametrize("inner", ["generate", "forward"])
+def test_called_in_the_middle_of_a_step(llama: Llama, inner: str) -> None:
+    """A hook that asks the model it hooks: its keys would stand among those of the step."""
+    calls = {"generate": lambda: llama.generate([[1, 5]], 2, 0), "forward": lambda: llama.model(torch.tensor([[1, 2]]), 0)}
+    inside: list[bool] = []
+
+    def hook(*_: Any) -> None:
+        if not inside:
+            inside.append(True)
+            calls[inner]()
+            inside.clear()
+
+    expected = llama.generate([[1, 9, 8]], 4, 0)
+    handle = llama.model.layers[1].register_forward_hook(hook)
+    try:
+        with pytest.raises(RuntimeError, match="in the middle of a step"):
+            llama.generate([[1, 9, 8]], 4, 0)
+    finally:
+        handle.remove()
+    assert llama.generate([[1, 9, 8]], 4, 0) == expected
+
+
+def test_streams_of_a_model_with_hooks(llama: Llama) -> None:
+    """What a hook remembers cannot be kept aside: the newer stream wins, and the older says so."""
+    handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
+    try:
+        stream = llama.stream_text(PROMPTS[:1], temperature=0)
+        next(stream)
+        llama.generate([[1, 5]], 2, 0)
+        with pytest.raises(RuntimeError, match="hooks or patches"):
+            list(stream)
+    finally:
+        handle.remove()
+
+
+def test_a_hook_put_in_between_two_steps(llama: Llama) -> None:
+    stream = llama.stream_text(PROMPTS[:1], temperature=0)
+    next(stream)
+    handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
+    try:
+        llama.generate([[1, 5]], 2, 0)
+        with pytest.raises(RuntimeError, match="hooks or patches"):
+            list(stream)
+    finally:
+        handle.remove()
+
+
+def test_interrupted_anywhere(llama: Llama) -> None:
+    """Ctrl-C, or whatever ends a thread, in a step and while waiting for another's: nobody waits for ever afterwards."""
+    expected = llama.generate([[1, 9, 8]], 4, 0)
+    entered, leave, ends = threading.Event(), threading.Event(), []
+
+    def hook(*_: Any) -> None:
+        if threading.current_thread() is threads[0]:
+            entered.set()
+            while not leave.wait(0.001):
+                pass
+
+    def call() -> None:
+        try:
+            llama.generate([[1, 5]], 3, 0)
+        except KeyboardInterrupt:
+            ends.append("interrupted")
+
+    handle = llama.model.layers[0].register_forward_hook(hook)
+    threads = [threading.Thread(target=call, daemon=True) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+            entered.wait(60)
+        for thread in threads:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt))
+        for thread in threads:
+            thread.join(60)
+    finally:
+        handle.remove()
+    assert ends == ["interrupted"] * 3
+    assert llama.generate([[1, 9, 8]], 4, 0) == expected
+
+
+def test_a_stream_that_ends_while_another_steps(llama: Llama) -> None:
+    """The garbage collector may close a stream in any thread; it waits for nobody."""
+    stream = llama.stream_text(PROMPTS[:1], temperature=0)
+    next(stream)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hook(*_: Any) -> None:
+        entered.set()
+        leave.wait(60)
+
+    handle = llama.model.layers[0].register_forward_hook(hook)
+    thread = threading.Thread(target=lambda: llama.generate([[1, 5]], 1, 0))
+    thread.start()
+    entered.wait(60)
+    closing = threading.Thread(target=stream.close)  # type: ignore[attr-defined]
+    closing.start()
+    closing.join(60)
+    alive = closing.is_alive()
+    leave.set()
+    thread.join(60)
+    handle.remove()
+    assert not alive
