@@ -33,6 +33,9 @@ class CacheUse:
         self._stepping = False
         self._depth = 0  # of calls of the model within each other
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return CacheUse, ()  # a copy of a model has a cache of its own, which nobody uses yet
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Steps of one user; others wait. RuntimeError in the middle of another turn, or where somebody else called the

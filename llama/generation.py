@@ -166,6 +166,13 @@ class Llama:
         self._group = getattr(output, "group", None)  # the processes that share this model
         self._engine_of_model = Engine(model, compile)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_engine_of_model"}  # a copy makes its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._engine_of_model = Engine(self.model, self._compile)
+
     @property
     def _engine(self) -> Engine:
         """The engine of the model that is now in `model`: somebody may have put another one there."""

@@ -413,11 +413,11 @@ class Transformer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_watch", "cache_use")}
+        return {name: value for name, value in vars(self).items() if name != "_watch"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watch, self.cache_use = Watch(ORIGINALS), CacheUse()
+        self._watch = Watch(ORIGINALS)
 
     @property
     def as_built(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +117,16 @@ def test_two_over_one_model(llama: Llama) -> None:
         alone = llama.chat(temperature=0, max_gen_len=6)
         alone.ask(first)
         assert alone.ask(then) == reply
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))], ids=["copy", "pickle"])
+def test_a_copy_has_a_cache_of_its_own(llama: Llama, make: Callable[[Llama], Llama]) -> None:
+    other, expected = make(llama), streamed(llama, PROMPTS[:2], temperature=0)
+    stream = llama.stream_text(PROMPTS[:2], temperature=0, max_gen_len=8)
+    first = next(stream)["text"]
+    assert streamed(other, PROMPTS[:2], temperature=0) == expected
+    assert first + "".join(chunk["text"] for chunk in stream if chunk["index"] == 0) == expected[0]
+    assert other.model.cache_use is other._engine._use is not llama.model.cache_use
 
 
 @pytest.mark.parametrize("step", ["forward", "hidden_states"])
