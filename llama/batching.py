@@ -143,7 +143,7 @@ class Batch:
         draft: Optional[bool] = None,
         generator: Optional[torch.Generator] = None,
         draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None,
-        plainly: Optional[Callable[[Batch], Iterator[Step]]] = None,
+        plainly: Optional[Callable[[Batch], Iterator[list[Step]]]] = None,
         changed: bool = False,
     ) -> None:
         params = engine.model.params
@@ -172,30 +172,31 @@ class Batch:
         self.cancelled.add(index)
 
     def __iter__(self) -> Iterator[Step]:
-        steps = self._steps()
+        decided = self._decided()
         try:
             while True:
                 with self.engine.turn():  # not while the caller has a step: others may use the model then
-                    step = next(steps, None)
-                if step is None:
+                    steps = next(decided, None)
+                if steps is None:
                     return
-                yield step
+                yield from steps
         finally:
             self._leave()
 
     @torch.inference_mode()
-    def _steps(self) -> Iterator[Step]:
+    def _decided(self) -> Iterator[list[Step]]:
+        """What the rows decide together, time after time."""
         if self.reuse and len(self.requests) == 1:
             self.reused = self.engine.remembered(self.requests[0].prompt)
         self.engine.take(self)
         self.changed = self.changed or not self.engine.as_built
         if self.changed and self.plainly is None:
             raise ValueError("this model has hooks, patches or parts of somebody's own, which run in calls of Llama only")
-        for step in self.plainly(self) if self.changed and self.plainly is not None else self._run():
+        for steps in self.plainly(self) if self.changed and self.plainly is not None else self._run():
             if len(self.requests) == 1 and not self.changed:
                 # Its newest id is not in the cache until it was run.
                 self.engine.remember(self.rows[0].ids[:-1] if self.rows[0].new else self.rows[0].ids)
-            yield step
+            yield steps
             self._come_back()
 
     def give_way(self) -> None:
@@ -227,13 +228,13 @@ class Batch:
                 self.engine.lock.release()
         self.rows, self._aside = [], None
 
-    def _run(self) -> Iterator[Step]:
+    def _run(self) -> Iterator[list[Step]]:
         waiting = deque(enumerate(self.requests))
         while waiting and len(self.rows) < self.lanes:
             self.rows.append(self.admit(*waiting.popleft(), lane=len(self.rows)))
         while self.rows:
             for decisions in self._decide():
-                yield from self.report(decisions)
+                yield self.report(decisions)
             ended = [i for i, row in enumerate(self.rows) if row.index in self.cancelled]
             if ended:
                 self._take_back()
@@ -475,7 +476,8 @@ class Batch:
                 decision.alternatives = list(zip(ids, values))
         return decisions, others.pop(0) if more is not None else []
 
-    def report(self, decisions: list[_Decision]) -> Iterator[Step]:
+    def report(self, decisions: list[_Decision]) -> list[Step]:
+        steps = []
         for row, decision in zip(list(self.rows), decisions):
             token = decision.token
             step = Step(row.index, prompt_logprobs=row.prompt_logprobs)
@@ -497,4 +499,5 @@ class Batch:
             if step.finish_reason:
                 self.cancelled.add(row.index)
             if step.finish_reason or row.index not in self.cancelled:
-                yield step
+                steps.append(step)
+        return steps

@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from .runtime import device_kind
+
 PAST_THE_STEP = (
     "the model was called in the middle of a step, by a hook or a patch for example, and the cache was written over; call a "
     "model of its own there"
@@ -25,7 +29,7 @@ class CacheUse:
         self.lock = threading.RLock()
         self.calls = 0  # of the model by somebody else than the user: they write to its cache unasked
         self.columns = 0  # of the cache that the user has written to, at most
-        self.stream: Any = None  # of a GPU, on which the last step was queued
+        self._stream: Any = None  # of a GPU, on which the last turn was queued
         self._slot0: list[int] = []
         self._state: Any = None
         self._user: Callable[[], Any] = lambda: None
@@ -37,12 +41,14 @@ class CacheUse:
         return CacheUse, ()  # a copy of a model has a cache of its own, which nobody uses yet
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Steps of one user; others wait. RuntimeError in the middle of another turn, or where somebody else called the
-        model in the middle of this one."""
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """A step of one user, or several; others wait. RuntimeError in the middle of another turn, or where somebody else
+        called the model in the middle of this one."""
         with self.lock:
             if self._stepping:
                 raise RuntimeError(PAST_THE_STEP)
+            if device_kind(device) == "cuda":
+                self._follow(torch.cuda.current_stream(device))
             before, self._stepping = self.calls, True
             try:
                 yield
@@ -50,6 +56,12 @@ class CacheUse:
                 self._stepping = False
             if self.calls != before:
                 raise RuntimeError(PAST_THE_STEP)
+
+    def _follow(self, stream: Any) -> None:
+        """What the last turn queued on a GPU may still run, on another stream."""
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     @contextmanager
     def call(self) -> Iterator[None]:

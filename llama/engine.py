@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Optional
 
@@ -195,16 +195,9 @@ class Engine:
         """Held for a whole call, it lets nobody else's steps in between."""
         return self._use.lock
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> AbstractContextManager[None]:
         """See `CacheUse.turn`."""
-        with self._use.turn():
-            if device_kind(self.device) == "cuda":  # what the last turn queued may still run, on a stream of its own
-                stream = torch.cuda.current_stream(self.device)
-                if self._use.stream is not None and self._use.stream != stream:
-                    stream.wait_stream(self._use.stream)
-                self._use.stream = stream
-            yield
+        return self._use.turn(self._place[0])
 
     def take(self, user: object) -> None:
         """From now on the cache is this user's, in its turns; what it held is forgotten. The user before is asked to

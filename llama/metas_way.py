@@ -16,7 +16,7 @@ from .engine import token_logprobs
 from .runtime import to_device
 
 
-def steps(batch: Batch) -> Iterator[Step]:
+def steps(batch: Batch) -> Iterator[list[Step]]:
     """What the batch's requests decide, as many at a time as the cache has rows."""
     size = batch.engine.model.params.max_batch_size
     requests = list(enumerate(batch.requests))
@@ -24,7 +24,7 @@ def steps(batch: Batch) -> Iterator[Step]:
         yield from _together(batch, requests[first : first + size])
 
 
-def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[Step]:
+def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[list[Step]]:
     engine, device = batch.engine, batch.engine.device
     rows = [batch.admit(index, request, lane) for lane, (index, request) in enumerate(requests)]
     prompts = [row.request.prompt for row in rows]
@@ -51,7 +51,7 @@ def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[Ste
         batch.rows = [rows[i] for i in deciding]
         if deciding:
             places = to_device(deciding, device)
-            yield from batch.report(batch.decisions(logits[places, -1], chosen[places]))
+            yield batch.report(batch.decisions(logits[places, -1], chosen[places]))
         if all(row.index in batch.cancelled for row in rows):
             return
         if end == tokens.shape[1]:
