@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the tests, on models so small that threads only cost
+
 import pytest
 import torch
 from sentencepiece import SentencePieceTrainer

@@ -57,7 +57,7 @@ class Pool:
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:
-            process.join(20)
+            process.join(60)
             assert process.exitcode == 0, f"a worker ended with {process.exitcode}"
         for pipe in self.pipes:
             pipe.close()
