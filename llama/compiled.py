@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from torch import nn
+from tqdm import tqdm
 
-from . import gpu_step, proven, runtime
+from . import compiler, gpu_step, packages, proven, runtime
 from .model import Transformer
 from .parallel import ColumnParallelLinear, all_agree, forget_small_all_reduces, is_first_process, prepare_small_all_reduces
 from .proven import STEP_TOLERANCE, is_near
@@ -30,7 +28,7 @@ from .proven import STEP_TOLERANCE, is_near
 LEAST_COLUMNS = 256  # of the cache that a recorded graph looks at; more comes in powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
 PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find what is freed later
-SOURCES = ("model.py", "parallel.py")  # a package is of the code that it was made from
+SOURCES = ("model.py", "parallel.py", "compiler.py", "compiled.py")  # a package is of the code that it was made from
 
 
 def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Packaged, Recorded]]:
@@ -46,7 +44,7 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
             say(f"The decode step is not compiled: there is no form for {device} and max_seq_len={model.params.max_seq_len}")
         return None
     if kind == "cuda" or model.output.group is not None:
-        compiles = (wanted or (wanted is None and marker(model).exists())) and not gpu_step.suits(model)
+        compiles = (wanted or (wanted is None and is_marked(model))) and not gpu_step.suits(model)
         recorded = Recorded(model, "inductor" if compiles else None)
         return recorded if wanted or kind == "cuda" else None
     if type(model.output) is not ColumnParallelLinear:
@@ -55,13 +53,10 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
         return None
     try:
         packaged = Packaged(model)
-        if not (wanted or packaged.remembered()):
-            return None
-        packaged.prepare()
-    except Exception as error:  # no compiler, a full disk, an operator that it does not know
+        return packaged if packaged.prepare(bool(wanted)) else None
+    except Exception as error:  # no compiler, a full disk, an operator that it does not know, a file that is not believed
         say(f"The decode step is not compiled, and runs as it is: {reason(error)}")
         return None
-    return packaged
 
 
 def reason(error: Exception) -> str:
@@ -76,18 +71,31 @@ def say(line: str) -> None:
 
 def fingerprint(model: Transformer) -> str:
     """Stands for all that compiled code depends on."""
-    weights = [(name, tuple(t.shape), t.dtype, t.stride()) for name, t in named_tensors(model).items()]
     device = model.norm.weight.device
     on_gpu = runtime.device_kind(device) == "cuda"
-    place = torch.cuda.get_device_name(device) if on_gpu else runtime.processor()
-    what = repr((torch.__version__, place, astuple(model.params), weights))
+    place = torch.cuda.get_device_name(device) if on_gpu else (runtime.processor(), torch.get_num_threads())
+    what = repr((torch.__version__, torch.version.git_version, place, asdict(model.params), described(model)))
     sources = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
     return hashlib.sha256(what.encode() + b"".join(sources)).hexdigest()[:32]
+
+
+def described(model: Transformer) -> dict[str, Any]:
+    """What a compiled step is told of the tensors that it will get: see `compiler.make`."""
+    named = named_tensors(model).items()
+    tensors = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.stride()) for name, t in named]
+    return {"tensors": tensors, "rotations": tuple(rotations(model).shape)}
 
 
 def marker(model: Transformer) -> Path:
     """A file that says that Inductor has compiled this model's step here before, and kept it beside."""
     return runtime.cache_folder() / f"{fingerprint(model)}.inductor"
+
+
+def is_marked(model: Transformer) -> bool:
+    try:
+        return marker(model).exists()
+    except (OSError, ValueError):  # no home, or one that is closed to this user
+        return False
 
 
 def rotations(model: Transformer) -> torch.Tensor:
@@ -111,35 +119,48 @@ class Packaged:
         if model.params.max_batch_size > 1:
             self._paths[True] = folder / f"{stem}-several.pt2"
 
-    def remembered(self) -> bool:
-        """Whether all packages are there from an earlier run."""
-        return all(path.exists() for path in self._paths.values())
-
-    def prepare(self) -> None:
-        """Load the packages, and make those that are not there yet."""
+    def prepare(self, wanted: bool) -> bool:
+        """Load the packages. wanted: make those that are not there, or are no good. -> whether all are loaded now"""
+        absent: dict[bool, Path] = {}
         for several, path in self._paths.items():
-            if not path.exists():
-                began = time.perf_counter()
-                say("Compiling the decode step, once for this model's shape and this machine …")
-                self._compile(path, several)
-                say(f"Compiled in {time.perf_counter() - began:.0f} seconds, and kept as {path}")
-            self._runners[several] = torch._inductor.aoti_load_package(str(path))
+            if os.path.lexists(path):
+                try:
+                    self._runners[several] = packages.load(path)
+                    continue
+                except Exception as error:
+                    if not wanted:
+                        raise
+                    say(f"A compiled step is made anew: {reason(error)}")
+            absent[several] = path
+        if absent and wanted:
+            self._compile(absent)
+        return self._runners.keys() == self._paths.keys()
 
-    def _compile(self, path: Path, several: bool) -> None:
-        args, weights = self.model.params, named_tensors(self.model)
-        T = torch.export.Dim("T", min=2, max=args.max_seq_len)
-        # Neither example has a size that something else has too: the export would take the two for the same.
-        count, columns = (min(3, args.max_batch_size) if several else 1), args.max_seq_len - 1
-        rows = {0: torch.export.Dim("B", min=2, max=args.max_batch_size)} if count == 3 else None
-        tokens, positions = (torch.zeros(count, dtype=torch.long) for _ in range(2))
-        inputs = (weights, tokens, positions, self._columns[:columns], rotations(self.model))
-        shapes = (dict.fromkeys(weights), rows, rows, {0: T}, None)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            warnings.simplefilter("ignore")  # torch's own, of its own insides
-            program = torch.export.export(_Step(self.model), inputs, dynamic_shapes=shapes, strict=False)
-            made = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / "step.pt2"))
-            os.replace(made, path)  # whole, or not there
+    def _compile(self, absent: dict[bool, Path]) -> None:
+        """Make packages, side by side, and load them."""
+        began = time.perf_counter()
+        folder = runtime.cache_folder()
+        packages.make_folder(folder)
+        say("Compiling the decode step, once for this model's shape and this machine; it takes a minute or more …")
+        quiet = None if is_first_process() else True  # None: where nobody looks on
+        with (
+            packages.workspace(folder) as work,
+            tqdm(desc="Compiling", bar_format="{desc}: {elapsed}", leave=False, disable=quiet) as bar,
+            ExitStack() as stack,
+        ):
+            running: dict[bool, Any] = {}
+            for several, path in absent.items():
+                place = work / path.stem
+                request = {"args": asdict(self.model.params), **described(self.model), "several": several}
+                request["threads"] = torch.get_num_threads()
+                running[several] = stack.enter_context(compiler.started(request, place, runtime.compiler_environment(place)))
+            for several, process in running.items():
+                path = absent[several]
+                compiler.wait(process, bar)
+                packages.keep(work / path.stem / compiler.MADE, path, work)
+                self._runners[several] = packages.load(path)
+                bar.clear()
+                say(f"Compiled in {time.perf_counter() - began:.0f} seconds, and kept as {path}")
 
     def refresh(self) -> None:
         """Look up the weights and caches again: they may have been replaced since the last call."""
@@ -149,43 +170,14 @@ class Packaged:
         """As `Transformer.step`."""
         at = torch.tensor(positions)
         columns = self._columns[: max(2, max(positions) + 1)]
-        # Not the runner's own call, which takes its arguments apart one by one: half of a small model's step.
-        loader = self._runners[len(positions) > 1].loader
-        (logits,) = loader.boxed_run([*self._tensors, tokens, at, columns, rotations(self.model)])
+        runner = self._runners[len(positions) > 1]
+        (logits,) = runner.run([*self._tensors, tokens, at, columns, rotations(self.model)])
         return logits
 
 
 def named_tensors(model: Transformer) -> dict[str, torch.Tensor]:
     """All that a step reads and writes: the weights and the caches."""
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
-
-
-class _Step(nn.Module):
-    """`Transformer.step` with the model's tensors as an argument."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.__dict__["bound"] = _Bound(model)  # not as a submodule: its tensors are no constants of the graph
-
-    def forward(
-        self,
-        tensors: dict[str, torch.Tensor],
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        columns: torch.Tensor,
-        rotations: torch.Tensor,
-    ) -> Any:
-        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        return torch.func.functional_call(self.__dict__["bound"], named, (tokens, positions, columns, rotations))
-
-
-class _Bound(nn.Module):
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
-        return self.model.step(*arguments)
 
 
 @dataclass(frozen=True)
@@ -332,8 +324,9 @@ class Recorded:
                 break
             self._fail("another process failed" if problem is None else reason(problem), keep=recording)
         if self._ways[0].kind == "compiled" and self.backend == "inductor":
-            marker(self.model).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            marker(self.model).touch()
+            with suppress(OSError, ValueError):  # without it, the next run compiles only where it is asked to
+                packages.make_folder(runtime.cache_folder())
+                marker(self.model).touch()
 
     def _record(self, recording: _Recording, way: _Way) -> None:
         """The inputs are in place already: the runs before the capture write what the step is to write."""
@@ -383,5 +376,5 @@ class Recorded:
 @contextmanager
 def _compiling() -> Iterator[None]:
     """Each number of rows is compiled anew, more often than torch expects."""
-    with runtime.inductor_cache(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+    with runtime.inductor_cache(packages.make_folder), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
         yield

@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import platform
+import re
 import sys
 import time
 import weakref
@@ -287,21 +288,27 @@ def _report(kind: type[BaseException], error: BaseException, trace: Optional[Tra
 
 
 def cache_folder() -> Path:
-    """Where compiled steps are kept: $LLAMA_CACHE, or llama in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
-    if folder := os.environ.get("LLAMA_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llama"
+    """Where compiled steps are kept: $LLAMA_CACHE, or llama in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
+
+    ValueError where that is below the home of a user who has none.
+    """
+    named = os.environ.get("LLAMA_CACHE")
+    folder = named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llama"
+    try:
+        return Path(folder).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{folder} is below a home that is not known; let LLAMA_CACHE name another folder") from error
 
 
 @contextlib.contextmanager
-def inductor_cache() -> Iterator[None]:
+def inductor_cache(make_folder: Callable[[Path], None]) -> Iterator[None]:
     """Let torch.compile keep what it makes in `cache_folder`, unless the user has named another place."""
     name = "TORCHINDUCTOR_CACHE_DIR"
     if name in os.environ:
         yield
         return
     folder = cache_folder() / "inductor"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder)
     os.environ[name] = str(folder)
     try:
         yield
@@ -309,9 +316,20 @@ def inductor_cache() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+def compiler_environment(folder: Path) -> dict[str, str]:
+    """For a process that compiles in `folder`: all its files are there, and it takes no part in what torchrun started."""
+    begins, ends = ("MASTER_", "TORCHELASTIC_"), ("RANK", "WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if not (name.startswith(begins) or name.endswith(ends))}
+    places = dict.fromkeys(("TMPDIR", "TEMP", "TMP", "TORCHINDUCTOR_CACHE_DIR"), str(folder))
+    return {"TORCHINDUCTOR_COMPILE_THREADS": "1", **kept, **places}
+
+
 def processor() -> str:
     """What this machine's processor can do, as far as compiled code depends on it."""
     abilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    listed = Path("/proc/cpuinfo")
+    if not abilities and listed.exists():  # the first processor's
+        abilities = dict.fromkeys(re.findall(r"^(?:flags|Features)\s*:(.*)", listed.read_text(), flags=re.MULTILINE)[:1])
     return repr((platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(abilities.items())))
 
 

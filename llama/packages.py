@@ -1,0 +1,147 @@
+"""The folder in which compiled steps are kept: who may write there, and whether a package is whole.
+
+What lies there is run as machine code. So nobody but this user (or root) may be able to change it, and each package ends in a
+checksum; what is loaded is a private copy of the bytes that were checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+DIGITS = 64  # of the SHA-256 at a package's end, in hexadecimal
+MOST_BYTES = 2**30  # of a package; those of 7B have about 30 MB
+PREFIX = "tmp-"  # of the folders that are made for a moment
+LOCK = ".lock"  # held by whoever has such a folder
+# A link is not followed, and a pipe that lies there is not waited for.
+FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, for this user alone whatever the umask says. ValueError if it is not safe."""
+    for place in (*reversed(folder.parents), folder):
+        if not place.exists():
+            place.mkdir(mode=0o700, exist_ok=True)
+    check_folder(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError where somebody else can put other files into a folder, or another folder in its place.
+
+    Folders above it may be like /tmp: there all can write, but nobody can rename what is another's. On Windows, where
+    files have lists of rights and no mode, nothing is checked: there the user's own folders are closed to others.
+    """
+    place = folder.resolve()
+    for above in (place, *place.parents):
+        status = above.stat()
+        _check_owner(above, status)
+        if status.st_mode & 0o022 and hasattr(os, "geteuid") and (above == place or not status.st_mode & stat.S_ISVTX):
+            raise ValueError(
+                f"others can write to {above}, so what lies in {place} may be theirs; "
+                f"run chmod go-w {above}, or let LLAMA_CACHE name another folder"
+            )
+
+
+def _check_owner(path: Path, status: os.stat_result) -> None:
+    if hasattr(os, "geteuid") and status.st_uid not in (0, os.geteuid()):
+        raise ValueError(
+            f"{path} belongs to user {status.st_uid}, and this is user {os.geteuid()}; let LLAMA_CACHE name a folder of yours"
+        )
+
+
+def read(path: Path) -> bytes:
+    """The shared object of a package. ValueError where it could be somebody else's, or is not what `keep` wrote."""
+    check_folder(path.parent)
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | FLAGS)) as file:
+            status = os.fstat(file.fileno())  # of what is open: a name may mean another file by now
+            _check_owner(path, status)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > MOST_BYTES:
+                raise ValueError(f"{path} is not a file with one name and at most {MOST_BYTES} bytes; delete it")
+            if status.st_mode & 0o022 and hasattr(os, "geteuid"):
+                raise ValueError(f"others can write to {path}, so it may be theirs; delete it, or pass compile=True")
+            data = file.read(MOST_BYTES)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path} is a symbolic link; delete it, or pass compile=True") from error
+    content, digest = data[:-DIGITS], data[-DIGITS:]
+    if digest != _digest(path, content):
+        raise ValueError(f"{path} is damaged: its checksum is wrong; delete it, or pass compile=True")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".so"))
+        return archive.read(name)
+
+
+def _digest(path: Path, content: bytes) -> bytes:
+    """Of the name too, which says what the package is for."""
+    return hashlib.sha256(path.name.encode() + content).hexdigest().encode()
+
+
+def load(path: Path) -> Any:
+    """What runs a package; its `run` takes and returns a list of tensors. Errors as `read`, and OSError, RuntimeError."""
+    shared_object = read(path)
+    with workspace(path.parent) as folder:
+        copy = folder / "step.so"
+        _write(copy, shared_object)
+        # Not the archive, whose loader would extract it to a folder that stays as long as the process lives.
+        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(copy), 1)
+
+
+def keep(made: Path, path: Path, folder: Path) -> None:
+    """Put an archive of AOTInductor under its name, whole or not at all. folder: a `workspace` beside it."""
+    content = made.read_bytes()
+    sealed = folder / path.name
+    _write(sealed, content + _digest(path, content))
+    os.replace(sealed, path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(data)
+
+
+@contextmanager
+def workspace(folder: Path) -> Iterator[Path]:
+    """A new folder that is this process's own, in `folder`, or among the system's temporary ones where that is read-only."""
+    writable = os.access(folder, os.W_OK)
+    with (
+        _in_use(folder) if writable and fcntl is not None else nullcontext(),
+        tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder if writable else None, ignore_cleanup_errors=True) as name,
+    ):
+        check_folder(Path(name))
+        yield Path(name).resolve()
+
+
+@contextmanager
+def _in_use(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees however a process ends. Whoever has it alone removes what killed
+    processes have left."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | FLAGS, 0o600)
+    try:
+        with suppress(OSError):  # a network disk without locks
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in folder.glob(f"{PREFIX}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
