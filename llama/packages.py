@@ -49,6 +49,8 @@ def check_folder(folder: Path) -> None:
     files have lists of rights and no mode, nothing is checked: there the user's own folders are closed to others.
     """
     place = folder.resolve()
+    if not place.is_dir():
+        raise ValueError(f"{folder} is not a folder; let LLAMA_CACHE name one")
     for above in (place, *place.parents):
         status = above.stat()
         _check_owner(above, status)
@@ -74,7 +76,9 @@ def read(path: Path) -> bytes:
             status = os.fstat(file.fileno())  # of what is open: a name may mean another file by now
             _check_owner(path, status)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > MOST_BYTES:
-                raise ValueError(f"{path} is not a file with one name and at most {MOST_BYTES} bytes; delete it")
+                raise ValueError(
+                    f"{path} is not a file with one name and at most {MOST_BYTES} bytes; delete it, or pass compile=True"
+                )
             if status.st_mode & 0o022 and hasattr(os, "geteuid"):
                 raise ValueError(f"others can write to {path}, so it may be theirs; delete it, or pass compile=True")
             data = file.read(MOST_BYTES)
@@ -85,6 +89,10 @@ def read(path: Path) -> bytes:
     content, digest = data[:-DIGITS], data[-DIGITS:]
     if digest != _digest(path, content):
         raise ValueError(f"{path} is damaged: its checksum is wrong; delete it, or pass compile=True")
+    return _shared_object(content)
+
+
+def _shared_object(content: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".so"))
         return archive.read(name)
@@ -108,6 +116,7 @@ def load(path: Path) -> Any:
 def keep(made: Path, path: Path, folder: Path) -> None:
     """Put an archive of AOTInductor under its name, whole or not at all. folder: a `workspace` beside it."""
     content = made.read_bytes()
+    _shared_object(content)  # an error here, and not with a good checksum from now on
     sealed = folder / path.name
     _write(sealed, content + _digest(path, content))
     os.replace(sealed, path)

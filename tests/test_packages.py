@@ -1,0 +1,390 @@
+"""The folder of compiled steps, and the process that compiles: what is not believed, what fails there, and what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_compiled import PROMPTS, build
+
+from llama import compiled, compiler, packages, runtime
+
+unix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no owners and modes")
+OTHER = 65534
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As `packages.make_folder` makes it."""
+    folder = tmp_path / "above" / "cache"
+    monkeypatch.setenv("LLAMA_CACHE", str(folder))
+    packages.make_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def expected(tiny: Path, tokenizer_path: str) -> Any:
+    return build(tiny, tokenizer_path, compile=False, rows=1).generate(PROMPTS[:1], 5, 0)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, bytes]]:
+    """What would have been loaded, in place of loading it: the shared object of these tests is a text."""
+    seen: list[tuple[Path, bytes]] = []
+
+    def runner(path: str, _: int) -> None:
+        seen.append((Path(path), Path(path).read_bytes()))
+        assert stat.S_IMODE(os.stat(path).st_mode) & 0o077 == 0
+        assert stat.S_IMODE(os.stat(Path(path).parent).st_mode) == 0o700
+        raise RuntimeError("it was loaded")
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", runner)
+    return seen
+
+
+def archive(folder: Path) -> Path:
+    """What AOTInductor would have made."""
+    with zipfile.ZipFile(folder / "made", "w") as file:
+        file.writestr("step/data/step.so", "a shared object")
+    return folder / "made"
+
+
+@pytest.fixture
+def package(cache: Path, tmp_path: Path, tiny: Path, tokenizer_path: str) -> Path:
+    """A package in the folder that `build` will look for."""
+    model = build(tiny, tokenizer_path, compile=False, rows=1).model
+    path = cache / f"{compiled.fingerprint(model)}-one.pt2"
+    with packages.workspace(cache) as work:
+        packages.keep(archive(tmp_path), path, work)
+    assert not work.exists()
+    return path
+
+
+def instead(make: Callable[[Path, Path], object]) -> Callable[[Path], None]:
+    """make(where the package has gone, where it was)"""
+
+    def change(path: Path) -> None:
+        moved = path.rename(path.parents[2] / "moved")
+        make(moved, path)
+
+    return change
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def of_another_name(path: Path) -> None:
+    other = path.with_name("0" * 32 + "-one.pt2")
+    with packages.workspace(path.parent) as work:
+        packages.keep(archive(path.parents[2]), other, work)
+    other.replace(path)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "one flipped bit": (flip, "checksum"),
+    "cut short": (cut, "checksum"),
+    "empty": (lambda path: path.write_bytes(b""), "checksum"),
+    "no checksum": (lambda path: path.write_bytes(path.read_bytes()[:-64]), "checksum"),
+    "of another name": (of_another_name, "checksum"),
+    "folder": (instead(lambda _, path: path.mkdir()), "directory"),
+    "pipe": (instead(lambda _, path: os.mkfifo(path)), "not a plain file"),
+    "symbolic link": (instead(lambda moved, path: path.symlink_to(moved)), "symbolic link"),
+    "dangling link": (instead(lambda _, path: path.symlink_to("/nowhere")), "symbolic link"),
+    "hard link": (instead(lambda moved, path: os.link(moved, path)), "one name"),
+    "others can write": (lambda path: path.chmod(0o602), "others can write"),
+    "a group can write": (lambda path: path.chmod(0o620), "others can write"),
+    "of another user": (lambda path: os.chown(path, OTHER, -1), "belongs to user"),
+    "folder that others can write to": (lambda path: path.parent.chmod(0o707), "others can write"),
+    "sticky folder": (lambda path: path.parent.chmod(0o1777), "others can write"),
+    "folder of another user": (lambda path: os.chown(path.parent, OTHER, -1), "belongs to user"),
+    "open folder above": (lambda path: path.parents[1].chmod(0o770), "others can write"),
+    "folder above of another user": (lambda path: os.chown(path.parents[1], OTHER, -1), "belongs to user"),
+}
+
+
+@unix
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_not_believed_is_not_loaded(
+    damage: str,
+    package: Path,
+    loaded: list[Any],
+    tiny: Path,
+    tokenizer_path: str,
+    expected: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A package is machine code. A plain build ran whatever lay there, from whomever; a flipped bit could end the process."""
+    change, words = DAMAGES[damage]
+    if "user" in damage and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    build(tiny, tokenizer_path, rows=1)
+    assert "runs as it is: it was loaded" in capsys.readouterr().out  # so nothing but the damage is in the way
+    assert loaded.pop()[1] == b"a shared object"
+    change(package)
+    llama = build(tiny, tokenizer_path, rows=1)
+    assert not loaded
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "not compiled" in line)
+    assert words in line
+    assert llama.generate(PROMPTS[:1], 5, 0) == expected
+
+
+@unix
+def test_what_is_loaded_is_what_was_checked(package: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is swapped between the two counts for nothing; and the umask opens nothing to others."""
+    write = packages._write
+    monkeypatch.setattr(packages, "_write", lambda path, data: package.write_bytes(b"another") and write(path, data))
+    before = os.umask(0)
+    try:
+        with pytest.raises(RuntimeError, match="it was loaded"):
+            packages.load(package)
+        packages.make_folder(package.parents[1] / "new" / "folder")
+    finally:
+        os.umask(before)
+    ((path, data),) = loaded
+    assert data == b"a shared object"
+    assert not path.parent.exists()
+    assert stat.S_IMODE((package.parents[1] / "new").stat().st_mode) == 0o700
+
+
+@unix
+def test_a_read_only_folder_serves(package: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != package.parent)  # root may write everywhere
+    with pytest.raises(RuntimeError, match="it was loaded"):
+        packages.load(package)
+    assert package.parent not in loaded[0][0].parents
+
+
+@unix
+def test_what_a_killed_process_left_is_removed(cache: Path) -> None:
+    """But not while a process may still be at it."""
+    left = cache / "tmp-left"
+    left.mkdir()
+    with packages._in_use(cache):
+        assert not left.exists()
+        left.mkdir()
+        with packages.workspace(cache) as work:
+            assert left.exists()
+            assert work.parent == cache
+    assert list(cache.iterdir()) != []
+    with packages.workspace(cache):
+        assert not left.exists()
+
+
+FAILURES = {
+    "raise ValueError('bad\\n\\n')": "ValueError: bad",
+    "print('No space left on device'); sys.exit(1)": "No space left on device",
+    "sys.exit(3)": "status 3",
+    "import os; os.kill(os.getpid(), 9)": "SIGKILL; perhaps there was too little memory",
+    "import os; os.abort()": "SIGABRT",
+    "open(sys.argv[2] + '/step.pt2', 'w'); print(b'\\xff' * 99)": "not a zip file",
+    "open(sys.argv[2] + '/step.pt2', 'wb').write(b'PK')": "not a zip file",
+    "import os; sys.exit(os.environ['TMPDIR'] == sys.argv[2] and os.environ.get('TORCHELASTIC_RUN_ID', 'good'))": "good",
+}
+
+
+@unix
+@pytest.mark.parametrize("code", FAILURES)
+def test_a_compiler_that_fails_ends_no_caller(
+    code: str,
+    cache: Path,
+    tiny: Path,
+    tokenizer_path: str,
+    expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(compiler, "BOOT", "import sys; " + code)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    llama = build(tiny, tokenizer_path, compile=True, rows=1)
+    out = capsys.readouterr().out
+    assert out.count("Compiling the decode step") == 1
+    (line,) = (line for line in out.splitlines() if "not compiled" in line)
+    assert "The decode step is not compiled, and runs as it is: " in line
+    assert FAILURES[code].lower() in line.lower()
+    assert llama.generate(PROMPTS[:1], 5, 0) == expected
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_the_line_that_says_most() -> None:
+    of_gcc = ValueError("C++ compile error\n\nCommand:\ng++ x.cpp\nx.cpp:1: fatal error: no room\nmore")
+    assert compiler._reason(of_gcc) == "x.cpp:1: fatal error: no room"
+    assert compiler._reason(ValueError("\nwhy\nwhere")) == "why"
+    assert compiler._reason(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize("executable", ["", None, "/usr/bin/uwsgi"])
+def test_an_embedded_python_compiles_nothing(
+    executable: Any, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would be started is not Python, and might be anything."""
+    monkeypatch.setattr(sys, "executable", executable)
+    assert build(tiny, tokenizer_path, compile=True, rows=1)._engine.graph is None
+    assert f"runs as it is: sys.executable is {executable!r}" in capsys.readouterr().out
+
+
+def no_room(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+@unix
+@pytest.mark.parametrize("place", [(packages, "_write"), (os, "replace"), (Path, "write_text"), (Path, "mkdir"), (os, "open")])
+def test_a_full_disk(
+    place: Any,
+    cache: Path,
+    tiny: Path,
+    tokenizer_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torch's writer of archives ended the process with SIGABRT."""
+    make = f"import zipfile; zipfile.ZipFile(sys.argv[2] + '/{compiler.MADE}', 'w').writestr('step.so', 'x')"
+    llama = build(tiny, tokenizer_path, compile=False, rows=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "BOOT", "import sys; " + make)
+        patch.setattr(*writer, no_room)
+        assert compiled.make_graph(llama.model, True) is None
+    assert "runs as it is: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert not [path for path in cache.iterdir() if path.is_dir() or path.suffix == ".pt2"]
+
+
+# The process as it is, but for the compilation: that stands still, with a C++ compiler that stands still.
+STILL = """
+import os, runpy, subprocess, sys, threading
+watch = runpy.run_path(sys.argv[1], run_name="compiler")["_watch"]
+threading.Thread(target=watch, args=(os.getppid(), sys.argv[2])).start()
+cc = subprocess.Popen(["sleep", "60"])
+print(cc.pid, flush=True)
+cc.wait()
+"""
+CALLER = """
+import importlib.util, os, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("compiler", sys.argv[1])
+compiler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compiler)
+compiler.BOOT = sys.argv[3]
+with compiler.started({}, Path(sys.argv[2]), dict(os.environ)) as process:
+    print(process.pid, process.stdout.readline(), flush=True)
+    process.wait()
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at Linux's list of processes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_one_that_waits_for_it(number: int, tmp_path: Path) -> None:
+    """A C++ compiler would go on for a minute, for nobody."""
+    command = [sys.executable, "-S", "-c", CALLER, compiler.__file__, str(tmp_path / "work"), STILL]
+    caller = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert caller.stdout is not None
+    with caller.stdout as lines:
+        pids = [int(pid) for pid in lines.readline().split()]
+        assert len(pids) == 2
+        assert all(map(is_alive, pids))
+        caller.send_signal(number)
+        caller.wait()
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_alive, pids))
+    assert number == signal.SIGINT or not (tmp_path / "work").exists()  # after SIGINT it is the caller's to remove
+
+
+def test_a_package_is_of_all_that_it_depends_on(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tiny, tokenizer_path, compile=False, rows=1).model
+    names = {compiled.fingerprint(model)}
+    changes: list[tuple[Any, str, Any]] = [
+        (torch, "__version__", "2.99.0"),
+        (torch.version, "git_version", "0"),
+        (torch, "get_num_threads", lambda: 77),
+        (runtime, "processor", lambda: "with another ability"),
+        *((compiled, "SOURCES", compiled.SOURCES[:i]) for i in range(len(compiled.SOURCES))),
+    ]
+    assert {"compiled.py", "compiler.py", "model.py", "parallel.py"} <= set(compiled.SOURCES)
+    for change in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(*change)
+            names.add(compiled.fingerprint(model))
+    assert len(names) == 1 + len(changes)
+
+
+def test_a_processor_that_torch_does_not_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code for this machine's AVX512 may be none for another's; older versions of torch tell no more than that name."""
+    found = []
+    for flags in ("fpu avx512f", "fpu avx512f avx512_fp16"):
+        text = f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n\n" * 2
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+            patch.setattr(Path, "exists", lambda _: True)
+            patch.setattr(Path, "read_text", lambda _, text=text: text)
+            found.append(runtime.processor())
+    assert found[0] != found[1]
+
+
+def test_environment_of_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It joins no process group, and its files are where nobody else can put some: torch's folder in /tmp has a known name."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    found = runtime.compiler_environment(tmp_path)
+    assert not [name for name in found if "RANK" in name or "WORLD" in name or name.startswith(("MASTER", "TORCHEL"))]
+    assert found["OMP_NUM_THREADS"] == "3"
+    assert found["TMPDIR"] == found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def test_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLAMA_CACHE", "here")
+    assert runtime.cache_folder() == tmp_path / "here"
+    monkeypatch.setenv("LLAMA_CACHE", "~no such user/x")
+    with pytest.raises(ValueError, match="home that is not known"):
+        runtime.cache_folder()
+    llama = build(tiny, tokenizer_path, compile=True, rows=1)
+    assert llama._engine.graph is None
+    assert not compiled.is_marked(llama.model)
+    assert "~no such user/x is below a home that is not known" in capsys.readouterr().out
+    monkeypatch.delenv("LLAMA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path / "llama"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert runtime.cache_folder() == Path.home() / ".cache/llama"
+
+
+@unix
+def test_inductors_folder_is_as_safe(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile keeps is loaded from there too."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with compiled._compiling():
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / "inductor")
+    cache.chmod(0o777)
+    with pytest.raises(ValueError, match="others can write to"), compiled._compiling():
+        pass
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
