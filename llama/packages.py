@@ -76,9 +76,7 @@ def read(path: Path) -> bytes:
             status = os.fstat(file.fileno())  # of what is open: a name may mean another file by now
             _check_owner(path, status)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > MOST_BYTES:
-                raise ValueError(
-                    f"{path} is not a file with one name and at most {MOST_BYTES} bytes; delete it, or pass compile=True"
-                )
+                raise ValueError(f"{path} is not a plain file with one name, or is too large; delete it, or pass compile=True")
             if status.st_mode & 0o022 and hasattr(os, "geteuid"):
                 raise ValueError(f"others can write to {path}, so it may be theirs; delete it, or pass compile=True")
             data = file.read(MOST_BYTES)

@@ -244,9 +244,9 @@ def no_room(*_: Any, **__: Any) -> Any:
 
 
 @unix
-@pytest.mark.parametrize("place", [(packages, "_write"), (os, "replace"), (Path, "write_text"), (Path, "mkdir"), (os, "open")])
+@pytest.mark.parametrize("writer", [(packages, "_write"), (os, "replace"), (Path, "write_text"), (Path, "mkdir"), (os, "open")])
 def test_a_full_disk(
-    place: Any,
+    writer: Any,
     cache: Path,
     tiny: Path,
     tokenizer_path: str,
