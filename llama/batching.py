@@ -419,15 +419,10 @@ class Batch:
         scores = self.engine.fetch([torch.cat(row) for row in parts]) if self.score_prompts else []
         for i, row_scores in itertools.zip_longest(new, scores):
             if row_scores is not None and any(map(math.isnan, row_scores)):
-                raise self.not_finite(self.rows[i].index)
+                raise self.engine.not_finite(self.rows[i].index)
             self.rows[i].fresh = False
             self.rows[i].prompt_logprobs = None if row_scores is None else [0.0, *row_scores]
         return self.engine.logits(last)
-
-    def not_finite(self, prompt: int) -> ValueError:
-        dtype = self.engine.dtype
-        way = "check the weights" if dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
-        return ValueError(f"the model's logits for prompt {prompt} are not finite in {dtype}; {way}")
 
     def _noise(self, lanes: Optional[torch.Tensor]) -> torch.Tensor:
         """(rows, V). Rows without a seed share one draw over all lanes, those that ended too, as in Meta's release: the
@@ -486,7 +481,7 @@ class Batch:
             if min(room, row.request.max_new) <= 0:  # nothing was to be generated
                 step.finish_reason = "length" if row.request.max_new <= 0 else "context"
             elif token < 0:
-                raise self.not_finite(row.index)
+                raise self.engine.not_finite(row.index)
             elif token in self.eos:
                 step.finish_reason = "stop"
             else:

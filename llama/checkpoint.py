@@ -6,7 +6,7 @@ others each rank copies its own slices only.
 
 from __future__ import annotations
 
-import pickle
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from tqdm import tqdm
 
-from .files import MappedFiles, Number, check_archive, contents, listed, read_json, shortened
+from .archive import Foreign, read_archive
+from .files import MappedFiles, Number, check_file, contents, is_there, listed, read_json, shortened
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY, HuggingFaceCheckpoint
 from .memory import return_freed
 from .model import ModelArgs, Transformer
@@ -97,25 +98,26 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 
 def map_shard(path: Path, quantized: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of one .pth file, mapped into memory. Nothing in it is run. ValueError where it is damaged."""
+    check_file(path)
     try:
-        check_archive(path)
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds something other than tensors, which could run code, so it was not loaded") from error
+        tensors = read_archive(path)
+    except Foreign as error:
+        raise ValueError(
+            f"{path} holds something other than tensors, which could run code, so it was not loaded ({error}); save a "
+            "dictionary of plain tensors that lie on the CPU"
+        ) from error
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(
             f"{path} cannot be read: it is cut short, damaged, or not in the zip format of torch.save "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); download or save it again"
         ) from error
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for name, t in tensors.items()
-    ):
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is not a flat dictionary of tensors; pass a checkpoint in Meta's format")
     known = [*DTYPES.values(), *((torch.int8, torch.uint8) if quantized else ())]
     other = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in known and name not in IGNORED]
     if other:
         raise ValueError(f"{path} has weights in a form that is not computed here: {listed(other)}; use {' or '.join(DTYPES)}")
-    return dict(tensors)
+    return tensors
 
 
 class MetaCheckpoint:
@@ -129,6 +131,7 @@ class MetaCheckpoint:
         self.args = read_params(ckpt_dir)
         self.quantization = read_quantization(ckpt_dir)
         self.paths = find_shards(ckpt_dir)
+        self.mapped = MappedFiles(self.paths)
         self.shards = [map_shard(path, self.quantization is not None) for path in self.paths]
         first = self.shards[0]
         for path, shard in zip(self.paths, self.shards):
@@ -142,8 +145,9 @@ class MetaCheckpoint:
             raise ValueError(f"{self.paths[0]} has no tok_embeddings.weight, but {listed(sorted(first)) or 'nothing'}; "
                              "it is not a checkpoint in Meta's format")  # fmt: skip
         self.dtype = self.dtypes["tok_embeddings.weight"]
+        if (shape := first["tok_embeddings.weight"].shape)[1:] == ():
+            raise ValueError(f"{self.paths[0]} has tok_embeddings.weight in shape {list(shape)}; it is no matrix")
         self._refuse_doubles()
-        self.mapped = MappedFiles(self.paths)
 
     def _refuse_doubles(self) -> None:
         """A shard copied over another has all the right names and shapes. One row of a matrix that is cut tells."""
@@ -205,13 +209,13 @@ def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
     A folder with both formats is Meta's. ValueError where it has neither, or is damaged, or is of a model that is not
     computed here.
     """
-    if not ckpt_dir.is_dir():
+    if not os.path.isdir(ckpt_dir):
         raise ValueError(
             f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json, "
             "or config.json and model.safetensors"
         )
-    metas = (ckpt_dir / "params.json").is_file() or any(ckpt_dir.glob("consolidated.*.pth"))
-    if metas or not ((ckpt_dir / "config.json").is_file() or (ckpt_dir / "adapter_config.json").is_file()):
+    metas = is_there(ckpt_dir / "params.json") or any(ckpt_dir.glob("consolidated.*.pth"))
+    if metas or not (is_there(ckpt_dir / "config.json") or is_there(ckpt_dir / "adapter_config.json")):
         return MetaCheckpoint(ckpt_dir)
     return HuggingFaceCheckpoint(ckpt_dir)
 
@@ -347,8 +351,21 @@ def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tenso
     return maxima
 
 
+def check_scales(layers: Mapping[str, Quantized], checkpoint: Checkpoint) -> None:
+    """ValueError where a layer's scales are not what rounding makes of numbers. Before it is packed; waits for a GPU once."""
+    sound = [layer.has_sound_scales() for layer in layers.values()]
+    wrong = [prefix for prefix, is_sound in zip(layers, torch.stack(sound).tolist() if sound else []) if not is_sound]
+    if wrong:
+        raise ValueError(
+            f"{checkpoint.folder}: the scales of {listed(wrong)} are not all finite and above 0; the file is damaged, or the "
+            "weights that were rounded have NaN or infinity in them"
+        )
+
+
 def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model that was built on the meta device, and that `prepare` passed, its weights, and make its cache."""
+    """Give a model that was built on the meta device, and that `prepare` passed, its weights, and make its cache.
+
+    ValueError where the files are written to meanwhile, or scales are wrong."""
     if device_kind(device) == "cpu":
         _fill_mapped(model, checkpoint, dtype)
     else:
@@ -357,6 +374,8 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
         with _progress(len(jobs)) as progress:
             for _ in run_jobs(jobs, device, checkpoint.mapped):
                 progress.update()
+        check_scales(quantized_layers(model), checkpoint)
+    checkpoint.mapped.check_unchanged()
     model.allocate(device, dtype)
 
 
@@ -434,6 +453,7 @@ def _fill_mapped(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype)
             prefix = name.rpartition(".")[0]
             if layer is not None:
                 layer.load_state_dict(quantized(checkpoint, prefix, layer, start, stop, device), assign=True)
+                check_scales({prefix: layer}, checkpoint)
                 layer.pack(dtype)  # at once, to free the tensors that were packed
                 return_freed()
                 rounded.add(prefix)
@@ -447,10 +467,13 @@ def _fill_mapped(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype)
                 checkpoint.mapped.copy(stored, weights[name])
     model.load_state_dict(weights, strict=not rounded, assign=True)  # the names are right: `check_weights` saw them
     weights.clear()
+    check_scales({prefix: layers[prefix] for prefix in layers.keys() - rounded}, checkpoint)
     for prefix in layers.keys() - rounded:
         for tensor in layers[prefix].pack(dtype):
             checkpoint.mapped.release(tensor)
     if layers:
         return_freed()
-    if not mapped:
+    if mapped:
+        model.files = checkpoint.mapped
+    else:
         model.fuse()

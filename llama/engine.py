@@ -187,7 +187,8 @@ class Engine:
         The head runs over a few at a time: all logits of a long prompt would outweigh the model.
         """
         step = max(1, LOGITS_BYTES // (4 * self.model.vocab_size))
-        parts = [token_logprobs(self.logits(hidden[i : i + step]), targets[i : i + step]) for i in range(0, len(targets), step)]
+        some = [slice(i, i + step) for i in range(0, len(targets), step)]
+        parts = [prompt_logprobs(self.logits(hidden[rows]), targets[rows]) for rows in some]
         return torch.cat(parts) if parts else targets.float()
 
     @property
@@ -248,11 +249,31 @@ class Engine:
                 cache[: part.shape[0], : part.shape[1]] = part.to(cache.device)
         self._use.columns = kept[0].shape[1]
 
+    def not_finite(self, prompt: int, what: str = "logits") -> ValueError:
+        """The error for a prompt of which something is not finite. What it left in the cache goes: a value that is NaN counts
+        for every query that sees its column, also with a weight of 0."""
+        for attention in self.model.attentions() if isinstance(self.model, Transformer) else ():
+            attention.cache_k.zero_()
+            attention.cache_v.zero_()
+        self._use.remember([])
+        way = "check the weights" if self.dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
+        return ValueError(f"the model's {what} for prompt {prompt} are not finite in {self.dtype}; {way}")
+
+    def check_files(self) -> None:
+        """ValueError where somebody has written to the files that the model reads its weights from."""
+        if (files := getattr(self.model, "files", None)) is not None:
+            files.check_unchanged()
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot into another."""
         for attention in self.model.attentions():
             for cache in (attention.cache_k, attention.cache_v):
                 cache[target, :length] = cache[source, :length]
+
+
+def prompt_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`token_logprobs`, NaN where any of a row's logits is not finite."""
+    return torch.add(token_logprobs(logits, tokens), logits.sum(dim=-1), alpha=0)  # x + 0 y
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""What a file of a checkpoint must be before it is believed: JSON with numbers in range, an archive with its parts in place.
+"""How files are read: what a name must stand for before it is opened, JSON with numbers in range, mapped files.
 
-And how to let go of the pages of a mapped file, so that what was copied out of it does not count twice.
+Every file that a user names is read through `read_file`, or passes `check_file` before a library opens it by its name.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import ctypes
 import json
 import math
 import mmap
-import struct
-import zipfile
+import os
+import stat
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 
-PICKLE_BYTES = 64 * 2**20  # the most that the index of a .pth file may have; 70B's has 0.1 MB
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
 COPY_BYTES = 16 * 2**20  # what a processor's cache may hold: twice as fast as larger pieces
-DESCRIPTOR = b"PK\x07\x08"  # after the data, where sizes were not known before it
 
 
 class Number(NamedTuple):
@@ -49,7 +49,10 @@ def listed(items: Iterable[str], most: int = 12) -> str:
 
 
 def contents(folder: Path) -> str:
-    return listed(sorted(path.name for path in folder.iterdir())) or "nothing"
+    try:
+        return listed(sorted(path.name for path in folder.iterdir())) or "nothing"
+    except OSError as error:
+        return f"what cannot be listed ({error.strerror})"
 
 
 def shortened(value: Any, most: int = 80) -> str:
@@ -57,14 +60,44 @@ def shortened(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def is_there(path: Path) -> bool:
+    """Whether the name is taken, by whatever: a link to nothing too, so that the reader says what is wrong with it."""
+    return os.path.lexists(path)
+
+
+def check_file(path: Path) -> os.stat_result:
+    """ValueError unless the name stands for a file. Opens nothing: to open a pipe would wait for its writer."""
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        what = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "missing"
+        raise ValueError(f"{path} is {what}") from error
+    except (OSError, ValueError) as error:  # no permission, a name too long, links in a circle, a name with a zero byte
+        raise ValueError(f"{shortened(str(path), 300)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "a device")
+        raise ValueError(f"{path} is {kind}, and not a file; copy what it holds or gives into a file")
+    return found
+
+
+def read_file(path: Path, most: Optional[int] = None, usual: str = "") -> bytes:
+    """What a file holds, at most `most` bytes. ValueError where it cannot be had; `usual` says what such a file has."""
+    size = check_file(path).st_size
+    if most is not None and size > most:
+        raise ValueError(f"{path} has {size} bytes; {usual}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def read_json(path: Path, usual: str, most: int = 2**20) -> dict[str, Any]:
     """A JSON object of at most `most` bytes. ValueError where there is none; `usual` says what one has."""
-    if not path.is_file():
+    if not is_there(path):
         raise ValueError(f"{path} is missing; it comes with the checkpoint, and the folder holds {contents(path.parent)}")
-    if path.stat().st_size > most:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; {usual}")
+    data = read_file(path, most, usual)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(data, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -72,52 +105,48 @@ def read_json(path: Path, usual: str, most: int = 2**20) -> dict[str, Any]:
     return value
 
 
-def check_archive(path: Path) -> None:
-    """That a .pth file is a zip archive whose index is intact. ValueError (or one of zipfile's errors) where it is not.
-
-    torch believes the archive's directory and headers: a wrong bit there would move a tensor by some bytes, silently. So
-    every record must lie where both say, the records must fill the file, and all but the tensors' data must have their
-    checksum. The data's checksums are not computed: that would read the whole file.
-    """
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-        ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
-        if len({record.filename for record in records}) < len(records) or not records or records[0].header_offset:
-            raise ValueError("its directory is damaged")
-        for record, end in zip(records, ends):
-            file.seek(record.header_offset)
-            header = file.read(30)
-            name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-            name = file.read(name_bytes)
-            gap = end - (record.header_offset + 30 + name_bytes + extra_bytes + record.file_size)
-            file.seek(end - gap)
-            if (
-                header[:4] != b"PK\x03\x04"
-                or name != record.orig_filename.encode()
-                or record.compress_type != zipfile.ZIP_STORED
-                or record.compress_size != record.file_size
-                or (gap != 0 and (gap not in (16, 24) or file.read(4) != DESCRIPTOR))
-            ):
-                raise ValueError(f"its part {record.filename} is not where its directory says")
-            if "/data/" not in record.filename:
-                if record.file_size > PICKLE_BYTES:
-                    raise ValueError(f"its part {record.filename} has {record.file_size} bytes")
-                archive.read(record)  # which compares its checksum
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shortened(key)} stands there twice")
+        found[key] = value
+    return found
 
 
 class MappedFiles:
-    """Where the files of a checkpoint are mapped in this process's memory. Empty where the system does not tell (not Linux)."""
+    """The files that a checkpoint is mapped from. Make it before they are mapped: it notes what they are then."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        names = {str(path.resolve()) for path in paths}
-        self.ranges: list[tuple[int, int]] = []
+        self.paths = list(paths)
+        self._found = [check_file(path) for path in self.paths]
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where they lie in this process's memory. Empty where the system does not tell (not Linux)."""
+        names = {str(path.resolve()) for path in self.paths}
         maps = Path("/proc/self/maps")
-        if maps.exists():
-            for line in maps.read_text(errors="replace").splitlines():
-                place, *_, name = line.split(maxsplit=5)
-                if name in names:
-                    low, high = (int(end, 16) for end in place.split("-"))
-                    self.ranges.append((low, high))
+        ranges = []
+        for line in maps.read_text(errors="replace").splitlines() if maps.exists() else []:
+            place, *_, name = line.split(maxsplit=5)
+            if name in names:
+                low, high = (int(end, 16) for end in place.split("-"))
+                ranges.append((low, high))
+        return ranges
+
+    def check_unchanged(self) -> None:
+        """ValueError where a file was written to since. One that lies under its name now is another, and does no harm."""
+        for path, before in zip(self.paths, self._found):
+            try:
+                now = path.stat()
+            except OSError:
+                continue  # removed or out of sight; what is mapped stays
+            same_file = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+            if same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise ValueError(
+                    f"{path} was written to after it was loaded ({before.st_size} bytes then, {now.st_size} now), and the "
+                    "model reads its weights from it; build it again, and replace files by renaming new ones"
+                )
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """target[...] = source, some rows at a time, each of which is let go: never is much of the file counted as ours."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -365,6 +366,7 @@ class Llama:
                 raise ValueError(f"pooling={pooling!r} must be 'mean' or 'last'")
             if isinstance(layer, bool) or not isinstance(layer, int) or not -1 <= layer <= self.model.n_layers:
                 raise ValueError(f"layer={layer!r} must be from 0 to {self.model.n_layers}, or -1 for all and the last norm")
+            self._engine.check_files()
             prompts = check_prompts(self._encode(texts), self.model.params)
             agreement.value = (prompts, layer, pooling)
         vectors = []
@@ -373,11 +375,12 @@ class Llama:
             for prompt in prompts:
                 chunks = [hidden[0].float() for _, hidden, _ in self._engine.prefill([prompt], [0], layers=layer)]
                 vectors.append(torch.cat(chunks).mean(0) if pooling == "mean" else chunks[-1][-1])
-        return (
-            torch.stack(vectors)
-            if vectors
-            else torch.empty(0, self.model.params.dim, dtype=torch.float32, device=self._engine.device)
-        )
+            if not vectors:
+                return torch.empty(0, self.model.params.dim, dtype=torch.float32, device=self._engine.device)
+            stacked = torch.stack(vectors)
+            if not all(finite := stacked.isfinite().all(-1).tolist()):
+                raise self._engine.not_finite(finite.index(False), "hidden states")
+        return stacked
 
     @property
     def _replaced_generate(self) -> bool:
@@ -449,6 +452,7 @@ class Llama:
         before anything runs."""
         which, replicas = share
         with together(self._group, everyone=replicas > 1) as agreement:
+            self._engine.check_files()
             length = self.model.params.max_seq_len - 1 if max_gen_len is None else whole(max_gen_len)
             if length is None or length < 0:
                 raise ValueError(f"max_gen_len={max_gen_len!r} must be a whole number of 0 or more")
@@ -530,7 +534,7 @@ class Llama:
 
 def _find_tokenizer(ckpt_dir: Path) -> str:
     """Its tokenizer.model, for `Tokenizer`. ValueError where there is none."""
-    if not ckpt_dir.is_dir():
+    if not os.path.isdir(ckpt_dir):
         raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
     if path := tokenizer_near(ckpt_dir):
         return str(path)

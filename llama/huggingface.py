@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .files import MappedFiles, Number, listed, read_json, shortened
+from .files import MappedFiles, Number, check_file, contents, is_there, listed, read_json, shortened
 from .model import ModelArgs
 from .runtime import DTYPES
 
@@ -75,7 +75,7 @@ def read_config(folder: Path) -> tuple[ModelArgs, bool]:
     ValueError, with every reason in one message, where it describes something that is not computed here.
     """
     path = folder / "config.json"
-    if not path.is_file() and (folder / "adapter_config.json").is_file():
+    if not is_there(path) and is_there(folder / "adapter_config.json"):
         raise ValueError(f"{path} is missing; {ADAPTER}")
     config = read_json(path, "a config.json has a few hundred bytes")
     rope: dict[str, Any] = {}  # where the versions of transformers put what concerns the positions
@@ -125,17 +125,16 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
 
 def find_parts(folder: Path) -> tuple[list[Path], Optional[dict[str, str]]]:
     """The safetensors files of a folder, and the index that says which tensor is in which (None: one file without index)."""
-    if (folder / "model.safetensors").is_file():
+    if is_there(folder / "model.safetensors"):
         return [folder / "model.safetensors"], None
     path = folder / "model.safetensors.index.json"
-    if not path.is_file():
-        names = sorted(p.name for p in folder.iterdir())
-        if "adapter_config.json" in names:
+    if not is_there(path):
+        if is_there(folder / "adapter_config.json"):
             way_out = ADAPTER
-        elif any(name.startswith("pytorch_model") for name in names):
+        elif any(folder.glob("pytorch_model*")):
             way_out = "it holds pickled weights: save them as safetensors (save_pretrained of transformers does)"
         else:
-            way_out = f"it holds {listed(names) or 'nothing'}"
+            way_out = f"it holds {contents(folder)}"
         raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; {way_out}")
     index = read_json(path, "an index has some hundred thousand bytes at most", 2**26).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(part, str) for part in index.values()):
@@ -143,13 +142,14 @@ def find_parts(folder: Path) -> tuple[list[Path], Optional[dict[str, str]]]:
     for part in sorted(set(index.values())):
         if not re.fullmatch(r"[\w.+-]+\.safetensors", part, flags=re.ASCII):
             raise ValueError(f"{path} points to {shortened(part)}, which is not a safetensors file of this folder")
-        if not (folder / part).is_file():
+        if not is_there(folder / part):
             raise ValueError(f"{path} points to {part}, which is missing from {folder}; download it again")
     return [folder / part for part in sorted(set(index.values()))], index
 
 
 def map_part(path: Path) -> Any:
     """A safetensors file, mapped. ValueError where it is damaged."""
+    check_file(path)
     try:
         return safe_open(path, framework="pt", device="cpu").__enter__()
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
@@ -167,6 +167,7 @@ class HuggingFaceCheckpoint:
         self.folder = folder
         self.args, self.tied = read_config(folder)
         self.paths, index = find_parts(folder)
+        self.mapped = MappedFiles(self.paths)
         self._parts: dict[str, Any] = {}  # Meta's name -> the open file that has it
         self._theirs: dict[str, str] = {}
         for path in self.paths:
@@ -189,7 +190,6 @@ class HuggingFaceCheckpoint:
             raise ValueError(f"{folder} has no model.embed_tokens.weight, but {listed(sorted(self._theirs.values()))}; "
                              "it is not a Llama checkpoint")  # fmt: skip
         self.dtype = self.dtypes["tok_embeddings.weight"]
-        self.mapped = MappedFiles(self.paths)
 
     def _dtype(self, name: str) -> torch.dtype:
         stored = self._parts[name].get_slice(self._theirs[name]).get_dtype()

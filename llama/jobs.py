@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Optional
 from tqdm import tqdm
 
 from .chat import check_dialog, encode_dialog, is_unsafe
+from .files import is_there, read_file
 from .parallel import is_first_process, replica
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def read_jobs(path: Path, options: Mapping[str, Any], seed: int) -> list[Job]:
     depends neither on the lines around it nor on where an earlier run was interrupted.
     """
     jobs = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, raw in enumerate(read_file(path).split(b"\n"), start=1):
         if raw.strip():
             try:
                 jobs.append(_read_job(number, json.loads(raw), options, seed))
@@ -81,7 +82,7 @@ def finished(path: Path, jobs: list[Job]) -> tuple[int, int]:
 
     ValueError where its lines do not belong to these jobs.
     """
-    data = path.read_bytes() if path.exists() else b""
+    data = read_file(path) if is_there(path) else b""
     size = data.rfind(b"\n") + 1
     lines = data[:size].split(b"\n")[:-1]
     way_out = "pass the same input and options to go on with it, or name another file"

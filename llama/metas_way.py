@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from .batching import Batch, Request, Step
-from .engine import token_logprobs
+from .engine import prompt_logprobs
 from .runtime import to_device
 
 
@@ -37,7 +37,7 @@ def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[lis
         if batch.score_prompts:
             for row, prompt in enumerate(prompts):
                 targets = tokens[row, start + 1 : min(end + 1, len(prompt))]
-                scores[row].append(token_logprobs(logits[row, : len(targets)], targets))
+                scores[row].append(prompt_logprobs(logits[row, : len(targets)], targets))
         batch.rows = rows
         chosen = batch.choose(logits[:, -1])  # for every row, so that draws do not depend on which have ended
         deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in batch.cancelled]
@@ -47,7 +47,7 @@ def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[lis
                 if batch.score_prompts:
                     rows[i].prompt_logprobs = [0.0, *(x for part in scores[i] for x in part.tolist())]
                     if any(map(math.isnan, rows[i].prompt_logprobs or [])):
-                        raise batch.not_finite(rows[i].index)
+                        raise engine.not_finite(rows[i].index)
         batch.rows = [rows[i] for i in deciding]
         if deciding:
             places = to_device(deciding, device)

@@ -20,6 +20,7 @@ from torch import nn
 
 from .as_built import Originals, Watch
 from .cache_use import CacheUse
+from .files import MappedFiles
 from .parallel import (
     AMX,
     ColumnParallelLinear,
@@ -34,6 +35,10 @@ from .parallel import (
 )
 from .quantization import QUANTIZED, Quantized, join_quantized
 from .runtime import device_kind
+
+# torch's fused attention on CPUs makes zeros of a row whose scores are all NaN if they do not fill a vector register, which
+# holds up to 16, and no mask is added to them. A mask that hides nothing costs less there than any other way to notice.
+NAN_COLUMNS = 16
 
 
 @dataclass
@@ -175,6 +180,17 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     return turned.flatten(-2).type_as(x)
 
 
+def hides_infinity(q: torch.Tensor) -> bool:
+    """Whether infinite queries q (B, S, H, D) and their keys are to become NaN, so that the logits show them.
+
+    Attention takes a score of -infinity for a key that is not to be seen, and goes on. float16 overflows from 65504 on; in
+    other dtypes only weights that are not finite lead there, of which each prompt tells, in fused attention on CPUs only so.
+    A step on a GPU would get another launch.
+    """
+    on_cpu, several = device_kind(q) == "cpu", q.shape[1] > 1
+    return (on_cpu and several) or (q.dtype == torch.float16 and (on_cpu or several))
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool) -> torch.Tensor:
     """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
 
@@ -189,12 +205,15 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
         if device_kind(q) == "cuda":
             return _attend_on_gpu(q, k, v, seen, causal)
         q = q.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and S == T, enable_gqa=K != H)
+        causal = causal and S == T and seen is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=K != H)
         return out.transpose(1, 2).reshape(B, S, H * D)
     # One query: the heads of a group stand in as the queries, so that every key is read once.
     q = q.view(B, K, H // K, D)
     mask = None if mask is None else mask[:, None]
     if device_kind(q) == "cpu" and AMX:
+        if mask is None and T < NAN_COLUMNS:
+            mask = torch.ones(1, 1, 1, T, dtype=torch.bool, device=q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, S, H * D)
     # Fused attention takes five times as long here, on one query: on GPUs it leaves most of them idle.
     scores = (q @ k.transpose(2, 3)) / math.sqrt(D)  # (B, K, H/K, T)
@@ -278,6 +297,8 @@ class Attention(nn.Module):
         B, S, _ = x.shape
         xq, xk, xv = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
+        if xk.dtype == torch.float16:
+            xk = torch.add(xk, xk, alpha=0)  # see `hides_infinity`
         end = start_pos + S
         with torch.no_grad():
             self.fit_cache(xk)
@@ -306,6 +327,8 @@ class Attention(nn.Module):
         projected = products(x, self.joined or self.fused, (self.wq, self.wk, self.wv))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (B, S, H or K, D)
         q, k = rotate(q, window.rotary), rotate(k, window.rotary)
+        if hides_infinity(q):
+            q, k = q.add_(q, alpha=0), k.add_(k, alpha=0)  # x + 0 x, which is NaN for an infinite x
         with torch.no_grad():
             self.fit_cache(k)
             self.cache_k[window.slots, window.positions] = k
@@ -390,6 +413,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.freqs_cis = self._rotations(self.norm.weight.device)
         self.cache_use = CacheUse()
+        self.files: Optional[MappedFiles] = None  # in which its weights lie
         self._watch = Watch(ORIGINALS)
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
@@ -595,7 +619,8 @@ class Transformer(nn.Module):
         offsets = torch.arange(S, device=device)
         positions = (start_pos + offsets)[None] if isinstance(start_pos, int) else start_pos[:, None] + offsets
         mask = None
-        if not fresh and (S > 1 or not isinstance(start_pos, int)):
+        needed = 1 < S < NAN_COLUMNS and device_kind(device) == "cpu"
+        if needed or (not fresh and (S > 1 or not isinstance(start_pos, int))):
             mask = torch.arange(span, device=device) <= positions[:, :, None]
         rows = torch.arange(B, device=device) if slots is None else slots
         keys = None if fresh else (slice(0, B) if slots is None else slots, slice(0, span))

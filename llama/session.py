@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional, TypedDict, Union
 
 from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Dialog, DialogError, Message, encode_dialog
 from .completion import Chunk
+from .files import read_file
 
 if TYPE_CHECKING:
     from .generation import Llama
@@ -129,14 +130,16 @@ class ChatSession:
         """Read what `save` wrote, in place of what was said here. ValueError where it is something else."""
         source = Path(path).expanduser()
         try:
-            state = json.loads(source.read_text(encoding="utf-8"))
+            data = read_file(source)
+        except ValueError as error:
+            raise ValueError(f"no saved session at {source}: {error}") from error
+        try:
+            state = json.loads(data)
             system = state["system"]
             turns = [Turn(user=t["user"], assistant=t["assistant"], ids=[int(i) for i in t["ids"]]) for t in state["turns"]]
             said = [system or "", *(text for t in turns for text in (t["user"], t["assistant"]))]
             if not all(isinstance(text, str) for text in said):
                 raise TypeError("what was said is text")
-        except OSError as error:
-            raise ValueError(f"no saved session at {source}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{source} is not a saved session; `save` writes one") from error
         vocab_size = self.llama.model.vocab_size

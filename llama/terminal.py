@@ -22,6 +22,7 @@ from fire.decorators import SetParseFns
 
 from . import jobs
 from .completion import Chunk
+from .files import read_file
 from .generation import DEMO, Llama, _find_tokenizer
 from .parallel import from_first_process, is_first_process
 from .runtime import Launch
@@ -537,7 +538,7 @@ def _input(text: Optional[str], file: Optional[str], what: str) -> str:
     if file is None and sys.stdin.isatty():
         raise ValueError(f"no {what}; give one in quotes, --file FILE, or a pipe")
     path = None if file is None else user_path(file)
-    data = sys.stdin.buffer.read() if path is None else path.read_bytes()
+    data = sys.stdin.buffer.read() if path is None else read_file(path)
     try:
         decoded = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

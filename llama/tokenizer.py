@@ -11,7 +11,11 @@ from typing import Optional, Union
 
 from sentencepiece import SentencePieceProcessor
 
+from .files import is_there, read_file
+
 logger = getLogger(__name__)
+
+MODEL_BYTES = 2**26  # the most that a tokenizer.model may have; Llama 2's has half a million
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8, or not yet, decode to
 
@@ -27,7 +31,7 @@ def user_path(path: Union[str, PathLike[str]]) -> Path:
 def tokenizer_near(ckpt_dir: Path) -> Optional[Path]:
     """The tokenizer.model of a checkpoint: Meta's layout has one beside the folders of all models, others one in each."""
     places = (ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model")
-    return next((path for path in places if path.is_file()), None)
+    return next((path for path in places if is_there(path)), None)
 
 
 class Tokenizer:
@@ -38,17 +42,24 @@ class Tokenizer:
 
     def __init__(self, model_path: str) -> None:
         path = user_path(model_path)
-        if not path.is_file():
+        if not is_there(path):
             raise ValueError(f"no tokenizer at {path}; pass the path of Llama 2's tokenizer.model")
+        model = read_file(path, MODEL_BYTES, "a tokenizer.model has a few million bytes at most")
         self.sp_model = SentencePieceProcessor()
         try:
-            self.sp_model.LoadFromSerializedProto(path.read_bytes())
-        except RuntimeError as error:
-            raise ValueError(f"{path} is not a SentencePiece model; pass the path of a tokenizer.model") from error
-        self.n_words: int = self.sp_model.vocab_size()
+            self.sp_model.LoadFromSerializedProto(model)
+            self.n_words: int = self.sp_model.vocab_size()
+            self.sp_model.DecodeIds(list(range(self.n_words)))  # all at once, to find the piece that is no text
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a SentencePiece model, or damaged; pass the path of a tokenizer.model") from error
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
+        if min(self.bos_id, self.eos_id) < 0 or self.bos_id == self.eos_id:
+            raise ValueError(
+                f"{path} has no two control pieces for the begin and the end of a text (<s> has the id {self.bos_id}, </s> "
+                f"{self.eos_id}); pass the tokenizer.model that belongs to the checkpoint"
+            )
         logger.info("%s: %d pieces, BOS %d, EOS %d", path, self.n_words, self.bos_id, self.eos_id)
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
