@@ -21,7 +21,7 @@ import torch
 
 from .files import check_file, shortened
 
-PICKLE_BYTES = 4 * 2**20  # the most that the index of a .pth file may have; 70B's has 0.1 MB
+PICKLE_BYTES = 2**20  # the most that the index of a .pth file may have; 70B's has 0.1 MB. Its reading takes a second at most
 # Parts of up to this size are compared with their checksums: norms and scales, whose numbers matter most. To read the
 # matrices for it would take a minute where mapping them takes none.
 CHECKED_BYTES = 2**18
@@ -218,7 +218,9 @@ class _Reader:
 
     def _storage(self, kind: str, dtype: Any, key: str, location: str, count: int) -> Numbers:
         """The numbers of a part. Where they were when they were saved, `location`, does not count."""
-        if _text(kind) != "storage" or not isinstance(dtype, Name) or dtype.name not in DTYPES or _text(key) not in self.parts:
+        if _text(kind) != "storage" or not isinstance(dtype, Name) or dtype.name not in DTYPES:
+            raise Foreign(f"it holds {shortened(getattr(dtype, 'name', '?'))}")
+        if _text(key) not in self.parts:
             raise ValueError(f"its index names a part that is not there, {shortened(key)}")
         part, of = self.parts[key], DTYPES[dtype.name]
         if type(count) is not int or part.size != count * of.itemsize:

@@ -73,7 +73,7 @@ def check_file(path: Path) -> os.stat_result:
         what = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "missing"
         raise ValueError(f"{path} is {what}") from error
     except (OSError, ValueError) as error:  # no permission, a name too long, links in a circle, a name with a zero byte
-        raise ValueError(f"{shortened(str(path), 300)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "a device")
         raise ValueError(f"{path} is {kind}, and not a file; copy what it holds or gives into a file")

@@ -1,0 +1,440 @@
+"""Odd files in the place of good ones, files that change, numbers that are none: one ValueError that says which, at once."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import socket
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXT, random_weights, write_checkpoint
+from sentencepiece import SentencePieceTrainer
+
+from llama import Llama, jobs, model
+from llama.convert import convert
+from llama.files import read_file
+from llama.terminal import _input
+
+NAN, INF = float("nan"), float("inf")
+WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
+
+
+@pytest.fixture(autouse=True)
+def at_once() -> Iterator[None]:
+    """What waits for a pipe's writer, or is busy with a pickle, fails in place of hanging."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError("this took too long")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def build(folder: Path, tokenizer_path: str, **options: Any) -> Llama:
+    return Llama.build(str(folder), tokenizer_path, 48, 2, device="cpu", **options)
+
+
+# What a name may stand for
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as s:
+        before = os.getcwd()
+        os.chdir(path.parent)  # a socket's name has 108 bytes at most
+        s.bind(path.name)
+        os.chdir(before)
+
+
+ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pipe": (os.mkfifo, "is a pipe, and not a file"),
+    "folder": (Path.mkdir, "is a folder, and not a file"),
+    "socket": (make_socket, "is a socket, and not a file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, and not a file"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which is not there"),
+    "loop": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> dict[str, Path]:
+    """One in Meta's format, and two in Hugging Face's: of one file, and of parts (one of which is called so)."""
+    root = tmp_path_factory.mktemp("folders")
+    meta = write_checkpoint(root / "meta", random_weights())
+    convert(meta, root / "hf", "hf", tokenizer_path=Path(tokenizer_path))
+    shutil.copyfile(tokenizer_path, meta / "tokenizer.model")
+    parts = shutil.copytree(root / "hf", root / "parts")
+    (parts / "model.safetensors").rename(parts / "part.safetensors")
+    (parts / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part.safetensors"}}')
+    return {"meta": meta, "hf": root / "hf", "parts": parts}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("meta", "params.json"), ("meta", "consolidated.00.pth"), ("meta", "tokenizer.model"), ("hf", "config.json"),
+     ("hf", "model.safetensors"), ("parts", "model.safetensors.index.json"), ("parts", "part.safetensors")],
+)  # fmt: skip
+def test_other_things_than_files(kind: str, name: str, odd: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """A pipe called consolidated.00.pth was waited for, for ever; others were called missing, or another file was taken."""
+    folder = shutil.copytree(folders[kind], tmp_path / "folder")
+    make, message = ODD[odd]
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        Llama.build(str(folder), max_seq_len=8, device="cpu")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_other_things_than_texts(odd: str, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    make, message = ODD[odd]
+    make(path)
+    for read in (lambda: jobs.read_jobs(path, {}, 1), lambda: jobs.finished(path, []), lambda: _input(None, str(path), "text")):
+        with pytest.raises(ValueError, match=f"text {message}"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a" * 300, "cannot be read: File name too long"), ("a\0b", "cannot be read: embedded null"), ("none", "none is missing")],
+)
+def test_names_that_no_file_has(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_file(tmp_path / name)
+    with pytest.raises(ValueError, match="no checkpoint folder at"):
+        Llama.build(str(tmp_path / name), device="cpu")
+
+
+def test_a_file_that_may_not_be_read(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tests may be run by root, whom nothing is forbidden, the system's answer is put in."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"params.json cannot be read: Permission denied"):
+        build(tiny, tokenizer_path)
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(ValueError, match=r"tokenizer.model cannot be read: Permission denied"):
+        read_file(Path(tokenizer_path))
+
+
+def test_a_key_that_stands_there_twice(tmp_path: Path, tokenizer_path: str) -> None:
+    """The last one counted."""
+    folder = write_checkpoint(tmp_path, random_weights())
+    text = (folder / "params.json").read_text()
+    (folder / "params.json").write_text(text.replace("{", '{"norm_eps": 0.5, ', 1))
+    with pytest.raises(ValueError, match="params.json is not JSON: the key 'norm_eps' stands there twice"):
+        build(folder, tokenizer_path)
+
+
+# What a .pth file may hold
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+TENSORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "meta": (lambda t: t.to("meta"), "it holds 'torch._utils._rebuild_meta_tensor_no_storage'"),
+    "sparse": (lambda t: t.to_sparse(), "it holds "),
+    "nested": (lambda t: torch.nested.nested_tensor([t]), "it holds 'torch._utils._rebuild_nested_tensor'"),
+    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "it holds "),
+    "subclass": (lambda t: t.as_subclass(Sub), "it holds "),
+    "complex": (lambda t: t.to(torch.complex64), "wq.weight is torch.complex64"),
+    "conjugate": (lambda t: torch.conj(t.to(torch.complex64)), "negative or conjugate"),
+    "negative": (torch._neg_view, "negative or conjugate"),
+    "expanded": (lambda t: t[:1].expand(64, 64), r"shape \(64, 64\) whose numbers overlap; save it with contiguous"),
+    "overlapping": (lambda t: t.flatten().as_strided((64, 64), (1, 1)), "whose numbers overlap"),
+    "0 dimensions": (lambda t: torch.tensor(1.0), r"wq.weight has shape \[\] instead of \[64, 64\]"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.filterwarnings("ignore:.*(sparse|nested|quantiz|The PyTorch API).*")
+def test_tensors_of_other_kinds(kind: str, tmp_path: Path, tokenizer_path: str) -> None:
+    """One on the meta device became memory that nobody had written to: another text at each run."""
+    change, message = TENSORS[kind]
+    weights = random_weights()
+    folder = write_checkpoint(tmp_path, weights)
+    torch.save({**weights, WQ: change(weights[WQ])}, folder / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=message) as caught:
+        build(folder, tokenizer_path)
+    assert str(folder) in str(caught.value)
+
+
+def test_tensors_that_lie_otherwise(tmp_path: Path, tokenizer_path: str) -> None:
+    """Parts of larger tensors, transposed ones, parameters; a file of another protocol; what hangs on a state dict."""
+    weights = random_weights()
+    folder = write_checkpoint(tmp_path, weights)
+    odd = {name: torch.nn.Parameter(w) if i % 2 else torch.cat((w, w))[len(w) :] for i, (name, w) in enumerate(weights.items())}
+    odd[WQ] = weights[WQ].t().contiguous().t()
+    for protocol in (2, 3, 4, 5):
+        state = OrderedDict(odd)
+        state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]  # as a module's state_dict has it
+        torch.save(state, folder / "consolidated.00.pth", pickle_protocol=protocol)
+        found = build(folder, tokenizer_path).model.state_dict()
+        assert all(torch.equal(found[name], w) for name, w in weights.items())
+
+
+def test_embeddings_without_dimensions(tmp_path: Path, tokenizer_path: str) -> None:
+    folder = write_checkpoint(tmp_path, random_weights())
+    torch.save({**random_weights(), "tok_embeddings.weight": torch.tensor(1.0)}, folder / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"consolidated.00.pth has tok_embeddings.weight in shape \[\]; it is no matrix"):
+        build(folder, tokenizer_path)
+
+
+def with_pickle(path: Path, change: Callable[[bytes], bytes], drop: str = "") -> None:
+    """The archive with another pickle, and with the checksums that belong to it."""
+    source = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    path.unlink()
+    with zipfile.ZipFile(path, "w") as target:
+        for record in source.infolist():
+            if record.filename != drop:
+                data = source.read(record)
+                target.writestr(record.filename, change(data) if record.filename.endswith("data.pkl") else data)
+
+
+DEEP = b"\x80\x02Nq\x00" + b"h\x00h\x00\x86q\x00" * 200 + b"}h\x00Ns."  # a tuple of 2^200 parts
+COPIES = b"\x80\x02ccollections\nOrderedDict\nq\x00(" + b"K\x01" * 10**5 + b"tq\x01" + b"h\x00h\x01R0" * 10**5 + b"."
+PICKLES: dict[str, tuple[bytes, str]] = {
+    "marks": (b"\x80\x02" + b"(" * 60 * 2**20 + b".", "has 62914563 bytes"),
+    "fewer marks": (b"\x80\x02" + b"(" * 10**5 + b".", "cannot be read"),
+    "tuples": (b"\x80\x02N" + b"\x85" * 10**5 + b".", "is not a flat dictionary"),
+    "hash of a deep tuple": (DEEP, "it has a tuple for a name"),
+    "place 2^31 of the memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "is not a flat dictionary"),
+    "a copy of a long tuple, often": (COPIES, "it holds 'collections"),
+    "a number of 10^6 digits": (b"\x80\x02I" + b"9" * 10**6 + b"\n.", "cannot be read"),
+    "code": (b"cos\nsystem\n(X\x04\x00\x00\x00truetR.", "could run code.*it holds 'os.system'"),
+    "nothing": (b"", "cannot be read"),
+    "half": (b"\x80\x02}(", "cannot be read"),
+    "a list": (b"\x80\x02].", "is not a flat dictionary"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickles_of_other_things(kind: str, tmp_path: Path, tokenizer_path: str) -> None:
+    """Marks alone kept torch.load busy for a minute, a deep tuple as a key for ever."""
+    folder = write_checkpoint(tmp_path, random_weights())
+    pickled, message = PICKLES[kind]
+    with_pickle(folder / "consolidated.00.pth", lambda _: pickled)
+    signal.alarm(5)
+    with pytest.raises(ValueError, match=f"consolidated.00.pth .*{message}"):
+        build(folder, tokenizer_path)
+
+
+INDEXES: dict[str, tuple[tuple[bytes, bytes], str, str]] = {
+    "more numbers than there are": ((b"M\x00d", b"M\x00e"), "", "has 102400 bytes, and its index says another"),
+    "a part twice": ((b"X\x01\0\0\x003", b"X\x01\0\0\x002"), "", "3' belongs to no tensor"),
+    "a part that is not there": ((b"", b""), "data/3", "names a part that is not there, '3'"),
+    "a shape beyond the part": ((b"M\x90\x01K@\x86", b"M\x91\x01K@\x86"), "", r"shape \(401, 64\) in a part of 102400"),
+    "the other byte order": ((b"", b""), "byteorder", "'big' byte order"),
+}
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_indexes_that_lie(kind: str, tmp_path: Path, tokenizer_path: str) -> None:
+    """With checksums that are right. More numbers than the part has were read from the part behind it."""
+    folder = write_checkpoint(tmp_path, random_weights())
+    path = folder / "consolidated.00.pth"
+    (old, new), drop, message = INDEXES[kind]
+    with_pickle(path, lambda pickled: pickled.replace(old, new, 1), f"consolidated.00/{drop}")
+    if drop == "byteorder":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("consolidated.00/byteorder", "big")
+    with pytest.raises(ValueError, match=message):
+        build(folder, tokenizer_path)
+
+
+def test_a_wrong_bit_in_a_norm(tmp_path: Path, tokenizer_path: str) -> None:
+    """The checksums of small parts are compared; those of matrices would have to be read whole."""
+    folder = write_checkpoint(tmp_path, random_weights())
+    path = folder / "consolidated.00.pth"
+    at = path.read_bytes().index(random_weights()["norm.weight"].numpy().tobytes())
+    data = bytearray(path.read_bytes())
+    data[at + 9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="has not the checksum that its directory says"):
+        build(folder, tokenizer_path)
+
+
+# Tokenizers
+
+
+def trained(**options: Any) -> bytes:
+    target = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines() * 5), model_writer=target, model_type="bpe", vocab_size=400,
+        byte_fallback=True, minloglevel=2, **options,
+    )  # fmt: skip
+    return target.getvalue()
+
+
+def last_replaced(data: bytes, old: bytes, new: bytes) -> bytes:
+    head, _, tail = data.rpartition(old)
+    return head + new + tail
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: trained(eos_id=-1), "<s> has the id 1, </s> -1"),
+        (lambda: trained(bos_id=-1, eos_id=1), "<s> has the id -1, </s> 1"),
+        (lambda: last_replaced(trained(bos_piece="<bb>", eos_piece="<ee>"), b"<ee>", b"<bb>"), "<s> has the id 1, </s> 1"),
+        (lambda: trained().replace("▁the".encode(), b"\xe2\xb6\x81the", 1), "is not a SentencePiece model, or damaged"),
+        (lambda: trained().replace("▁the".encode(), b"\xe2\x16\x81the", 1), "is not a SentencePiece model, or damaged"),
+    ],
+)
+def test_tokenizers_without_marks_or_with_wrong_bits(make: Any, message: str, tiny: Path, tmp_path: Path) -> None:
+    """Without `</s>` the id -1 got into prompts; a wrong bit was a UnicodeDecodeError, or one in the middle of a text."""
+    data = make()
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    if b"\xe2\xb6\x81" in data:  # another character, which nothing can tell
+        assert build(tiny, str(tmp_path / "tokenizer.model"))
+        return
+    with pytest.raises(ValueError, match=f"tokenizer.model .*{message}"):
+        build(tiny, str(tmp_path / "tokenizer.model"))
+
+
+# Files that change under a model
+
+
+def test_files_that_are_written_to_under_a_model(tmp_path: Path, tokenizer_path: str) -> None:
+    """What is mapped is read later. A file that was cut ends the process; one of the same length gives other weights."""
+    folder = write_checkpoint(tmp_path, random_weights())
+    path = folder / "consolidated.00.pth"
+    llama = build(folder, tokenizer_path)
+    expected = llama.score(["the tree"])
+    shutil.copyfile(path, tmp_path / "new")
+    (tmp_path / "new").rename(path)  # the way to replace one
+    assert llama.score(["the tree"]) == expected
+    path.unlink()
+    assert llama.score(["the tree"]) == expected
+    shutil.copyfile(write_checkpoint(tmp_path / "again", random_weights()) / "consolidated.00.pth", path)
+    llama = build(folder, tokenizer_path)
+    os.utime(path, (1, 1))
+    for call in (llama.score, llama.embed, llama.text_completion):
+        with pytest.raises(ValueError, match=r"consolidated.00.pth was written to after it was loaded"):
+            call(["the tree"])
+    llama = build(folder, tokenizer_path, dtype="bfloat16")  # of which nothing lies in the file
+    os.truncate(path, 1000)
+    assert llama.text_completion(["the tree"], max_gen_len=2)
+
+
+# Numbers that are none
+
+
+TEXTS = ["a", "the tree", "the little dog found a red ball under the tree"]
+HIDING = {
+    "wq NaN": (WQ, NAN), "wq inf": (WQ, INF), "wk NaN": (WK, NAN), "wk inf": (WK, INF), "wk -inf": (WK, -INF),
+    "a norm": ("layers.1.attention_norm.weight", NAN), "output": ("output.weight", INF),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("kind", HIDING)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_nan_hides_in_attention(
+    dtype: str, kind: str, tiles: bool, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's fused attention on CPUs makes zeros of a row whose scores are all NaN, and no error came of it.
+
+    tiles: as on processors with AMX, where single tokens go through fused attention too.
+    """
+    monkeypatch.setattr(model, "AMX", tiles)
+    llama = build(tiny, tokenizer_path, dtype=dtype)
+    name, value = HIDING[kind]
+    weight = llama.model.get_parameter(name)
+    weight.data = torch.full_like(weight, value)
+    for text in TEXTS:
+        ids = torch.tensor([llama.tokenizer.encode(text, bos=True, eos=False)])
+        assert not llama.model(ids, 0).isfinite().all()
+        calls: list[Any] = [llama.score, lambda texts: llama.text_completion(texts, max_gen_len=1, temperature=0)]
+        for call in calls if name == "output.weight" else [*calls, llama.embed]:
+            with pytest.raises(ValueError, match=r"for prompt 0 are not finite in torch\.(float32|bfloat16)"):
+                call([text])
+
+
+@pytest.mark.parametrize("columns", [*range(1, 20), 33])
+def test_attention_shows_every_nan(columns: int) -> None:
+    """Of one query or key, wherever it stands, beside the softmax written out."""
+    generator = torch.Generator().manual_seed(columns)
+    for dtype in (torch.float32, torch.bfloat16):
+        for place in range(columns):
+            q, k, v = (torch.randn(1, columns, 2, 16, generator=generator).to(dtype) for _ in range(3))
+            (q if place % 2 else k)[0, place, 1] = NAN
+            seen = torch.ones(columns, columns, dtype=torch.bool).tril()[None] if columns < model.NAN_COLUMNS else None
+            out = model.attend(q, k, v, seen, causal=True).view(columns, 2, 16)
+            assert out[place, 1].isnan().all()
+            assert out[place, 0].isfinite().all()
+
+
+def test_keys_that_overflow_float16(tmp_path: Path, tokenizer_path: str) -> None:
+    """A key of -infinity gets no weight: another text than in float32, without a word."""
+    weights = random_weights()
+    weights[WK], weights[WQ] = weights[WK] * 1e5, weights[WQ] / 1e5
+    llama = build(write_checkpoint(tmp_path, weights), tokenizer_path, dtype="float32")
+    assert llama.text_completion(["the tree"], max_gen_len=3, temperature=0)
+    llama = build(tmp_path, tokenizer_path, dtype="float16")
+    prompt = torch.tensor([llama.tokenizer.encode("the tree", bos=True, eos=False)])
+    assert llama.model(prompt, 0)[0, -1].isnan().all()
+    assert llama.model(prompt[:, :1], 0)[0, -1].isnan().all()
+    hook = llama.model.layers[0].register_forward_hook(lambda *_: None)  # by Meta's way
+    assert llama.model(prompt, 0)[0, -1].isnan().all()
+    hook.remove()
+    with pytest.raises(ValueError, match="not finite in torch.float16; build it with dtype='float32'"):
+        llama.text_completion(["the tree"], max_gen_len=1, temperature=0)
+
+
+def test_a_prompt_after_one_that_failed(tmp_path: Path, tokenizer_path: str) -> None:
+    """NaN stayed in the slot, and counted for the next prompt there as soon as a longer one ran beside it."""
+    weights = random_weights()
+    llama = build(write_checkpoint(tmp_path, weights), tokenizer_path, dtype="bfloat16")
+    llama.model.tok_embeddings.weight[7] = NAN
+    good = [[1, 5, 9], list(range(10, 30))]
+    expected = llama.generate(good, 4, temperature=0)
+    with pytest.raises(ValueError, match="not finite"):
+        llama.generate([[1, *range(30, 50), 7]], 4, temperature=0)
+    with pytest.raises(ValueError, match="not finite"):
+        llama.generate([[1, 7, 7, 7, 7, 7, 7, 7]], 4, temperature=0)
+    assert llama.generate(good, 4, temperature=0) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("int8", "scales", NAN),
+        ("int8", "scales", 0.0),
+        ("int8", "scales", -1.0),
+        ("int4", "scales", INF),
+        ("int4", "zeros", NAN),
+    ],
+)
+def test_scales_that_no_rounding_makes(
+    kind: str, name: str, value: float, tiny: Path, tmp_path: Path, tokenizer_path: str
+) -> None:
+    convert(tiny, tmp_path / "q", "meta", quantize=kind)
+    path = tmp_path / "q" / "consolidated.00.pth"
+    stored = torch.load(path)
+    stored[f"layers.1.feed_forward.w2.{name}"].view(-1)[5] = value
+    torch.save(stored, path)
+    with pytest.raises(ValueError, match=r"the scales of layers.1.feed_forward.w2 are not all finite and above 0"):
+        build(tmp_path / "q", tokenizer_path)
+
+
+def test_weights_that_cannot_be_rounded(tmp_path: Path, tokenizer_path: str) -> None:
+    weights = random_weights()
+    weights[WQ][3, 3] = NAN
+    with pytest.raises(ValueError, match=r"scales of layers.0.attention.wq .*the weights that were rounded have NaN"):
+        build(write_checkpoint(tmp_path, weights), tokenizer_path, quantize="int8")
