@@ -64,7 +64,7 @@ def convert(
     checkpoint = open_checkpoint(source)
     tokenizer = Tokenizer(str(tokenizer_path)) if tokenizer_path else None
     args = _full_args(checkpoint, tokenizer)
-    check_args(args, 1)
+    check_args(args, 1, source)
     with torch.device("meta"):
         model = Transformer(args)
     quantization = prepare(model, checkpoint, quantize)

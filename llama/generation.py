@@ -134,7 +134,7 @@ class Llama:
             args = fit_vocabulary(checkpoint, tokenizer.n_words)
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             processes, sharers = group_size(model_parallel_group()), runtime.memory_sharers(place)
-            check_args(args, processes)
+            check_args(args, processes, folder)
             chosen_dtype = runtime.choose_dtype(dtype, checkpoint.dtype, place)
             with torch.device("meta"):
                 model = Transformer(args)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import index
+from pathlib import Path
 from typing import Any, Optional, Union, cast
 
 import torch
@@ -95,22 +96,25 @@ def process_counts(args: ModelArgs) -> list[int]:
     ]
 
 
-def check_args(args: ModelArgs, processes: int) -> None:
-    """Refuse, with a ValueError, a shape that cannot be built or cannot be shared by that many processes."""
+def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -> None:
+    """Refuse, with a ValueError, a shape that cannot be built or cannot be shared by that many processes. source: the folder
+    that it was read from."""
+    problem = ""
     if args.vocab_size < 1:
-        raise ValueError(f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer")
-    if args.head_dim is None and args.dim % args.n_heads:
-        raise ValueError(f"dim ({args.dim}) must be n_heads ({args.n_heads}) times an even head size")
-    if args.head_size % 2:
-        raise ValueError(f"dim ({args.dim}) must be n_heads ({args.n_heads}) times an even head size, not {args.head_size}")
-    if args.n_heads % args.kv_heads:
-        raise ValueError(f"n_heads ({args.n_heads}) must be a multiple of n_kv_heads ({args.kv_heads})")
-    counts = process_counts(args)
-    if processes not in counts:
-        raise ValueError(
+        problem = f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer"
+    elif args.head_dim is None and args.dim % args.n_heads:
+        problem = f"dim ({args.dim}) must be n_heads ({args.n_heads}) times an even head size"
+    elif args.head_size % 2:
+        problem = f"dim ({args.dim}) must be n_heads ({args.n_heads}) times an even head size, not {args.head_size}"
+    elif args.n_heads % args.kv_heads:
+        problem = f"n_heads ({args.n_heads}) must be a multiple of n_kv_heads ({args.kv_heads})"
+    elif processes not in (counts := process_counts(args)):
+        problem = (
             f"{args.n_heads} query heads, {args.kv_heads} key/value heads and a vocabulary of {args.vocab_size} cannot be "
             f"shared by {processes} processes; use {' or '.join(map(str, counts))}"
         )
+    if problem:
+        raise ValueError(problem if source is None else f"{source}: {problem}")
 
 
 class RMSNorm(nn.Module):

@@ -56,8 +56,7 @@ def no_compiled_steps(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LLAMA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+def train_tokenizer() -> bytes:
     """A 400-piece model with Llama 2's settings."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
@@ -65,8 +64,13 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
         byte_fallback=True, split_digits=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
         allow_whitespace_only_pieces=True, pad_id=-1, character_coverage=0.98, minloglevel=2,
     )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(model.getvalue())
+    path.write_bytes(train_tokenizer())
     return str(path)
 
 
