@@ -5,6 +5,7 @@ from typing import Optional
 import fire
 
 from llama import Dialog, Llama
+from llama.pipes import as_the_shell_left_them
 
 
 def main(
@@ -76,4 +77,5 @@ If a question does not make any sense, or is not factually coherent, explain why
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    with as_the_shell_left_them():
+        fire.Fire(main)

@@ -5,6 +5,7 @@ from typing import Optional
 import fire
 
 from llama import Llama
+from llama.pipes import as_the_shell_left_them
 
 
 def main(
@@ -54,4 +55,5 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    with as_the_shell_left_them():
+        fire.Fire(main)

@@ -166,6 +166,7 @@ class Batch:
         self._aside: Optional[list[torch.Tensor]] = None  # the slots of these rows, while others use the cache
         self._lanes_of: tuple[list[_Row], Optional[torch.Tensor]] = [], None
         self.cancelled: set[int] = set()  # the prompts that have ended
+        self.before_step: Callable[[], None] = lambda: None
 
     def cancel(self, index: int) -> None:
         """End a prompt before its time; no more steps of it come."""
@@ -176,6 +177,7 @@ class Batch:
         try:
             while True:
                 with self.engine.turn():  # not while the caller has a step: others may use the model then
+                    self.before_step()
                     steps = next(decided, None)
                 if steps is None:
                     return

@@ -10,7 +10,7 @@ from typing import Optional
 import fire
 import torch
 
-from . import memory, runtime, terminal
+from . import memory, peers, pipes, runtime, terminal
 from .bench import bench
 from .checkpoint import choose_quantization, fit_vocabulary, open_checkpoint, stored_quantization
 from .convert import convert as convert_checkpoint
@@ -114,10 +114,19 @@ def main() -> None:
         "bench": bench,
     }
     try:
-        fire.Fire(commands, name="llama")
+        with pipes.as_the_shell_left_them():
+            fire.Fire(commands, name="llama")
     except (ValueError, OSError) as error:
-        if runtime.Launch.read().rank == 0:  # one speaks for all
-            print(f"llama: {error}", file=sys.stderr)
+        peers.end(f"failed: {error}")
+        if _is_first():  # one speaks for all
+            peers.tell(f"llama: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_first() -> bool:
+    try:
+        return runtime.Launch.read().rank == 0
+    except ValueError:  # this is what went wrong
+        return True

@@ -235,6 +235,12 @@ class Choice:
     seed: Optional[int]
     draft: Optional[bool]
 
+    def values(self) -> dict[str, Any]:
+        """By the names of the options, in one form for one meaning: stops and stop_ids may come as sets."""
+        seeds = self.seed if self.seed is not None else self.seeds
+        own = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids)), "seed": seeds, "draft": self.draft}
+        return {**vars(self.sampling), **own}
+
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
     try:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -49,6 +50,7 @@ from .completion import (
     window_starts,
 )
 from .engine import Engine
+from .fingerprint import fingerprints
 from .model import ModelArgs, Transformer, check_args
 from .parallel import (
     all_agree,
@@ -56,6 +58,7 @@ from .parallel import (
     gather_from_replicas,
     group_size,
     is_first_process,
+    keep_pace,
     model_parallel_group,
     replica,
     together,
@@ -112,25 +115,26 @@ class Llama:
         Raises ValueError, on every process, before any weight is copied, where an argument or a file is not right.
         """
         started = time.time()
-        folder = DEMO if ckpt_dir is None else user_path(ckpt_dir)
-        trained = DEMO_POSITIONS if folder == DEMO else None
-        if max_seq_len is None:
-            max_seq_len = trained or 2048
-        for name, limit in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if (number := whole(limit)) is None or not 1 <= number < 2**31:
-                raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more, and below 2**31")
-        max_seq_len, max_batch_size = int(max_seq_len), int(max_batch_size)
-        if whole(seed) is None or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed={seed!r} must be a whole number of 64 bits")
-        if compile not in (None, True, False):
-            raise ValueError(f"compile={compile!r} must be True, False or None")
-        if ckpt_dir is None and tokenizer_path is not None:
-            raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
         place = runtime.start(device, model_parallel_size)
         # Tensors made in inference mode could not be used outside it.
-        with together(everyone=True), torch.inference_mode(False):
+        with together(everyone=True) as agreement, torch.inference_mode(False):
+            folder = DEMO if ckpt_dir is None else user_path(ckpt_dir)
+            trained = DEMO_POSITIONS if folder == DEMO else None
+            if max_seq_len is None:
+                max_seq_len = trained or 2048
+            for name, limit in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+                if (number := whole(limit)) is None or not 1 <= number < 2**31:
+                    raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more, and below 2**31")
+            max_seq_len, max_batch_size = int(max_seq_len), int(max_batch_size)
+            if whole(seed) is None or not -(2**63) <= seed < 2**64:
+                raise ValueError(f"seed={seed!r} must be a whole number of 64 bits")
+            if compile not in (None, True, False):
+                raise ValueError(f"compile={compile!r} must be True, False or None")
+            if ckpt_dir is None and tokenizer_path is not None:
+                raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             checkpoint = open_checkpoint(folder)
-            tokenizer = Tokenizer(_find_tokenizer(folder) if tokenizer_path is None else tokenizer_path)
+            tokenizer_path = _find_tokenizer(folder) if tokenizer_path is None else tokenizer_path
+            tokenizer = Tokenizer(tokenizer_path)
             args = fit_vocabulary(checkpoint, tokenizer.n_words)
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             processes, sharers = group_size(model_parallel_group()), runtime.memory_sharers(place)
@@ -140,6 +144,11 @@ class Llama:
                 model = Transformer(args)
             quantization = prepare(model, checkpoint, quantize)
             memory.check_fits(args, chosen_dtype, processes, place, sharers, quantization)
+            agreement.values = {
+                **vars(args), "dtype": chosen_dtype, "quantize": quantization, "compile": compile,
+                "seed": seed if replica()[1] == 1 else None,  # copies of the model may draw each their own
+                **fingerprints([*checkpoint.paths, user_path(tokenizer_path)]),
+            }  # fmt: skip
         with (
             together(everyone=True),
             torch.inference_mode(False),
@@ -368,7 +377,7 @@ class Llama:
                 raise ValueError(f"layer={layer!r} must be from 0 to {self.model.n_layers}, or -1 for all and the last norm")
             self._engine.check_files()
             prompts = check_prompts(self._encode(texts), self.model.params)
-            agreement.value = (prompts, layer, pooling)
+            agreement.values = {"prompts": prompts, "layer": layer, "pooling": pooling}
         vectors = []
         with self._engine.turn():
             self._engine.take(None)
@@ -460,7 +469,8 @@ class Llama:
                 raise ValueError(f"logprobs={logprobs!r} must be True, False, or how many alternatives to report")
             prompts = check_prompts(make_prompts(), self.model.params)
             choice = parse_options(temperature, top_p, options, len(prompts), self.model.vocab_size)
-            agreement.value = (prompts, choice, length, logprobs, echo)
+            own = {"prompts": prompts, "max_gen_len": length, "logprobs": logprobs, "echo": bool(echo)}
+            agreement.values = {**own, **choice.values()}
         requests = [Request(prompt, length, seed) for prompt, seed in zip(prompts, choice.seeds)][which::replicas]
         generator, seed, device = None, choice.seed, self._engine.device
         if seed is None and choice.sampling.temperature > 0:
@@ -502,6 +512,7 @@ class Llama:
             raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
         with self._engine.lock:
             batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, reuse=reuse)
+        batch.before_step = partial(keep_pace, self._group)
         return iter(Completions(self.tokenizer, batch, stops=choice.stops, echo=echo))
 
     def _complete(

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import sys
-import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,13 +21,15 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import MethodType, TracebackType
+from types import FrameType, MethodType, TracebackType
 from typing import Any, Optional, TextIO, Union
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mpu
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+
+from . import peers, pipes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,8 +64,6 @@ def to_device(values: Any, device: torch.device, out: Optional[torch.Tensor] = N
 FAIRSCALE_GROUPS = tuple(f"_{kind}" for kind in (
     "MODEL_PARALLEL_GROUP", "DATA_PARALLEL_GROUP", "PIPELINE_PARALLEL_GROUP", "PIPELINE_PARALLEL_RANKS"
 ))  # fmt: skip
-PATIENCE = 5.0  # seconds that a process which has ended waits for the others
-
 # A collective waits this long for a process that is late: it may read 138 GB of weights from a network disk that another
 # process has in its page cache (torch's limits are 30 minutes, and 10 with NCCL). A process that died is noticed sooner:
 # gloo loses its connection, and torchrun ends the others.
@@ -80,29 +80,42 @@ class Launch:
     local_rank: int  # on this node
     local_world_size: int
 
+    launcher: Optional[int] = None  # torchrun's process id
+
     @staticmethod
     def read() -> Launch:
-        def number(name: str, default: int) -> int:
-            value = os.environ.get(name, str(default))
-            if not value.isdecimal():
-                raise ValueError(f"the environment variable {name} is {value!r}; torchrun sets it to a number, or unset it")
-            return int(value)
-
-        needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in needed if name not in os.environ]
-        rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
+        """ValueError where a variable is missing, is no number, or does not go with another."""
+        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if dist.is_available() and dist.is_initialized():  # by the caller, who needs no variables
             rank, world_size = dist.get_rank(), dist.get_world_size()
-        elif missing:
-            if rank > 0 or world_size > 1:
+        else:
+            world_size = _number("WORLD_SIZE", 1, least=1)
+            rank = _number("RANK", 0)
+            if missing and (rank > 0 or world_size > 1):
                 raise ValueError(
                     f"RANK is {rank} and WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set; start with "
                     "torchrun, or unset them for a single process"
                 )
-            return Launch(False, 0, 1, 0, 1)
+            if missing:
+                return Launch(False, 0, 1, 0, 1)
+            _number("RANK", 0, most=world_size - 1, why=f"WORLD_SIZE is {world_size}")
+            _number("MASTER_PORT", 0, most=65535)
         gpus = torch.cuda.device_count()
-        local_world_size = number("LOCAL_WORLD_SIZE", min(world_size, gpus or world_size))
-        return Launch(True, rank, world_size, number("LOCAL_RANK", rank % local_world_size), local_world_size)
+        local_world_size = _number("LOCAL_WORLD_SIZE", min(world_size, gpus or world_size), least=1)
+        local_rank = _number(
+            "LOCAL_RANK", rank % local_world_size, most=local_world_size - 1, why=f"LOCAL_WORLD_SIZE is {local_world_size}"
+        )
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        return Launch(True, rank, world_size, local_rank, local_world_size, launcher)
+
+
+def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str = "") -> int:
+    """An environment variable. ValueError where it is no whole number from `least` to `most`."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or not least <= int(value) <= most:
+        bounds = f" from {least} to {most}" + (f", since {why}" if why else "") if value.isdecimal() else ""
+        raise ValueError(f"the environment variable {name} is {value!r}; torchrun sets it to a number{bounds}, or unset it")
+    return int(value)
 
 
 @dataclass
@@ -110,6 +123,8 @@ class _Started:
     """What `start` changed in this process, so that `shutdown` can change it back."""
 
     store: Optional[Store] = None  # of the process group that was joined
+    world: Optional[dist.ProcessGroup] = None  # the process group that there was then, the caller's own or this one
+    watch: Optional[peers.Watch] = None
     model_parallel: bool = False
     groups: dict[int, dict[str, Any]] = field(default_factory=dict)  # fairscale's, by the processes that share a model
     at_exit: bool = False
@@ -130,16 +145,26 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     device is not there, or is another process's, or `model_parallel_size` does not fit the number of processes.
     """
     launch = Launch.read()
-    size = _model_parallel_size(model_parallel_size, launch.world_size)
-    chosen = choose_device(device, launch)
-    if device_kind(chosen) == "cuda":
-        torch.cuda.set_device(chosen)  # before NCCL starts, which binds to the current device
-        if chosen not in _started.gpus:
-            _started.gpus.append(chosen)
     if launch.by_launcher:
-        _join(chosen, size)
+        _join(launch)
+    place, problem = _Place(), None
+    try:
+        size = _model_parallel_size(model_parallel_size, launch.world_size)
+        chosen = choose_device(device, launch)
+        if device_kind(chosen) == "cuda":
+            torch.cuda.set_device(chosen)  # before NCCL starts, which binds to the current device
+            if chosen not in _started.gpus:
+                _started.gpus.append(chosen)
+        place = _Place.of(chosen, size)
+    except ValueError as error:
+        place, problem = _Place(problem=str(error)), error
     if launch.world_size > 1:
-        _compare_devices(chosen)
+        _compare_places(place, problem)
+    if problem is not None:
+        raise problem
+    if launch.by_launcher:
+        _make_groups(size)
+    if launch.world_size > 1:
         _share_cores(chosen, launch.local_world_size)
         _quieten(launch.rank)
     return chosen
@@ -202,27 +227,48 @@ def machine() -> str:
     return platform.node() + (" " + boot.read_text().strip() if boot.exists() else "")
 
 
-def _compare_devices(device: torch.device) -> None:
-    """A collective. ValueError on all processes where one computes on a GPU and another does not, or two on the same GPU:
-    their first collective would wait for ever, or fail inside NCCL."""
-    kind = device_kind(device)
-    uuid = str(torch.cuda.get_device_properties(device.index).uuid) if kind == "cuda" else ""
-    places: list[tuple[str, str, str]] = [("", "", "")] * dist.get_world_size()
-    dist.all_gather_object(places, (machine(), kind, uuid))
-    problem = ""
+@dataclass(frozen=True)
+class _Place:
+    """Where a process computes, and with how many others; or what keeps it from it."""
+
+    machine: str = ""
+    kind: str = ""
+    uuid: str = ""  # of a GPU
+    size: int = 0
+    problem: str = ""
+
+    @staticmethod
+    def of(device: torch.device, size: int) -> _Place:
+        kind = device_kind(device)
+        uuid = str(torch.cuda.get_device_properties(device.index).uuid) if kind == "cuda" else ""
+        return _Place(machine(), kind, uuid, size)
+
+
+def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
+    """A collective. ValueError on all processes where one has a problem, or one computes on a GPU and another does not, or two
+    on the same GPU, or they make other groups: their first collective would wait for ever, or fail inside NCCL."""
+    places: list[_Place] = [mine] * dist.get_world_size()
+    with peers.waiting(range(len(places)), "start"):
+        dist.all_gather_object(places, mine)
+    words = ""
     for rank, place in enumerate(places):
-        first = places.index(place)
-        if place[1] != places[0][1]:
-            problem = f"process 0 computes on {places[0][1]}, but process {rank} on {place[1]}; pass the same device= to both"
-        elif kind == "cuda" and first != rank:
-            problem = (
-                f"processes {first} and {rank} of {place[0].split(' ')[0]} both compute on GPU {place[2]}; start no more "
-                "processes than GPUs, let CUDA_VISIBLE_DEVICES show each process another one, or pass device='cpu'"
+        first = next(other for other, known in enumerate(places) if (known.machine, known.uuid) == (place.machine, place.uuid))
+        if place.problem:
+            everyones = all(other.problem == place.problem for other in places)
+            words = place.problem if everyones else f"{place.problem} (on process {rank})"
+        elif place.kind != places[0].kind:
+            words = f"process 0 computes on {places[0].kind}, but process {rank} on {place.kind}; pass the same device= to both"
+        elif place.size != places[0].size:
+            words = f"model_parallel_size is {places[0].size} on process 0, but {place.size} on process {rank}; they must agree"
+        elif place.kind == "cuda" and first != rank:
+            words = (
+                f"processes {first} and {rank} of {place.machine.split(' ')[0]} both compute on GPU {place.uuid}; start no "
+                "more processes than GPUs, let CUDA_VISIBLE_DEVICES show each process another one, or pass device='cpu'"
             )
-        if problem:
-            error = ValueError(problem)
-            error.everywhere = True  # type: ignore[attr-defined]  # one process speaks for all: see `_report`
-            raise error
+        if words:
+            error = ValueError(words)
+            error.told_by = 0  # type: ignore[attr-defined]  # one process speaks for all: see `_report`
+            raise error from problem
 
 
 def memory_sharers(device: torch.device) -> int:
@@ -230,16 +276,43 @@ def memory_sharers(device: torch.device) -> int:
     return Launch.read().local_world_size if device_kind(device) == "cpu" else 1
 
 
-def _join(device: torch.device, model_parallel_size: int) -> None:
-    if not dist.is_initialized():
-        # Both where there are GPUs: a later build may be for the CPU.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIME_LIMIT)
-        _started.store = store
+def _join(launch: Launch) -> None:
+    global _joined
     if not _started.at_exit:  # with a group of the caller's too: graphs must go before it does
         atexit.register(shutdown)
         _started.at_exit = True
+    if _started.watch is not None and dist.is_initialized() and _started.world is dist.group.WORLD:
+        return
+    if _started.watch is not None:  # the caller has left the group
+        _started.watch.stop()
+    _joined += 1
+    _started.watch = watch = peers.begin(launch.rank, launch.world_size, launch.launcher)
+    if dist.is_initialized():
+        watch.publish(PrefixStore(f"llama/{_joined}", dist.distributed_c10d._get_default_store().clone()))
+        _started.world = dist.group.WORLD
+        return
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        # Both where there are GPUs: a later build may be for the CPU.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        with peers.waiting((), address):
+            store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # A connection of its own: on the other one, a process that waits would hold up its signs of life.
+        watch.publish(PrefixStore(f"llama/{_joined}", store.clone()))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIME_LIMIT)
+    except RuntimeError as error:
+        watch.stop()
+        _started.watch = None
+        raise ValueError(
+            f"process {launch.rank} cannot meet the others at MASTER_ADDR:MASTER_PORT = {address}: {str(error).splitlines()[0]}"
+        ) from error
+    _started.store, _started.world = store, dist.group.WORLD
+
+
+_joined = 0  # how often this process has joined a group; as often as the others
+
+
+def _make_groups(model_parallel_size: int) -> None:
     if mpu.model_parallel_is_initialized() and mpu.get_model_parallel_world_size() != model_parallel_size:
         if not _started.model_parallel:
             raise ValueError(
@@ -277,14 +350,40 @@ def _quieten(rank: int) -> None:
 
 def _report(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
     """Let the process that failed first be the one that is heard: its peers only lost their connection to it."""
-    lost = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl communicator was aborted")
-    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in lost):
-        print(f"process {dist.get_rank()} ends because another one failed; its message tells why", file=sys.stderr)
-        time.sleep(2)  # torchrun names as the cause the process that ended first
-    elif getattr(error, "everywhere", False) and dist.is_initialized() and dist.get_rank() > 0:
-        pass  # rank 0 says the same
-    elif _started.excepthook is not None:
+    watch, rank = _started.watch, dist.get_rank() if dist.is_initialized() else 0
+    last_line = traceback.format_exception_only(kind, error)[-1].strip()
+    if watch is not None and _is_lost_connection(error):
+        watch.end(peers.LOST)
+        why = watch.why_lost()
+        if why.endswith(peers.NOBODY_READS):
+            sys.exit(0)
+        peers.tell(f"process {rank} ends because {why}; it saw:\n    {last_line.partition('. ')[0]}")
+        return
+    if watch is not None and isinstance(error, BrokenPipeError) and pipes.lost_reader():
+        watch.end(peers.NOBODY_READS)
+        sys.exit(0)
+    if watch is not None:
+        watch.end(f"failed: {last_line}")
+    if kind is KeyboardInterrupt:
+        peers.tell(f"process {rank} was interrupted in {peers.place(_innermost(error))}")
+    elif getattr(error, "told_by", rank) == rank and _started.excepthook is not None:
         _started.excepthook(kind, error, trace)
+
+
+def _innermost(error: BaseException) -> Optional[FrameType]:
+    """Where it was raised."""
+    *_, (frame, _) = [(None, 0), *traceback.walk_tb(error.__traceback__)]
+    return frame
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, and not a connection of the user's own."""
+    lost = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl communicator was aborted")
+    if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in lost):
+        return False
+    frame = _innermost(error)
+    file = "" if frame is None else frame.f_code.co_filename
+    return file.startswith((peers.PACKAGE, peers.TORCH)) or "inductor" in file
 
 
 def cache_folder() -> Path:
@@ -370,13 +469,17 @@ def shutdown() -> None:
             step()
         except Exception as error:
             errors.append(error)
+    if started.watch is not None:
+        started.watch.end(peers.NOBODY_READS if pipes.lost_reader() else peers.ENDED)
     if started.store is not None and dist.is_initialized():
-        if not failed:
-            _wait_for_peers(started.store)
+        if not failed and started.watch is not None:
+            started.watch.wait_for_ends()
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
         if not (failed and torch.cuda.is_available()):  # NCCL would wait for the collective that never ends
             dist.destroy_process_group()
+    if started.watch is not None:
+        started.watch.stop()
     if started.threads is not None:
         torch.set_num_threads(started.threads)
     if started.silence is not None:
@@ -387,16 +490,6 @@ def shutdown() -> None:
         sys.excepthook = started.excepthook
     if errors and not failed:
         raise errors[0]
-
-
-def _wait_for_peers(store: Store) -> None:
-    """Let the processes leave together, or a slow one can find its peers gone and abort. Not a collective: a process
-    that leaves early, by sys.exit for example, must not wait for ever for others that wait for it."""
-    deadline = time.monotonic() + PATIENCE
-    with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone already
-        store.add("llama/leaving", 1)
-        while store.add("llama/leaving", 0) % dist.get_world_size() and time.monotonic() < deadline:
-            time.sleep(0.01)
 
 
 def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -50,6 +50,10 @@ class Sampling:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):  # as Python's numbers, whatever they came as
             object.__setattr__(self, name, real(getattr(self, name)))
         object.__setattr__(self, "top_k", top_k)
+        if isinstance(self.logit_bias, Mapping):  # in order of the ids; `bias` refuses what is no number
+            pairs = [(whole(token), real(value)) for token, value in self.logit_bias.items()]
+            if all(token is not None and value is not None for token, value in pairs):
+                object.__setattr__(self, "logit_bias", dict(sorted(pairs)))
 
     def bias(self, vocab_size: int, device: torch.device) -> Optional[torch.Tensor]:
         """`logit_bias` as float32 (vocab_size,), or None."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json as jsonlib
 import math
-import os
 import re
 import sys
 import time
@@ -25,6 +24,7 @@ from .completion import Chunk
 from .files import read_file
 from .generation import DEMO, Llama, _find_tokenizer
 from .parallel import from_first_process, is_first_process
+from .pipes import lost_reader
 from .runtime import Launch
 from .session import ContextFull
 from .tokenizer import Tokenizer, user_path
@@ -646,7 +646,8 @@ def _pipe_may_close() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it breaks again when Python ends
+        if not lost_reader():
+            raise
 
 
 # What is text stays text, where fire would make a number of 42 and a tuple of 1,2.

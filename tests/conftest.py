@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the tests, on
 
 import pytest
 import torch
+from forks import Forks
 from sentencepiece import SentencePieceTrainer
 from workers import Pool
 
@@ -108,6 +109,13 @@ def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor], shards: int
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random GQA model of 2 layers in float32."""
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), random_weights())
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,21 +2,20 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
 from fairscale.nn.model_parallel import initialize as mpu
-from workers import Pool, free_port
+from forks import Forks
+from workers import Pool
 
 from llama import Llama, runtime
 
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,6 +44,13 @@ def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT not set; start with torchrun"),
         ({"RANK": "zero"}, "variable RANK is 'zero'"),
         ({"RANK": "0", "WORLD_SIZE": "-1", "MASTER_ADDR": "localhost"}, "variable WORLD_SIZE is '-1'"),
+        ({**WHOLE, "WORLD_SIZE": "0"}, "variable WORLD_SIZE is '0'; torchrun sets it to a number from 1 to"),
+        ({**WHOLE, "RANK": "2"}, "variable RANK is '2'; torchrun sets it to a number from 0 to 1, since WORLD_SIZE is 2"),
+        ({**WHOLE, "LOCAL_RANK": "abc"}, "variable LOCAL_RANK is 'abc'; torchrun sets it to a number, or unset it"),
+        ({**WHOLE, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is '1'; .* since LOCAL_WORLD_SIZE is 1"),
+        ({**WHOLE, "LOCAL_WORLD_SIZE": "0"}, "variable LOCAL_WORLD_SIZE is '0'"),
+        ({**WHOLE, "MASTER_PORT": "http"}, "variable MASTER_PORT is 'http'"),
+        ({**WHOLE, "MASTER_PORT": "99999"}, "MASTER_PORT is '99999'; torchrun sets it to a number from 0 to 65535"),
     ],
 )
 def test_broken_variables(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,25 +134,10 @@ dist.all_reduce(torch.ones(1))
 """
 
 
-def processes(script: str, count: int = 1, *args: str) -> list[tuple[str, str]]:
-    """stdout and stderr of `count` processes that no launcher watches."""
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common["PYTHONPATH"] = str(ROOT)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", script, *args],
-            env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    return [process.communicate(timeout=60) for process in started]
-
-
-def test_a_killed_process_is_noticed_before_the_time_limit() -> None:
-    began = time.monotonic()
-    (_, first), _ = processes(KILLED, 2)
-    assert "process 0 ends because another one failed; its message tells why" in first
-    assert time.monotonic() - began < 40
+def test_a_killed_process_is_noticed_before_the_time_limit(forks: Forks) -> None:
+    first, second = forks.ranks(KILLED, seconds=40)
+    assert first.err.startswith("process 0 ends because process 1 was killed or crashed; it saw:\n    RuntimeError: ")
+    assert (first.status, second.status) == (1, -9)
 
 
 SHUTDOWN = """
@@ -194,10 +185,10 @@ for _ in range(int(sys.argv[1])):
         ),
     ],
 )
-def test_graphs_go_before_the_group(arguments: list[str], lines: list[str]) -> None:
+def test_graphs_go_before_the_group(arguments: list[str], lines: list[str], forks: Forks) -> None:
     """NCCL waits for ever for a CUDA graph that has one of its collectives; nothing made shutdown let go of them."""
-    ((out, _),) = processes(SHUTDOWN, 1, *arguments)
-    assert out.splitlines() == lines
+    (ended,) = forks.ranks(SHUTDOWN, *arguments, count=1)
+    assert ended.out.splitlines() == lines
 
 
 @pytest.mark.parametrize("size", [0, 2, -1])

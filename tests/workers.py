@@ -21,13 +21,14 @@ def free_port() -> int:
 
 class Pool:
     def __init__(self, size: int) -> None:
-        context = get_context("spawn")
+        context = get_context("forkserver")  # one process imports torch, for all
+        context.set_forkserver_preload(["llama.cli"])
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, port), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, size, port, dict(os.environ)), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -63,9 +64,10 @@ class Pool:
             pipe.close()
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, environment: dict[str, str]) -> None:
     warnings.simplefilter("error")
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(size),

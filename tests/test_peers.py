@@ -1,0 +1,256 @@
+"""Processes that were given different things, or that leave, fail or stop: each says what is wrong, and none waits for ever."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch.distributed as dist
+from conftest import PARAMS, random_weights, write_checkpoint
+from forks import Forks
+from workers import Pool
+
+from llama import Llama, fingerprint
+
+ODD = 2  # the rank that is given something else
+
+
+def told(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except ValueError as error:
+        return f"ValueError: {error}"
+
+
+def build_alike_but(usual: dict[str, Any], odd: dict[str, Any]) -> Any:
+    options = {**usual, **(odd if dist.get_rank() == ODD else {})}
+    return told(lambda: repr(Llama.build(max_batch_size=options.pop("max_batch_size", 1), device="cpu", **options)))
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> dict[str, Path]:
+    """Folders that are not the tiny model: of another seed; with one number changed; of another shape; another tokenizer."""
+    root = tmp_path_factory.mktemp("others")
+    changed = random_weights()
+    changed["layers.1.attention.wv.weight"][3, 5] += 1
+    tokenizer = root / "tokenizer.model"
+    tokenizer.write_bytes(Path(tokenizer_path).read_bytes().replace("\u2581the".encode(), "\u2581teh".encode()))
+    narrow = {**PARAMS, "dim": 32}
+    return {
+        "seed": write_checkpoint(root / "seed", random_weights(seed=1)),
+        "number": write_checkpoint(root / "number", changed),
+        "shape": write_checkpoint(root / "shape", random_weights(narrow), params=narrow),
+        "theta": write_checkpoint(root / "theta", random_weights(), params={**PARAMS, "rope_theta": 5e5}),
+        "tokenizer": tokenizer,
+    }
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"max_seq_len": 64}, "different arguments: max_seq_len is 32 on process 0, but 64 on process 2"),
+        ({"max_batch_size": 2}, "max_batch_size is 1 on process 0, but 2 on process 2"),
+        ({"seed": 5}, "seed is 1 on process 0, but 5 on process 2"),
+        ({"dtype": "bfloat16"}, "dtype is torch.float32 on process 0, but torch.bfloat16 on process 2"),
+        ({"quantize": "int8"}, "quantize is None on process 0, but Quantization(kind='int8'"),
+        ({"compile": True}, "compile is None on process 0, but True on process 2"),
+        ({"model_parallel_size": 1}, "model_parallel_size is 4 on process 0, but 1 on process 2"),
+        ({"ckpt_dir": "seed"}, "consolidated.00.pth is '"),
+        ({"ckpt_dir": "number"}, "consolidated.00.pth is '"),
+        ({"ckpt_dir": "shape"}, "dim is 64 on process 0, but 32 on process 2"),
+        ({"ckpt_dir": "theta"}, "rope_theta is 10000.0 on process 0, but 500000.0 on process 2"),
+        ({"tokenizer_path": "tokenizer"}, "tokenizer.model is '"),
+        ({"max_seq_len": 0}, "max_seq_len=0 must be a whole number of 1 or more, and below 2**31 (on process 2)"),
+        ({"seed": "x"}, "seed='x' must be a whole number of 64 bits (on process 2)"),
+        ({"ckpt_dir": "/nowhere"}, "no checkpoint folder at /nowhere"),
+        ({"model_parallel_size": 3}, "model_parallel_size=3 does not fit 4 processes"),
+    ],
+)
+def test_builds_that_differ(
+    odd: dict[str, Any], message: str, tiny: Path, tokenizer_path: str, others: dict[str, Path], pool: Pool
+) -> None:
+    """What differed died later, answered wrongly (other weights of the same shape), or hung (other groups)."""
+    odd = {name: str(others[value]) if value in others else value for name, value in odd.items()}
+    usual = {"ckpt_dir": str(tiny), "tokenizer_path": tokenizer_path, "max_seq_len": 32}
+    first, *rest = pool.run(build_alike_but, usual, odd)
+    assert set(rest) == {first}
+    assert message in first
+    assert "process 2" in first
+
+
+def test_fingerprints(tmp_path: Path) -> None:
+    """A number anywhere in a small file; at the ends of a large one, and wherever a fine-tune changes all."""
+    path = tmp_path / "weights"
+    size = 4 * 2**20
+    seen = set()
+    for at, width in ((0, 0), (0, 1), (size - 1, 1), (size // 3, size // 50)):
+        data = bytearray(size)
+        data[at : at + width] = b"\1" * width
+        path.write_bytes(data)
+        seen.add(fingerprint.fingerprint(path))
+    assert len(seen) == 4
+    assert all(text.startswith(f"{size} bytes with digest ") for text in seen)
+
+
+def call_alike_but(folder: str, tokenizer_path: str, calls: tuple[str, str]) -> Any:
+    """calls: methods with their arguments, of the odd rank and of the others."""
+    llama = Llama.build(folder, tokenizer_path, 32, 2, device="cpu")
+    outcome = told(lambda: eval(calls[dist.get_rank() != ODD], {"llama": llama, "leave_early": leave_early}))
+    return outcome, llama.generate([[1, 5, 6]], 3, 0)[0]
+
+
+def leave_early(llama: Llama) -> list[dict[str, Any]]:
+    next(llama.stream_text(["Once upon"], temperature=0, max_gen_len=9))
+    return llama.text_completion(["He"], max_gen_len=2, temperature=0)
+
+
+FORMS = "stop=('a',), stop_ids={8: 1, 7: 2}.keys()"
+DIFFER = "process 0 calls text_completion (<string>, line 1), but process 2 calls "
+COMPLETE = "llama.text_completion(['Once'], max_gen_len=3, temperature=0, {})"
+
+
+@pytest.mark.parametrize(
+    ("odd", "usual", "message"),
+    [
+        (COMPLETE.format("logit_bias={5: 1.0, 6: 2.0}"), COMPLETE.format("logit_bias={6: 2, 5: 1}"), None),
+        (COMPLETE.format("stop=['a', 'b']"), COMPLETE.format("stop=dict(b=1, a=2)"), None),
+        (COMPLETE.format("stop='a', stop_ids=[7, 8]"), COMPLETE.format(FORMS), None),
+        (COMPLETE.format("top_k=2"), COMPLETE.format(""), "top_k is 0 on process 0, but 2 on process 2;"),
+        (COMPLETE.format("stop='a'"), COMPLETE.format("stop='b'"), "stop is ['b'] on process 0, but ['a'] on process 2;"),
+        (COMPLETE, COMPLETE.replace("Once", "One"), "prompts is [[1,"),
+        ("llama.embed(['Once'])", COMPLETE.format(""), DIFFER + "embed ("),
+        ("llama.score(['Once'])", COMPLETE.format(""), DIFFER + "score ("),
+        (
+            "leave_early(llama)", "[*llama.stream_text(['Once upon'], temperature=0, max_gen_len=9)]",
+            "process 0 goes on with a stream (<string>, line 1), but process 2 calls text_completion (test_peers.py, line ",
+        ),
+    ],
+)  # fmt: skip
+def test_calls_that_differ(odd: str, usual: str, message: Optional[str], tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    """They hung, or ended in an abort of gloo where one had left a stream; and the error did not say what differs. The
+    same options in another form are no difference. A call after it works."""
+    calls = odd.replace(", {})", ")"), usual.replace(", {})", ")")
+    outcomes = pool.run(call_alike_but, str(tiny), tokenizer_path, calls)
+    first = outcomes[0][0]
+    assert [ids for _, ids in outcomes] == [outcomes[0][1]] * 4
+    if message is None:
+        assert [outcome for outcome, _ in outcomes] == [first] * 4
+        assert first[0]["generation"] is not None
+    else:
+        assert {outcome for outcome, _ in outcomes} == {first}
+        assert message in first
+
+
+START = """
+import os, signal, sys, threading, time
+import torch.distributed as dist
+from llama import Llama, peers
+peers.BEAT, peers.GRACE, peers.PATIENCE = .2, .1, .5
+rank = int(os.environ["RANK"])
+"""
+BUILD = START + 'llama = Llama.build(sys.argv[1], sys.argv[2], 64, 2, device="cpu")\n'
+GO_ON = "\nllama.generate([[1, 5]], 8, 0)\n"
+
+
+@pytest.mark.parametrize(
+    ("what_1_does", "what_1_says", "why_0_ends"),
+    [
+        (
+            "raise RuntimeError('Connection reset by peer (my own http client)')",
+            "RuntimeError: Connection reset by peer (my own http client)",
+            "process 1 failed: RuntimeError: Connection reset by peer (my own http client)",
+        ),
+        ("raise KeyboardInterrupt", "process 1 was interrupted in script.py, line", "process 1 failed: KeyboardInterrupt"),
+        ("sys.exit('no more')", "no more", "process 1 has ended: it returned, or called sys.exit or runtime.shutdown"),
+        ("sys.exit(0)", "", "process 1 has ended: it returned, or called sys.exit or runtime.shutdown"),
+        ("os._exit(7)", "", "process 1 was killed or crashed"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "", "process 1 was killed or crashed"),
+    ],
+)
+def test_who_ends_is_named(
+    what_1_does: str, what_1_says: str, why_0_ends: str, tiny: Path, tokenizer_path: str, forks: Forks
+) -> None:
+    """A user's own error was hidden if it spoke of a connection, and its peers blamed a failure whatever had happened."""
+    script = BUILD + f"if rank == 1: {what_1_does}" + GO_ON
+    first, second = forks.ranks(script, str(tiny), tokenizer_path, seconds=30)
+    assert first.status == 1
+    lines = first.err.splitlines()
+    assert lines[0] == f"process 0 ends because {why_0_ends}; it saw:"
+    assert "RuntimeError: " in lines[1]
+    assert len(lines) == 2
+    assert what_1_says in second.err
+    assert bool(second.err) == bool(what_1_says)
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        (
+            BUILD + "peers.SILENT = .6\n"
+            "tell = peers.tell\n"
+            "def tell_and_wake(line): tell(line); os.kill(other, signal.SIGCONT)\n"
+            "peers.tell = tell_and_wake\n"
+            "pids = [None, None]; dist.all_gather_object(pids, os.getpid()); other = pids[1 - rank]\n"
+            "time.sleep(.2)\n"
+            "if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)" + GO_ON,
+            "process 0 waits for process 1, which has given no sign of life for 0.6 s: it is stopped or cut off, in script.py",
+        ),
+        (
+            BUILD + "peers.LATE = .5\nif rank == 1: time.sleep(1.2)" + GO_ON,
+            "process 0 has waited 0.5 s in generate (script.py, line 10) for process 1, which is in script.py, line 9",
+        ),
+        (
+            START + "peers.COMING = .6\nif rank == 1: time.sleep(1.6)\n" + BUILD.removeprefix(START) + GO_ON,
+            "process 0 of 2 has waited 0.6 s for the others to come to Llama.build (127.0.0.1:",
+        ),
+    ],
+    ids=["stopped", "late", "coming"],
+)
+def test_who_is_waited_for_is_named(script: str, line: str, tiny: Path, tokenizer_path: str, forks: Forks) -> None:
+    """A stopped process, or one that is busy elsewhere, let the others wait in silence. All go on when it comes."""
+    first, second = forks.ranks(script, str(tiny), tokenizer_path, seconds=30)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert len(first.err.splitlines()) == 1
+    assert first.err.startswith(line)
+    assert second.err == ""
+
+
+def test_a_process_ends_with_its_launcher(tiny: Path, tokenizer_path: str, forks: Forks) -> None:
+    """Where torchrun's agent was killed, what it had started computed for ever."""
+    script = (
+        BUILD.replace("rank =", "os.environ['TORCHELASTIC_RUN_ID'] = 'none'; rank =")
+        + "print('built', flush=True); time.sleep(60)"
+    )
+    launcher = f"""
+import os, signal, time
+reading, writing = os.pipe()
+if os.fork():
+    os.close(writing)
+    print("all", os.read(reading, 1))  # the end of the pipe: no process has it open any more
+else:
+    if os.fork():
+        while "built" not in open("/proc/self/fd/1").read(): time.sleep(.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        exec({script!r})
+"""
+    ended = forks.ranks(launcher, str(tiny), tokenizer_path, count=1, seconds=30)[0]
+    assert ended.status == 0
+    assert ended.err == "process 0 ends because torchrun, which started it, is gone\n"
+    assert ended.out.endswith("all b''\n")
+
+
+def test_a_port_that_is_taken(forks: Forks) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        script = "from llama import Llama\nLlama.build()"
+        ended = forks.ranks(script, count=1, env={"MASTER_PORT": str(port)}, seconds=30)[0]
+    assert (
+        f"ValueError: process 0 cannot meet the others at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}"
+        in ended.err.splitlines()[-1]
+    )
