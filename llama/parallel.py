@@ -318,7 +318,7 @@ def _settle(error: Optional[Exception], values: Mapping[str, Any], group: Group)
     """The error that all processes of the group are to raise: the first one's that failed, or what differs."""
     # Not the exceptions themselves: not all of them survive pickling.
     failure = None if error is None else (isinstance(error, ValueError), str(error))
-    name, _, line = peers.place(sys._getframe()).partition(" (")
+    name, _, line = peers.place(peers.stack(sys._getframe())).partition(" (")
     call = f"goes on with a stream ({line}" if "the step" in values else f"calls {name} ({line}"
     mine = failure, {name: repr(value) for name, value in values.items()}, call
     outcomes = gather_objects(mine, group)
@@ -330,10 +330,10 @@ def _settle(error: Optional[Exception], values: Mapping[str, Any], group: Group)
         rank, (is_value_error, message) = failed[0]
         if len(failed) < len(outcomes) or {other for _, other in failed} != {failure}:
             message = f"{message} (on process {rank})"
-            if error is None or failed[0][1] != failure:
-                error = (ValueError if is_value_error else RuntimeError)(message)
-            elif is_value_error:
-                error.args = (message,)
+        if error is None or failed[0][1] != failure:
+            error = (ValueError if is_value_error else RuntimeError)(message)
+        elif is_value_error:
+            error.args = (message,)
     error.told_by = ranks[0]  # type: ignore[attr-defined]  # one process speaks for all: see runtime
     return error
 

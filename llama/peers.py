@@ -14,7 +14,8 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,8 @@ from typing import Optional
 
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
+
+from . import pipes
 
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 5.0  # seconds without one, after which a process seems to be stopped
@@ -33,6 +36,7 @@ PATIENCE = 5.0  # seconds that a process which has ended waits for the others
 # How a process ended, beside "failed: …"
 ENDED = "has ended: it returned, or called sys.exit or runtime.shutdown"
 NOBODY_READS = "has ended because nobody reads its output any more"
+GONE = "torchrun, which started it, is gone"
 LOST = "lost a connection"  # it is not the first to end
 
 PACKAGE, TORCH = (str(Path(file).parent) for file in (__file__, torch.__file__))
@@ -49,19 +53,27 @@ class Sign:
     end: str = ""  # how it ended
 
 
-def place(frame: Optional[FrameType]) -> str:
-    """Where a thread is in the user's program: "text_completion (my.py, line 3)"; outside of this package "my.py, line 3"."""
+def place(frames: Iterable[FrameType]) -> str:
+    """Where the user's program is: "text_completion (my.py, line 3)"; outside of this package "my.py, line 3".
+
+    frames: of a thread, the innermost first.
+    """
     ours = ""
-    while frame is not None:
-        file = frame.f_code.co_filename
+    for frame in frames:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
         if file.startswith(PACKAGE):
-            name = frame.f_code.co_name
             ours = ours if name == "main" or not name.isidentifier() or name.startswith("_") else name
         elif not file.startswith(NOT_THE_USERS):
             line = f"{Path(file).name}, line {frame.f_lineno}"
             return f"{ours} ({line})" if ours else line
-        frame = frame.f_back
     return ours
+
+
+def stack(frame: Optional[FrameType]) -> Iterator[FrameType]:
+    """A frame, and those that called it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 @dataclass
@@ -78,6 +90,7 @@ class Watch:
     awaited: Sequence[int] = ()
     meetings: dict[str, int] = field(default_factory=dict)  # how many there were, by their groups
     heard: dict[int, tuple[int, float]] = field(default_factory=dict)  # the others' last beats, and when they were new
+    seen: dict[int, Sign] = field(default_factory=dict)  # the others' last signs
     silent: set[int] = field(default_factory=set)  # those that were spoken of as silent
     late_in: str = ""  # the meeting to which others were spoken of as late
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -112,22 +125,27 @@ class Watch:
 
     def _run(self) -> None:
         while not self.stopped.wait(BEAT):
-            if self.launcher not in (None, os.getppid()):
+            if self._launcher_is_gone():
                 self._end_with_launcher()
-            self.sign.beat, self.sign.at = self.sign.beat + 1, place(sys._current_frames().get(self.thread))
+            self.sign.beat, self.sign.at = self.sign.beat + 1, place(stack(sys._current_frames().get(self.thread)))
             try:
                 if self.store is not None:
                     self._write()
                     self._speak_of_silent()
                     self._speak_of_late()
-                elif self.since is not None:
+                    if self.launcher is None and self._ends().get(0, ENDED) != ENDED:
+                        self.store = None  # which ends with process 0
+                elif self.since is not None and not self.seen:
                     self._speak_of_joining()
             except RuntimeError:
                 self.store = None
 
+    def _launcher_is_gone(self) -> bool:
+        return self.launcher not in (None, os.getppid())
+
     def _end_with_launcher(self) -> None:
         """torchrun was killed: nothing else ends what it started, and processes of other nodes may wait for this one."""
-        tell(f"process {self.rank} ends because torchrun, which started it, is gone")
+        tell(f"process {self.rank} ends because {GONE}")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
         os._exit(1)
@@ -138,9 +156,13 @@ class Watch:
 
     def _read(self, rank: int) -> Optional[Sign]:
         """None where it has not come to `Llama.build` yet."""
-        if self.store is None or not self.store.check([str(rank)]):
-            return None
-        return Sign(**json.loads(self.store.get(str(rank))))
+        if self.store is not None and self.store.check([str(rank)]):
+            self.seen[rank] = Sign(**json.loads(self.store.get(str(rank))))
+        return self.seen.get(rank)
+
+    def _ends(self) -> dict[int, str]:
+        """How other processes have ended that did not end because of others."""
+        return {rank: sign.end for rank, sign in self.seen.items() if rank != self.rank and sign.end not in ("", LOST)}
 
     def _is_silent(self, rank: int, sign: Optional[Sign]) -> bool:
         beat, now = -1 if sign is None else sign.beat, time.monotonic()
@@ -192,13 +214,18 @@ class Watch:
             self.late_in = meeting
             tell(f"process {self.rank} has waited {LATE:g} s in {self.sign.at} for {' and for '.join(missing)}")
 
+    def linger(self) -> None:
+        """The store may end with this process: first the others read there how it ended."""
+        if self.rank == 0 and self.size > 1 and self.launcher is None:  # torchrun keeps the store itself
+            time.sleep(2 * BEAT)
+
     def wait_for_ends(self) -> None:
         """Let the processes leave together, or a slow one can find its peers gone and abort. Not a collective: a process
         that leaves early, by sys.exit for example, must not wait for ever for others that wait for it."""
         deadline = time.monotonic() + PATIENCE
         others = {rank for rank in range(self.size) if rank != self.rank}
         with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone already
-            while others and self.sign.end == ENDED and time.monotonic() < deadline:
+            while others and time.monotonic() < deadline:
                 others = {rank for rank in others if not ((sign := self._read(rank)) and sign.end)}
                 time.sleep(0.01 if others else 0)
 
@@ -206,20 +233,24 @@ class Watch:
         """Which process's end has cut a connection, and how that ended: waits until it has said so, or gives no more signs."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + 2.5 * BEAT
+        first: dict[int, Optional[Sign]] = {}
+        silent: list[int] = []
         try:
-            first = {rank: self._read(rank) for rank in others}
-            while True:
+            while not self._ends() and not silent:
                 signs = {rank: self._read(rank) for rank in others}
-                ends = {rank: sign.end for rank, sign in signs.items() if sign and sign.end not in ("", LOST)}
-                if ends:
-                    rank = min(ends, key=lambda rank: not ends[rank].startswith("failed"))
-                    return f"process {rank} {ends[rank]}"
+                first = first or signs
                 if time.monotonic() > deadline:
                     silent = [rank for rank in others if signs[rank] == first[rank]]
-                    return f"process {silent[0]} was killed or crashed" if silent else "it lost its connection to another one"
+                    break
                 time.sleep(0.1)
-        except RuntimeError:
-            return "it lost its connection to another one"
+        except RuntimeError:  # the store is gone
+            if self._launcher_is_gone():
+                return GONE
+            silent = [] if self.launcher else [0]
+        if ends := self._ends():
+            rank = min(ends, key=lambda rank: not ends[rank].startswith("failed"))
+            return f"process {rank} {ends[rank]}"
+        return f"process {silent[0]} was killed or crashed" if silent else "it lost its connection to another one"
 
 
 def tell(line: str) -> None:
@@ -256,3 +287,39 @@ def waiting(ranks: Sequence[int], group: str) -> Iterator[None]:
     finally:
         if here is not None:
             here.arrived()
+
+
+def tell_failure(error: BaseException) -> bool:
+    """Say why an exception ends this process, and let the others know. False where Python's own words are to say it.
+
+    The process that failed first is the one to be heard: its peers only lost their connection to it. Where nobody reads
+    what they write, all end well.
+    """
+    here, frames = watch, [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    if here is None:
+        return False
+    last_line = traceback.format_exception_only(type(error), error)[-1].strip()
+    if _is_lost_connection(error, frames):
+        why = here.why_lost()
+        here.end(LOST)
+        if why.endswith(NOBODY_READS):
+            sys.exit(0)
+        tell(f"process {here.rank} ends because {why}; it saw:\n    {last_line.partition('. ')[0]}")
+        return True
+    if isinstance(error, BrokenPipeError) and pipes.lost_reader():
+        here.end(NOBODY_READS)
+        sys.exit(0)
+    here.end(f"failed: {last_line}")
+    if isinstance(error, KeyboardInterrupt):
+        tell(f"process {here.rank} was interrupted in {place(frames)}")
+        return True
+    return getattr(error, "told_by", here.rank) != here.rank  # that one says the same
+
+
+def _is_lost_connection(error: BaseException, frames: Sequence[FrameType]) -> bool:
+    """Whether a collective failed because another process is gone, and not a connection of the user's own."""
+    lost = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl communicator was aborted")
+    if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in lost):
+        return False
+    file = next((frame.f_code.co_filename for frame in frames), "")
+    return file.startswith((PACKAGE, TORCH)) or "inductor" in file  # of compiled code

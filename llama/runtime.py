@@ -1,6 +1,6 @@
 """Where this process runs: torchrun's variables, or none -> device, dtype, process group, threads, quiet ranks, a clean end.
 
-The only file that reads the environment. One process that torchrun did not start needs no process group: it gets none,
+Only this file and `launch` read the environment. One process that torchrun did not start needs no process group: it gets none,
 so it opens no port and leaves nothing to clean up. `shutdown` undoes what `start` did; it also runs at exit.
 """
 
@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import sys
-import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType, MethodType, TracebackType
+from types import MethodType, TracebackType
 from typing import Any, Optional, TextIO, Union
 
 import torch
@@ -30,6 +29,7 @@ from fairscale.nn.model_parallel import initialize as mpu
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from . import peers, pipes
+from .launch import Launch as Launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,54 +68,6 @@ FAIRSCALE_GROUPS = tuple(f"_{kind}" for kind in (
 # process has in its page cache (torch's limits are 30 minutes, and 10 with NCCL). A process that died is noticed sooner:
 # gloo loses its connection, and torchrun ends the others.
 TIME_LIMIT = timedelta(hours=6)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher said about this process."""
-
-    by_launcher: bool  # false: a plain script, a notebook, a debugger
-    rank: int
-    world_size: int
-    local_rank: int  # on this node
-    local_world_size: int
-
-    launcher: Optional[int] = None  # torchrun's process id
-
-    @staticmethod
-    def read() -> Launch:
-        """ValueError where a variable is missing, is no number, or does not go with another."""
-        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if dist.is_available() and dist.is_initialized():  # by the caller, who needs no variables
-            rank, world_size = dist.get_rank(), dist.get_world_size()
-        else:
-            world_size = _number("WORLD_SIZE", 1, least=1)
-            rank = _number("RANK", 0)
-            if missing and (rank > 0 or world_size > 1):
-                raise ValueError(
-                    f"RANK is {rank} and WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set; start with "
-                    "torchrun, or unset them for a single process"
-                )
-            if missing:
-                return Launch(False, 0, 1, 0, 1)
-            _number("RANK", 0, most=world_size - 1, why=f"WORLD_SIZE is {world_size}")
-            _number("MASTER_PORT", 0, most=65535)
-        gpus = torch.cuda.device_count()
-        local_world_size = _number("LOCAL_WORLD_SIZE", min(world_size, gpus or world_size), least=1)
-        local_rank = _number(
-            "LOCAL_RANK", rank % local_world_size, most=local_world_size - 1, why=f"LOCAL_WORLD_SIZE is {local_world_size}"
-        )
-        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        return Launch(True, rank, world_size, local_rank, local_world_size, launcher)
-
-
-def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str = "") -> int:
-    """An environment variable. ValueError where it is no whole number from `least` to `most`."""
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal() or not least <= int(value) <= most:
-        bounds = f" from {least} to {most}" + (f", since {why}" if why else "") if value.isdecimal() else ""
-        raise ValueError(f"the environment variable {name} is {value!r}; torchrun sets it to a number{bounds}, or unset it")
-    return int(value)
 
 
 @dataclass
@@ -288,7 +240,7 @@ def _join(launch: Launch) -> None:
     _joined += 1
     _started.watch = watch = peers.begin(launch.rank, launch.world_size, launch.launcher)
     if dist.is_initialized():
-        watch.publish(PrefixStore(f"llama/{_joined}", dist.distributed_c10d._get_default_store().clone()))
+        watch.publish(PrefixStore(f"llama/{_joined}", _default_store().clone()))
         _started.world = dist.group.WORLD
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -307,6 +259,10 @@ def _join(launch: Launch) -> None:
             f"process {launch.rank} cannot meet the others at MASTER_ADDR:MASTER_PORT = {address}: {str(error).splitlines()[0]}"
         ) from error
     _started.store, _started.world = store, dist.group.WORLD
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 _joined = 0  # how often this process has joined a group; as often as the others
@@ -349,41 +305,8 @@ def _quieten(rank: int) -> None:
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
-    """Let the process that failed first be the one that is heard: its peers only lost their connection to it."""
-    watch, rank = _started.watch, dist.get_rank() if dist.is_initialized() else 0
-    last_line = traceback.format_exception_only(kind, error)[-1].strip()
-    if watch is not None and _is_lost_connection(error):
-        watch.end(peers.LOST)
-        why = watch.why_lost()
-        if why.endswith(peers.NOBODY_READS):
-            sys.exit(0)
-        peers.tell(f"process {rank} ends because {why}; it saw:\n    {last_line.partition('. ')[0]}")
-        return
-    if watch is not None and isinstance(error, BrokenPipeError) and pipes.lost_reader():
-        watch.end(peers.NOBODY_READS)
-        sys.exit(0)
-    if watch is not None:
-        watch.end(f"failed: {last_line}")
-    if kind is KeyboardInterrupt:
-        peers.tell(f"process {rank} was interrupted in {peers.place(_innermost(error))}")
-    elif getattr(error, "told_by", rank) == rank and _started.excepthook is not None:
+    if not peers.tell_failure(error) and _started.excepthook is not None:
         _started.excepthook(kind, error, trace)
-
-
-def _innermost(error: BaseException) -> Optional[FrameType]:
-    """Where it was raised."""
-    *_, (frame, _) = [(None, 0), *traceback.walk_tb(error.__traceback__)]
-    return frame
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone, and not a connection of the user's own."""
-    lost = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl communicator was aborted")
-    if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in lost):
-        return False
-    frame = _innermost(error)
-    file = "" if frame is None else frame.f_code.co_filename
-    return file.startswith((peers.PACKAGE, peers.TORCH)) or "inductor" in file
 
 
 def cache_folder() -> Path:
@@ -469,17 +392,20 @@ def shutdown() -> None:
             step()
         except Exception as error:
             errors.append(error)
-    if started.watch is not None:
-        started.watch.end(peers.NOBODY_READS if pipes.lost_reader() else peers.ENDED)
+    watch = started.watch
+    if watch is not None:
+        watch.end(peers.NOBODY_READS if pipes.lost_reader() else peers.ENDED)
     if started.store is not None and dist.is_initialized():
-        if not failed and started.watch is not None:
-            started.watch.wait_for_ends()
+        if watch is not None and watch.sign.end == peers.ENDED:
+            watch.wait_for_ends()
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
         if not (failed and torch.cuda.is_available()):  # NCCL would wait for the collective that never ends
             dist.destroy_process_group()
-    if started.watch is not None:
-        started.watch.stop()
+    if watch is not None:
+        if started.store is not None and watch.sign.end not in (peers.ENDED, peers.LOST):
+            watch.linger()
+        watch.stop()
     if started.threads is not None:
         torch.set_num_threads(started.threads)
     if started.silence is not None:

@@ -21,9 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 class Ended(NamedTuple):
     """How one process ended: its exit status, negative for a signal; None if it ran out of time."""
 
-    status: Optional[int]
-    out: str
-    err: str
+    returncode: Optional[int]
+    stdout: str
+    stderr: str
+
+
+def python(*arguments: str) -> str:
+    """The script that does what `python` with these arguments does: a file, or -m and a module, and what that is given."""
+    if arguments[0] == "-m":
+        arguments, run = arguments[1:], "run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    else:
+        run = "run_path(sys.argv[0], run_name='__main__')"
+    return f"import runpy, sys\nsys.argv = {list(arguments)}\nrunpy.{run}"
 
 
 class Forks:

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import pytest
 import torch.distributed as dist
 from conftest import PARAMS, random_weights, write_checkpoint
-from forks import Forks
+from forks import Forks, python
 from workers import Pool
 
 from llama import Llama, fingerprint
@@ -148,7 +148,7 @@ START = """
 import os, signal, sys, threading, time
 import torch.distributed as dist
 from llama import Llama, peers
-peers.BEAT, peers.GRACE, peers.PATIENCE = .2, .1, .5
+peers.BEAT, peers.GRACE, peers.PATIENCE = .2, .1, 1.5
 rank = int(os.environ["RANK"])
 """
 BUILD = START + 'llama = Llama.build(sys.argv[1], sys.argv[2], 64, 2, device="cpu")\n'
@@ -176,13 +176,13 @@ def test_who_ends_is_named(
     """A user's own error was hidden if it spoke of a connection, and its peers blamed a failure whatever had happened."""
     script = BUILD + f"if rank == 1: {what_1_does}" + GO_ON
     first, second = forks.ranks(script, str(tiny), tokenizer_path, seconds=30)
-    assert first.status == 1
-    lines = first.err.splitlines()
+    assert first.returncode == 1
+    lines = first.stderr.splitlines()
     assert lines[0] == f"process 0 ends because {why_0_ends}; it saw:"
     assert "RuntimeError: " in lines[1]
     assert len(lines) == 2
-    assert what_1_says in second.err
-    assert bool(second.err) == bool(what_1_says)
+    assert what_1_says in second.stderr
+    assert bool(second.stderr) == bool(what_1_says)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +212,10 @@ def test_who_ends_is_named(
 def test_who_is_waited_for_is_named(script: str, line: str, tiny: Path, tokenizer_path: str, forks: Forks) -> None:
     """A stopped process, or one that is busy elsewhere, let the others wait in silence. All go on when it comes."""
     first, second = forks.ranks(script, str(tiny), tokenizer_path, seconds=30)
-    assert (first.status, second.status) == (0, 0), first.err + second.err
-    assert len(first.err.splitlines()) == 1
-    assert first.err.startswith(line)
-    assert second.err == ""
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert len(first.stderr.splitlines()) == 1
+    assert first.stderr.startswith(line)
+    assert second.stderr == ""
 
 
 def test_a_process_ends_with_its_launcher(tiny: Path, tokenizer_path: str, forks: Forks) -> None:
@@ -238,9 +238,9 @@ else:
         exec({script!r})
 """
     ended = forks.ranks(launcher, str(tiny), tokenizer_path, count=1, seconds=30)[0]
-    assert ended.status == 0
-    assert ended.err == "process 0 ends because torchrun, which started it, is gone\n"
-    assert ended.out.endswith("all b''\n")
+    assert ended.returncode == 0
+    assert ended.stderr == "process 0 ends because torchrun, which started it, is gone\n"
+    assert ended.stdout.endswith("all b''\n")
 
 
 def test_a_port_that_is_taken(forks: Forks) -> None:
@@ -252,5 +252,46 @@ def test_a_port_that_is_taken(forks: Forks) -> None:
         ended = forks.ranks(script, count=1, env={"MASTER_PORT": str(port)}, seconds=30)[0]
     assert (
         f"ValueError: process 0 cannot meet the others at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}"
-        in ended.err.splitlines()[-1]
+        in ended.stderr.splitlines()[-1]
     )
+
+
+def shell_cases() -> list[tuple[list[str], dict[str, Any]]]:
+    model = ["--ckpt_dir", "TINY", "--tokenizer_path", "TOKENIZER"]
+    commands = [
+        ["example_text_completion.py", *model, "--max_seq_len", "256", "--max_gen_len", "2"],
+        ["-m", "llama", "complete", "Once upon", *model, "--max_gen_len", "20"],
+        ["-m", "llama", "chat", *model],
+        ["-m", "llama", "tokenize", "Once", "--tokenizer_path", "TOKENIZER"],
+        ["-m", "llama", "info", "TINY", "--tokenizer_path", "TOKENIZER"],
+    ]
+    return [(command, how) for command in commands for how in ({"reader": False}, {"closed": [0, 1]}, {"closed": [2]})]
+
+
+@pytest.mark.parametrize(("command", "how"), shell_cases())
+def test_streams_as_the_shell_leaves_them(
+    command: list[str], how: dict[str, Any], tiny: Path, tokenizer_path: str, forks: Forks
+) -> None:
+    """`| head`, `<&-`, `>&-` and `2>&-` ended in tracebacks, and what was meant for a closed stderr went to stdout."""
+    arguments = [{"TINY": str(tiny), "TOKENIZER": tokenizer_path}.get(word, word) for word in command]
+    ended = forks.run(python(*arguments), **how, seconds=30)
+    assert "Error" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 0
+    if how == {"closed": [2]} and "llama" in command:
+        assert "Loaded" not in ended.stdout
+
+
+@pytest.mark.parametrize("program", ["example", "complete", "script"])
+def test_nobody_reads_what_several_processes_write(program: str, tiny: Path, tokenizer_path: str, forks: Forks) -> None:
+    """`torchrun … | head`: all end, and none speaks of a failure."""
+    model = ["--ckpt_dir", str(tiny), "--tokenizer_path", tokenizer_path]
+    script = {
+        "example": python("example_text_completion.py", *model, "--max_seq_len", "256", "--max_gen_len", "2"),
+        "complete": python("-m", "llama", "complete", "Once upon", *model, "--max_gen_len", "20"),
+        "script": BUILD + "print('words', flush=True)" + GO_ON,
+    }[program]
+    ended = forks.ranks(script, str(tiny), tokenizer_path, reader=False, seconds=30)
+    for process in ended:
+        assert process.returncode == 0
+        assert [line for line in process.stderr.splitlines() if not line.startswith("Loaded")] == []

@@ -136,8 +136,8 @@ dist.all_reduce(torch.ones(1))
 
 def test_a_killed_process_is_noticed_before_the_time_limit(forks: Forks) -> None:
     first, second = forks.ranks(KILLED, seconds=40)
-    assert first.err.startswith("process 0 ends because process 1 was killed or crashed; it saw:\n    RuntimeError: ")
-    assert (first.status, second.status) == (1, -9)
+    assert first.stderr.startswith("process 0 ends because process 1 was killed or crashed; it saw:\n    RuntimeError: ")
+    assert (first.returncode, second.returncode) == (1, -9)
 
 
 SHUTDOWN = """
@@ -188,7 +188,7 @@ for _ in range(int(sys.argv[1])):
 def test_graphs_go_before_the_group(arguments: list[str], lines: list[str], forks: Forks) -> None:
     """NCCL waits for ever for a CUDA graph that has one of its collectives; nothing made shutdown let go of them."""
     (ended,) = forks.ranks(SHUTDOWN, *arguments, count=1)
-    assert ended.out.splitlines() == lines
+    assert ended.stdout.splitlines() == lines
 
 
 @pytest.mark.parametrize("size", [0, 2, -1])

@@ -1,0 +1,58 @@
+"""What the launcher said about this process: torchrun's variables, or none."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said about this process."""
+
+    by_launcher: bool  # false: a plain script, a notebook, a debugger
+    rank: int
+    world_size: int
+    local_rank: int  # on this node
+    local_world_size: int
+
+    launcher: Optional[int] = None  # torchrun's process id
+
+    @staticmethod
+    def read() -> Launch:
+        """ValueError where a variable is missing, is no number, or does not go with another."""
+        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if dist.is_available() and dist.is_initialized():  # by the caller, who needs no variables
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        else:
+            world_size = _number("WORLD_SIZE", 1, least=1)
+            rank = _number("RANK", 0)
+            if missing and (rank > 0 or world_size > 1):
+                raise ValueError(
+                    f"RANK is {rank} and WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set; start with "
+                    "torchrun, or unset them for a single process"
+                )
+            if missing:
+                return Launch(False, 0, 1, 0, 1)
+            _number("RANK", 0, most=world_size - 1, why=f"WORLD_SIZE is {world_size}")
+            _number("MASTER_PORT", 0, most=65535)
+        gpus = torch.cuda.device_count()
+        local_world_size = _number("LOCAL_WORLD_SIZE", min(world_size, gpus or world_size), least=1)
+        local_rank = _number(
+            "LOCAL_RANK", rank % local_world_size, most=local_world_size - 1, why=f"LOCAL_WORLD_SIZE is {local_world_size}"
+        )
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        return Launch(True, rank, world_size, local_rank, local_world_size, launcher)
+
+
+def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str = "") -> int:
+    """An environment variable. ValueError where it is no whole number from `least` to `most`."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or not least <= int(value) <= most:
+        bounds = f" from {least} to {most}" + (f", since {why}" if why else "") if value.isdecimal() else ""
+        raise ValueError(f"the environment variable {name} is {value!r}; torchrun sets it to a number{bounds}, or unset it")
+    return int(value)
