@@ -27,9 +27,9 @@ LATE = 0.2  # seconds after which the process notices that its caller has ended
 
 @contextmanager
 def started(request: dict[str, Any], folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Begin a compilation in `folder`, which is new; at the end of the block it has ended, with all that it started.
+    """Begin a compilation; at the end of the block it has ended, with all that it started.
 
-    request: see `make`. RuntimeError where there is no Python to start.
+    request: see `make`. folder: a new one in one of the caller's. RuntimeError where there is no Python to start.
     """
     if "python" not in Path(sys.executable or "").name.lower():
         raise RuntimeError(f"sys.executable is {sys.executable!r}, and not a Python that can compile in a process of its own")
@@ -150,11 +150,12 @@ def _step_of(model: Any) -> Any:
 
 
 def _watch(caller: int, folder: Path) -> None:
-    """End this process, and the C++ compiler that it started, once the caller has ended, however it did."""
+    """End this process, and the C++ compiler that it started, once the caller has ended, however it did; and remove what the
+    caller would have removed."""
     if hasattr(os, "killpg"):
         while not select.select([sys.stdin], [], [], LATE)[0] and os.getppid() == caller:
             pass
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder.parent, ignore_errors=True)  # of the caller's other compilations too, which end as this one
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

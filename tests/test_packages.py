@@ -266,9 +266,9 @@ def test_a_full_disk(
 
 # The process as it is, but for the compilation: that stands still, with a C++ compiler that stands still.
 STILL = """
-import os, runpy, subprocess, sys, threading
+import os, pathlib, runpy, subprocess, sys, threading
 watch = runpy.run_path(sys.argv[1], run_name="compiler")["_watch"]
-threading.Thread(target=watch, args=(os.getppid(), sys.argv[2])).start()
+threading.Thread(target=watch, args=(os.getppid(), pathlib.Path(sys.argv[2]))).start()
 cc = subprocess.Popen(["sleep", "60"])
 print(cc.pid, flush=True)
 cc.wait()
@@ -297,7 +297,8 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_one_that_waits_for_it(number: int, tmp_path: Path) -> None:
     """A C++ compiler would go on for a minute, for nobody."""
-    command = [sys.executable, "-S", "-c", CALLER, compiler.__file__, str(tmp_path / "work"), STILL]
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "-S", "-c", CALLER, compiler.__file__, str(tmp_path / "work" / "one"), STILL]
     caller = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert caller.stdout is not None
     with caller.stdout as lines:
