@@ -128,7 +128,7 @@ def test_recorded(tiny: Path, tokenizer_path: str, backend: Optional[str], monke
         {"temperature": 0.0, "repetition_penalty": 1.3, "logit_bias": {7: -2.0}},
         {"temperature": 0.7, "seed": [1, 2, 3, 4, 5, 6, 7]},
     ]
-    for kwargs in options:
+    for kwargs in options if backend is None else options[:1]:
         torch.manual_seed(1)
         ours = llama.text_completion(many, max_gen_len=30, logprobs=3, **kwargs)
         torch.manual_seed(1)
