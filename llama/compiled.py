@@ -122,6 +122,8 @@ class Packaged:
     def prepare(self, wanted: bool) -> bool:
         """Load the packages. wanted: make those that are not there, or are no good. -> whether all are loaded now"""
         absent: dict[bool, Path] = {}
+        if wanted:
+            packages.make_folder(runtime.cache_folder())
         for several, path in self._paths.items():
             if os.path.lexists(path):
                 try:
@@ -139,12 +141,10 @@ class Packaged:
     def _compile(self, absent: dict[bool, Path]) -> None:
         """Make packages, side by side, and load them."""
         began = time.perf_counter()
-        folder = runtime.cache_folder()
-        packages.make_folder(folder)
         say("Compiling the decode step, once for this model's shape and this machine; it takes a minute or more …")
         quiet = None if is_first_process() else True  # None: where nobody looks on
         with (
-            packages.workspace(folder) as work,
+            packages.workspace(runtime.cache_folder()) as work,
             tqdm(desc="Compiling", bar_format="{desc}: {elapsed}", leave=False, disable=quiet) as bar,
             ExitStack() as stack,
         ):
