@@ -61,6 +61,7 @@ from .parallel import (
     keep_pace,
     model_parallel_group,
     replica,
+    several_processes,
     together,
 )
 from .sampling import sample_top_p
@@ -147,7 +148,7 @@ class Llama:
             agreement.values = {
                 **vars(args), "dtype": chosen_dtype, "quantize": quantization, "compile": compile,
                 "seed": seed if replica()[1] == 1 else None,  # copies of the model may draw each their own
-                **fingerprints([*checkpoint.paths, user_path(tokenizer_path)]),
+                **fingerprints([*checkpoint.paths, user_path(tokenizer_path)] if several_processes() else []),
             }  # fmt: skip
         with (
             together(everyone=True),

@@ -66,6 +66,10 @@ def is_first_process() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+def several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> int:
     """This rank's part of a dimension of `full` entries, cut into as many parts as there are ranks, or into `parts`."""
     ranks = group_size(group)

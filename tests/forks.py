@@ -83,11 +83,13 @@ def _become(job: dict[str, Any], number: int) -> str:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     for descriptor in (1, 2):
+        path = Path(f"{job['folder']}/{number}.{descriptor}")
+        path.unlink(missing_ok=True)
         if descriptor == 1 and not job.get("reader", True):
             reading, file = os.pipe()
             os.close(reading)
         else:
-            file = os.open(f"{job['folder']}/{number}.{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
         os.close(file)
     os.close(null)

@@ -8,18 +8,17 @@ from __future__ import annotations
 import json
 import random
 import struct
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_weights, write_checkpoint
-from test_launch import environment
+from conftest import PARAMS, random_weights, write_checkpoint
+from forks import Forks
 
-TRUNCATIONS, FLIPS = 50, 200
+TRUNCATIONS, FLIPS = 30, 100
+SMALL = {**PARAMS, "n_layers": 1}
 
 
 def header_bytes(path: Path, format: str) -> list[int]:
@@ -76,7 +75,7 @@ def outcomes(folder: str, tokenizer_path: str, format: str, truncations: int, fl
 
 
 def write(format: str, root: Path) -> Path:
-    source = write_checkpoint(root / "meta", random_weights())
+    source = write_checkpoint(root / "meta", random_weights(SMALL), params=SMALL)
     if format == "meta":
         return source
     from llama.convert import convert
@@ -86,15 +85,17 @@ def write(format: str, root: Path) -> Path:
 
 
 @pytest.mark.parametrize("format", ["meta", "hf", "converted"])
-def test_damage_in_bulk(format: str, tmp_path: Path, tokenizer_path: str) -> None:
+def test_damage_in_bulk(format: str, tmp_path: Path, tokenizer_path: str, forks: Forks) -> None:
     """`converted` is Meta's format as our own converter writes it."""
     folder = write(format, tmp_path)
-    call = "import json; from test_faults import outcomes; print(json.dumps(outcomes(*json.loads({!r}))))"
-    arguments = json.dumps([str(folder), tokenizer_path, format, TRUNCATIONS, FLIPS, 4])
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "faulthandler", "-c", call.format(arguments)],
-        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    call = f"""
+import json, sys, warnings
+warnings.simplefilter("error")
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_faults import outcomes
+print(json.dumps(outcomes(*{(str(folder), tokenizer_path, format, TRUNCATIONS, FLIPS, 4)!r})))
+"""
+    result = forks.run(call, seconds=200)
     assert result.returncode == 0, result.stderr
     counts = json.loads(result.stdout.splitlines()[-1])
     assert counts["cut refused"] == TRUNCATIONS
