@@ -42,9 +42,9 @@ class Launch:
             _number("MASTER_PORT", 0, most=65535)
         gpus = torch.cuda.device_count()
         local_world_size = _number("LOCAL_WORLD_SIZE", min(world_size, gpus or world_size), least=1)
-        local_rank = _number(
-            "LOCAL_RANK", rank % local_world_size, most=local_world_size - 1, why=f"LOCAL_WORLD_SIZE is {local_world_size}"
-        )
+        local_rank = _number("LOCAL_RANK", rank % local_world_size)
+        if "LOCAL_WORLD_SIZE" in os.environ and not dist.is_initialized():
+            _number("LOCAL_RANK", local_rank, most=local_world_size - 1, why=f"LOCAL_WORLD_SIZE is {local_world_size}")
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         return Launch(True, rank, world_size, local_rank, local_world_size, launcher)
 

@@ -143,6 +143,11 @@ class Watch:
     def _launcher_is_gone(self) -> bool:
         return self.launcher not in (None, os.getppid())
 
+    def _look_for_launcher(self) -> None:
+        """RuntimeError, as the store would raise without torchrun, but without the many lines that it would print."""
+        if self._launcher_is_gone():
+            raise RuntimeError(GONE)
+
     def _end_with_launcher(self) -> None:
         """torchrun was killed: nothing else ends what it started, and processes of other nodes may wait for this one."""
         tell(f"process {self.rank} ends because {GONE}")
@@ -151,11 +156,13 @@ class Watch:
         os._exit(1)
 
     def _write(self) -> None:
+        self._look_for_launcher()
         if self.store is not None:
             self.store.set(str(self.rank), json.dumps(asdict(self.sign)))
 
     def _read(self, rank: int) -> Optional[Sign]:
         """None where it has not come to `Llama.build` yet."""
+        self._look_for_launcher()
         if self.store is not None and self.store.check([str(rank)]):
             self.seen[rank] = Sign(**json.loads(self.store.get(str(rank))))
         return self.seen.get(rank)

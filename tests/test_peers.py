@@ -243,6 +243,22 @@ else:
     assert ended.stdout.endswith("all b''\n")
 
 
+def test_groups_of_the_callers_own(tiny: Path, tokenizer_path: str, forks: Forks) -> None:
+    """Two processes of a launcher, each a group of its own; then one group that the caller made, with builds that differ."""
+    script = START + (
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "print(Llama.build(sys.argv[1], sys.argv[2], 8, 1, device='cpu').generate([[1, 5]], 2, 0)[0])\n"
+        "dist.destroy_process_group()\ndist.init_process_group('gloo')\n"
+        "Llama.build(sys.argv[1], sys.argv[2], 8 + rank, 1, device='cpu')"
+    )
+    first, second = forks.ranks(script, str(tiny), tokenizer_path, seconds=30)
+    assert first.stdout.splitlines()[1:] == second.stdout.splitlines()[1:]
+    assert first.stderr.splitlines()[-1].endswith(
+        "max_seq_len is 8 on process 0, but 9 on process 1; give all of them the same"
+    )
+    assert second.stderr == ""
+
+
 def test_a_port_that_is_taken(forks: Forks) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
