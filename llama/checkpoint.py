@@ -6,10 +6,10 @@ others each rank copies its own slices only.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -315,7 +315,7 @@ def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
             hint = f"; are {whole[1] * files // found[1] - files} more shards missing?"
         raise ValueError(
             f"the weights in {checkpoint.folder} ({files} file{'s' * (files > 1)}) are not those that its {config} and "
-            f"tokenizer describe{hint}: {listed(problems, 100)}"
+            f"tokenizer describe{hint}: {listed(problems, 40)}"
         )
     if isinstance(checkpoint, MetaCheckpoint):
         for name, (_, dim, _) in plan.items():
@@ -351,15 +351,16 @@ def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tenso
     return maxima
 
 
-def check_scales(layers: Mapping[str, Quantized], checkpoint: Checkpoint) -> None:
-    """ValueError where a layer's scales are not what rounding makes of numbers. Before it is packed; waits for a GPU once."""
-    sound = [layer.has_sound_scales() for layer in layers.values()]
-    wrong = [prefix for prefix, is_sound in zip(layers, torch.stack(sound).tolist() if sound else []) if not is_sound]
-    if wrong:
-        raise ValueError(
-            f"{checkpoint.folder}: the scales of {listed(wrong)} are not all finite and above 0; the file is damaged, or the "
-            "weights that were rounded have NaN or infinity in them"
-        )
+def check_scales(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
+    """ValueError where scales or zeros (of the host; other tensors pass) are not what rounding makes of numbers."""
+    kind = name.rpartition(".")[2]
+    if kind in ("scales", "zeros"):
+        least, most = (x.item() for x in tensor.aminmax())
+        if not (math.isfinite(least) and math.isfinite(most) and (least > 0 or kind == "zeros")):
+            raise ValueError(
+                f"{checkpoint.folder}: {name} goes from {least} to {most}; scales are finite and above 0, and zeros finite: "
+                "the file is damaged, or the weights that were rounded have NaN or infinity in them"
+            )
 
 
 def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -374,7 +375,6 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
         with _progress(len(jobs)) as progress:
             for _ in run_jobs(jobs, device, checkpoint.mapped):
                 progress.update()
-        check_scales(quantized_layers(model), checkpoint)
     checkpoint.mapped.check_unchanged()
     model.allocate(device, dtype)
 
@@ -425,7 +425,10 @@ def _jobs(model: Transformer, checkpoint: Checkpoint) -> list[Job]:
 
 
 def _copy_part(checkpoint: Checkpoint, part: Part, weight: torch.Tensor, sender: Sender) -> None:
-    for rows, piece in sender.pieces(checkpoint.parts(part.name, part.dim, part.start, part.stop), part.dim):
+    stored = checkpoint.parts(part.name, part.dim, part.start, part.stop)
+    for tensor in stored:
+        check_scales(part.name, tensor, checkpoint)
+    for rows, piece in sender.pieces(stored, part.dim):
         weight[rows].copy_(piece)  # which converts it, on the device
 
 
@@ -452,13 +455,17 @@ def _fill_mapped(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype)
             progress.update()
             prefix = name.rpartition(".")[0]
             if layer is not None:
-                layer.load_state_dict(quantized(checkpoint, prefix, layer, start, stop, device), assign=True)
-                check_scales({prefix: layer}, checkpoint)
+                made = quantized(checkpoint, prefix, layer, start, stop, device)
+                for kind, tensor in made.items():
+                    check_scales(f"{prefix}.{kind}", tensor, checkpoint)
+                layer.load_state_dict(made, assign=True)
+                del made  # what is packed next is to be freed
                 layer.pack(dtype)  # at once, to free the tensors that were packed
                 return_freed()
                 rounded.add(prefix)
                 continue
             stored = checkpoint.read(name, dim, start, stop)
+            check_scales(name, stored, checkpoint)
             wanted = stored.dtype if prefix in layers else dtype
             if stored.dtype == wanted and stored.is_contiguous():
                 weights[name], mapped = stored, True
@@ -467,7 +474,6 @@ def _fill_mapped(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype)
                 checkpoint.mapped.copy(stored, weights[name])
     model.load_state_dict(weights, strict=not rounded, assign=True)  # the names are right: `check_weights` saw them
     weights.clear()
-    check_scales({prefix: layers[prefix] for prefix in layers.keys() - rounded}, checkpoint)
     for prefix in layers.keys() - rounded:
         for tensor in layers[prefix].pack(dtype):
             checkpoint.mapped.release(tensor)

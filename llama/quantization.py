@@ -78,13 +78,6 @@ class Quantized(nn.Module):
         """Round rows of the layer, float32, into the same rows of its tensors. maxima: of the full rows."""
         raise NotImplementedError
 
-    def has_sound_scales(self) -> torch.Tensor:
-        """Whether they are what `round` makes of numbers: a bool on the layer's device, before it is packed."""
-        tensors = dict(self.named_parameters(recurse=False))
-        scales, zeros = tensors["scales"], tensors.get("zeros")
-        sound = (scales > 0).all() & scales.isfinite().all()
-        return sound if zeros is None else sound & zeros.isfinite().all()
-
     def plain(self) -> dict[str, torch.Tensor]:
         """The tensors as they are stored."""
         raise NotImplementedError

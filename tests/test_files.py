@@ -429,12 +429,12 @@ def test_scales_that_no_rounding_makes(
     stored = torch.load(path)
     stored[f"layers.1.feed_forward.w2.{name}"].view(-1)[5] = value
     torch.save(stored, path)
-    with pytest.raises(ValueError, match=r"the scales of layers.1.feed_forward.w2 are not all finite and above 0"):
+    with pytest.raises(ValueError, match=rf"layers.1.feed_forward.w2.{name} goes from .* to .*the file is damaged"):
         build(tmp_path / "q", tokenizer_path)
 
 
 def test_weights_that_cannot_be_rounded(tmp_path: Path, tokenizer_path: str) -> None:
     weights = random_weights()
     weights[WQ][3, 3] = NAN
-    with pytest.raises(ValueError, match=r"scales of layers.0.attention.wq .*the weights that were rounded have NaN"):
+    with pytest.raises(ValueError, match=r"layers.0.attention.wq.scales goes from nan to nan.* rounded have NaN"):
         build(write_checkpoint(tmp_path, weights), tokenizer_path, quantize="int8")
