@@ -18,6 +18,7 @@ from typing import Optional
 import fire
 
 from llama import Llama, checkpoint, quantization, rounding
+from llama.files import check_file
 
 sys.path.insert(0, str(Path(quantization.__file__).parent / "demo"))
 from data import read_stories
@@ -41,6 +42,7 @@ def perplexity(ckpt_dir: Optional[str], stories: list[str], **options: str) -> f
 
 
 def main(text: str, ckpt_dir: Optional[str] = None, stories: int = 100) -> None:
+    check_file(Path(text))
     held_out = read_stories(Path(text))[1][:stories]
     print(f"{len(held_out)} held-out stories, {ckpt_dir or 'the demo model'}")
     whole = perplexity(ckpt_dir, held_out)

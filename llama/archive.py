@@ -8,7 +8,6 @@ same, whatever it is about.
 
 from __future__ import annotations
 
-import pickle
 import pickletools
 import struct
 import sys
@@ -41,7 +40,7 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 MARK = object()
 
 
-class Foreign(pickle.UnpicklingError):
+class Foreign(Exception):
     """The pickle asks for something else than tensors."""
 
 
