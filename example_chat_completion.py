@@ -6,6 +6,7 @@ import fire
 
 from llama import Dialog, Llama
 from llama.pipes import as_the_shell_left_them
+from llama.printable import printable
 
 
 def main(
@@ -71,8 +72,8 @@ If a question does not make any sense, or is not factually coherent, explain why
     results = generator.chat_completion(dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
     for dialog, result in zip(dialogs, results):
         for message in dialog:
-            print(f"{message['role'].capitalize()}: {message['content']}\n")
-        print(f"> {result['generation']['role'].capitalize()}: {result['generation']['content']}")
+            print(printable(f"{message['role'].capitalize()}: {message['content']}\n"))
+        print(printable(f"> {result['generation']['role'].capitalize()}: {result['generation']['content']}"))
         print("\n==================================\n")
 
 

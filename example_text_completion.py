@@ -6,6 +6,7 @@ import fire
 
 from llama import Llama
 from llama.pipes import as_the_shell_left_them
+from llama.printable import printable
 
 
 def main(
@@ -49,8 +50,8 @@ def main(
     ]
     results = generator.text_completion(prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
     for prompt, result in zip(prompts, results):
-        print(prompt)
-        print(f"> {result['generation']}")
+        print(printable(prompt))
+        print(printable(f"> {result['generation']}"))
         print("\n==================================\n")
 
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from .files import check_file, shortened
+from .files import check_file
+from .printable import shortened
 
 PICKLE_BYTES = 2**20  # the most that the index of a .pth file may have; 70B's has 0.1 MB. Its reading takes a second at most
 # Parts of up to this size are compared with their checksums: norms and scales, whose numbers matter most. To read the

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
 import torch
 
+from .checks import whole
 from .drafting import Drafter
 from .engine import Engine, token_logprobs
 from .model import ModelArgs
+from .printable import shortened
 from .runtime import device_kind, to_device
 from .sampling import Sampling, exponential_noise, next_token
 
@@ -100,10 +101,7 @@ def check_prompts(prompt_tokens: Sequence[Sequence[int]], args: ModelArgs) -> li
     """Prompts of ids as lists. ValueError for one that is empty, too long for the cache, or has an unknown id."""
     if not isinstance(prompt_tokens, Sequence):
         raise ValueError(f"prompt_tokens must be a list of lists of ids, not {type(prompt_tokens).__name__}")
-    try:
-        prompts = [[operator.index(token) for token in prompt] for prompt in prompt_tokens]
-    except TypeError as error:
-        raise ValueError(f"prompt_tokens must be lists of ids: {error}") from error
+    prompts = [_ids(prompt) for prompt in prompt_tokens]
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} is empty; it needs at least one id, BOS for example")
@@ -118,6 +116,23 @@ def check_prompts(prompt_tokens: Sequence[Sequence[int]], args: ModelArgs) -> li
                     f"prompt {row} has the id {token}, which is outside the vocabulary; ids go from 0 to {args.vocab_size - 1}"
                 )
     return prompts
+
+
+def _ids(prompt: Iterable[int]) -> list[int]:
+    """A prompt as a list of Python's whole numbers."""
+    try:
+        given = None if isinstance(prompt, (Mapping, Set)) else list(prompt)
+    except TypeError:
+        given = None
+    if given is None:
+        raise ValueError(f"prompt_tokens must be lists of ids, and {shortened(prompt)} is none")
+    if set(map(type, given)) <= {int}:
+        return given
+    ids = [number for token in given if (number := whole(token)) is not None]
+    if len(ids) < len(given):
+        wrong = next(token for token in given if whole(token) is None)
+        raise ValueError(f"prompt_tokens must be lists of ids, and {shortened(wrong)} is none")
+    return ids
 
 
 class Batch:

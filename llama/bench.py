@@ -15,9 +15,11 @@ import torch
 
 from . import memory
 from .batching import Batch, Request
+from .checks import whole_number
 from .generation import DEMO, DEMO_POSITIONS, Llama
 from .model import Transformer
 from .parallel import from_first_process
+from .printable import printable
 from .runtime import Launch, device_kind
 from .sampling import Sampling
 from .tokenizer import user_path
@@ -46,11 +48,11 @@ def bench(
     in place of the text. Medians of 3 runs after one that is not counted. Under torchrun, bytes and rates are one process's.
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "compile": compile}
-    _check_count("new_tokens", new_tokens, 2)  # one comes with the prompt; decode is timed on the others
-    _check_count("batch_size", batch_size, 1)
+    new_tokens = whole_number("new_tokens", new_tokens, 2)  # one comes with the prompt; decode is timed on the others
+    batch_size = whole_number("batch_size", batch_size, 1)
     if prompt_tokens is None:
         prompt_tokens = 480 if ckpt_dir is not None else max(1, min(480, DEMO_POSITIONS - new_tokens))
-    _check_count("prompt_tokens", prompt_tokens, 1)
+    prompt_tokens = whole_number("prompt_tokens", prompt_tokens, 1)
     began = time.perf_counter()
     # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
     with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():
@@ -62,12 +64,7 @@ def bench(
         "load_s": time.perf_counter() - began,
         **measure(llama, prompt_tokens, new_tokens, batch_size),
     }
-    print(jsonlib.dumps(report) if json else _text(report), flush=True)
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of {least} or more")
+    print(jsonlib.dumps(report) if json else printable(_text(report)), flush=True)
 
 
 def measure(llama: Llama, prompt_tokens: int, new_tokens: int, batch_size: int) -> dict[str, Any]:

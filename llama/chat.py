@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Literal, Optional, TypedDict
 
+from .printable import shortened
 from .tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
@@ -27,15 +28,20 @@ class DialogError(ValueError, AssertionError):
     """A dialog that the format has no words for. An AssertionError too, since that is what Meta's release raises."""
 
 
-def check_dialog(dialog: Sequence[Message]) -> None:
-    """Raise a DialogError unless `dialog` is [system,] user, assistant, user, … user."""
+def check_messages(dialog: Sequence[Message]) -> None:
+    """Raise a DialogError unless `dialog` is a list of messages, from whomever."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise DialogError(f"a dialog is a list of messages, not {type(dialog).__name__}")
     for i, message in enumerate(dialog):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise DialogError(f"message {i} must be {{'role': …, 'content': …}}, not {message!r}")
+            raise DialogError(f"message {i} must be {{'role': …, 'content': …}}, not {shortened(message)}")
         if not isinstance(message["content"], str):
             raise DialogError(f"the content of message {i} is {type(message['content']).__name__}; it must be a str")
+
+
+def check_dialog(dialog: Sequence[Message], begun: bool = False) -> None:
+    """Raise a DialogError unless `dialog` is [system,] user, assistant, user, … user; with `begun`, … user, assistant."""
+    check_messages(dialog)
     first = 1 if dialog and dialog[0]["role"] == "system" else 0
     if len(dialog) == first:
         raise DialogError("a dialog needs a message from the user; this one has none")
@@ -44,10 +50,11 @@ def check_dialog(dialog: Sequence[Message]) -> None:
         if message["role"] != expected:
             raise DialogError(
                 "model only supports 'system', 'user' and 'assistant' roles, starting with 'system', then 'user' and "
-                f"alternating (u/a/u/a/u...); message {i} is from {message['role']!r}, not {expected!r}"
+                f"alternating (u/a/u/a/u...); message {i} is from {shortened(message['role'])}, not {expected!r}"
             )
-    if dialog[-1]["role"] != "user":
-        raise DialogError(f"Last message must be from user, got {dialog[-1]['role']}")
+    last = "assistant" if begun else "user"
+    if dialog[-1]["role"] != last:
+        raise DialogError(f"Last message must be from {last}, got {dialog[-1]['role']}")
 
 
 def is_unsafe(dialog: Sequence[Message]) -> bool:
@@ -55,19 +62,31 @@ def is_unsafe(dialog: Sequence[Message]) -> bool:
     return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
-def encode_dialog(dialog: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def encode_turn(user: str, assistant: str, tokenizer: Tokenizer, system: Optional[str] = None) -> list[int]:
+    """The ids of a turn that is over, between BOS and EOS. The two messages are stripped."""
+    return tokenizer.encode(f"{_asked(user, system)} {assistant.strip()} ", bos=True, eos=True)
+
+
+def encode_dialog(dialog: Sequence[Message], tokenizer: Tokenizer, begun: bool = False) -> list[int]:
     """The prompt's ids: every turn is encoded by itself, between BOS and EOS; the last one is left open for the reply.
 
         <s> "[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST] {assistant} " </s> <s> "[INST] {user} [/INST]"
 
-    The system message becomes part of the first user message, and the two are stripped as one text. DialogError for a
-    dialog that is empty, system-only, out of turn, or not made of messages.
+    The system message becomes part of the first user message, and the two are stripped as one text. begun: the dialog ends
+    with the beginning of the reply, which is stripped on its left only: what follows is written behind its last character.
+    DialogError for a dialog that is empty, system-only, out of turn, or not made of messages.
     """
-    check_dialog(dialog)
+    check_dialog(dialog, begun)
     texts = [message["content"] for message in dialog]
-    if dialog[0]["role"] == "system":
-        texts[:2] = [B_SYS + texts[0] + E_SYS + texts[1]]
+    system = texts.pop(0) if dialog[0]["role"] == "system" else None
+    beginning = texts.pop().lstrip() if begun else ""
     ids: list[int] = []
     for user, assistant in zip(texts[0::2], texts[1::2]):
-        ids += tokenizer.encode(f"{B_INST} {user.strip()} {E_INST} {assistant.strip()} ", bos=True, eos=True)
-    return ids + tokenizer.encode(f"{B_INST} {texts[-1].strip()} {E_INST}", bos=True, eos=False)
+        ids += encode_turn(user, assistant, tokenizer, system)
+        system = None
+    return ids + tokenizer.encode(_asked(texts[-1], system) + f" {beginning}" * bool(beginning), bos=True, eos=False)
+
+
+def _asked(user: str, system: Optional[str]) -> str:
+    text = user if system is None else B_SYS + system + E_SYS + user
+    return f"{B_INST} {text.strip()} {E_INST}"

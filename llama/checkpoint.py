@@ -19,11 +19,12 @@ import torch
 from tqdm import tqdm
 
 from .archive import Foreign, read_archive
-from .files import MappedFiles, Number, check_file, contents, is_there, listed, read_json, shortened
+from .files import MappedFiles, Number, check_file, contents, is_there, listed, read_json
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY, HuggingFaceCheckpoint
 from .memory import return_freed
 from .model import ModelArgs, Transformer
 from .parallel import group_rank, group_size, is_first_process, model_parallel_group
+from .printable import escaped, shortened
 from .quantization import Quantized, quantize_layers
 from .rounding import Quantization, row_maxima
 from .runtime import DTYPES, device_kind
@@ -109,7 +110,7 @@ def map_shard(path: Path, quantized: bool = False) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(
             f"{path} cannot be read: it is cut short, damaged, or not in the zip format of torch.save "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); download or save it again"
+            f"({escaped(str(error).splitlines()[0]) if str(error) else type(error).__name__}); download or save it again"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is not a flat dictionary of tensors; pass a checkpoint in Meta's format")
@@ -138,7 +139,7 @@ class MetaCheckpoint:
             for name in sorted(first.keys() | shard.keys()):
                 a, b = first.get(name), shard.get(name)
                 if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
-                    raise ValueError(f"{path.name} and {self.paths[0].name} in {ckpt_dir} disagree about {name}; "
+                    raise ValueError(f"{path.name} and {self.paths[0].name} in {ckpt_dir} disagree about {escaped(name)}; "
                                      "they are not shards of one model")  # fmt: skip
         self.dtypes = {name: tensor.dtype for name, tensor in first.items() if name not in IGNORED}
         if "tok_embeddings.weight" not in first:
@@ -230,7 +231,8 @@ def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
     if isinstance(checkpoint, HuggingFaceCheckpoint) and stated > pieces:
         if is_first_process():
             warnings.warn(
-                f"{checkpoint.folder} has {stated} ids, but the tokenizer has {pieces} pieces; the ids beyond are left out",
+                f"{escaped(str(checkpoint.folder))} has {stated} ids, but the tokenizer has {pieces} pieces; "
+                "the ids beyond are left out",
                 stacklevel=3,
             )
     elif stated not in (-1, pieces):

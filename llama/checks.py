@@ -1,14 +1,23 @@
-"""What counts as a number among a caller's arguments: Python's own and numpy's, but no truth values and no texts."""
+"""What counts as a number among a caller's arguments: Python's own, numpy's and torch's, but no truth values and no texts."""
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from operator import index
 from typing import Any, Optional
 
+from .printable import shortened
+
+
+def _plain(value: Any) -> Any:
+    """The Python number in a scalar of numpy or torch."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
 
 def whole(value: Any) -> Optional[int]:
     """The whole number that `value` is, or None."""
+    value = _plain(value)
     if isinstance(value, bool):
         return None
     try:
@@ -18,10 +27,21 @@ def whole(value: Any) -> Optional[int]:
 
 
 def real(value: Any) -> Optional[float]:
-    """The number that `value` is, or None."""
+    """The number that `value` is, or None: for NaN too, which compares false with everything."""
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:  # a whole number of hundreds of digits
         return None
+    return None if math.isnan(number) else number
+
+
+def whole_number(name: str, value: Any, least: int, most: Optional[int] = None, most_told: str = "") -> int:
+    """The argument `name` as an int. ValueError unless it is a whole number from `least` to `most` (told as `most_told`)."""
+    number = whole(value)
+    if number is None or number < least or (most is not None and number > most):
+        limits = f"of {least} or more" if most is None else f"from {least} to {most_told or most}"
+        raise ValueError(f"{name}={shortened(value)} must be a whole number {limits}")
+    return number

@@ -13,8 +13,10 @@ import torch
 from . import memory, peers, pipes, runtime, terminal
 from .bench import bench
 from .checkpoint import choose_quantization, fit_vocabulary, open_checkpoint, stored_quantization
+from .checks import whole_number
 from .convert import convert as convert_checkpoint
 from .model import check_args, process_counts
+from .printable import escaped
 from .tokenizer import Tokenizer, tokenizer_near, user_path
 
 
@@ -39,8 +41,9 @@ def convert(
     chosen = None if dtype is None else runtime.choose_dtype(dtype, torch.float32, torch.device("cpu"))
     convert_checkpoint(source, target, to, shards, chosen, tokenizer, quantize)
     if tokenizer is None and to == "hf":
-        print(f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path", file=sys.stderr)
-    print(f"{target} is written")
+        told = f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path"
+        print(escaped(told), file=sys.stderr)
+    print(escaped(f"{target} is written"))
 
 
 def info(
@@ -57,9 +60,9 @@ def info(
 
     max_batch_size, max_seq_len, processes, dtype, device, quantize: as `Llama.build` has them, to reckon the memory.
     """
-    for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len), ("processes", processes)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
+    max_batch_size = whole_number("max_batch_size", max_batch_size, 1)
+    max_seq_len = whole_number("max_seq_len", max_seq_len, 1)
+    processes = whole_number("processes", processes, 1)
     folder = user_path(ckpt_dir)
     checkpoint = open_checkpoint(folder)
     stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
@@ -76,14 +79,15 @@ def info(
     numbers = memory.estimate(args, torch.int8).weights
     whole = memory.estimate(args, stored, 1, stored_quantization(checkpoint)).weights
     theta = f", rotary base {args.rope_theta:g}" + (", one matrix for embedding and output" if checkpoint.tied else "")
-    print(f"{folder}: {checkpoint.format} format, {len(checkpoint.paths)} file{'s' * (len(checkpoint.paths) > 1)} of weights")
+    files = f"{len(checkpoint.paths)} file{'s' * (len(checkpoint.paths) > 1)}"
+    print(f"{escaped(str(folder))}: {checkpoint.format} format, {files} of weights")
     print(f"  model       {args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, "
           f"{args.kv_heads} key/value heads, feed-forward {args.ffn_width}, {args.vocab_size} ids{theta}")  # fmt: skip
     kind = quantization.kind if stored_quantization(checkpoint) and quantization else str(stored).removeprefix("torch.")
     form = f", matrices in {quantization.kind}" if quantization else ""
     print(f"  parameters  {numbers:,} in {kind}, {memory.gigabytes(whole)}")
     if tokenizer:
-        print(f"  tokenizer   {path}: {tokenizer.n_words} pieces, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}")
+        print(f"  tokenizer   {escaped(str(path))}: {tokenizer.n_words} pieces, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}")
     else:
         print("  tokenizer   none here or in the folder above; pass --tokenizer_path")
     print(f"  processes   {', '.join(map(str, process_counts(args)))}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from . import compiler, gpu_step, packages, proven, runtime
 from .model import Transformer
 from .parallel import ColumnParallelLinear, all_agree, forget_small_all_reduces, is_first_process, prepare_small_all_reduces
+from .printable import printable
 from .proven import STEP_TOLERANCE, is_near
 
 LEAST_COLUMNS = 256  # of the cache that a recorded graph looks at; more comes in powers of two
@@ -66,7 +67,7 @@ def reason(error: Exception) -> str:
 
 def say(line: str) -> None:
     if is_first_process():
-        print(line)
+        print(printable(line))
 
 
 def fingerprint(model: Transformer) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Optional, TypedDict, Union, cast
+from typing import Any, Optional, TypedDict, Union
 
 import torch
 from tqdm import tqdm
 
 from .batching import Batch, FinishReason
 from .chat import UNSAFE_ERROR, Message
-from .checks import whole
-from .files import shortened
+from .checks import whole, whole_number
 from .parallel import is_first_process
+from .printable import escaped, shortened
 from .sampling import Sampling
 from .tokenizer import TextStream, Tokenizer, split
 
@@ -90,7 +90,16 @@ class Options(TypedDict, total=False):
 class Completions:
     """Chunks of the prompts that a batch runs, as it decides them. To be iterated over once, or in part."""
 
-    def __init__(self, tokenizer: Tokenizer, batch: Batch, *, stops: Sequence[str], echo: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        batch: Batch,
+        *,
+        stops: Sequence[str],
+        echo: bool,
+        begun: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """begun: for each prompt the ids at its end whose text its new text goes on from; none if not given."""
         self.tokenizer, self.batch = tokenizer, batch
         self.streams = [TextStream(tokenizer, stops) for _ in batch.requests]
         self.waiting = [self._chunk(i) for i in range(len(batch.requests))]
@@ -98,6 +107,8 @@ class Completions:
             for chunk, stream, request in zip(self.waiting, self.streams, batch.requests):
                 chunk["text"] = stream.prime(request.prompt)
                 chunk["tokens"] += request.prompt
+        for stream, ids in zip(self.streams, begun):
+            stream.prime(ids)
 
     def _chunk(self, index: int) -> Chunk:
         chunk = Chunk(index=index, text="", tokens=[], finish_reason=None)
@@ -153,8 +164,10 @@ def window_starts(length: int, size: int, stride: int) -> list[int]:
     return [0, *range(stride, length - size + stride, stride)]
 
 
-def predictions(tokenizer: Tokenizer, chunks: Iterable[Chunk], count: int) -> list[CompletionPrediction]:
-    """Drain a stream of `count` prompts into their whole completions, in order."""
+def predictions(
+    tokenizer: Tokenizer, chunks: Iterable[Chunk], count: int, begun: Sequence[Sequence[int]]
+) -> list[CompletionPrediction]:
+    """Drain a stream of `count` prompts into their whole completions, in order. begun: as `Completions` has it."""
     wholes: list[Chunk] = [Chunk(text="", tokens=[]) for _ in range(count)]
     for chunk in chunks:
         whole = wholes[chunk["index"]]
@@ -165,15 +178,15 @@ def predictions(tokenizer: Tokenizer, chunks: Iterable[Chunk], count: int) -> li
             whole["logprobs"] = whole.get("logprobs", []) + chunk["logprobs"]
         if "top_logprobs" in chunk:
             whole["top_logprobs"] = whole.get("top_logprobs", []) + chunk["top_logprobs"]
-    return [_prediction(tokenizer, whole) for whole in wholes]
+    return [_prediction(tokenizer, whole, begun[i] if begun else ()) for i, whole in enumerate(wholes)]
 
 
-def _prediction(tokenizer: Tokenizer, whole: Chunk) -> CompletionPrediction:
+def _prediction(tokenizer: Tokenizer, whole: Chunk, begun: Sequence[int]) -> CompletionPrediction:
     reason = whole["finish_reason"]
     assert reason is not None  # every prompt's last chunk has one
     prediction = CompletionPrediction(generation=whole["text"], finish_reason=reason)
     if "logprobs" in whole:
-        texts = split(tokenizer, whole["tokens"])
+        texts = split(tokenizer, [*begun, *whole["tokens"]])[len(begun) :]
         room = len(whole["text"])
         if sum(map(len, texts)) > room:  # a stop string was cut off: what was behind the cut goes, ids and all
             kept = []
@@ -226,9 +239,12 @@ def chat_chunks(chunks: Iterable[Chunk], safe: Sequence[int], count: int) -> Ite
 
 @dataclass(frozen=True)
 class Choice:
-    """`Options`, checked. The prompts have seeds of their own, or the call has one, or neither."""
+    """Meta's arguments and `Options`, checked. The prompts have seeds of their own, or the call has one, or neither."""
 
     sampling: Sampling
+    length: int  # ids that may follow a prompt
+    scored: bool
+    alternatives: int
     stops: tuple[str, ...]
     stop_ids: tuple[int, ...]
     seeds: tuple[Optional[int], ...]  # one for each prompt
@@ -239,50 +255,69 @@ class Choice:
         """By the names of the options, in one form for one meaning: stops and stop_ids may come as sets."""
         seeds = self.seed if self.seed is not None else self.seeds
         own = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids)), "seed": seeds, "draft": self.draft}
-        return {**vars(self.sampling), **own}
+        logprobs = self.alternatives or self.scored
+        return {"max_gen_len": self.length, "logprobs": logprobs, **vars(self.sampling), **own}
+
+
+METAS_OPTIONS = ("temperature", "top_p", "max_gen_len", "logprobs")
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
 
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    """The parts of a list of texts, ids or seeds. What can be gone over once only would be empty for the next call."""
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Collection):
+        raise ValueError(f"{name}={shortened(value)} must be {what}, in a list")
     try:
         return tuple(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r} must be {what}, in a list") from None
+    except TypeError as error:  # an array without dimensions
+        raise ValueError(f"{name}={shortened(value)} must be {what}, in a list") from error
 
 
-def parse_options(temperature: float, top_p: float, options: Options, prompts: int, vocab_size: int) -> Choice:
-    """ValueError for an option that does not exist or is out of range."""
-    known = Options.__annotations__
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"unknown option {', '.join(unknown)}; there are {', '.join(known)}")
-    stop = options.get("stop")
-    stops: tuple[Any, ...] = (stop,) if stop is None or isinstance(stop, str) else _several("stop", stop, "texts")
-    stops = () if stop is None else stops
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """The option `stop`: none, one or several texts."""
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else _several("stop", stop, "texts")
     if not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError(f"stop={stops!r} must be texts that are not empty")
-    ids = options.get("stop_ids")
-    stop_ids = tuple(map(whole, () if ids is None else _several("stop_ids", ids, "ids")))
-    if not all(i is not None and 0 <= i < vocab_size for i in stop_ids):
-        raise ValueError(f"stop_ids={ids!r} must be ids from 0 to {vocab_size - 1}")
-    given: Any = options.get("seed")
-    is_one = given is None or isinstance(given, (bool, float, str)) or whole(given) is not None
-    told = (given,) if is_one else _several("seed", given, "whole numbers")
+        raise ValueError(f"stop={shortened(stop)} must be texts that are not empty")
+    return stops
+
+
+def _seeds(given: Any, prompts: int) -> tuple[Optional[int], tuple[Optional[int], ...]]:
+    """The option `seed`: of the call, and of each prompt."""
+    is_one = given is None or whole(given) is not None or not isinstance(given, Collection) or isinstance(given, (str, Set))
+    told = (given,) if is_one else _several("seed", given, "a whole number, or one for each prompt")
     if not is_one and len(told) != prompts:
         raise ValueError(f"{len(told)} seeds for {prompts} prompts; give one seed, or one for each prompt")
-    numbers = tuple(None if number is None else whole(number) for number in told)
-    for original, number in zip(told, numbers):
-        if original is not None and (number is None or not 0 <= number < 2**63):
-            raise ValueError(f"seed={shortened(original)} must be a whole number from 0 to 2**63 - 1")
-    seed, seeds = (numbers[0], (None,) * prompts) if is_one else (None, numbers)
-    draft = options.get("draft")
-    if draft not in (None, True, False):
-        raise ValueError(f"draft={draft!r} must be True, False or None")
-    sampling = Sampling(
-        temperature,
-        top_p,
-        options.get("top_k", 0),
-        options.get("min_p", 0.0),
-        options.get("repetition_penalty", 1.0),
-        options.get("logit_bias"),
-    )
+    numbers = tuple(None if n is None else whole_number("seed", n, 0, 2**63 - 1, "2**63 - 1") for n in told)
+    return (numbers[0], (None,) * prompts) if is_one else (None, numbers)
+
+
+def parse_options(given: Mapping[str, Any], prompts: int, vocab_size: int, max_seq_len: int) -> Choice:
+    """ValueError for an option that does not exist or is out of range. What is not given has Meta's default."""
+    known = (*Options.__annotations__, *METAS_OPTIONS)
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"unknown option {escaped(', '.join(unknown))}; there are {', '.join(known)}")
+    length, logprobs = given.get("max_gen_len"), given.get("logprobs", False)
+    alternatives = 0 if isinstance(logprobs, bool) else whole(logprobs)
+    if alternatives is None or alternatives < 0:
+        raise ValueError(f"logprobs={shortened(logprobs)} must be True, False, or how many alternatives to report")
+    ids = given.get("stop_ids")
+    stop_ids = [whole(i) for i in (() if ids is None else _several("stop_ids", ids, "ids"))]
+    if not all(i is not None and 0 <= i < vocab_size for i in stop_ids):
+        raise ValueError(f"stop_ids={shortened(ids)} must be ids from 0 to {vocab_size - 1}")
+    seed, seeds = _seeds(given.get("seed"), prompts)
+    draft = given.get("draft")
+    if draft is not None and not isinstance(draft, bool):
+        raise ValueError(f"draft={shortened(draft)} must be True, False or None")
+    sampling = Sampling(**{name: given[name] for name in SAMPLING_OPTIONS if name in given})
     sampling.bias(vocab_size, torch.device("cpu"))  # checks it
-    return Choice(sampling, stops, cast(tuple[int, ...], stop_ids), seeds, seed, draft)
+    return Choice(
+        sampling,
+        max_seq_len - 1 if length is None else whole_number("max_gen_len", length, 0),
+        logprobs is True or alternatives > 0,
+        alternatives,
+        stop_strings(given.get("stop")),
+        tuple(i for i in stop_ids if i is not None),
+        seeds,
+        seed,
+        draft,
+    )

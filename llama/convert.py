@@ -32,6 +32,7 @@ from .checkpoint import (
     quantized_layers,
     stored_quantization,
 )
+from .checks import whole_number
 from .huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from .model import ModelArgs, Transformer, check_args, feed_forward_width
 from .quantization import Quantized
@@ -117,8 +118,7 @@ def _meta_files(
 ) -> dict[str, list[Entry]]:
     """consolidated.NN.pth: shard i has the i-th part of every matrix, along the dimension that its layer is cut."""
     kv_heads = model.params.kv_heads
-    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-        raise ValueError(f"shards={shards!r} must be a whole number of 1 or more")
+    shards = whole_number("shards", shards, 1)
     check_args(model.params, shards)
     if kv_heads % shards:
         raise ValueError(f"{kv_heads} key/value heads cannot be cut into {shards} shards; use a divisor of {kv_heads}")

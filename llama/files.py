@@ -1,4 +1,4 @@
-"""How files are read: what a name must stand for before it is opened, JSON with numbers in range, mapped files.
+"""How files are read and replaced: what a name must stand for before it is opened, JSON with numbers in range, mapped files.
 
 Every file that a user names is read through `read_file`, or passes `check_file` before a library opens it by its name.
 """
@@ -6,10 +6,12 @@ Every file that a user names is read through `read_file`, or passes `check_file`
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import math
 import mmap
 import os
+import secrets
 import stat
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
+
+from .printable import escaped, shortened
 
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
 COPY_BYTES = 16 * 2**20  # what a processor's cache may hold: twice as fast as larger pieces
@@ -43,7 +47,7 @@ class Number(NamedTuple):
 
 
 def listed(items: Iterable[str], most: int = 12) -> str:
-    items = list(items)
+    items = list(map(escaped, items))
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
 
@@ -55,9 +59,18 @@ def contents(folder: Path) -> str:
         return f"what cannot be listed ({error.strerror})"
 
 
-def shortened(value: Any, most: int = 80) -> str:
-    text = f"a {value.bit_length()}-bit number" if isinstance(value, int) and value.bit_length() > 4096 else repr(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
+def parse_json(data: bytes) -> Any:
+    """What JSON says. ValueError for what is none, nested too deep, or has numbers that are not finite."""
+    try:
+        return json.loads(data, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_without_doubles)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{shortened(text)} is not a finite number")
+    return number
 
 
 def is_there(path: Path) -> bool:
@@ -70,7 +83,7 @@ def check_file(path: Path) -> os.stat_result:
     try:
         found = path.stat()
     except FileNotFoundError as error:
-        what = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "missing"
+        what = f"a link to {escaped(os.readlink(path))}, which is not there" if path.is_symlink() else "missing"
         raise ValueError(f"{path} is {what}") from error
     except (OSError, ValueError) as error:  # no permission, a name too long, links in a circle, a name with a zero byte
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -112,6 +125,34 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {shortened(key)} stands there twice")
         found[key] = value
     return found
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: beside the one that is there, whose place and permissions it takes when it is written.
+
+    Where `path` is a link, the file that it points to is replaced.
+    """
+    target = Path(os.path.realpath(path))
+    mode = None
+    if target.exists():
+        if not target.is_file():
+            raise ValueError(f"{path} is no file that could be written over; name another one")
+        if not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        mode = stat.S_IMODE(target.stat().st_mode)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    beside = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else 0o600)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            beside.chmod(mode)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class MappedFiles:

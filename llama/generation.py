@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from .chat import (
     is_unsafe,
 )
 from .checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
-from .checks import whole
+from .checks import whole, whole_number
 from .completion import (
     ChatPrediction,
     Choice,
@@ -64,6 +64,7 @@ from .parallel import (
     several_processes,
     together,
 )
+from .printable import shortened
 from .sampling import sample_top_p
 from .session import ChatSession
 from .tokenizer import Tokenizer, split, tokenizer_near, user_path
@@ -123,14 +124,11 @@ class Llama:
             trained = DEMO_POSITIONS if folder == DEMO else None
             if max_seq_len is None:
                 max_seq_len = trained or 2048
-            for name, limit in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-                if (number := whole(limit)) is None or not 1 <= number < 2**31:
-                    raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more, and below 2**31")
-            max_seq_len, max_batch_size = int(max_seq_len), int(max_batch_size)
-            if whole(seed) is None or not -(2**63) <= seed < 2**64:
-                raise ValueError(f"seed={seed!r} must be a whole number of 64 bits")
+            max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "2**31 - 1")
+            max_batch_size = whole_number("max_batch_size", max_batch_size, 1, 2**31 - 1, "2**31 - 1")
+            seed = whole_number("seed", seed, -(2**63), 2**64 - 1, "2**64 - 1")
             if compile not in (None, True, False):
-                raise ValueError(f"compile={compile!r} must be True, False or None")
+                raise ValueError(f"compile={shortened(compile)} must be True, False or None")
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             checkpoint = open_checkpoint(folder)
@@ -286,19 +284,25 @@ class Llama:
         logprobs: Union[bool, int] = False,
         *,
         on_unsafe: Literal["reply", "raise"] = "reply",
+        continue_final_message: bool = False,
         **options: Unpack[Options],
     ) -> list[ChatPrediction]:
         """The assistant's reply to each of any number of dialogs. For the arguments and errors see `text_completion`.
 
         A dialog that is not [system,] user, assistant, … user raises `DialogError`. One whose messages contain a tag of
         the format is not run: its reply is `UNSAFE_ERROR`, without tokens, or a `DialogError` with on_unsafe="raise".
+        continue_final_message: the dialogs end with the beginning of the assistant's reply, and the predictions are what
+        follows it: the two texts, joined, are the reply.
         """
         safe: list[int] = []
-        ids = self._encode_dialogs(dialogs, on_unsafe, safe)
+        begun: list[list[int]] = []
+        ids = self._encode_dialogs(dialogs, on_unsafe, continue_final_message, safe, begun)
         if self._replaced_generate:
+            if continue_final_message:
+                raise ValueError("generate was replaced by another one, which takes no continue_final_message")
             completions = self._by_generate(ids(), temperature, top_p, max_gen_len, logprobs, {}, options)
         else:
-            completions = self._complete(ids, temperature, top_p, max_gen_len, logprobs, False, options)
+            completions = self._complete(ids, temperature, top_p, max_gen_len, logprobs, False, options, begun=begun)
         replies = dict(zip(safe, completions))
         return [chat_prediction(replies.get(i), logprobs) for i in range(len(dialogs))]
 
@@ -311,17 +315,19 @@ class Llama:
         logprobs: Union[bool, int] = False,
         *,
         on_unsafe: Literal["reply", "raise"] = "reply",
+        continue_final_message: bool = False,
         **options: Unpack[Options],
     ) -> Iterator[Chunk]:
         """`chat_completion` as it is decided. The replies to unsafe dialogs come first."""
         safe: list[int] = []
-        ids = self._encode_dialogs(dialogs, on_unsafe, safe)
-        chunks = self._stream(ids, temperature, top_p, max_gen_len, logprobs, False, options)
+        begun: list[list[int]] = []
+        ids = self._encode_dialogs(dialogs, on_unsafe, continue_final_message, safe, begun)
+        chunks = self._stream(ids, temperature, top_p, max_gen_len, logprobs, False, options, begun=begun)
         return chat_chunks(chunks, safe, len(dialogs))
 
-    def chat(self, system: Optional[str] = None, **options: Any) -> ChatSession:
-        """A conversation that remembers: each turn runs only what is new. For the options see `ChatSession`."""
-        return ChatSession(self, system, **options)
+    def chat(self, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> ChatSession:
+        """A conversation that remembers: each turn runs only what is new. For the arguments see `ChatSession`."""
+        return ChatSession(self, system, dialog=dialog, **options)
 
     def continue_ids(
         self,
@@ -330,10 +336,23 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: Optional[int] = None,
         logprobs: Union[bool, int] = False,
+        *,
+        begun: Sequence[int] = (),
         **options: Unpack[Options],
     ) -> Iterator[Chunk]:
-        """Stream what follows one prompt of ids, running only what the cache does not hold from the call before."""
-        return self._stream(lambda: [prompt], temperature, top_p, max_gen_len, logprobs, False, options, reuse=True)
+        """Stream what follows one prompt of ids, running only what the cache does not hold from the call before.
+
+        begun: the last ids of the prompt, if the text is to go on from theirs: with the space between two words, where it
+        would otherwise begin without one.
+        """
+        prompts = [prompt]
+        return self._stream(
+            lambda: prompts, temperature, top_p, max_gen_len, logprobs, False, options, reuse=True, begun=[begun]
+        )
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """ValueError unless a completion of one prompt would take them."""
+        parse_options(options, 1, self.model.vocab_size, self.model.params.max_seq_len)
 
     def score(self, texts: Sequence[str], *, stride: Optional[int] = None) -> list[Score]:
         """How probable the model finds each text, token by token, with BOS in front.
@@ -343,8 +362,7 @@ class Llama:
         """
         size = self.model.params.max_seq_len
         stride = max(1, size // 2) if stride is None else stride
-        if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < max(size, 2):
-            raise ValueError(f"stride={stride!r} must be a whole number from 1 to max_seq_len - 1 = {size - 1}")
+        stride = whole_number("stride", stride, 1, max(size - 1, 1), f"max_seq_len - 1 = {size - 1}")
         ids: list[list[int]] = []
         windows: list[tuple[int, int]] = []
 
@@ -373,9 +391,11 @@ class Llama:
         """
         with self._engine.lock, together(self._group) as agreement:
             if pooling not in ("mean", "last"):
-                raise ValueError(f"pooling={pooling!r} must be 'mean' or 'last'")
-            if isinstance(layer, bool) or not isinstance(layer, int) or not -1 <= layer <= self.model.n_layers:
-                raise ValueError(f"layer={layer!r} must be from 0 to {self.model.n_layers}, or -1 for all and the last norm")
+                raise ValueError(f"pooling={shortened(pooling)} must be 'mean' or 'last'")
+            blocks, most = whole(layer), self.model.n_layers
+            if blocks is None or not -1 <= blocks <= most:
+                raise ValueError(f"layer={shortened(layer)} must be from 0 to {most}, or -1 for all and the last norm")
+            layer = blocks
             self._engine.check_files()
             prompts = check_prompts(self._encode(texts), self.model.params)
             agreement.values = {"prompts": prompts, "layer": layer, "pooling": pooling}
@@ -428,20 +448,31 @@ class Llama:
             raise ValueError(f"prompts is a list of texts, not {type(prompts).__name__}; put one text into a list")
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
-    def _encode_dialogs(self, dialogs: Sequence[Dialog], on_unsafe: str, safe: list[int]) -> Callable[[], list[list[int]]]:
-        """What makes the prompts of the safe dialogs, whose places it writes into `safe`."""
+    def _encode_dialogs(
+        self,
+        dialogs: Sequence[Dialog],
+        on_unsafe: str,
+        continue_final_message: bool,
+        safe: list[int],
+        begun: list[list[int]],
+    ) -> Callable[[], list[list[int]]]:
+        """What makes the prompts of the safe dialogs. It writes their places into `safe`, and the ids of the replies that they
+        begin, at the prompts' ends, into `begun`."""
 
         def ids() -> list[list[int]]:
             if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
                 raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}")
             if on_unsafe not in ("reply", "raise"):
-                raise ValueError(f"on_unsafe={on_unsafe!r} must be 'reply' or 'raise'")
+                raise ValueError(f"on_unsafe={shortened(on_unsafe)} must be 'reply' or 'raise'")
             for dialog in dialogs:
-                check_dialog(dialog)
+                check_dialog(dialog, continue_final_message)
             safe.extend(i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog))
             if on_unsafe == "raise" and len(safe) < len(dialogs):
                 raise DialogError(f"{UNSAFE_ERROR} (dialog {min(set(range(len(dialogs))) - set(safe))})")
-            return [encode_dialog(dialogs[i], self.tokenizer) for i in safe]
+            prompts = [encode_dialog(dialogs[i], self.tokenizer, continue_final_message) for i in safe]
+            if continue_final_message:
+                begun.extend(ids[len(encode_dialog(dialogs[i][:-1], self.tokenizer)) :] for i, ids in zip(safe, prompts))
+            return prompts
 
         return ids
 
@@ -463,16 +494,11 @@ class Llama:
         which, replicas = share
         with together(self._group, everyone=replicas > 1) as agreement:
             self._engine.check_files()
-            length = self.model.params.max_seq_len - 1 if max_gen_len is None else whole(max_gen_len)
-            if length is None or length < 0:
-                raise ValueError(f"max_gen_len={max_gen_len!r} must be a whole number of 0 or more")
-            if not isinstance(logprobs, int) or logprobs < 0:
-                raise ValueError(f"logprobs={logprobs!r} must be True, False, or how many alternatives to report")
             prompts = check_prompts(make_prompts(), self.model.params)
-            choice = parse_options(temperature, top_p, options, len(prompts), self.model.vocab_size)
-            own = {"prompts": prompts, "max_gen_len": length, "logprobs": logprobs, "echo": bool(echo)}
-            agreement.values = {**own, **choice.values()}
-        requests = [Request(prompt, length, seed) for prompt, seed in zip(prompts, choice.seeds)][which::replicas]
+            given = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "logprobs": logprobs, **options}
+            choice = parse_options(given, len(prompts), self.model.vocab_size, self.model.params.max_seq_len)
+            agreement.values = {"prompts": prompts, "echo": bool(echo), **choice.values()}
+        requests = [Request(prompt, choice.length, seed) for prompt, seed in zip(prompts, choice.seeds)][which::replicas]
         generator, seed, device = None, choice.seed, self._engine.device
         if seed is None and choice.sampling.temperature > 0:
             broadcast_random_state(device, self._group)
@@ -485,9 +511,9 @@ class Llama:
             requests,
             choice.sampling,
             frozenset({self.tokenizer.eos_id, *choice.stop_ids}),
-            logprobs=bool(logprobs),
-            alternatives=0 if isinstance(logprobs, bool) else logprobs,
-            score_prompts=bool(logprobs) and echo,
+            logprobs=choice.scored,
+            alternatives=choice.alternatives,
+            score_prompts=choice.scored and echo,
             reuse=reuse,
             draft=choice.draft,
             generator=generator,
@@ -508,13 +534,14 @@ class Llama:
         options: Options,
         *,
         reuse: bool = False,
+        begun: Sequence[Sequence[int]] = (),
     ) -> Iterator[Chunk]:
         if self._replaced_generate:
             raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
         with self._engine.lock:
             batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, reuse=reuse)
         batch.before_step = partial(keep_pace, self._group)
-        return iter(Completions(self.tokenizer, batch, stops=choice.stops, echo=echo))
+        return iter(Completions(self.tokenizer, batch, stops=choice.stops, echo=echo, begun=begun))
 
     def _complete(
         self,
@@ -525,13 +552,19 @@ class Llama:
         logprobs: Union[bool, int],
         echo: bool,
         options: Options,
+        *,
+        begun: Sequence[Sequence[int]] = (),
     ) -> list[CompletionPrediction]:
-        """Drain the stream of this replica's share of the prompts, and put all shares together."""
+        """Drain the stream of this replica's share of the prompts, and put all shares together.
+
+        begun: the replies that the prompts begin; to be read once the prompts are made.
+        """
         share = replica() if self._replicated else (0, 1)
         with self._engine.lock:
             batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, share=share)
-            chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=echo)
-            mine = predictions(self.tokenizer, shown(chunks, batch), len(batch.requests))
+            begun = begun[share[0] :: share[1]]
+            chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=echo, begun=begun)
+            mine = predictions(self.tokenizer, shown(chunks, batch), len(batch.requests), begun)
             shares = gather_from_replicas(mine) if share[1] > 1 else [mine]
         whole = [CompletionPrediction() for part in shares for _ in part]
         for other, part in enumerate(shares):

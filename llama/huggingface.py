@@ -10,8 +10,9 @@ from typing import Any, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .files import MappedFiles, Number, check_file, contents, is_there, listed, read_json, shortened
+from .files import MappedFiles, Number, check_file, contents, is_there, listed, read_json
 from .model import ModelArgs
+from .printable import escaped, shortened
 from .runtime import DTYPES
 
 # Meta's name of a tensor (without ".weight") and Hugging Face's; N is the layer.
@@ -154,7 +155,8 @@ def map_part(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu").__enter__()
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{path} cannot be read: it is cut short, damaged, or no safetensors file ({error}); download or save it again"
+            f"{path} cannot be read: it is cut short, damaged, or no safetensors file ({escaped(str(error))}); "
+            "download or save it again"
         ) from error
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from .as_built import Originals, Watch
 from .cache_use import CacheUse
+from .checks import whole
 from .files import MappedFiles
 from .parallel import (
     AMX,
@@ -34,6 +35,7 @@ from .parallel import (
     model_parallel_group,
     products,
 )
+from .printable import shortened
 from .quantization import QUANTIZED, Quantized, join_quantized
 from .runtime import device_kind
 
@@ -544,7 +546,9 @@ class Transformer(nn.Module):
         layers: int,
     ) -> torch.Tensor:
         blocks = self.layers if layers < 0 else self.layers[:layers]
-        h = self.tok_embeddings(tokens)
+        h = self._embedded(tokens)
+        if not isinstance(start_pos, torch.Tensor) and whole(start_pos) is None:
+            raise ValueError(f"start_pos={shortened(start_pos)} must be a whole number, or a tensor with one for each row")
         if self._watch.sees_no_change(self):
             self.keep_fused()
             window = self._window(tokens, start_pos, slots, span)
@@ -560,6 +564,20 @@ class Transformer(nn.Module):
         for layer in blocks:
             h = layer(h, start_pos, self.freqs_cis[start_pos : start_pos + S], mask)
         return self.norm(h) if layers < 0 else h
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """ValueError for what are no ids. On a GPU none are looked for outside the vocabulary: that would wait for it."""
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            shape = tuple(getattr(tokens, "shape", ()))
+            told = f"{type(tokens).__name__} of {getattr(tokens, 'dtype', None)} and shape {shape}"
+            raise ValueError(f"tokens must be ids in an int64 tensor of shape (batch, positions), not a {told}")
+        try:
+            return self.tok_embeddings(tokens)
+        except IndexError as error:
+            most = self.vocab_size - 1
+            if wrong := [i for i in tokens.flatten().tolist() if not 0 <= i <= most]:
+                raise ValueError(f"the id {wrong[0]} is outside the vocabulary; ids go from 0 to {most}") from error
+            raise
 
     def _only_position(self, tokens: torch.Tensor, start_pos: Union[int, torch.Tensor], slots: Optional[torch.Tensor]) -> int:
         """Where all rows stand. ValueError if they stand at several places, or in slots of their own: Meta's way has one."""

@@ -25,6 +25,7 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from . import pipes
+from .printable import escaped
 
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 5.0  # seconds without one, after which a process seems to be stopped
@@ -261,9 +262,9 @@ class Watch:
 
 
 def tell(line: str) -> None:
-    """A line on stderr, which may be closed."""
+    """A line, or several, on stderr, which may be closed. Names of files and the like steer no terminal there."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(line + "\n")
+        sys.stderr.write("\n".join(map(escaped, line.split("\n"))) + "\n")
         sys.stderr.flush()
 
 

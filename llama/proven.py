@@ -16,6 +16,7 @@ import torch
 
 from . import kernels
 from .parallel import is_first_process
+from .printable import escaped
 from .runtime import device_kind, to_device
 
 # How far two ways to compute the same may lie apart, in units of the numbers' spread. For a whole model five times what is
@@ -84,7 +85,7 @@ class Proven:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if problem is not None:
             where = sys.stdout if is_first_process() else sys.stderr  # of another process nobody sees the output
-            print(f"The kernel {self.name} is not used here, torch's own run in its place: {problem}", file=where)
+            print(f"The kernel {self.name} is not used here, torch's own run in its place: {escaped(problem)}", file=where)
         return problem is None
 
     def _trials(self, args: Any) -> list[Any]:

@@ -29,7 +29,9 @@ from fairscale.nn.model_parallel import initialize as mpu
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from . import peers, pipes
+from .checks import whole
 from .launch import Launch as Launch
+from .printable import shortened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -131,8 +133,9 @@ def _model_parallel_size(wanted: Optional[int], world_size: int) -> int:
     if wanted is None:
         callers_own = mpu.model_parallel_is_initialized() and not _started.model_parallel
         return mpu.get_model_parallel_world_size() if callers_own else world_size
-    if isinstance(wanted, bool) or not isinstance(wanted, int):
-        raise ValueError(f"model_parallel_size={wanted!r} must be a whole number of processes")
+    if (number := whole(wanted)) is None:
+        raise ValueError(f"model_parallel_size={shortened(wanted)} must be a whole number of processes")
+    wanted = number
     if wanted < 1 or world_size % wanted:
         raise ValueError(
             f"model_parallel_size={wanted} does not fit {world_size} process{'es' if world_size > 1 else ''}; "

@@ -9,8 +9,15 @@ from typing import Optional
 
 import torch
 
-from .checks import real, whole
+from .checks import real, whole, whole_number
+from .printable import shortened
 from .runtime import to_device
+
+# Logits, of some hundreds at most, stay finite in float32 under all three.
+LEAST_TEMPERATURE = 1e-20  # which picks the best id only; lower ones are taken for it
+MOST_PENALTY = 1e10
+MOST_BIAS = 1e10
+FORBIDDING = 1e30  # an id whose logit is lowered by more is never drawn
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class Sampling:
     min_p: one at least this share as probable as the best (Nguyen et al. 2024). They apply in this order, each to the
     distribution that the one before it left.
     repetition_penalty: logits of ids that the row has already, prompt included, are divided by it where positive and
-    multiplied where negative (Keskar et al. 2019). logit_bias: id -> what is added to its logit, -inf to forbid it.
+    multiplied where negative (Keskar et al. 2019), from 1e-10 to 1e10. logit_bias: id -> what is added to its logit, at most
+    1e10, -inf to forbid it.
     """
 
     temperature: float = 0.6
@@ -33,23 +41,22 @@ class Sampling:
     logit_bias: Optional[Mapping[int, float]] = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            value = real(getattr(self, name))
-            # Also refuses NaN, which compares false with everything.
-            if value is None or not value >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of 0 or more")
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        for name, value in given.items():
+            number = real(value)
+            if number is None or number < 0:
+                raise ValueError(f"{name}={shortened(value)} must be a number of 0 or more")
+            object.__setattr__(self, name, number)  # as Python's number, whatever it came as
         if math.isinf(self.temperature):
             raise ValueError("temperature=inf has no distribution; use a finite number")
+        if self.top_p > 1:
+            raise ValueError(f"top_p={given['top_p']} must be at most 1, which keeps all ids")
         if self.min_p > 1:
-            raise ValueError(f"min_p={self.min_p} must be at most 1, which keeps the best id only")
-        if self.repetition_penalty == 0 or math.isinf(self.repetition_penalty):
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 and finite; 1 does nothing")
-        top_k = whole(self.top_k)
-        if top_k is None or top_k < 0:
-            raise ValueError(f"top_k={self.top_k!r} must be a whole number of 0 (all) or more")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):  # as Python's numbers, whatever they came as
-            object.__setattr__(self, name, real(getattr(self, name)))
-        object.__setattr__(self, "top_k", top_k)
+            raise ValueError(f"min_p={given['min_p']} must be at most 1, which keeps the best id only")
+        if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
+            limits = f"above 0, from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}"
+            raise ValueError(f"repetition_penalty={given['repetition_penalty']} must be {limits}; 1 does nothing")
+        object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 0))
         if isinstance(self.logit_bias, Mapping):  # in order of the ids; `bias` refuses what is no number
             pairs = [(whole(token), real(value)) for token, value in self.logit_bias.items()]
             if all(token is not None and value is not None for token, value in pairs):
@@ -58,20 +65,22 @@ class Sampling:
     def bias(self, vocab_size: int, device: torch.device) -> Optional[torch.Tensor]:
         """`logit_bias` as float32 (vocab_size,), or None."""
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias={self.logit_bias!r} must map ids to what is added to their logits")
+            raise ValueError(f"logit_bias={shortened(self.logit_bias)} must map ids to what is added to their logits")
         if not self.logit_bias:
             return None
         bias = torch.zeros(vocab_size, dtype=torch.float32, device="cpu")
         for token, value in self.logit_bias.items():
             place, number = whole(token), real(value)
             if place is None:
-                raise ValueError(f"logit_bias has the key {token!r}, a {type(token).__name__}; ids are whole numbers")
+                told = f"logit_bias has the key {shortened(token)}, a {type(token).__name__}"
+                raise ValueError(f"{told}; ids are whole numbers, as in logit_bias={{29871: -1.5}}")
             if not 0 <= place < vocab_size:
-                raise ValueError(f"logit_bias has the id {token!r}; ids go from 0 to {vocab_size - 1}")
-            if number is None or math.isnan(number) or number == math.inf:
-                raise ValueError(f"logit_bias[{token}]={value!r} must be a number, or -inf to forbid the id")
-            bias[place] = number
-        if bias.max() == -math.inf:
+                raise ValueError(f"logit_bias has the id {shortened(token)}; ids go from 0 to {vocab_size - 1}")
+            if number is None or number > MOST_BIAS:
+                told = f"logit_bias[{place}]={shortened(value)}"
+                raise ValueError(f"{told} must be a number of at most {MOST_BIAS:g}, or -inf to forbid the id")
+            bias[place] = number if number >= -FORBIDDING else -math.inf
+        if bias.max() < -MOST_BIAS:
             raise ValueError("logit_bias forbids every id of the vocabulary; leave at least one")
         return to_device(bias, device)
 
@@ -125,8 +134,7 @@ def next_token(
         logits = logits + bias
     if sampling.temperature == 0 or noise is None:
         return logits.argmax(dim=-1).where(finite, -1)
-    # 1e-30 already picks the best token only; below it the quotient would overflow.
-    probs = torch.softmax(logits / max(sampling.temperature, 1e-30), dim=-1)
+    probs = torch.softmax(logits / max(sampling.temperature, LEAST_TEMPERATURE), dim=-1)
     sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
     if 0 < sampling.top_k < sorted_probs.shape[-1]:
         sorted_probs[:, sampling.top_k :] = 0.0

@@ -1,25 +1,42 @@
-"""A conversation that remembers: what was said, and what of it the cache holds."""
+"""A conversation that remembers: what was said, and the ids that it is to the model."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypedDict, Union
 
-from .chat import SPECIAL_TAGS, UNSAFE_ERROR, Dialog, DialogError, Message, encode_dialog
-from .completion import Chunk
-from .files import read_file
+from .chat import (
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    Dialog,
+    DialogError,
+    Message,
+    check_dialog,
+    check_messages,
+    encode_dialog,
+    encode_turn,
+)
+from .checks import whole_number
+from .completion import Chunk, stop_strings
+from .files import parse_json, read_file, replace_file
+from .printable import escaped, json_line, shortened
+from .tokenizer import REPLACEMENT, is_control, user_path
 
 if TYPE_CHECKING:
     from .generation import Llama
 
+MOST_BYTES = 2**26  # of a saved session
 
-class Turn(TypedDict):
-    """What the user said and the assistant answered; `ids` are the turn's own, with the reply as it was generated."""
 
+class _Said(TypedDict):
     user: str
     assistant: str
+
+
+class Turn(_Said, total=False):
+    """What the user said and the assistant answered, and the ids that the two are to the model, from BOS to EOS."""
+
     ids: list[int]
 
 
@@ -38,15 +55,29 @@ class ChatSession:
     >>> for chunk in chat.send("Who wrote Hamlet?"):
     ...     print(chunk["text"], end="", flush=True)
 
-    options: temperature, top_p, max_gen_len and those of `Options`, for every turn; `send` may override them. Each turn
-    runs only its own ids: those of the turns before are in the cache, unless something else ran in between. The reply's
-    ids are kept as they were generated, not made again from its text.
+    dialog: what was said before, as `chat_completion` takes it, up to a reply. options: temperature, top_p, max_gen_len and
+    those of `Options`, for every turn; `send` may override them. A reply ends before a tag of the format too, since no
+    message may have one.
+
+    What is true are the texts in `turns`: they may be changed, deleted, appended. A turn's ids are made from them, and kept
+    as long as they say the same, so that a reply stays as it was generated and each turn runs only what is new: the ids of
+    the turns before are in the cache, unless something else ran in between.
     """
 
-    def __init__(self, llama: Llama, system: Optional[str] = None, **options: Any) -> None:
+    def __init__(self, llama: Llama, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> None:
+        llama.check_options(options)
         self.llama, self.options = llama, options
-        self.system = system
-        self.turns: list[Turn] = []
+        self._turns: list[Turn] = []
+        self._system: Optional[str] = None
+        # Ids that were found to say what a user, an assistant and a system message say: looking takes milliseconds.
+        self._proven: dict[tuple[str, str, Optional[str]], tuple[int, ...]] = {}
+        if dialog is not None:
+            self.dialog = dialog
+        if system is not None:
+            if self.system is not None:
+                raise ValueError("the dialog has a system message of its own; leave one of the two out")
+            self._check(system)
+            self._system = system
 
     @property
     def system(self) -> Optional[str]:
@@ -55,24 +86,60 @@ class ChatSession:
     @system.setter
     def system(self, text: Optional[str]) -> None:
         """Takes effect in the first turn, so it can be changed only while there is none."""
-        if getattr(self, "turns", []):
+        if self._turns:
             raise ValueError("the system message belongs to the first turn; clear() the session before changing it")
         self._check("" if text is None else text)
         self._system = text
 
     @property
+    def turns(self) -> list[Turn]:
+        """What was said, to be read and changed. `ids` follow the texts: they are brought up to date here."""
+        for turn, system in self._placed():
+            try:
+                turn["ids"] = self._ids(turn, system)
+            except ValueError:  # `send` says what is wrong with it
+                if isinstance(turn, dict):
+                    turn.pop("ids", None)
+        return self._turns
+
+    @turns.setter
+    def turns(self, turns: Sequence[Turn]) -> None:
+        copies = []
+        for turn in turns:
+            self._check_turn(turn)
+            copies.append(Turn(user=turn["user"], assistant=turn["assistant"]))
+            if isinstance(turn.get("ids"), list):
+                copies[-1]["ids"] = list(turn["ids"])
+        self._turns = copies
+
+    @property
     def dialog(self) -> Dialog:
         """All that was said, as `chat_completion` takes it."""
         messages = [Message(role="system", content=self.system)] if self.system is not None else []
-        for turn in self.turns:
+        for turn in self._turns:
+            self._check_turn(turn)
             messages.append(Message(role="user", content=turn["user"]))
             messages.append(Message(role="assistant", content=turn["assistant"]))
         return messages
 
+    @dialog.setter
+    def dialog(self, dialog: Dialog) -> None:
+        """In place of what was said here, the system message included."""
+        check_messages(dialog)
+        texts = [message["content"] for message in dialog]
+        system = texts.pop(0) if dialog and dialog[0]["role"] == "system" else None
+        if texts and dialog[-1]["role"] == "user":
+            raise DialogError("what was said before ends with a reply; leave the last message out, and send() it")
+        if texts:
+            check_dialog(dialog, begun=True)
+        self._check("" if system is None else system)
+        turns = [Turn(user=user, assistant=assistant) for user, assistant in zip(texts[0::2], texts[1::2])]
+        self.turns, self._system = turns, system
+
     @property
     def room(self) -> int:
         """Tokens that are left for the next message and its reply."""
-        return self.llama.model.params.max_seq_len - sum(len(turn["ids"]) for turn in self.turns)
+        return self.llama.model.params.max_seq_len - sum(map(len, self._history()))
 
     def send(self, message: str, **options: Any) -> Iterator[Chunk]:
         """Say something; the chunks are the reply, as it comes. A reply that is left early stays as far as it was read.
@@ -80,25 +147,11 @@ class ChatSession:
         DialogError for a message with a tag of the format in it; `ContextFull` where there is no room for it.
         """
         self._check(message)
-        prompt = self._prompt(message)
-        history = [i for turn in self.turns for i in turn["ids"]]
-        limit = self.llama.model.params.max_seq_len
-        if len(history) + len(prompt) >= limit:
-            raise self._full(len(history) + len(prompt) + 1 - limit)
-        return self._reply(message, prompt, history, {**self.options, **options})
-
-    def _reply(self, message: str, prompt: list[int], history: list[int], options: dict[str, Any]) -> Iterator[Chunk]:
-        text, ids = "", list(prompt)
-        started = False
-        try:
-            for chunk in self.llama.continue_ids(history + prompt, **options):
-                started = True
-                text += chunk["text"]
-                ids += chunk["tokens"]
-                yield chunk
-        finally:
-            if started:
-                self.turns.append(Turn(user=message, assistant=text.strip(), ids=[*ids, self.llama.tokenizer.eos_id]))
+        history = self._history()
+        prompt = self._encode(message, None if history else self.system)
+        self._check_room(history, message, len(prompt))
+        chosen = self._chosen(options)
+        return self._reply(history, prompt, [], Turn(user=message, assistant=""), self._turns, chosen)
 
     def ask(self, message: str, **options: Any) -> str:
         """`send`, and the whole reply at once."""
@@ -106,55 +159,157 @@ class ChatSession:
             pass
         return self.turns[-1]["assistant"]
 
+    def continue_reply(self, **options: Any) -> Iterator[Chunk]:
+        """Let the last turn's reply go on: one that max_gen_len ended, or whose beginning you have written. The chunks are
+        what is new of it. As `chat_completion(chat.dialog, continue_final_message=True)`."""
+        if not self._turns:
+            raise ValueError("there is no reply that could go on; send() a message first")
+        *history, last = self._history()
+        turn, system = self._turns[-1], None if history else self.system
+        prompt = self._encode(turn["user"], system)
+        reply = last[len(prompt) : -1]
+        made = last == encode_turn(turn["user"], turn["assistant"], self.llama.tokenizer, system)
+        if made or turn["assistant"].endswith(REPLACEMENT):  # perhaps half a character
+            reply = self._encode(turn["user"], system, turn["assistant"])[len(prompt) :]
+        self._check_room(history, turn["user"], len(prompt) + len(reply))
+        return self._reply(history, prompt, reply, turn, self._turns, self._chosen(options))
+
+    def _reply(
+        self,
+        history: list[list[int]],
+        prompt: list[int],
+        reply: list[int],
+        turn: Turn,
+        turns: list[Turn],
+        options: dict[str, Any],
+    ) -> Iterator[Chunk]:
+        """Runs what `reply` begins to its end. As much of it as was read goes into the turn, and that, if it is new, behind
+        `turns`: those that are no longer the session's, since it was cleared or loaded meanwhile, take it with them."""
+        is_new = not any(turn is other for other in turns)
+        said, new = turn["assistant"], list(reply)
+        generated = self.llama.tokenizer.decode(reply) if reply else ""
+        # Where it was generated, spaces at its end are in its ids, but not in its text.
+        missing = generated[len(generated.rstrip()) :] if said == said.rstrip() else ""
+        started = False
+        ids = [i for part in (*history, prompt, reply) for i in part]
+        try:
+            for chunk in self.llama.continue_ids(ids, begun=reply, **options):
+                if not started:
+                    chunk["text"] = missing + chunk["text"]
+                started = True
+                said += chunk["text"]
+                new += chunk["tokens"]
+                yield chunk
+        finally:
+            if started:
+                turn.update(Turn(user=turn["user"], assistant=said.strip(), ids=[*prompt, *new, self.llama.tokenizer.eos_id]))
+                if is_new:
+                    turns.append(turn)
+
+    def _chosen(self, options: dict[str, Any]) -> dict[str, Any]:
+        chosen = {**self.options, **options}
+        self.llama.check_options(chosen)
+        return {**chosen, "stop": (*stop_strings(chosen.get("stop")), *SPECIAL_TAGS)}
+
     def undo(self) -> Optional[Turn]:
         """Take the last turn back, and return it."""
-        return self.turns.pop() if self.turns else None
+        return self._turns.pop() if self.turns else None
 
     def drop(self, turns: int = 1) -> None:
         """Forget the oldest turns. The system message moves to the first that is left."""
-        del self.turns[:turns]
-        if self.turns and self.system is not None and turns > 0:
-            first = self.turns[0]
-            old = len(self._encode(first["user"], None))
-            first["ids"] = self._encode(first["user"], self.system) + first["ids"][old:]
+        del self.turns[: whole_number("turns", turns, 0)]
 
     def clear(self) -> None:
-        self.turns.clear()
+        """Forget all turns; the system message stays."""
+        self._turns = []
+
+    def fork(self) -> ChatSession:
+        """Another session with the same past and options, to go on from here in two ways."""
+        other = type(self)(self.llama, self.system, **self.options)
+        other.turns = self.turns
+        return other
 
     def save(self, path: Union[str, Path]) -> None:
-        """Write the session as JSON."""
-        state = {"system": self.system, "turns": self.turns}
-        Path(path).expanduser().write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
+        """Write the session as JSON. What was at `path` stays as it was until all is written."""
+        turns: list[Turn] = []
+        for (turn, system), ids in zip(self._placed(), self._history()):  # turns that could not be loaded again are not written
+            turns.append(Turn(user=turn["user"], assistant=turn["assistant"]))
+            if self._is_exact(ids, turn, system):
+                turns[-1]["ids"] = ids
+        replace_file(user_path(path), json_line({"system": self.system, "turns": turns}).encode())
 
     def load(self, path: Union[str, Path]) -> None:
-        """Read what `save` wrote, in place of what was said here. ValueError where it is something else."""
-        source = Path(path).expanduser()
+        """Read what `save` wrote, in place of what was said here. ValueError where it is something else.
+
+        `ids` may be missing from a turn, and are made from its texts. If they are there they must say the same.
+        """
+        source = user_path(path)
         try:
-            data = read_file(source)
+            data = read_file(source, MOST_BYTES, "a session has some thousands")
         except ValueError as error:
             raise ValueError(f"no saved session at {source}: {error}") from error
         try:
-            state = json.loads(data)
-            system = state["system"]
-            turns = [Turn(user=t["user"], assistant=t["assistant"], ids=[int(i) for i in t["ids"]]) for t in state["turns"]]
-            said = [system or "", *(text for t in turns for text in (t["user"], t["assistant"]))]
-            if not all(isinstance(text, str) for text in said):
-                raise TypeError("what was said is text")
+            state = parse_json(data)
+            if not isinstance(state["turns"], list):
+                raise TypeError("turns must be a list")
+            loaded = ChatSession(self.llama, state["system"])
+            loaded.turns = state["turns"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{source} is not a saved session; `save` writes one") from error
-        vocab_size = self.llama.model.vocab_size
-        if any(not 0 <= i < vocab_size for turn in turns for i in turn["ids"]):
-            raise ValueError(f"{source} was saved with another tokenizer; load it with the model that it was made with")
-        self.clear()
-        self.system = system
-        self.turns = turns
+            raise ValueError(f"{source} is not a saved session; `save` writes one ({escaped(str(error))})") from error
+        for stored, (turn, system), ids in zip(state["turns"], loaded._placed(), loaded._history()):
+            if "ids" in stored and not (stored["ids"] == ids and self._is_exact(ids, turn, system)):
+                raise ValueError(
+                    f"{source} has ids that do not say what their texts say: it was saved with another tokenizer, or changed; "
+                    "take the ids out, and they are made from the texts"
+                )
+        self._system, self._turns = loaded.system, loaded.turns
 
-    def _prompt(self, message: str) -> list[int]:
-        return self._encode(message, None if self.turns else self.system)
+    def _placed(self) -> Iterator[tuple[Turn, Optional[str]]]:
+        """Each turn, and the system message that belongs to it: the first one has it."""
+        return ((turn, None if i else self.system) for i, turn in enumerate(self._turns))
 
-    def _encode(self, message: str, system: Optional[str]) -> list[int]:
+    def _history(self) -> list[list[int]]:
+        """The ids of each turn. ValueError for one that is not in order."""
+        return [self._ids(turn, system) for turn, system in self._placed()]
+
+    def _ids(self, turn: Turn, system: Optional[str]) -> list[int]:
+        """The turn's own ids if they say what its texts say, with the reply as it was generated; otherwise made from these."""
+        self._check_turn(turn)
+        ids, said = turn.get("ids"), (turn["user"], turn["assistant"], system)
+        if said in self._proven and ids == list(self._proven[said]):
+            return list(self._proven[said])
+        found = self._made(turn, system)
+        self._proven[said] = tuple(found)
+        return found
+
+    def _made(self, turn: Turn, system: Optional[str]) -> list[int]:
+        ids = turn.get("ids")
+        if isinstance(ids, list) and ids[-1:] == [self.llama.tokenizer.eos_id]:
+            for before in (system, self.system, None):  # the turn may have become the first one
+                asked = self._encode(turn["user"], before)
+                if ids[: len(asked)] == asked and self._says(ids[len(asked) : -1], turn["assistant"]):
+                    return [*self._encode(turn["user"], system), *ids[len(asked) :]]
+        return encode_turn(turn["user"], turn["assistant"], self.llama.tokenizer, system)
+
+    def _says(self, ids: list[int], text: str) -> bool:
+        """Whether a reply of these ids is this text, and nothing that does not show. The format strips messages."""
+        tokenizer = self.llama.tokenizer
+        return (
+            all(type(i) is int and 0 <= i < tokenizer.n_words and not is_control(tokenizer, i) for i in ids)
+            and tokenizer.decode(ids).strip() == text.strip()
+        )
+
+    def _is_exact(self, ids: list[int], turn: Turn, system: Optional[str]) -> bool:
+        """Whether a turn's ids have no other spaces at the ends of the reply than those that the format puts there."""
+        said = self.llama.tokenizer.decode(ids[len(self._encode(turn["user"], system)) : -1])
+        return said.removesuffix(" ") == turn["assistant"].strip()
+
+    def _encode(self, message: str, system: Optional[str], beginning: Optional[str] = None) -> list[int]:
         messages = [Message(role="system", content=system)] if system is not None else []
-        return encode_dialog([*messages, Message(role="user", content=message)], self.llama.tokenizer)
+        messages.append(Message(role="user", content=message))
+        if beginning is not None:
+            messages.append(Message(role="assistant", content=beginning))
+        return encode_dialog(messages, self.llama.tokenizer, begun=beginning is not None)
 
     @staticmethod
     def _check(text: str) -> None:
@@ -162,18 +317,34 @@ class ChatSession:
             raise ValueError(f"a message is a text, not {type(text).__name__}")
         if any(tag in text for tag in SPECIAL_TAGS):
             raise DialogError(UNSAFE_ERROR)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{shortened(text)} has characters that UTF-8 cannot encode") from error
 
-    def _full(self, missing: int) -> ContextFull:
-        drop, freed = 0, 0
-        while drop < len(self.turns) and freed < missing:
-            freed += len(self.turns[drop]["ids"])
-            drop += 1
+    def _check_turn(self, turn: Turn) -> None:
+        if not isinstance(turn, dict) or not {"user", "assistant"} <= turn.keys():
+            raise ValueError(f"a turn must be {{'user': …, 'assistant': …}}, not {shortened(turn)}")
+        self._check(turn["user"])
+        self._check(turn["assistant"])
+
+    def _check_room(self, history: list[list[int]], message: str, tokens: int) -> None:
+        """ContextFull unless a token is left for the reply, behind the history and `tokens` of the message."""
         limit = self.llama.model.params.max_seq_len
-        if freed < missing:
-            return ContextFull(f"the message is {missing - freed} tokens too long for max_seq_len={limit}; shorten it", drop)
-        oldest = "the oldest turn" if drop == 1 else f"the {drop} oldest turns"
-        return ContextFull(
-            f"the context of {limit} tokens is full: {missing} are missing; drop({drop}) forgets {oldest}, or build with a "
-            "larger max_seq_len",
-            drop,
-        )
+        missing = sum(map(len, history)) + tokens + 1 - limit
+        if missing <= 0:
+            return
+        left = missing
+        for drop in range(1, len(history) + 1):
+            # The system message moves to the turn that becomes the first, or to the message.
+            first = self._turns[drop]["user"] if drop < len(history) else message
+            moved = len(self._encode(first, self.system)) - len(self._encode(first, None))
+            left = missing + moved - sum(map(len, history[:drop]))
+            if left <= 0:
+                oldest = "the oldest turn" if drop == 1 else f"the {drop} oldest turns"
+                raise ContextFull(
+                    f"the context of {limit} tokens is full: {missing} are missing; drop({drop}) forgets {oldest}, or build "
+                    "with a larger max_seq_len",
+                    drop,
+                )
+        raise ContextFull(f"the message is {left} tokens too long for max_seq_len={limit}; shorten it", len(history))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Optional, TypeVar, Union, cast
 
@@ -25,6 +26,7 @@ from .files import read_file
 from .generation import DEMO, Llama, _find_tokenizer
 from .parallel import from_first_process, is_first_process
 from .pipes import lost_reader
+from .printable import escaped, harmless, json_line, printable, shortened
 from .runtime import Launch
 from .session import ContextFull
 from .tokenizer import Tokenizer, user_path
@@ -108,7 +110,7 @@ def complete(
         "temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "stop": stop, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
-    size = max_batch_size or (1 if jsonl is None else 4)
+    size = (1 if jsonl is None else 4) if max_batch_size is None else max_batch_size
 
     def build() -> Llama:
         return _build(ckpt_dir, tokenizer_path, max_seq_len, size, model_parallel_size, seed, device, dtype, quantize, compile)
@@ -160,7 +162,7 @@ def tokenize(
         decoded = tokenizer.decode(numbers)
     with _pipe_may_close():
         if json:
-            _say(jsonlib.dumps({"ids": numbers, "pieces": pieces, "text": decoded}, ensure_ascii=False) + "\n")
+            _say(json_line({"ids": numbers, "pieces": pieces, "text": decoded}) + "\n")
             return
         _say("".join(f"{i:6}  {_quoted(piece)}\n" for i, piece in zip(numbers, pieces)))
         _say(f"{len(numbers)} ids: {' '.join(map(str, numbers))}\n")
@@ -196,7 +198,7 @@ def score(
     nothing = math.isnan(result["perplexity"])
     with _pipe_may_close():
         if json:
-            _say(jsonlib.dumps({**result, "perplexity": None if nothing else result["perplexity"]}, ensure_ascii=False) + "\n")
+            _say(json_line({**result, "perplexity": None if nothing else result["perplexity"]}) + "\n")
             return
         _say("    ln p        p  token\n")
         for token, logprob in list(zip(result["tokens"], result["logprobs"]))[1:]:
@@ -215,7 +217,6 @@ class Conversation:
         self.session = session
         self.refused: Optional[str] = None  # the message that did not fit, which /drop makes room for
         self.last: Optional[str] = None  # what /stats says about the last reply
-        self.check(self.session.options)
 
     def run(self, read: Optional[Callable[[Conversation], Optional[str]]]) -> None:
         interactive = _on_first(lambda: sys.stdin.isatty())
@@ -246,8 +247,7 @@ class Conversation:
     def reply(self, message: str) -> None:
         """Say something, and show the answer as it comes."""
         try:
-            # A generator, which has to be closed where it is left early: only then is the turn kept.
-            chunks = cast("Generator[Chunk, None, None]", self.session.send(message))
+            chunks = self.session.send(message)
         except ContextFull as error:
             # Only where dropping turns helps does the message offer it.
             offer = f"drop({error.drop})"
@@ -255,8 +255,14 @@ class Conversation:
             told = str(error).replace(f"{offer} forgets", "/drop sends the message again and forgets")
             raise ValueError(told.replace("build with a larger max_seq_len", "start with a larger --max_seq_len")) from error
         self.refused = None
-        turns, count, waited, reason, began = len(self.session.turns), 0, 0.0, None, time.perf_counter()
-        shown = False
+        self.show(chunks)
+
+    def show(self, reply: Iterator[Chunk], goes_on: bool = False) -> None:
+        """A reply as it comes, without the spaces before it; or what is new of one that goes on."""
+        # A generator, which has to be closed where it is left early: only then is the turn kept.
+        chunks = cast("Generator[Chunk, None, None]", reply)
+        count, waited, reason, began = 0, 0.0, None, time.perf_counter()
+        shown = goes_on
         try:
             with closing(chunks):
                 for chunk in chunks:
@@ -266,9 +272,8 @@ class Conversation:
                     shown = shown or bool(text)
                     _say(text)
         except KeyboardInterrupt:
-            kept = len(self.session.turns) > turns
             _say("\n")
-            _note("stopped; the reply is kept as far as it came" if kept else "stopped before the reply began")
+            _note("stopped; the reply is kept as far as it came" if waited else "stopped before the reply began")
             raise
         finally:
             rest = time.perf_counter() - began - waited
@@ -287,10 +292,6 @@ class Conversation:
     def context(self) -> str:
         used = min(self.limit, self.limit - self.session.room)
         return f"{used} of {self.limit} tokens ({used / self.limit:.0%})"
-
-    def check(self, options: dict[str, Any]) -> None:
-        """As a turn checks them; nothing runs until the stream is iterated over."""
-        self.session.llama.continue_ids([self.session.llama.tokenizer.bos_id], **options)
 
     def do_help(self, _: str) -> None:
         """/help  this list"""
@@ -324,6 +325,12 @@ class Conversation:
         finally:
             if len(self.session.turns) == left:  # there was no other reply
                 self.session.turns.append(turn)
+
+    def do_continue(self, beginning: str) -> None:
+        """/continue [BEGINNING]  let the last reply go on; BEGINNING takes its place first"""
+        if beginning and self.session.turns:
+            self.session.turns = [*self.session.turns[:-1], {**self.session.turns[-1], "assistant": beginning}]
+        self.show(self.session.continue_reply(), goes_on=True)
 
     def do_clear(self, _: str) -> None:
         """/clear  forget all turns; the system message stays"""
@@ -391,7 +398,7 @@ class Conversation:
             if not value:
                 raise ValueError(f"/set {name} needs a value, or none")
             changed = {**options, name: SETTINGS[name] if value[0] == "none" else _setting(name, value[0])}
-            self.check(changed)
+            self.session.llama.check_options(changed)
             options[name] = changed[name]
         _note("  ".join(f"{name}={options.get(name, default)!r}" for name, default in SETTINGS.items()))
 
@@ -591,7 +598,7 @@ def texts(value: str) -> Union[str, list[str]]:
     if value.startswith("["):
         try:
             several = jsonlib.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
         if isinstance(several, list) and all(isinstance(text, str) for text in several):
             return several
@@ -602,17 +609,14 @@ def _numbers(ids: Union[str, int, Sequence[int]]) -> list[int]:
     """Ids as fire or a caller gives them: 5, (1, 306), [1, 306], or the text "1 306"."""
     parts = re.split(r"[\s,]+", ids.strip("[]() ")) if isinstance(ids, str) else [ids] if isinstance(ids, int) else ids
     try:
-        return [int(part) for part in parts if part != ""]
+        return [int(part) if isinstance(part, str) else index(part) for part in parts if part != ""]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"ids={ids!r} must be numbers, such as 1,306,4658") from error
-
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
+        raise ValueError(f"ids={shortened(ids)} must be numbers, such as 1,306,4658") from error
 
 
 def _say(text: str) -> None:
-    """To stdout at once. Text of the model must not steer the user's terminal; a pipe gets it as it is."""
-    sys.stdout.write(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text)
+    """To stdout at once."""
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
@@ -621,19 +625,19 @@ def _note(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    _tell(" ".join(text.split()), "31")
+    _tell(escaped(" ".join(text.split())), "31")
 
 
 def _tell(text: str, color: str) -> None:
     """Words of the program's own, from one process, in color where there is somebody to see it."""
     if is_first_process():
-        text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        text = harmless(text)
         print(f"\x1b[{color}m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def _quoted(text: str, *, quotes: bool = False) -> str:
     """On one line, whatever it holds."""
-    quoted = jsonlib.dumps(text, ensure_ascii=False)
+    quoted = json_line(text)
     return quoted if quotes else quoted[1:-1].replace('\\"', '"')
 
 

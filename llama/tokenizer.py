@@ -111,6 +111,13 @@ def split(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     return texts
 
 
+def is_control(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether an id has no text. Of a tokenizer of somebody's own BOS and EOS are known."""
+    if isinstance(tokenizer, Tokenizer):
+        return bool(tokenizer.sp_model.IsControl(token))
+    return token in (tokenizer.bos_id, tokenizer.eos_id)
+
+
 class StreamDecoder:
     """Text from ids as they come. The strings that `add` and `finish` return, joined, are `decode` of all ids.
 

@@ -19,7 +19,7 @@ from conftest import ROOT, shared
 from test_launch import TORCHRUN, environment
 from workers import Pool
 
-from llama import Llama, jobs, terminal
+from llama import Llama, cli, jobs, terminal
 from llama.chat import UNSAFE_ERROR
 
 PROGRAM = """
@@ -148,6 +148,30 @@ def test_set(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     assert (options["top_k"], options["temperature"], options["max_gen_len"], options["stop"]) == (5, 0, None, ["a b", "["])
 
 
+def test_a_reply_goes_on(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk(llama, "/continue", "Who are you?", "/continue", "/continue Once upon", "/undo", max_gen_len=4)
+    out, err = capsys.readouterr()
+    assert "there is no reply that could go on" in err
+    assert out.count("\n") == 3
+    assert "took back: Who are you?" in err
+    assert conversation.session.turns == []
+    [turn] = talk(llama, "Who are you?", "/continue Once upon", max_gen_len=4).session.turns
+    assert turn["assistant"] == "Once upon" + capsys.readouterr().out.splitlines()[1]
+
+
+def test_what_cannot_be_said_or_loaded_ends_nothing(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of these ended the program with a traceback."""
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "large.json").write_text('{"system": null, "turns": [{"user": "a", "assistant": "b", "ids": [1e400]}]}')
+    lines = ["\ud800", "/system \udcff", f"/load {tmp_path}/deep.json", f"/load {tmp_path}/large.json", f"/load {tmp_path}"]
+    conversation = talk(llama, "Hi", *lines, "/save /dev/null", "/set stop " + "[" * 100_000, "Why?", max_gen_len=2)
+    assert [turn["user"] for turn in conversation.session.turns] == ["Hi", "Why?"]
+    err = capsys.readouterr().err
+    assert "'\\ud800' has characters that UTF-8 cannot encode" in err
+    assert err.count("is not a saved session") == 2
+    assert "/dev/null is no file that could be written over" in err
+
+
 def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     story = "the little dog ran " * 20
     conversation = talk(llama, *[story] * 6, max_gen_len=1)
@@ -257,13 +281,13 @@ def test_at_a_terminal(tiny: Path, tokenizer_path: str, tmp_path: Path) -> None:
     )
     text = reply["generation"]["content"].lstrip()
     assert reply["finish_reason"] == "length"  # it goes on for long enough to be stopped
-    arguments = ["--ckpt_dir", str(tiny), "--tokenizer_path", tokenizer_path, "--temperature", "0", "--max_seq_len", "1024"]
+    arguments = ["--ckpt_dir", str(tiny), "--tokenizer_path", tokenizer_path, "--temperature", "0", "--max_seq_len", "4096"]
     with Terminal(["chat", *arguments], tmp_path) as screen:
         converse(screen, text, tmp_path)
     [turn] = json.loads((tmp_path / "talk.json").read_text())["turns"]
     assert turn["user"] == "the river"
     assert turn["assistant"].startswith(text[:8])
-    assert len(turn["ids"]) < 1000
+    assert len(turn["assistant"]) < 4000
     [history] = tmp_path.rglob("history")
     assert history.read_text().count("+and then?") == 1  # not twice in a row
     assert history.parent.stat().st_mode & 0o077 == 0
@@ -294,17 +318,21 @@ def test_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 def test_under_torchrun(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first process reads; both say the same things, and one is heard."""
+    """The first process reads; both say the same things, and one is heard. Then, in the same processes, an example."""
     lines = ["Who are you?", f"/save {tmp_path}/talk.json", "/nope", "/clear", f"/load {tmp_path}/talk.json", "Why?", "/stats"]
     talk(llama, *lines)
     alone = capsys.readouterr()
-    (tmp_path / "run.py").write_text(PROGRAM)
+    (tmp_path / "run.py").write_text(
+        PROGRAM + "import runpy\nrunpy.run_path('example_text_completion.py')['main'](max_gen_len=8, temperature=0)\n"
+    )
     result = subprocess.run(
         [*TORCHRUN, "--nproc_per_node", "2", str(tmp_path / "run.py"), "chat", "--temperature", "0", "--max_gen_len", "8"],
         input="\n".join(lines) + "\n", env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout == alone.out
+    said, example = result.stdout[: len(alone.out)], result.stdout[len(alone.out) :]
+    assert said == alone.out
+    assert example.count("\n> ") == 4
     assert result.stderr.count("unknown command /nope") == 1
     assert result.stderr.count("is read: 1 turn") == 1
     assert ", 2 turns" in result.stderr
@@ -343,13 +371,12 @@ def test_complete_refuses(arguments: dict[str, Any], message: str, monkeypatch: 
         terminal.complete(**arguments)
 
 
-def test_from_the_command_line() -> None:
+def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Text stays text where fire would make numbers and tuples of it, and a reader that leaves early is no error."""
+    monkeypatch.setattr(sys, "argv", ["llama", "tokenize", "42,1", "--json"])
+    cli.main()
+    assert json.loads(capsys.readouterr().out)["text"] == "42,1"
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
-    pieces = subprocess.run(
-        [*command, "tokenize", "42,1", "--json"], env=environment(), capture_output=True, text=True, check=True
-    )
-    assert json.loads(pieces.stdout)["text"] == "42,1"
     with subprocess.Popen(
         [*command, "complete", "1985", "--stop", "[x", "--seed", "3"],
         env=environment(),
@@ -373,7 +400,11 @@ LINES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "[INST]"}]},
     {"prompt": "The cat", "seed": 5},
     {"prompt": "The cat", "seed": 5},
-]
+    {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once upon"}],
+        "continue_final_message": True, "temperature": 0, "id": "\ud800\x9b",
+    },
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -390,12 +421,14 @@ def answer(source: Path, out: Path, **more: Any) -> list[dict[str, Any]]:
 
 def test_jsonl(source: Path, tmp_path: Path, llama: Llama, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     lines = answer(source, tmp_path / "out.jsonl")
-    assert [line.get("id") for line in lines] == ["a", None, 7, None, None, None]
+    assert [line.get("id") for line in lines] == ["a", None, 7, None, None, None, "\ud800\x9b"]
     assert lines[0]["generation"] == llama.text_completion(["Once upon a time"], max_gen_len=6, seed=2)[0]["generation"]
     assert lines[1]["generation"] == llama.text_completion(["The dog"], max_gen_len=3, seed=3)[0]["generation"]
     assert lines[2]["generation"]["role"] == "assistant"
     assert lines[3]["generation"]["content"] == UNSAFE_ERROR
     assert lines[4] == lines[5]
+    [goes_on] = llama.chat_completion([LINES[6]["messages"]], 0, max_gen_len=6, continue_final_message=True)
+    assert lines[6]["generation"] == goes_on["generation"]
     assert {line["finish_reason"] for line in lines} == {"length", "stop"}
     terminal.complete(jsonl=str(source), max_gen_len=6, device="cpu")
     assert capsysbinary.readouterr().out == (tmp_path / "out.jsonl").read_bytes()
@@ -413,7 +446,7 @@ def test_jsonl_goes_on_where_it_was_left(source: Path, tmp_path: Path, monkeypat
         out.write_bytes(whole[:size])
         answer(source, out)
         assert out.read_bytes() == whole
-    assert done == [6, 6, 6, 4, 2, 0]
+    assert done == [7, 7, 7, 5, 3, 0]
 
 
 def test_jsonl_keeps_what_came_before_ctrl_c(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +478,7 @@ def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"line 1 of .* answers something else than line 1 of the input"):
         answer(source, out, temperature=0)
     out.write_bytes(whole + whole)
-    with pytest.raises(ValueError, match="has 12 lines, but there are 6 prompts"):
+    with pytest.raises(ValueError, match="has 14 lines, but there are 7 prompts"):
         answer(source, out)
     out.write_bytes(b"my thesis\n")
     with pytest.raises(ValueError, match="line 1 of .* was not written by complete; name another file"):
@@ -468,6 +501,22 @@ def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None
         ('{"prompt": "a", "top_p": "x"}', "top_p='x' must be"),
         ('{"prompt": "a", "max_gen_len": -5}', "max_gen_len=-5 must be"),
         ('{"prompt": "\\ud800"}', "UTF-8"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"prompt": "a", "temperature": 1e400}', "'1e400' is not a finite number"),
+        ('{"prompt": "a", "id": NaN}', "'NaN' is not a finite number"),
+        ('{"prompt": "a", "temperature": 1' + "0" * 400 + "}", "temperature=1000"),
+        ('{"prompt": "a", "seed": 1.5}', "seed=1.5 must be a whole number"),
+        ('{"prompt": "a", "stop": 5}', "stop=5 must be texts"),
+        ('{"prompt": "a", "\\u001b[2J": 5}', r"unknown \x1b[2J; a line"),
+        (
+            '{"prompt": "a", "continue_final_message": true}',
+            "continue_final_message=True must be true or false, and is for mess",
+        ),
+        ('{"messages": [], "continue_final_message": 1}', "continue_final_message=1 must be"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "continue_final_message": true}',
+            "must be from assistant, got user",
+        ),
         (json.dumps({"prompt": "dog " * 600}), "max_seq_len=512; shorten it, or pass --max_seq_len "),
     ],
 )

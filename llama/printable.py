@@ -1,0 +1,46 @@
+"""What may be printed. Text of a model, and names in files and folders, must not steer a terminal or hide what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any, Optional, TextIO
+
+# All controls but tab and line feed; direction marks; spaces and joints of no width; other line ends; tags; halves of
+# surrogate pairs. The two joiners U+200C and U+200D stay: Persian, Hindi and emoji are written with them.
+STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def harmless(text: str) -> str:
+    """The text, with U+FFFD in place of each character that steers."""
+    return STEERING.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def printable(text: str, stream: Optional[TextIO] = None) -> str:
+    """What to print of a text on a stream, stdout if not given: a terminal gets it harmless, a pipe or file as it is."""
+    stream = sys.stdout if stream is None else stream
+    return harmless(text) if stream.isatty() else text
+
+
+def escaped(text: str) -> str:
+    """A name, or a message that has names in it: what does not print is written as Python writes it, as \\x1b."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """Some value of a caller or a file in an error, whatever it is."""
+    try:
+        big = isinstance(value, int) and value.bit_length() > 4096
+        text = f"a {value.bit_length()}-bit number" if big else escaped(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of lists, inside
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def json_line(value: Any) -> str:
+    """JSON of a value on one line: other scripts as they are, what steers a terminal as JSON's escapes."""
+    return STEERING.sub(lambda found: json.dumps(found[0])[1:-1], json.dumps(value, ensure_ascii=False))
