@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -175,6 +176,11 @@ class Llama:
         self._group = getattr(output, "group", None)  # the processes that share this model
         self._engine_of_model = Engine(model, compile)
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held by a thread, it lets none of the other threads' calls in between several of its own."""
+        return self._engine.lock
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_engine_of_model"}  # a copy makes its own
 
@@ -230,7 +236,7 @@ class Llama:
                 )
             return prompt_tokens
 
-        with self._engine.lock:
+        with self.lock:
             batch, _ = self._batch(prompts, temperature, top_p, max_gen_len, bool(logprobs), echo, {})
             tokens = [list(request.prompt) if echo else [] for request in batch.requests]
             scores: list[list[float]] = [[] for _ in batch.requests]
@@ -371,7 +377,7 @@ class Llama:
             windows.extend((i, at) for i, row in enumerate(ids) for at in window_starts(len(row), size, stride))
             return [ids[i][at : at + size] for i, at in windows]
 
-        with self._engine.lock:
+        with self.lock:
             batch, _ = self._batch(prompts, 0, 1, 0, True, True, {})
             parts = {step.index: step.prompt_logprobs or [] for step in batch}
         scores: list[list[float]] = [[] for _ in ids]
@@ -389,7 +395,7 @@ class Llama:
         layer: how many blocks to run, 0 for the embeddings alone; -1 is all of them and the last norm. pooling: the
         mean over a text's tokens, or its last token's.
         """
-        with self._engine.lock, together(self._group) as agreement:
+        with self.lock, together(self._group) as agreement:
             if pooling not in ("mean", "last"):
                 raise ValueError(f"pooling={shortened(pooling)} must be 'mean' or 'last'")
             blocks, most = whole(layer), self.model.n_layers
@@ -538,7 +544,7 @@ class Llama:
     ) -> Iterator[Chunk]:
         if self._replaced_generate:
             raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
-        with self._engine.lock:
+        with self.lock:
             batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, reuse=reuse)
         batch.before_step = partial(keep_pace, self._group)
         return iter(Completions(self.tokenizer, batch, stops=choice.stops, echo=echo, begun=begun))
@@ -560,7 +566,7 @@ class Llama:
         begun: the replies that the prompts begin; to be read once the prompts are made.
         """
         share = replica() if self._replicated else (0, 1)
-        with self._engine.lock:
+        with self.lock:
             batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, share=share)
             begun = begun[share[0] :: share[1]]
             chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=echo, begun=begun)

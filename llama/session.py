@@ -154,10 +154,11 @@ class ChatSession:
         return self._reply(history, prompt, [], Turn(user=message, assistant=""), self._turns, chosen)
 
     def ask(self, message: str, **options: Any) -> str:
-        """`send`, and the whole reply at once."""
-        for _ in self.send(message, **options):
-            pass
-        return self.turns[-1]["assistant"]
+        """`send`, and the whole reply at once. Other threads' messages wait for it."""
+        with self.llama.lock:
+            for _ in self.send(message, **options):
+                pass
+            return self.turns[-1]["assistant"]
 
     def continue_reply(self, **options: Any) -> Iterator[Chunk]:
         """Let the last turn's reply go on: one that max_gen_len ended, or whose beginning you have written. The chunks are
@@ -183,28 +184,36 @@ class ChatSession:
         turns: list[Turn],
         options: dict[str, Any],
     ) -> Iterator[Chunk]:
-        """Runs what `reply` begins to its end. As much of it as was read goes into the turn, and that, if it is new, behind
-        `turns`: those that are no longer the session's, since it was cleared or loaded meanwhile, take it with them."""
-        is_new = not any(turn is other for other in turns)
+        """Runs what `reply` begins to its end. As much of it as was read stands in the turn, and that, if it is new, behind
+        `turns`: those that are no longer the session's, since it was cleared or loaded meanwhile, take it with them.
+
+        RuntimeError where another message was sent meanwhile: what is still to come would stand before it, and it was
+        answered without.
+        """
+        newest = turns[-1] if turns else None
         said, new = turn["assistant"], list(reply)
         generated = self.llama.tokenizer.decode(reply) if reply else ""
         # Where it was generated, spaces at its end are in its ids, but not in its text.
         missing = generated[len(generated.rstrip()) :] if said == said.rstrip() else ""
-        started = False
         ids = [i for part in (*history, prompt, reply) for i in part]
-        try:
-            for chunk in self.llama.continue_ids(ids, begun=reply, **options):
-                if not started:
-                    chunk["text"] = missing + chunk["text"]
-                started = True
+        chunks = self.llama.continue_ids(ids, begun=reply, **options)
+        while True:
+            with self.llama.lock:
+                if (turns[-1] if turns else None) is not newest:
+                    raise RuntimeError(
+                        "another message was sent to this chat before this reply ended; fork() it for a second one"
+                    )
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                chunk["text"], missing = missing + chunk["text"], ""
                 said += chunk["text"]
                 new += chunk["tokens"]
-                yield chunk
-        finally:
-            if started:
                 turn.update(Turn(user=turn["user"], assistant=said.strip(), ids=[*prompt, *new, self.llama.tokenizer.eos_id]))
-                if is_new:
+                if turn is not newest:
                     turns.append(turn)
+                    newest = turn
+            yield chunk
 
     def _chosen(self, options: dict[str, Any]) -> dict[str, Any]:
         chosen = {**self.options, **options}

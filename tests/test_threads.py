@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def llama(tiny: Path, tokenizer_path: str) -> Llama:
-    return Llama.build(str(tiny), tokenizer_path, 64, 4, device="cpu")
+    return Llama.build(str(tiny), tokenizer_path, 192, 4, device="cpu")
 
 
 def streamed(llama: Llama, prompts: list[str], **options: Any) -> list[str]:
@@ -117,6 +117,26 @@ def test_two_over_one_model(llama: Llama) -> None:
         alone = llama.chat(temperature=0, max_gen_len=6)
         alone.ask(first)
         assert alone.ask(then) == reply
+
+
+def test_one_chat_in_several_threads(llama: Llama) -> None:
+    """Each message is answered behind all that stand before it; a stream that another message overtakes says so."""
+    chat = llama.chat(temperature=0, max_gen_len=3)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(chat.ask, "abcdef"))
+    for i, turn in enumerate(chat.turns):
+        alone = llama.chat(temperature=0, max_gen_len=3)
+        alone.turns = chat.turns[:i]
+        assert alone.ask(turn["user"]) == turn["assistant"]
+    replies = [chat.send("x"), chat.send("y")]
+    next(replies[1])
+    chat.undo()
+    next(replies[0])
+    chat.ask("z")
+    for reply in replies:
+        with pytest.raises(RuntimeError, match="another message was sent"):
+            next(reply)
+    assert [turn["user"] for turn in chat.turns[6:]] == ["x", "z"]
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))], ids=["copy", "pickle"])
