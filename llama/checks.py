@@ -38,10 +38,10 @@ def real(value: Any) -> Optional[float]:
     return None if math.isnan(number) else number
 
 
-def whole_number(name: str, value: Any, least: int, most: Optional[int] = None, most_told: str = "") -> int:
-    """The argument `name` as an int. ValueError unless it is a whole number from `least` to `most` (told as `most_told`)."""
+def whole_number(name: str, value: Any, least: int, most: Optional[int] = None, told: str = "") -> int:
+    """The argument `name` as an int. ValueError unless it is a whole number from `least` to `most`, in the words `told`."""
     number = whole(value)
     if number is None or number < least or (most is not None and number > most):
-        limits = f"of {least} or more" if most is None else f"from {least} to {most_told or most}"
-        raise ValueError(f"{name}={shortened(value)} must be a whole number {limits}")
+        told = told or (f"of {least} or more" if most is None else f"from {least} to {most}")
+        raise ValueError(f"{name}={shortened(value)} must be a whole number {told}")
     return number

@@ -287,7 +287,7 @@ def _seeds(given: Any, prompts: int) -> tuple[Optional[int], tuple[Optional[int]
     told = (given,) if is_one else _several("seed", given, "a whole number, or one for each prompt")
     if not is_one and len(told) != prompts:
         raise ValueError(f"{len(told)} seeds for {prompts} prompts; give one seed, or one for each prompt")
-    numbers = tuple(None if n is None else whole_number("seed", n, 0, 2**63 - 1, "2**63 - 1") for n in told)
+    numbers = tuple(None if n is None else whole_number("seed", n, 0, 2**63 - 1, "from 0 to 2**63 - 1") for n in told)
     return (numbers[0], (None,) * prompts) if is_one else (None, numbers)
 
 

@@ -125,9 +125,9 @@ class Llama:
             trained = DEMO_POSITIONS if folder == DEMO else None
             if max_seq_len is None:
                 max_seq_len = trained or 2048
-            max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "2**31 - 1")
-            max_batch_size = whole_number("max_batch_size", max_batch_size, 1, 2**31 - 1, "2**31 - 1")
-            seed = whole_number("seed", seed, -(2**63), 2**64 - 1, "2**64 - 1")
+            max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "of 1 or more, and below 2**31")
+            max_batch_size = whole_number("max_batch_size", max_batch_size, 1, 2**31 - 1, "of 1 or more, and below 2**31")
+            seed = whole_number("seed", seed, -(2**63), 2**64 - 1, "of 64 bits")
             if compile not in (None, True, False):
                 raise ValueError(f"compile={shortened(compile)} must be True, False or None")
             if ckpt_dir is None and tokenizer_path is not None:
@@ -368,7 +368,7 @@ class Llama:
         """
         size = self.model.params.max_seq_len
         stride = max(1, size // 2) if stride is None else stride
-        stride = whole_number("stride", stride, 1, max(size - 1, 1), f"max_seq_len - 1 = {size - 1}")
+        stride = whole_number("stride", stride, 1, max(size - 1, 1), f"from 1 to max_seq_len - 1 = {size - 1}")
         ids: list[list[int]] = []
         windows: list[tuple[int, int]] = []
 

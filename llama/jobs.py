@@ -52,7 +52,7 @@ def read_jobs(path: Path, options: Mapping[str, Any], seed: int) -> list[Job]:
     options: for lines that do not say otherwise. Line n draws with seed + n if it has no seed of its own, so its text
     depends neither on the lines around it nor on where an earlier run was interrupted.
     """
-    seed = whole_number("seed", seed, 0, 2**62, "2**62")
+    seed = whole_number("seed", seed, 0, 2**62, "from 0 to 2**62")
     jobs = []
     for number, raw in enumerate(read_file(path).split(b"\n"), start=1):
         if raw.strip():
@@ -77,7 +77,7 @@ def _read_job(number: int, line: Any, options: Mapping[str, Any], seed: int) -> 
         check_dialog(prompt, is_begun)
     elif not isinstance(prompt, str):
         raise ValueError(f"prompt={shortened(prompt)} must be a text")
-    own = whole_number("seed", line.get("seed", seed + number), 0, 2**63 - 1, "2**63 - 1")
+    own = whole_number("seed", line.get("seed", seed + number), 0, 2**63 - 1, "from 0 to 2**63 - 1")
     chosen = {**options, **{name: line[name] for name in OPTIONS if name in line}}
     return Job(number, prompt, is_chat, is_begun, own, chosen, {"id": line["id"]} if "id" in line else {})
 

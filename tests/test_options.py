@@ -128,7 +128,7 @@ def test_wrong_tokens_of_the_model(tokens: Any, message: str, llama: Llama) -> N
 
 def test_wrong_arguments_of_other_calls(llama: Llama, tiny: Path) -> None:
     for name, value in [("max_seq_len", 2**63), ("max_seq_len", 1.0), ("max_batch_size", True), ("seed", 1.5), ("seed", 2**64)]:
-        with pytest.raises(ValueError, match=f"{name}=.* must be a whole number from"):
+        with pytest.raises(ValueError, match=f"{name}=.* must be a whole number of"):
             Llama.build(str(tiny), **{name: value})
     with pytest.raises(ValueError, match="stride=1.0 must be a whole number from 1"):
         llama.score(["a"], stride=1.0)  # type: ignore[arg-type]
