@@ -192,7 +192,6 @@ class Batch:
         try:
             while True:
                 with self.engine.turn():  # not while the caller has a step: others may use the model then
-                    self.before_step()
                     steps = next(decided, None)
                 if steps is None:
                     return
@@ -296,6 +295,7 @@ class Batch:
 
     def _decide(self) -> Iterator[list[_Decision]]:
         """One step's decision for each row, or those of several steps in turn where drafts of a lone row hold."""
+        self.before_step()
         row = self.rows[0]
         if self._ahead is not None and self._ahead.rows == self.rows:
             ahead, self._ahead = self._ahead, None

@@ -33,6 +33,7 @@ def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[lis
     scores: list[list[torch.Tensor]] = [[] for _ in rows]
     start, end = 0, min(map(len, prompts))
     while True:
+        batch.before_step()
         logits = engine.forward(tokens[:, start:end], start)  # (B, S, V)
         if batch.score_prompts:
             for row, prompt in enumerate(prompts):

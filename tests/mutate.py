@@ -158,9 +158,9 @@ def change_pickle(rng: random.Random, data: bytes) -> bytes:
 def mutations(folder: Path, rng: random.Random) -> Iterator[Mutation]:
     """For ever: each of another file of the folder, damaged in another way."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    names = [name for name in files if name.endswith((".json", ".pth", ".safetensors", ".model")) and "token" not in name[:-6]]
+    unread = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+    names = [name for name in files if name not in unread and name.endswith((".json", ".pth", ".safetensors", ".model"))]
     names += [name for name in names if name.endswith((".pth", ".safetensors"))]  # which have the most in them
-    names = [name for name in names if name != "generation_config.json"]
     while True:
         name = rng.choice(names)
         data = files[name]
