@@ -460,7 +460,8 @@ def load(place: Place) -> Cases:
 
 def tests(place: Place) -> Cases:
     def run() -> dict[str, Any]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/test_gpu.py")]
+        alone = ["-o", "addopts=", "-p", "no:cacheprovider"]  # in one process: there is one GPU, and perhaps no xdist
+        command = [sys.executable, "-m", "pytest", "-q", *alone, str(ROOT / "tests/test_gpu.py")]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = (result.stdout.strip() or result.stderr.strip()).splitlines()
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
