@@ -116,7 +116,7 @@ COMPLETE = "llama.text_completion(['Once'], max_gen_len=3, temperature=0, {})"
     ("odd", "usual", "message"),
     [
         (COMPLETE.format("logit_bias={5: 1.0, 6: 2.0}"), COMPLETE.format("logit_bias={6: 2, 5: 1}"), None),
-        (COMPLETE.format("stop=['a', 'b']"), COMPLETE.format("stop=dict(b=1, a=2)"), None),
+        (COMPLETE.format("stop=['a', 'b']"), COMPLETE.format("stop=('b', 'a')"), None),
         (COMPLETE.format("stop='a', stop_ids=[7, 8]"), COMPLETE.format(FORMS), None),
         (COMPLETE.format("top_k=2"), COMPLETE.format(""), "top_k is 0 on process 0, but 2 on process 2;"),
         (COMPLETE.format("stop='a'"), COMPLETE.format("stop='b'"), "stop is ['b'] on process 0, but ['a'] on process 2;"),
