@@ -204,7 +204,7 @@ class Batch:
         """What the rows decide together, time after time."""
         if self.reuse and len(self.requests) == 1:
             self.reused = self.engine.remembered(self.requests[0].prompt)
-        self.engine.take(self)
+        self.engine.take(self, self.reuse)
         self.changed = self.changed or not self.engine.as_built
         if self.changed and self.plainly is None:
             raise ValueError("this model has hooks, patches or parts of somebody's own, which run in calls of Llama only")
@@ -226,7 +226,7 @@ class Batch:
             return
         aside, self._aside = self._aside, None
         if aside is not None:
-            self.engine.take(self)
+            self.engine.take(self, self.reuse)
         if aside is None or self.changed or not self.engine.as_built:
             raise RuntimeError(
                 "another call has used the model since, and this stream cannot go on: the model itself was called, or has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,9 @@ PAST_THE_STEP = (
 )
 
 
+_USES: weakref.WeakSet[CacheUse] = weakref.WeakSet()
+
+
 class CacheUse:
     """Belongs to one model, as its cache does.
 
@@ -28,6 +32,7 @@ class CacheUse:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.calls = 0  # of the model by somebody else than the user: they write to its cache unasked
+        self.called = False  # by a compiled model, whose code can set this, but not count without being compiled anew
         self.columns = 0  # of the cache that the user has written to, at most
         self._stream: Any = None  # of a GPU, on which the last turn was queued
         self._slot0: list[int] = []
@@ -36,6 +41,8 @@ class CacheUse:
         self._calls_then = 0
         self._stepping = False
         self._depth = 0  # of calls of the model within each other
+
+        _USES.add(self)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return CacheUse, ()  # a copy of a model has a cache of its own, which nobody uses yet
@@ -49,11 +56,12 @@ class CacheUse:
                 raise RuntimeError(PAST_THE_STEP)
             if device_kind(device) == "cuda":
                 self._follow(torch.cuda.current_stream(device))
+            self.calls += self.called
             before, self._stepping = self.calls, True
             try:
                 yield
             finally:
-                self._stepping = False
+                self._stepping = self.called = False  # a compiled model is part of the step
             if self.calls != before:
                 raise RuntimeError(PAST_THE_STEP)
 
@@ -91,9 +99,19 @@ class CacheUse:
         """Slot 0 holds the keys and values of these ids."""
         self._slot0 = list(ids)
 
-    def remembered(self, prompt: Sequence[int], state: Any) -> int:
+    def remembered(self, prompt: Sequence[int], state: Callable[[], Any]) -> int:
         """How many of a prompt's ids slot 0 holds already, made by the weights as they are; the last one runs in any case."""
-        if self._calls_then != self.calls or self._state != state:
+        if not self._slot0 or self._calls_then != self.calls or self._state is None or self._state != state():
             return 0
         different = (i for i, (a, b) in enumerate(zip(self._slot0, prompt[:-1])) if a != b)
         return next(different, min(len(self._slot0), len(prompt) - 1))
+
+
+def _in_forked_child() -> None:
+    """The threads that held locks are not there."""
+    for use in list(_USES):
+        use.lock, use._stepping, use._depth = threading.RLock(), False, 0
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_in_forked_child)

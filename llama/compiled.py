@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from . import compiler, gpu_step, packages, proven, runtime
-from .model import Transformer
+from .model import RMSNorm, Transformer
 from .parallel import ColumnParallelLinear, all_agree, forget_small_all_reduces, is_first_process, prepare_small_all_reduces
 from .printable import printable
 from .proven import STEP_TOLERANCE, is_near
@@ -52,6 +52,8 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
         if wanted:
             say("The decode step is not compiled: on a CPU quantised weights have a form that a package cannot take")
         return None
+    if any(part.eps != model.params.norm_eps for part in model.modules() if isinstance(part, RMSNorm)):
+        return None  # a package has that number in it
     try:
         packaged = Packaged(model)
         return packaged if packaged.prepare(bool(wanted)) else None
@@ -165,6 +167,8 @@ class Packaged:
 
     def refresh(self) -> None:
         """Look up the weights and caches again: they may have been replaced since the last call."""
+        for attention in self.model.attentions():
+            attention.fit_cache(self.model.norm.weight)  # which autocast has left in another dtype
         self._tensors = list(named_tensors(self.model).values())
 
     def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from . import memory, runtime
 from .cache_use import CacheUse
 from .compiled import Recorded, make_graph
-from .model import Transformer
+from .model import RMSNorm, Transformer
 from .parallel import AMX, group_size
 from .runtime import device_kind
 
@@ -61,7 +61,7 @@ class Engine:
         `make_graph` has it."""
         self.model = model
         self._compile = compile
-        self._make_graph()
+        self._make_graph(compile)
         self._explained: Callable[[], AbstractContextManager[None]] = nullcontext
         keep_pages()
         if isinstance(model, Transformer):
@@ -72,12 +72,18 @@ class Engine:
             )  # adds to an error of memory what would make it fit
         self.as_built = False  # as of the last `take`
         self._ready = self.graph  # or None, while the model is not as it was built
-        self._use = model.cache_use if isinstance(model, Transformer) else CacheUse()
+        # A module that wraps a Transformer, as torch.compile's does, has its cache.
+        inside = (m for m in model.modules() if isinstance(m, Transformer))
+        self._use = next((m.cache_use for m in inside), None) or CacheUse()
 
-    def _make_graph(self) -> None:
-        """For where the model is now, and the dtype that it has."""
-        self.graph = make_graph(self.model, self._compile) if isinstance(self.model, Transformer) else None
-        self._place = self.device, self.dtype
+    def _make_graph(self, compile: Optional[bool]) -> None:
+        """For what the model is now."""
+        self.graph = make_graph(self.model, compile) if isinstance(self.model, Transformer) else None
+        self._made_for = self._form()
+
+    def _form(self) -> tuple[torch.device, torch.dtype, list[float]]:
+        """What stands in a graph beside shapes: where the model is, its dtype, and the numbers of its norms."""
+        return self.device, self.dtype, [part.eps for part in self.model.modules() if isinstance(part, RMSNorm)]
 
     @property
     def device(self) -> torch.device:
@@ -198,27 +204,31 @@ class Engine:
 
     def turn(self) -> AbstractContextManager[None]:
         """See `CacheUse.turn`."""
-        return self._use.turn(self._place[0])
+        return self._use.turn(self._made_for[0])
 
-    def take(self, user: object) -> None:
+    def take(self, user: object, reuse: bool = False) -> None:
         """From now on the cache is this user's, in its turns; what it held is forgotten. The user before is asked to
-        `give_way`."""
-        if self._place != (self.device, self.dtype):
-            self._make_graph()
+        `give_way`. reuse: what this one leaves there may be gone on from."""
+        form = self._form()
+        if form != self._made_for:
+            self._make_graph(self._compile if form[:2] != self._made_for[:2] else None)
         self.as_built = self.is_as_built
         if self.as_built:
             self.model.keep_fused()
-        self._use.take(user, self._state_of_weights())
+        self._use.take(user, self._state_of_weights() if reuse and self.as_built else None)
         self._ready = self.graph if self.as_built else None
         if self._ready is not None:
             self._ready.refresh()
 
     def _state_of_weights(self) -> Any:
-        """Changes when the weights do that made what the cache holds."""
-        if not isinstance(self.model, Transformer):
-            return None
-        weights = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
-        return self.model.freqs_cis.data_ptr(), weights
+        """Changes when the weights do that made what the cache holds. Some numbers of each are in it too: edits of `.data`
+        leave no other trace."""
+        table = self.model.freqs_cis
+        tensors = [*self.model.parameters(), torch.view_as_real(table) if table.is_complex() else table]
+        versions = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+        some = [t.detach().diagonal() if t.ndim > 1 else t.detach() for t in tensors]
+        picked = torch.cat([t.flatten()[:: max(1, t.numel() // 8)].float() for t in some])
+        return self._form(), versions, picked.tolist()
 
     def owned_by(self, user: object) -> bool:
         """Whether nobody else has written to the cache since."""
@@ -230,7 +240,7 @@ class Engine:
 
     def remembered(self, prompt: Sequence[int]) -> int:
         """See `CacheUse.remembered`."""
-        return self._use.remembered(prompt, self._state_of_weights()) if self.is_as_built else 0
+        return self._use.remembered(prompt, self._state_of_weights) if self.is_as_built else 0
 
     def set_aside(self, rows: int) -> Optional[list[torch.Tensor]]:
         """A copy of what the first slots hold, in the host's memory. None where parts of the model are somebody's own,
@@ -262,7 +272,7 @@ class Engine:
     def check_files(self) -> None:
         """ValueError where somebody has written to the files that the model reads its weights from."""
         if (files := getattr(self.model, "files", None)) is not None:
-            files.check_unchanged()
+            files.check_unchanged(self.model.parameters())
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot into another."""

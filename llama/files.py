@@ -175,19 +175,25 @@ class MappedFiles:
                 ranges.append((low, high))
         return ranges
 
-    def check_unchanged(self) -> None:
-        """ValueError where a file was written to since. One that lies under its name now is another, and does no harm."""
+    def check_unchanged(self, readers: Iterable[torch.Tensor] = ()) -> None:
+        """ValueError where a file was written to since. One that lies under its name now is another, and does no harm; and
+        none does if `readers` are given, and lie elsewhere by now."""
         for path, before in zip(self.paths, self._found):
             try:
                 now = path.stat()
             except OSError:
                 continue  # removed or out of sight; what is mapped stays
             same_file = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
-            if same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            changed = same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
+            if changed and self._are_read_by(list(readers)):
                 raise ValueError(
                     f"{path} was written to after it was loaded ({before.st_size} bytes then, {now.st_size} now), and the "
                     "model reads its weights from it; build it again, and replace files by renaming new ones"
                 )
+
+    def _are_read_by(self, tensors: list[torch.Tensor]) -> bool:
+        places = [t.data_ptr() for t in tensors]
+        return not (places and self.ranges) or any(low <= at < high for at in places for low, high in self.ranges)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """target[...] = source, some rows at a time, each of which is let go: never is much of the file counted as ours."""

@@ -443,7 +443,7 @@ class Transformer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_watch"}
+        return {**vars(self), "_watch": None, "files": None}  # what is copied lies in no file
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -532,7 +532,7 @@ class Transformer(nn.Module):
         layers: run so many blocks, and no last norm; all if negative.
         """
         if torch.compiler.is_compiling():  # where there are no locks
-            self.cache_use.calls += 1
+            self.cache_use.called = True
             return self._hidden_states(tokens, start_pos, slots, span, layers)
         with self.cache_use.call():
             return self._hidden_states(tokens, start_pos, slots, span, layers)

@@ -23,6 +23,8 @@ import torch
 
 try:
     import fcntl
+    import grp
+    import pwd
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
@@ -54,7 +56,7 @@ def check_folder(folder: Path) -> None:
     for above in (place, *place.parents):
         status = above.stat()
         _check_owner(above, status)
-        if status.st_mode & 0o022 and hasattr(os, "geteuid") and (above == place or not status.st_mode & stat.S_ISVTX):
+        if _others_write(status) and (above == place or not status.st_mode & stat.S_ISVTX):
             raise ValueError(
                 f"others can write to {above}, so what lies in {place} may be theirs; "
                 f"run chmod go-w {above}, or let LLAMA_CACHE name another folder"
@@ -68,8 +70,23 @@ def _check_owner(path: Path, status: os.stat_result) -> None:
         )
 
 
-def read(path: Path) -> bytes:
-    """The shared object of a package. ValueError where it could be somebody else's, or is not what `keep` wrote."""
+def _others_write(status: os.stat_result) -> bool:
+    """Whether somebody else may. The group may be the user's alone, as many systems make one for each user."""
+    if not hasattr(os, "geteuid"):
+        return False
+    if status.st_mode & stat.S_IWGRP:
+        try:
+            user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(status.st_gid)
+        except KeyError:
+            return True
+        if not (user.pw_gid == group.gr_gid and user.pw_name == group.gr_name and not group.gr_mem):
+            return True
+    return bool(status.st_mode & stat.S_IWOTH)
+
+
+def read(path: Path) -> dict[str, bytes]:
+    """What the loader needs of a package: see `_parts`. ValueError where it could be somebody else's, or is not what `keep`
+    wrote."""
     check_folder(path.parent)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | FLAGS)) as file:
@@ -77,7 +94,7 @@ def read(path: Path) -> bytes:
             _check_owner(path, status)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > MOST_BYTES:
                 raise ValueError(f"{path} is not a plain file with one name, or is too large; delete it, or pass compile=True")
-            if status.st_mode & 0o022 and hasattr(os, "geteuid"):
+            if _others_write(status):
                 raise ValueError(f"others can write to {path}, so it may be theirs; delete it, or pass compile=True")
             data = file.read(MOST_BYTES)
     except OSError as error:
@@ -87,13 +104,16 @@ def read(path: Path) -> bytes:
     content, digest = data[:-DIGITS], data[-DIGITS:]
     if digest != _digest(path, content):
         raise ValueError(f"{path} is damaged: its checksum is wrong; delete it, or pass compile=True")
-    return _shared_object(content)
+    return _parts(content)
 
 
-def _shared_object(content: bytes) -> bytes:
+def _parts(content: bytes) -> dict[str, bytes]:
+    """By their endings: the shared object, and the file that names the operators of ours that it calls, if it calls any."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".so"))
-        return archive.read(name)
+        ends = {name: end for name in archive.namelist() for end in (".so", ".wrapper.json") if name.endswith(end)}
+        if [*ends.values()].count(".so") != 1:
+            raise ValueError("it holds no shared object, or several")
+        return {"." + end.rpartition(".")[2]: archive.read(name) for name, end in ends.items()}
 
 
 def _digest(path: Path, content: bytes) -> bytes:
@@ -103,18 +123,18 @@ def _digest(path: Path, content: bytes) -> bytes:
 
 def load(path: Path) -> Any:
     """What runs a package; its `run` takes and returns a list of tensors. Errors as `read`, and OSError, RuntimeError."""
-    shared_object = read(path)
+    parts = read(path)
     with workspace(path.parent) as folder:
-        copy = folder / "step.so"
-        _write(copy, shared_object)
+        for end, part in parts.items():
+            _write(folder / f"step{end}", part)
         # Not the archive, whose loader would extract it to a folder that stays as long as the process lives.
-        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(copy), 1)
+        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "step.so"), 1)
 
 
 def keep(made: Path, path: Path, folder: Path) -> None:
     """Put an archive of AOTInductor under its name, whole or not at all. folder: a `workspace` beside it."""
     content = made.read_bytes()
-    _shared_object(content)  # an error here, and not with a good checksum from now on
+    _parts(content)  # an error here, and not with a good checksum from now on
     sealed = folder / path.name
     _write(sealed, content + _digest(path, content))
     os.replace(sealed, path)

@@ -243,7 +243,8 @@ def _join(launch: Launch) -> None:
     _joined += 1
     _started.watch = watch = peers.begin(launch.rank, launch.world_size, launch.launcher)
     if dist.is_initialized():
-        watch.publish(PrefixStore(f"llama/{_joined}", _default_store().clone()))
+        with contextlib.suppress(RuntimeError, AttributeError):  # a store that has no second connection carries no signs
+            watch.publish(PrefixStore(f"llama/{_joined}", _default_store().clone()))
         _started.world = dist.group.WORLD
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

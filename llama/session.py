@@ -147,11 +147,12 @@ class ChatSession:
         DialogError for a message with a tag of the format in it; `ContextFull` where there is no room for it.
         """
         self._check(message)
-        history = self._history()
-        prompt = self._encode(message, None if history else self.system)
-        self._check_room(history, message, len(prompt))
         chosen = self._chosen(options)
-        return self._reply(history, prompt, [], Turn(user=message, assistant=""), self._turns, chosen)
+        with self.llama.lock:
+            history = self._history()
+            prompt = self._encode(message, None if history else self.system)
+            self._check_room(history, message, len(prompt))
+            return self._reply(history, prompt, [], Turn(user=message, assistant=""), self._end(), chosen)
 
     def ask(self, message: str, **options: Any) -> str:
         """`send`, and the whole reply at once. Other threads' messages wait for it."""
@@ -173,7 +174,11 @@ class ChatSession:
         if made or turn["assistant"].endswith(REPLACEMENT):  # perhaps half a character
             reply = self._encode(turn["user"], system, turn["assistant"])[len(prompt) :]
         self._check_room(history, turn["user"], len(prompt) + len(reply))
-        return self._reply(history, prompt, reply, turn, self._turns, self._chosen(options))
+        return self._reply(history, prompt, reply, turn, self._end(), self._chosen(options))
+
+    def _end(self) -> tuple[list[Turn], Optional[Turn]]:
+        """Where the next turn goes: the list, and the last one in it."""
+        return self._turns, self._turns[-1] if self._turns else None
 
     def _reply(
         self,
@@ -181,16 +186,15 @@ class ChatSession:
         prompt: list[int],
         reply: list[int],
         turn: Turn,
-        turns: list[Turn],
+        end: tuple[list[Turn], Optional[Turn]],
         options: dict[str, Any],
     ) -> Iterator[Chunk]:
-        """Runs what `reply` begins to its end. As much of it as was read stands in the turn, and that, if it is new, behind
-        `turns`: those that are no longer the session's, since it was cleared or loaded meanwhile, take it with them.
+        """Runs what `reply` begins to its end. As much of it as was read stands in the turn, and that, if it is new, at the
+        `end` of turns that may no longer be the session's, since it was cleared or loaded meanwhile.
 
-        RuntimeError where another message was sent meanwhile: what is still to come would stand before it, and it was
-        answered without.
+        RuntimeError where these have changed meanwhile, by another message for example, which this reply knows nothing of.
         """
-        newest = turns[-1] if turns else None
+        turns, newest = end
         said, new = turn["assistant"], list(reply)
         generated = self.llama.tokenizer.decode(reply) if reply else ""
         # Where it was generated, spaces at its end are in its ids, but not in its text.
@@ -287,6 +291,8 @@ class ChatSession:
         ids, said = turn.get("ids"), (turn["user"], turn["assistant"], system)
         if said in self._proven and ids == list(self._proven[said]):
             return list(self._proven[said])
+        if len(self._proven) > 2 * len(self._turns) + 16:
+            self._proven.clear()
         found = self._made(turn, system)
         self._proven[said] = tuple(found)
         return found

@@ -94,6 +94,16 @@ def test_packaged(
     assert len(seen) == 20
     first.generate(PROMPTS[:1], 20, 0)
     assert len(seen) == 20
+    # A cache that autocast left in another dtype was written past its end; a norm's number stands in a package.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first.generate(PROMPTS[:1], 4, 0)
+    assert first.generate(PROMPTS[:1], 20, 0) == eager.generate(PROMPTS[:1], 20, 0)
+    for model in (first.model, eager.model):
+        model.layers[0].ffn_norm.eps = 5.0
+    assert first.generate(PROMPTS[:1], 20, 0) == eager.generate(PROMPTS[:1], 20, 0)
+    assert first._engine.graph is None
+    again.model.layers = again.model.layers[:0]
+    assert len(again.generate(PROMPTS[:1], 5, 0)[0][0]) == 5
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[None]:

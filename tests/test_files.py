@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import shutil
@@ -327,6 +328,10 @@ def test_files_that_are_written_to_under_a_model(tmp_path: Path, tokenizer_path:
     for call in (llama.score, llama.embed, llama.text_completion):
         with pytest.raises(ValueError, match=r"consolidated.00.pth was written to after it was loaded"):
             call(["the tree"])
+    copied = copy.deepcopy(llama)
+    llama.model.load_state_dict(random_weights(), assign=True)  # and nothing lies in the file any more
+    for other in (copied, llama):
+        assert other.text_completion(["the tree"], max_gen_len=2)
     llama = build(folder, tokenizer_path, dtype="bfloat16")  # of which nothing lies in the file
     os.truncate(path, 1000)
     assert llama.text_completion(["the tree"], max_gen_len=2)

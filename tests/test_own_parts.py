@@ -402,7 +402,25 @@ def test_nothing_is_an_inference_tensor(tmp_path: Path, tokenizer_path: str) -> 
     nn.Linear(64, 2)(vectors).sum().backward()
 
 
-def test_what_is_remembered_goes_with_the_weights(whole: Llama) -> None:
+def in_place(m: Llama) -> None:
+    with torch.no_grad():
+        m.model.layers[1].attention.wv.weight.mul_(1.5)
+
+
+def past_autograd(m: Llama) -> None:
+    m.model.layers[1].attention.wv.weight.data.mul_(1.5)  # as who merges LoRA layers does
+
+
+def number_of_a_norm(m: Llama) -> None:
+    m.model.layers[0].attention_norm.eps = 0.5
+
+
+def table_in_place(m: Llama) -> None:
+    m.model.freqs_cis.mul_(1j)
+
+
+@pytest.mark.parametrize("edit", [in_place, past_autograd, number_of_a_norm, table_in_place])
+def test_what_is_remembered_goes_with_the_weights(edit: Callable[[Llama], None], whole: Llama) -> None:
     """Chats reused keys and values that other weights had made."""
     prompt = PROMPTS[0] * 3
 
@@ -410,11 +428,12 @@ def test_what_is_remembered_goes_with_the_weights(whole: Llama) -> None:
         return [x for c in m.continue_ids(prompt, temperature=0, max_gen_len=5, logprobs=True) for x in c["logprobs"]]
 
     logprobs(whole)
-    with torch.no_grad():
-        whole.model.layers[1].attention.wv.weight.mul_(1.5)
+    assert whole._engine.remembered(prompt)
+    edit(whole)
     expected = whole.generate([prompt], 5, 0, logprobs=True)[1]
     assert expected is not None
     logprobs(whole)
+    assert whole._engine.remembered(prompt)
     assert logprobs(whole) == pytest.approx(expected[0], abs=1e-4)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import itertools
+import os
 import pickle
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +130,13 @@ def test_one_chat_in_several_threads(llama: Llama) -> None:
         alone = llama.chat(temperature=0, max_gen_len=3)
         alone.turns = chat.turns[:i]
         assert alone.ask(turn["user"]) == turn["assistant"]
+    chat = llama.chat(temperature=0, max_gen_len=3)
+    for overtaken in (chat.send("a"), chat.send("b"), chat.continue_reply(max_gen_len=2) if chat.turns else chat.send("c")):
+        chat.ask("d")
+        with pytest.raises(RuntimeError, match="another message was sent"):
+            next(overtaken)
+        assert [turn["user"] for turn in chat.turns] == ["d"] * len(chat.turns)
+    chat.clear()
     replies = [chat.send("x"), chat.send("y")]
     next(replies[1])
     chat.undo()
@@ -136,7 +145,7 @@ def test_one_chat_in_several_threads(llama: Llama) -> None:
     for reply in replies:
         with pytest.raises(RuntimeError, match="another message was sent"):
             next(reply)
-    assert [turn["user"] for turn in chat.turns[6:]] == ["x", "z"]
+    assert [turn["user"] for turn in chat.turns] == ["x", "z"]
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))], ids=["copy", "pickle"])
@@ -160,6 +169,60 @@ def test_the_model_called_past_a_stream(llama: Llama, step: str) -> None:
             other()
         with pytest.raises(RuntimeError, match="the model itself was called"):
             list(stream)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.params, self.vocab_size = inner, inner.params, inner.vocab_size
+
+    def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
+        return self.inner(tokens, start_pos)  # type: ignore[no-any-return]
+
+
+def test_a_wrapped_model_has_the_same_cache(llama: Llama) -> None:
+    """A stream through the wrapper went on over the keys of other calls, in silence."""
+    other: Any = Wrapped(llama.model)
+    stream = Llama(other, llama.tokenizer).stream_text(PROMPTS[:1], temperature=0)
+    next(stream)
+    llama.generate([[1, 5]], 2, 0)
+    with pytest.raises(RuntimeError, match="another call has used the model"):
+        list(stream)
+
+
+def test_a_compiled_model_is_compiled_once(llama: Llama) -> None:
+    """Each call counted itself, and a number that changes is compiled in."""
+    graphs: list[Any] = []
+    compiled: Any = torch.compile(llama.model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    ids = torch.tensor([[1, 2, 3]])
+    stream = llama.stream_text(PROMPTS[:1], temperature=0)
+    next(stream)
+    for _ in range(5):
+        torch.testing.assert_close(compiled(ids, 0), llama.model(ids, 0))
+    assert len(graphs) <= 2
+    with pytest.raises(RuntimeError, match="the model itself was called"):
+        list(stream)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_another_thread_steps(llama: Llama) -> None:
+    """The child waited for a thread that it does not have."""
+    entered, leave = threading.Event(), threading.Event()
+    handle = llama.model.layers[0].register_forward_hook(lambda *_: entered.set() or (leave.wait(60) and None))
+    thread = threading.Thread(target=lambda: llama.generate([[1, 5]], 1, 0))
+    thread.start()
+    entered.wait(60)
+    if (child := os.fork()) == 0:
+        handle.remove()
+        signal.alarm(30)
+        os._exit(len(llama.generate([[1, 5]], 3, 0)[0][0]))
+    _, status = os.waitpid(child, 0)
+    leave.set()
+    thread.join(60)
+    handle.remove()
+    assert os.waitstatus_to_exitcode(status) == 3
 
 
 @pytest.mark.parametrize("inner", ["generate", "forward"])
