@@ -30,6 +30,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
+from torch._dynamo import trace_rules
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llama import kernels, proven, runtime
@@ -591,6 +592,8 @@ def emulated(
     def reserved(device: Any = None) -> int:
         return machine.devices[_index(device)].reserved
 
+    # torch's compiler notes once in a process which functions are torch's: it must not find the ones that stand in for them.
+    trace_rules.lookup(arange)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(runtime.ALIASES, "emulated", "cuda")
         patch.setattr(proven, "triton_kernels", lambda: triton)
