@@ -275,10 +275,14 @@ def make_folders(root: Path) -> list[Path]:
     tokenizer.write_bytes(train_tokenizer())
     weights = random_weights()
     folders = [write_checkpoint(root / "meta", weights), write_checkpoint(root / "shards", weights, 2)]
+    usual = convert.PART_BYTES
     for name, options in {"int8": {"quantize": "int8"}, "int4": {"quantize": "int4"}, "hf": {}, "parts": {}}.items():
-        convert.PART_BYTES = 2**17 if name == "parts" else 2**30
-        with contextlib.redirect_stderr(io.StringIO()):
-            convert.convert(folders[0], root / name, "meta" if options else "hf", tokenizer_path=tokenizer, **options)
+        convert.PART_BYTES = 2**17 if name == "parts" else usual
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                convert.convert(folders[0], root / name, "meta" if options else "hf", tokenizer_path=tokenizer, **options)
+        finally:
+            convert.PART_BYTES = usual
         folders.append(root / name)
     for folder in folders:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
