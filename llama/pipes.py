@@ -40,12 +40,19 @@ def lost_reader() -> bool:
 
 
 @contextlib.contextmanager
-def as_the_shell_left_them() -> Iterator[None]:
-    """A whole program: its standard streams may be closed, and `… | head` ends it without an error."""
-    open_closed_streams()
+def reader_may_leave() -> Iterator[None]:
+    """A block that prints: `… | head` ends it without an error."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
         if not lost_reader():
             raise
+
+
+@contextlib.contextmanager
+def as_the_shell_left_them() -> Iterator[None]:
+    """A whole program: its standard streams may be closed, and nobody need read what it prints."""
+    open_closed_streams()
+    with reader_may_leave():
+        yield

@@ -205,7 +205,8 @@ class ChatSession:
             with self.llama.lock:
                 if (turns[-1] if turns else None) is not newest:
                     raise RuntimeError(
-                        "another message was sent to this chat before this reply ended; fork() it for a second one"
+                        "another message was sent to this chat, or its turns were changed, before this reply ended; fork() the "
+                        "chat for a second one"
                     )
                 chunk = next(chunks, None)
                 if chunk is None:

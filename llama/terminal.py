@@ -25,7 +25,7 @@ from .completion import Chunk
 from .files import read_file
 from .generation import DEMO, Llama, _find_tokenizer
 from .parallel import from_first_process, is_first_process
-from .pipes import lost_reader
+from .pipes import reader_may_leave
 from .printable import escaped, harmless, json_line, printable, shortened
 from .runtime import Launch
 from .session import ContextFull
@@ -646,12 +646,8 @@ def _pipe_may_close() -> Iterator[None]:
     """`… | head` is no error; and what the terminal has no characters for is none either."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    try:
+    with reader_may_leave():
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not lost_reader():
-            raise
 
 
 # What is text stays text, where fire would make a number of 42 and a tuple of 1,2.

@@ -9,13 +9,16 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from llama import Llama
 
@@ -205,26 +208,6 @@ def test_a_compiled_model_is_compiled_once(llama: Llama) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_while_another_thread_steps(llama: Llama) -> None:
-    """The child waited for a thread that it does not have."""
-    entered, leave = threading.Event(), threading.Event()
-    handle = llama.model.layers[0].register_forward_hook(lambda *_: entered.set() or (leave.wait(60) and None))
-    thread = threading.Thread(target=lambda: llama.generate([[1, 5]], 1, 0))
-    thread.start()
-    entered.wait(60)
-    if (child := os.fork()) == 0:
-        handle.remove()
-        signal.alarm(30)
-        os._exit(len(llama.generate([[1, 5]], 3, 0)[0][0]))
-    _, status = os.waitpid(child, 0)
-    leave.set()
-    thread.join(60)
-    handle.remove()
-    assert os.waitstatus_to_exitcode(status) == 3
-
-
 @pytest.mark.parametrize("inner", ["generate", "forward"])
 def test_called_in_the_middle_of_a_step(llama: Llama, inner: str) -> None:
     """A hook that asks the model it hooks: its keys would stand among those of the step."""
@@ -247,29 +230,56 @@ def test_called_in_the_middle_of_a_step(llama: Llama, inner: str) -> None:
     assert llama.generate([[1, 9, 8]], 4, 0) == expected
 
 
-def test_streams_of_a_model_with_hooks(llama: Llama) -> None:
-    """What a hook remembers cannot be kept aside: the newer stream wins, and the older says so."""
-    handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
+@pytest.mark.parametrize("hooked_first", [True, False])
+def test_streams_of_a_model_with_hooks(llama: Llama, hooked_first: bool) -> None:
+    """What a hook remembers cannot be kept aside: the newer stream wins, and the older says so. Hooks that come between two
+    steps count too."""
+    hook = partial(llama.model.layers[0].register_forward_hook, lambda *_: None)
+    handle = hook() if hooked_first else None
     try:
         stream = llama.stream_text(PROMPTS[:1], temperature=0)
         next(stream)
+        handle = handle or hook()
         llama.generate([[1, 5]], 2, 0)
         with pytest.raises(RuntimeError, match="hooks or patches"):
             list(stream)
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
 
 
-def test_a_hook_put_in_between_two_steps(llama: Llama) -> None:
-    stream = llama.stream_text(PROMPTS[:1], temperature=0)
-    next(stream)
-    handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
+@contextmanager
+def a_thread_in_a_step(llama: Llama) -> Iterator[RemovableHandle]:
+    """The block runs while another thread is in the middle of a step. Gives the hook that holds it there."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def hook(*_: Any) -> None:
+        entered.set()
+        leave.wait(60)
+
+    handle = llama.model.layers[0].register_forward_hook(hook)
+    thread = threading.Thread(target=lambda: llama.generate([[1, 5]], 1, 0))
+    thread.start()
+    entered.wait(60)
     try:
-        llama.generate([[1, 5]], 2, 0)
-        with pytest.raises(RuntimeError, match="hooks or patches"):
-            list(stream)
+        yield handle
     finally:
+        leave.set()
+        thread.join(60)
         handle.remove()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_another_thread_steps(llama: Llama) -> None:
+    """The child waited for a thread that it does not have."""
+    with a_thread_in_a_step(llama) as handle:
+        if (child := os.fork()) == 0:
+            handle.remove()
+            signal.alarm(30)
+            os._exit(len(llama.generate([[1, 5]], 3, 0)[0][0]))
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 3
 
 
 def test_interrupted_anywhere(llama: Llama) -> None:
@@ -309,21 +319,8 @@ def test_a_stream_that_ends_while_another_steps(llama: Llama) -> None:
     """The garbage collector may close a stream in any thread; it waits for nobody."""
     stream = llama.stream_text(PROMPTS[:1], temperature=0)
     next(stream)
-    entered, leave = threading.Event(), threading.Event()
-
-    def hook(*_: Any) -> None:
-        entered.set()
-        leave.wait(60)
-
-    handle = llama.model.layers[0].register_forward_hook(hook)
-    thread = threading.Thread(target=lambda: llama.generate([[1, 5]], 1, 0))
-    thread.start()
-    entered.wait(60)
     closing = threading.Thread(target=stream.close)  # type: ignore[attr-defined]
-    closing.start()
-    closing.join(60)
-    alive = closing.is_alive()
-    leave.set()
-    thread.join(60)
-    handle.remove()
-    assert not alive
+    with a_thread_in_a_step(llama):
+        closing.start()
+        closing.join(60)
+        assert not closing.is_alive()
