@@ -218,20 +218,25 @@ def kernel_cases(place: Place, dtype: torch.dtype) -> Iterator[tuple[str, Kernel
 
 
 def compared(kernel: Kernel, args: list[Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The kernel beside its plain form, as `proven` compares them: whether it is used, and why not; the largest difference,
-    in units of the numbers' spread."""
+    """The kernel beside its plain form in float32, as `proven` compares them: whether it is used, and why not; the largest
+    difference in units of the numbers' spread, and that of the plain form in their dtype."""
     function: proven.Proven = getattr(proven, kernel.name)
     try:
-        found = function._results(getattr(proven.triton_kernels(), kernel.name), args, {})
+        found = function.results(getattr(proven.triton_kernels(), kernel.name), args, {})
     except Exception as error:
         return {"right": False, "why": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    expected = function._results(function.plain, args, {})
+    expected, plain = function.exact(args, {}), function.results(function.plain, args, {})
     near = all(proven.is_near(a, b, proven.KERNEL_TOLERANCE[dtype]) for a, b in zip(found, expected))
-    errors = [float((a.float() - b.float()).abs().max() / b.float().square().mean().sqrt()) for a, b in zip(found, expected)]
+
+    def error(results: list[torch.Tensor]) -> float:
+        errors = [(a.float() - b.float()).abs().max() / b.float().square().mean().sqrt() for a, b in zip(results, expected)]
+        return float(f"{max(map(float, errors)):.2e}")
+
     return {
         "right": near,
         "taken": proven.usable(args[0]),
-        "error": float(f"{max(errors):.2e}"),
+        "error": error(found),
+        "plain_error": error(plain),
         **({} if near else {"why": "numbers"}),
     }
 

@@ -547,6 +547,9 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         blocks = self.layers if layers < 0 else self.layers[:layers]
         h = self._embedded(tokens)
+        tokens = tokens.to(h.device)
+        start_pos = start_pos.to(h.device) if isinstance(start_pos, torch.Tensor) else start_pos
+        slots = None if slots is None else slots.to(h.device)
         if not isinstance(start_pos, torch.Tensor) and whole(start_pos) is None:
             raise ValueError(f"start_pos={shortened(start_pos)} must be a whole number, or a tensor with one for each row")
         if self._watch.sees_no_change(self):
@@ -572,7 +575,8 @@ class Transformer(nn.Module):
             told = f"{type(tokens).__name__} of {getattr(tokens, 'dtype', None)} and shape {shape}"
             raise ValueError(f"tokens must be ids in an int64 tensor of shape (batch, positions), not a {told}")
         try:
-            return self.tok_embeddings(tokens)
+            # Meta's build makes a script's new tensors lie on the GPU. Ours leaves torch's defaults alone, so they may not.
+            return self.tok_embeddings(tokens.to(getattr(self.tok_embeddings, "weight", tokens).device))
         except IndexError as error:
             most = self.vocab_size - 1
             if wrong := [i for i in tokens.flatten().tolist() if not 0 <= i <= most]:

@@ -1,7 +1,8 @@
 """The functions of `kernels`, run by Triton where that has proven right on this device, and in plain torch elsewhere.
 
 A kernel that no GPU of this kind has run before must not answer wrongly in silence: at its first use for a shape it is
-compared with its plain form. If it fails or differs, one line says so, and the plain form runs for that shape.
+compared with its plain form, computed in float32. If it fails or differs, one line says so, and the plain form runs for
+that shape.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from .parallel import is_first_process
 from .printable import escaped
 from .runtime import device_kind, to_device
 
-# How far two ways to compute the same may lie apart, in units of the numbers' spread. For a whole model five times what is
-# seen, for a kernel four steps of the dtype.
+# How far two ways to compute the same may lie apart. For a whole model as a part of a vector's length: five times what is
+# seen. For a kernel in units of the numbers' spread: four steps of the dtype.
 STEP_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 KERNEL_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
+ROUNDED_ONCE = ("rotate_and_store", "dequantize_int4")  # by their plain forms too, so that these are as exact as may be
 SAMPLED = 1024  # rows of each half of a matrix that a product is compared on
 
 
@@ -49,6 +51,15 @@ def is_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bo
     same = (found == expected) | (found.isnan() & expected.isnan())
     spread = expected.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
     return bool((same | ((found - expected).abs() <= tolerance * (spread + expected.abs()))).all())
+
+
+def vectors_are_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """As `is_near` for whole vectors, those of the last dimension: of many million numbers that went through many layers some
+    are always far away. Waits for the device."""
+    found, expected = found.float(), expected.float()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    length = expected.nan_to_num(0.0, 0.0, 0.0).norm(dim=-1)
+    return bool((torch.where(same, 0.0, found - expected).norm(dim=-1) <= tolerance * (length + length.mean()) / 2).all())
 
 
 class Proven:
@@ -78,7 +89,7 @@ class Proven:
 
     def _compare(self, fast: Callable[..., Any], args: Any, options: Any, tolerance: float) -> bool:
         try:
-            pairs = [(self._results(form, trial, options) for form in (fast, self.plain)) for trial in self._trials(args)]
+            pairs = [(self.results(fast, trial, options), self.exact(trial, options)) for trial in self._trials(args)]
             near = all(is_near(a, b, tolerance) for found, expected in pairs for a, b in zip(found, expected))
             problem = None if near else "it gives other numbers"
         except Exception as error:  # whatever a compiler, a driver or a lack of memory may raise
@@ -110,7 +121,14 @@ class Proven:
         places = [(last, last // 2), (min(63, last), min(64, last)), (last * 3 // 4, 0)]
         return [(q, *caches, to_device(list(pair[:rows]), q.device)) for pair in places]
 
-    def _results(self, function: Callable[..., Any], args: Any, options: Any) -> list[torch.Tensor]:
+    def exact(self, args: Any, options: Any) -> list[torch.Tensor]:
+        """The results of the plain form in float32, which rounds nothing on the way."""
+        if self.name not in ROUNDED_ONCE:
+            half = (torch.bfloat16, torch.float16)
+            args = [x.float() if isinstance(x, torch.Tensor) and x.dtype in half else x for x in args]
+        return self.results(self.plain, args, options)
+
+    def results(self, function: Callable[..., Any], args: Any, options: Any) -> list[torch.Tensor]:
         """What it returns, and what it writes into the cache."""
         out = function(*args, **options)
         results = list(out) if isinstance(out, tuple) else [out]

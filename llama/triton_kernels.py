@@ -18,39 +18,70 @@ from typing import NamedTuple, Optional
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama.runtime import current, device_kind  # by name: the tests load this file apart
 
 
 class Tiles(NamedTuple):
-    """How one program of a product works: `rows` weight rows, `columns` of each at a time."""
+    """How one program of a product works: `rows` weight rows, `columns` of each at a time, the loads of `stages` times under
+    way at once. If a multiprocessor gets fewer than `programs`, several share the columns of a row."""
 
     rows: int
     columns: int
     warps: int
     stages: int = 1
+    programs: int = 1
 
 
-# Block sizes. Chosen by counting instructions, registers and bytes in flight (benchmarks/sass.py); tune them on a GPU.
-# One activation row: 64 threads that each load 16 bytes of every row at once. 4096 rows are 4 to 8 programs for each of 132
-# multiprocessors, which have 32 KB or more in flight then. More rows share the work on x, but need more registers: 8 rows of
-# int4 take 254, so that only 8 warps fit a multiprocessor; 4 take 128 and 16 % more instructions.
-ONE = {16: Tiles(4, 512, 2), 8: Tiles(8, 1024, 2), 4: Tiles(4, 2048, 2)}
-# Several rows: tensor cores. 4096 rows are 128 programs, one for each multiprocessor, so loads have to run some stages ahead.
-SEVERAL = {16: Tiles(32, 128, 4, 5), 8: Tiles(32, 256, 4, 4), 4: Tiles(32, 256, 4, 6)}
+# Block sizes: the best over the matrices of Llama 2 7B on an H200 (benchmarks/gpu.py --part tune).
+# One activation row: programs are small, so that the last ones end together, and load all of their rows at once.
+ONE = {16: Tiles(4, 1024, 2), 8: Tiles(4, 1024, 2, 2), 4: Tiles(8, 4096, 4, 2)}
+# Several rows: tensor cores.
+SEVERAL = {16: Tiles(32, 256, 4, 4, 2), 8: Tiles(32, 256, 4, 3, 2), 4: Tiles(16, 256, 2, 3, 8)}
+MOST_SHARES = 8  # of the columns of a row
 DOT_ROWS = 16  # the least that tl.dot takes; fewer activation rows or query heads are padded to it
 KEYS = 64  # keys that attention reads at a time: 16 KB at D = 128
-SPLITS_PER_PROCESSOR = 2  # programs of attention that one multiprocessor gets, if there are enough keys
+SPLITS_PER_PROCESSOR = 4  # programs of attention that one multiprocessor gets, if there are enough keys
 MOST_SPLITS = 64
-ELEMENTS = 1024  # that one program of silu_mul or dequantize_int4 makes
-
-# Triton 3.9 warns if this is not said.
-FUSION = {"enable_fp_fusion": True}
+ELEMENTS = 1024  # that one program of silu_mul, dequantize_int4 or add_parts makes
 
 
 @lru_cache
 def processor_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device_kind(device) == "cuda" else 132
+
+
+@lru_cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be started while the one before it still runs (programmatic dependent launch, from Hopper on)."""
+    return device_kind(device) == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launching(device: torch.device) -> dict[str, bool]:
+    """Options of each launch. Triton 3.9 warns if the first is not said."""
+    return {"enable_fp_fusion": True, "launch_pdl": overlaps(device), "OVERLAP": overlaps(device)}
+
+
+@triton.jit
+def _wait(OVERLAP: tl.constexpr):
+    """For the end of the kernels before: only now may be read what they wrote, and be written what they read."""
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def _let_next_start(OVERLAP: tl.constexpr):
+    """In a long kernel at its end: else the next one's programs would all lie on those multiprocessors that are free first."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _follow(OVERLAP: tl.constexpr):
+    """In a short kernel."""
+    _let_next_start(OVERLAP)
+    _wait(OVERLAP)
 
 
 @triton.jit
@@ -60,7 +91,10 @@ def _silu(x):
 
 
 @triton.jit
-def _add_norm(x, delta, weight, h, normed, dim, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_norm(
+    x, delta, weight, h, normed, dim, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    _follow(OVERLAP)
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
     at = tl.program_id(0) * dim + columns
@@ -84,7 +118,17 @@ def add_norm(
     block = triton.next_power_of_2(dim)
     with current(x.device):
         _add_norm[(B,)](
-            x, delta, weight, h, normed, dim, eps, delta is not None, block, num_warps=min(16, max(1, block // 512)), **FUSION
+            x,
+            delta,
+            weight,
+            h,
+            normed,
+            dim,
+            eps,
+            delta is not None,
+            block,
+            num_warps=min(16, max(1, block // 512)),
+            **launching(x.device),
         )
     return h, normed
 
@@ -92,8 +136,9 @@ def add_norm(
 @triton.jit
 def _rotate_and_store(
     qkv, rotations, positions, cache_k, cache_v, q, H, K, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    _follow(OVERLAP)
     row, head = tl.program_id(0), tl.program_id(1)
     pair = tl.arange(0, BLOCK)
     inside = pair < D // 2
@@ -134,7 +179,7 @@ def rotate_and_store(
     with current(qkv.device):
         _rotate_and_store[(B, H + 2 * K)](
             qkv, rotations, positions, cache_k, cache_v, q, H, K, *cache_k.stride(), *cache_v.stride(),
-            D, triton.next_power_of_2(D // 2), num_warps=1, **FUSION,
+            D, triton.next_power_of_2(D // 2), num_warps=1, **launching(qkv.device),
         )  # fmt: skip
     return q
 
@@ -143,10 +188,11 @@ def rotate_and_store(
 def _attend(
     q, cache_k, cache_v, positions, out, parts, sums, scale, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The queries of one group over one part of the keys. Each block of keys has one or more that are seen, so its largest
     score is -inf only if a real score is."""
+    _wait(OVERLAP)
     row, kv_head = tl.program_id(0) // K, tl.program_id(0) % K
     split = tl.program_id(1)
     length = tl.load(positions + row).to(tl.int32) + 1
@@ -174,6 +220,7 @@ def _attend(
         total = total * shrink + tl.sum(p, 1)
         mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None])
         most = higher
+    _let_next_start(OVERLAP)
     if SPLITS == 1:
         tl.store(out + lines[:, None] * D + item[None, :], (mixed / total[:, None]).to(out.dtype.element_ty), whole)
     else:
@@ -184,8 +231,11 @@ def _attend(
 
 
 @triton.jit
-def _combine(parts, sums, out, D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(
+    parts, sums, out, D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """Adds up the parts of one head. Those without keys have -inf as their largest score and weigh nothing."""
+    _follow(OVERLAP)
     split, item = tl.arange(0, BLOCK), tl.arange(0, SIZE)
     part = tl.program_id(0) * SPLITS + split
     inside = split < SPLITS
@@ -226,15 +276,18 @@ def attend(
         _attend[(B * K, splits)](
             q, cache_k, cache_v, positions, out, parts, sums, math.log2(math.e) / math.sqrt(D),
             *cache_k.stride(), *cache_v.stride(), K, H // K, D, max(DOT_ROWS, triton.next_power_of_2(H // K)), size, KEYS,
-            splits, num_warps=4, num_stages=2, **FUSION,
+            splits, num_warps=4, num_stages=3, **launching(q.device),
         )  # fmt: skip
         if splits > 1:
-            _combine[(B * H,)](parts, sums, out, D, size, splits, triton.next_power_of_2(splits), num_warps=4, **FUSION)
+            _combine[(B * H,)](
+                parts, sums, out, D, size, splits, triton.next_power_of_2(splits), num_warps=4, **launching(q.device)
+            )
     return out
 
 
 @triton.jit
-def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    _follow(OVERLAP)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     at = gate_up + tl.program_id(0) * 2 * width + column
@@ -248,7 +301,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     B, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(B, width)
     with current(gate_up.device):
-        _silu_mul[(B, triton.cdiv(width, ELEMENTS))](gate_up, out, width, ELEMENTS, num_warps=4, **FUSION)
+        _silu_mul[(B, triton.cdiv(width, ELEMENTS))](gate_up, out, width, ELEMENTS, num_warps=4, **launching(gate_up.device))
     return out
 
 
@@ -304,7 +357,7 @@ def _gated(gate, up):
 @triton.jit
 def _one(
     x, weight, scales, zeros, out, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One activation row, by multiply-and-add.
 
@@ -327,7 +380,8 @@ def _one(
     at = weight + start * LINE + (row - first)[:, None] * LINE + word[None, :]
     sums = tl.zeros((ROWS, CHUNKS if KIND == 4 else WORDS), tl.float32)
     offset = tl.zeros((WORDS,), tl.float32)
-    for k in range(0, LINE, WORDS):
+    _wait(OVERLAP)
+    for k in tl.range(0, LINE, WORDS, loop_unroll_factor=STAGES):
         inside = (k + word < LINE)[None, :]
         # Beyond the end x is 0, and any integer becomes a finite v.
         w = tl.load(at + k, inside, 0) if KIND == 16 else tl.load(at + k, inside)
@@ -366,6 +420,7 @@ def _one(
             zero = tl.load(zeros + start * (K // GROUP) + places, known, 0.0).to(tl.float32)
             total = tl.sum((left + 0.0625 * right).reshape(CHUNKS, CHUNK // 8), 1)
             sums += tl.sum(s.reshape(ROWS, CHUNKS, CHUNK // 8), 2) * scale + total[None, :] * zero
+    _let_next_start(OVERLAP)
     y = tl.sum(sums - offset[None, :], 1) * (tl.load(scales + row) * 256) if KIND == 8 else tl.sum(sums, 1)
     y = y.to(DTYPE)
     column = first + tl.arange(0, ROWS // 2 if GATED else ROWS)
@@ -383,44 +438,66 @@ def _float(numbers):
 
 @triton.jit
 def _several(
-    x, weight, scales, zeros, out, B, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, scales, zeros, out, parts, B, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Up to BATCH activation rows, on tensor cores; integers are rounded to the activations' dtype before."""
+    """Up to BATCH activation rows, on tensor cores; integers are rounded to the activations' dtype before. With several
+    splits each program has some of the columns, and its sums go to parts, float32 (SPLITS, B, N)."""
+    _wait(OVERLAP)
     DTYPE: tl.constexpr = out.dtype.element_ty
     CHUNK: tl.constexpr = min(GROUP, 32)
     CHUNKS: tl.constexpr = COLUMNS // CHUNK
+    SHARE: tl.constexpr = (K + COLUMNS * SPLITS - 1) // (COLUMNS * SPLITS) * COLUMNS  # columns of a split
     first = tl.program_id(0) * (ROWS // 2 if GATED else ROWS)
     row = _rows(first, N, ROWS, GATED)
     line, column, byte, chunk = tl.arange(0, BATCH), tl.arange(0, COLUMNS), tl.arange(0, COLUMNS // 2), tl.arange(0, CHUNKS)
     start = row.to(tl.int64)[:, None]
     sums = tl.zeros((BATCH, ROWS), tl.float32)
-    for k in range(0, K, COLUMNS):
+    begin = tl.program_id(1) * SHARE
+    if KIND == 4:
+        places, known = start * (K // GROUP) + ((begin + chunk * CHUNK) // GROUP)[None, :], (begin + chunk * CHUNK < K)[None, :]
+        scale, zero = tl.load(scales + places, known, 0.0), tl.load(zeros + places, known, 0.0)
+    for k in range(begin, tl.minimum(begin + SHARE, K), COLUMNS):
         inside = (k + column < K)[None, :]
         a = tl.load(x + line[:, None] * K + (k + column)[None, :], (line < B)[:, None] & inside, 0.0)
         if KIND == 4:
             numbers = tl.load(weight + start * (K // 2) + (k // 2 + byte)[None, :], (k // 2 + byte < K // 2)[None, :], 0)
             numbers = numbers.to(tl.int32)
-            n = tl.interleave(_float((numbers >> 4) - 8), _float((numbers & 15) - 8)).reshape(ROWS, CHUNKS, CHUNK)
-            group = (k + chunk * CHUNK) // GROUP
-            known = (group < K // GROUP)[None, :]
-            scale = tl.load(scales + start * (K // GROUP) + group[None, :], known, 0.0).to(tl.float32)
-            zero = tl.load(zeros + start * (K // GROUP) + group[None, :], known, 0.0).to(tl.float32)
-            w = (n * scale[:, :, None] + zero[:, :, None]).reshape(ROWS, COLUMNS).to(DTYPE)
+            v = tl.interleave(_upper(numbers, 0, 0x3F800000), _upper(numbers << 4, 0, 0x3F800000))  # 1 + n / 16
+            slope, offset = scale.to(tl.float32) * 16, zero.to(tl.float32) - scale.to(tl.float32) * 24
+            w = v.reshape(ROWS, CHUNKS, CHUNK) * slope[:, :, None] + offset[:, :, None]
+            w = w.reshape(ROWS, COLUMNS).to(DTYPE)
+            # Those of the next trip: what feeds no product directly is not loaded ahead by the compiler.
+            ahead = k + COLUMNS + chunk * CHUNK
+            places, known = start * (K // GROUP) + (ahead // GROUP)[None, :], (ahead < K)[None, :]
+            scale, zero = tl.load(scales + places, known, 0.0), tl.load(zeros + places, known, 0.0)
         elif KIND == 8:
             n = tl.load(weight + start * K + (k + column)[None, :], inside, 0)
             w = _float(n.to(tl.int32)).to(DTYPE)
         else:
             w = tl.load(weight + start * K + (k + column)[None, :], inside, 0.0)
         sums = tl.dot(a, tl.trans(w), sums)
+    _let_next_start(OVERLAP)
     if KIND == 8:
         sums *= tl.load(scales + row)[None, :]
-    y = sums.to(DTYPE)
+    y = sums if SPLITS > 1 else sums.to(DTYPE)
     column = first + tl.arange(0, ROWS // 2 if GATED else ROWS)
     if GATED:
         gate, up = tl.split(y.reshape(BATCH, ROWS // 2, 2))
         y = _gated(gate, up)
-    tl.store(out + line[:, None] * N + column[None, :], y, (line < B)[:, None] & (column < N)[None, :])
+    at = line[:, None] * N + column[None, :]
+    place = parts + tl.program_id(1) * B * N + at if SPLITS > 1 else out + at
+    tl.store(place, y, (line < B)[:, None] & (column < N)[None, :])
+
+
+@triton.jit
+def _add_parts(parts, out, SIZE, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    _follow(OVERLAP)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        sums += tl.load(parts + split * SIZE + at, at < SIZE, 0.0)
+    tl.store(out + at, sums.to(out.dtype.element_ty), at < SIZE)
 
 
 def _product(
@@ -439,17 +516,24 @@ def _product(
     one = B == 1 and K % (32 // kind) == 0  # else a row of weights would not be whole words
     tiles = ONE[kind] if one else SEVERAL[kind]
     grid = (triton.cdiv(N, tiles.rows // (2 if gated else 1)),)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **FUSION}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **launching(x.device)}
     with current(x.device):
         if one:
             words = x.view(torch.int32), weight.view(torch.int32)
-            _one[grid](*words, scales, zeros, out, N, K, kind, group, gated, tiles.rows, tiles.columns, **options)
+            _one[grid](*words, scales, zeros, out, N, K, kind, group, gated, tiles.rows, tiles.columns, tiles.stages, **options)
         else:
             batch = max(DOT_ROWS, triton.next_power_of_2(B))
             options["num_stages"] = max(2, tiles.stages * DOT_ROWS // batch)  # more rows of x take their place in memory
-            _several[grid](
-                x, weight, scales, zeros, out, B, N, K, kind, group, gated, batch, tiles.rows, tiles.columns, **options
-            )
+            splits = 1 if gated else max(1, min(MOST_SHARES, tiles.programs * processor_count(x.device) // grid[0]))
+            parts = x.new_empty((splits, B, N) if splits > 1 else 0, dtype=torch.float32)
+            _several[(*grid, splits)](
+                x, weight, scales, zeros, out, parts, B, N, K, kind, group, gated, batch, tiles.rows, tiles.columns, splits,
+                **options,
+            )  # fmt: skip
+            if splits > 1:
+                _add_parts[(triton.cdiv(B * N, ELEMENTS),)](
+                    parts, out, B * N, splits, ELEMENTS, num_warps=4, **launching(x.device)
+                )
     return out
 
 
@@ -475,7 +559,10 @@ def product_int4(
 
 
 @triton.jit
-def _dequantize_int4(weight, scales, zeros, out, CHUNKS, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize_int4(
+    weight, scales, zeros, out, CHUNKS, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    _follow(OVERLAP)
     DTYPE: tl.constexpr = out.dtype.element_ty
     chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = chunk < CHUNKS
@@ -497,6 +584,6 @@ def dequantize_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Ten
     chunks, block = out.numel() // chunk, ELEMENTS // chunk
     with current(weight.device):
         _dequantize_int4[(triton.cdiv(chunks, block),)](
-            weight, scales, zeros, out, chunks, chunk, group, block, num_warps=4, **FUSION
+            weight, scales, zeros, out, chunks, chunk, group, block, num_warps=4, **launching(weight.device)
         )
     return out

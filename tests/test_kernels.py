@@ -218,7 +218,7 @@ def test_attend(form: Any, dtype: torch.dtype, positions: list[int], T: int, H: 
 
 def test_splits_fill_a_gpu(interpreted: ModuleType) -> None:
     splits = interpreted.splits_of
-    assert splits(32, 2048, 132) == 8
+    assert splits(32, 2048, 132) == 16
     assert splits(32, 100, 132) == 2  # no more than there are blocks of keys
     assert splits(512, 4096, 132) == 1
     assert splits(1, 100_000, 132) == interpreted.MOST_SPLITS
