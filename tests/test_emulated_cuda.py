@@ -75,9 +75,10 @@ def hooked(llama: Llama, texts: list[str]) -> Any:
 
 
 def between(llama: Llama, texts: list[str]) -> Any:
-    """Steps of somebody else's own between two generations."""
+    """Steps of somebody else's own between two generations, with ids on the CPU: after Meta's build they are on the GPU."""
     ids = torch.tensor([llama.tokenizer.encode(texts[0], bos=True, eos=False)])
-    logits = llama.model(ids.to(llama.model.norm.weight.device), 0)
+    llama.model(ids[:, :-1], 0)
+    logits = llama.model(ids[:, -1:], torch.tensor([ids.shape[1] - 1]), slots=torch.tensor([0]))
     return logits.argmax(-1).tolist(), llama.text_completion(texts[:1], 0, 1, 10)
 
 
@@ -266,6 +267,30 @@ def test_a_wrong_kernel_is_not_used(
     assert "The kernel add_norm is not used here, torch's own run in its place: it gives other numbers\n" in out
     assert "The kernel silu_mul is not used here, torch's own run in its place: RuntimeError: PassManager::run failed\n" in out
     assert "The decode step is not" not in out
+
+
+def test_a_compared_step_leaves_what_the_replay_wrote(
+    tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain step rounds otherwise. If its keys stayed, the first call would give other ids than later ones."""
+    plain, compared = compiled.Recorded._plain, []
+
+    def rounded(self: compiled.Recorded, recording: Any, rows: int) -> Any:
+        result = plain(self, recording, rows)
+        for attention in self.model.attentions():
+            attention.cache_k[torch.arange(rows, device=self.device), recording.positions[:rows]] += 0.5
+        compared.append(rows)
+        return result
+
+    def keys() -> list[list[float]]:
+        llama = build(tiny, tokenizer_path)
+        llama.text_completion(TEXTS[:2], 0, 1, 12)
+        return [attention.cache_k[:2, :40].tolist() for attention in llama.model.attentions()]
+
+    expected = keys()
+    monkeypatch.setattr(compiled.Recorded, "_plain", rounded)
+    assert keys() == expected
+    assert compared
 
 
 def test_options_are_not_recorded(tiny: Path, tokenizer_path: str, machine: Machine) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama import kernels, model
+from llama import kernels, model, proven
+from llama.proven import is_near, vectors_are_near
 from llama.rounding import pairs, row_maxima, to_int4, to_int8, unpair
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -369,3 +370,26 @@ def test_under_inference_mode(form: Any) -> None:
         c = cache(1, 4, 1, 16, torch.bfloat16)
         q = form.rotate_and_store(numbers(1, 48, dtype=torch.bfloat16), torch.ones(4, 8, 2), torch.tensor([0]), c, c.clone())
         assert form.attend(q, c, c, torch.tensor([0])).shape == (1, 16)
+
+
+def test_what_is_near() -> None:
+    """A kernel's numbers one by one; a step's by vectors, of whose millions of numbers some lie far away."""
+    exact = numbers(64, 4096)
+    noise = numbers(64, 4096, seed=1) * 0.08
+    assert not is_near(exact + noise, exact, 0.1)
+    assert vectors_are_near(exact + noise, exact, 0.1)
+    for wrong in (exact.roll(1, 0), exact.clone().index_fill_(0, torch.tensor([5]), 0.0), exact * 1.3):
+        assert not vectors_are_near(wrong, exact, 0.1)
+    exact[3, 7] = NAN
+    assert vectors_are_near(exact, exact, 0.1)
+    assert not vectors_are_near(exact.nan_to_num(), exact, 0.1)
+    assert not vectors_are_near(exact.clone().index_fill_(0, torch.tensor([5]), INF), exact, 0.1)
+
+
+def test_kernels_are_compared_with_what_is_not_rounded() -> None:
+    """Attention in bfloat16 loses more by its plain form than by the kernel, which was refused for that on a GPU."""
+    q, k, v = numbers(2, 8, 64, dtype=torch.bfloat16), *(cache(2, 600, 8, 64, torch.bfloat16, seed) for seed in (1, 2))
+    places = torch.tensor([599, 300])
+    (exact,) = proven.attend.exact((q, k, v, places), {})
+    assert exact.dtype == torch.float32
+    torch.testing.assert_close(exact, kernels.attend(q.double(), k.double(), v.double(), places).float())
