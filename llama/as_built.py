@@ -42,7 +42,7 @@ class Watch:
         self._names: list[str] = []
         self._parts: list[nn.Module] = []
         self._kinds: list[type] = []
-        self._attributes: list[tuple[str, dict[str, Any]]] = []  # with a name that somebody may have patched
+        self._attributes: list[tuple[str, dict[str, Any]]] = []  # names that somebody may have patched
         self._hooks: list[Any] = []
         self._known = False
 

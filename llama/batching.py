@@ -23,8 +23,8 @@ from .printable import shortened
 from .runtime import device_kind, to_device
 from .sampling import Sampling, exponential_noise, next_token
 
-# How far apart the two best logits must be, in units of their spread, for a pass over several tokens to decide between them.
-# Such passes round otherwise than single steps: by up to 4e-6 in float32, 0.06 in bfloat16 and 0.004 in float16 (random and
+# A pass over several tokens may pick the best id only if it leads the second by this many standard deviations of the logits.
+# Such passes round differently from single steps: by up to 4e-6 in float32, 0.06 in bfloat16 and 0.004 in float16 (random and
 # trained weights, 5 to 12 layers).
 CLEAR = {torch.float32: 3e-5, torch.bfloat16: 0.08, torch.float16: 0.01}
 
@@ -66,7 +66,7 @@ class _Row:
     fresh: bool = True  # not yet prefilled
     prompt_logprobs: Optional[list[float]] = None
     drafter: Drafter = field(default_factory=Drafter)
-    rounded: Optional[int] = None  # from here on columns come from passes that round otherwise than single steps
+    rounded: Optional[int] = None  # first cache column written by a pass over several tokens, which rounds differently
 
     @property
     def ids(self) -> list[int]:
@@ -92,8 +92,8 @@ class _Ahead:
 
     logits: torch.Tensor
     chosen: torch.Tensor
-    rows: list[_Row]  # that it was run for
-    states: list[tuple[torch.Generator, torch.Tensor]]  # of the generators, before it drew
+    rows: list[_Row]  # the step was run for these
+    states: list[tuple[torch.Generator, torch.Tensor]]  # what the generators were before the step drew
     seen: Optional[torch.Tensor]
 
 
@@ -268,8 +268,8 @@ class Batch:
             self._chosen = keep[: len(self.rows)]
 
     def _look_ahead(self) -> None:
-        """Queue the next step before the host knows this one's ids: the device need not wait for it. Of rows that turn out
-        to have ended, nothing remains of it but columns that are overwritten before they are looked at."""
+        """Queue the next step before the host knows this one's ids: the device need not wait for it. If a row
+        turns out to have ended, the step leaves only columns that are overwritten before any query reads them."""
         rooms = (min(self.limit - row.length, row.request.max_new - len(row.new)) for row in self.rows)
         if all(room > 1 for room in rooms):
             generators = [self._generator, *(row.generator for row in self.rows if row.generator is not None)]
@@ -278,7 +278,7 @@ class Batch:
             self._ahead = _Ahead(*self._advance(self._chosen, known=False), list(self.rows), states, seen)
 
     def _take_back(self) -> None:
-        """Undo a step that was queued in vain: what it drew is to be drawn again."""
+        """Undo a step that was queued but is not used: what it drew is drawn again."""
         for generator, state in self._ahead.states if self._ahead else []:
             generator.set_state(state)
         if self._ahead is not None:
@@ -379,8 +379,8 @@ class Batch:
         new = [i for i, row in enumerate(self.rows) if row.fresh]
         logits = torch.empty(0)
         if len(new) < len(self.rows):
-            # The newest token stands at a row's last position. Rows that join now take part with a token at position 0,
-            # which their prompts overwrite, so that the others are run as always.
+            # The newest token stands at a row's last position. Rows that join now take part with a token at position 0;
+            # their prompts overwrite it, and the others run as always.
             positions = [0 if row.fresh else row.length - known for row in self.rows]
             logits = self.engine.decode(chosen.clamp(min=0), positions)
         if new:
@@ -442,8 +442,8 @@ class Batch:
         return self.engine.logits(last)
 
     def _noise(self, lanes: Optional[torch.Tensor]) -> torch.Tensor:
-        """(rows, V). Rows without a seed share one draw over all lanes, those that ended too, as in Meta's release: the
-        draws of a row must not depend on which others have ended."""
+        """(rows, V). As in Meta's release, rows without a seed take their noise from one draw for all lanes, finished ones
+        included: the draws of a row must not depend on which others have ended."""
         device = self.engine.device
         if all(row.generator is not None for row in self.rows):
             noise = torch.empty(len(self.rows), self.vocab_size, dtype=torch.float32, device=device)

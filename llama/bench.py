@@ -70,7 +70,7 @@ def bench(
 def measure(llama: Llama, prompt_tokens: int, new_tokens: int, batch_size: int) -> dict[str, Any]:
     """Medians over REPEATS runs, and the machine's read rate. All processes call it together."""
     weight, rows = llama.model.norm.weight, make_prompts(batch_size, prompt_tokens, llama.model.vocab_size)
-    from_first_process(None)  # where processes share a memory, they read it at the same time, as they do in a step
+    from_first_process(None)  # processes that share a memory read it at the same time, as in a step
     limit = read_rate(weight.device)
     timed_run(llama, rows, new_tokens)
     runs = [timed_run(llama, rows, new_tokens) for _ in range(REPEATS)]

@@ -31,16 +31,16 @@ class CacheUse:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.calls = 0  # of the model by somebody else than the user: they write to its cache unasked
-        self.called = False  # by a compiled model, whose code can set this, but not count without being compiled anew
-        self.columns = 0  # of the cache that the user has written to, at most
-        self._stream: Any = None  # of a GPU, on which the last turn was queued
+        self.calls = 0  # calls of the model by somebody other than the user: they write to its cache
+        self.called = False  # set by compiled code, which cannot count without being compiled anew
+        self.columns = 0  # upper bound of the columns that the user has written to
+        self._stream: Any = None  # the GPU stream that the last turn was queued on
         self._slot0: list[int] = []
         self._state: Any = None
         self._user: Callable[[], Any] = lambda: None
         self._calls_then = 0
         self._stepping = False
-        self._depth = 0  # of calls of the model within each other
+        self._depth = 0  # depth of nested calls of the model
 
         _USES.add(self)
 

@@ -26,7 +26,7 @@ from .parallel import ColumnParallelLinear, all_agree, forget_small_all_reduces,
 from .printable import printable
 from .proven import STEP_TOLERANCE, vectors_are_near
 
-LEAST_COLUMNS = 256  # of the cache that a recorded graph looks at; more comes in powers of two
+LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; larger ones are powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
 PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find what is freed later
 SOURCES = ("model.py", "parallel.py", "compiler.py", "compiled.py")  # a package is of the code that it was made from
@@ -50,7 +50,7 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
         return recorded if wanted or kind == "cuda" else None
     if type(model.output) is not ColumnParallelLinear:
         if wanted:
-            say("The decode step is not compiled: on a CPU quantised weights have a form that a package cannot take")
+            say("The decode step is not compiled: on a CPU quantized weights have a form that a package cannot take")
         return None
     if any(part.eps != model.params.norm_eps for part in model.modules() if isinstance(part, RMSNorm)):
         return None  # a package has that number in it
@@ -114,7 +114,7 @@ class Packaged:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self._runners: dict[bool, Any] = {}  # by whether there are several rows
+        self._runners: dict[bool, Any] = {}  # key: whether there are several rows
         self._columns = torch.arange(model.params.max_seq_len)
         self._tensors: list[torch.Tensor] = []
         folder, stem = runtime.cache_folder(), fingerprint(model)
@@ -168,7 +168,7 @@ class Packaged:
     def refresh(self) -> None:
         """Look up the weights and caches again: they may have been replaced since the last call."""
         for attention in self.model.attentions():
-            attention.fit_cache(self.model.norm.weight)  # which autocast has left in another dtype
+            attention.fit_cache(self.model.norm.weight)  # autocast may have left it in another dtype
         self._tensors = list(named_tensors(self.model).values())
 
     def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
@@ -190,8 +190,8 @@ class _Way:
     """One way to run the step; those that fail make place for the next."""
 
     kind: str  # what a line says that the step is not, where this way fails
-    step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as `Transformer.step`
-    captured: bool  # in a CUDA graph
+    step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # signature of `Transformer.step`
+    captured: bool  # whether it is captured in a CUDA graph
     whole_cache: bool = False  # it finds out itself how much of the cache is to be read, so that one recording is enough
 
 
@@ -237,7 +237,7 @@ class Recorded:
         if backend is not None:
             options: Any = None
             if backend == "inductor" and captures:
-                options = {"coordinate_descent_tuning": True}  # and products of one row become sums, which read faster
+                options = {"coordinate_descent_tuning": True}  # also makes sums of products of one row; sums read faster
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
             self._ways.insert(0, _Way("compiled", step, captures))

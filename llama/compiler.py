@@ -21,7 +21,7 @@ from typing import Any
 
 # Modules are looked for where the caller looks for them, and not in the folder that it happens to be in.
 BOOT = "import sys; sys.path[:] = sys.argv[3:]; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
-REQUEST, MADE = "request.json", "step.pt2"  # in the folder of a compilation
+REQUEST, MADE = "request.json", "step.pt2"  # file names in the folder of a compilation
 LATE = 0.2  # seconds after which the process notices that its caller has ended
 
 
@@ -155,7 +155,7 @@ def _watch(caller: int, folder: Path) -> None:
     if hasattr(os, "killpg"):
         while not select.select([sys.stdin], [], [], LATE)[0] and os.getppid() == caller:
             pass
-        shutil.rmtree(folder.parent, ignore_errors=True)  # of the caller's other compilations too, which end as this one
+        shutil.rmtree(folder.parent, ignore_errors=True)  # holds the caller's other compilations too; they end like this one
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -170,7 +170,7 @@ def _main() -> None:
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     threading.Thread(target=_watch, args=(request.pop("caller"), folder), daemon=True).start()
     os.umask(0o077)
-    with suppress(OSError):  # where memory runs out, this process is to go before the one that holds a model
+    with suppress(OSError):  # if memory runs out, the system should end this process before the one that holds a model
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         from llama.compiler import make

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SIZES = (4, 3)  # of the n-grams, the longest first; pairs occur again too often by chance
-LONGEST = 15  # with the newest token, one pass over 16
-COST = 0.5  # of a drafted token, in steps of one token: more than it takes, so that losses are reckoned too high
-INCOME = 0.02  # what each step adds: so much of the time may be lost on drafts that are refused
+SIZES = (4, 3)  # lengths of the n-grams, the longest first; pairs repeat too often by chance
+LONGEST = 15  # together with the newest token, one pass over 16
+COST = 0.5  # credit that one drafted token costs, in decode steps; set above its real cost on purpose
+INCOME = 0.02  # credit that each step earns: at most 2 % of the time goes to refused drafts
 
 
 class Drafter:
     """Proposes the ids that followed an earlier occurrence of a row's last few ids.
 
-    How many, its credit says, which is counted in steps of one token: accepted drafts earn, refused ones cost. So drafts
-    grow where the text repeats itself; where it does not, they stop, and one is tried now and then.
+    Its credit, counted in decode steps, says how many: accepted drafts earn, refused ones cost. So drafts grow while the
+    text repeats itself; when it does not, they stop, and one is tried now and then.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Drafter:
             self.ids.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """At most so many ids that may come next; none where there is no credit or no occurrence."""
+        """At most `most` ids that may come next; an empty list without credit or an earlier occurrence."""
         count = min(most, LONGEST, int(self.credit))
         self.credit += INCOME
         if count < 1:
@@ -50,5 +50,5 @@ class Drafter:
         return drafted
 
     def judge(self, drafted: int, accepted: int) -> None:
-        """So many of the drafted ids turned out right."""
+        """Count `accepted` of `drafted` ids as right."""
         self.credit = min(self.credit + accepted - COST * drafted, LONGEST + 1)

@@ -35,7 +35,7 @@ class WithoutOneDNN:
             self._inside += 1
             if self._inside == 1:
                 self._before = torch._C._get_mkldnn_enabled()
-                torch._C._set_mkldnn_enabled(False)  # as torch.backends.mkldnn.flags does, which warns about TF32
+                torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags does the same, but warns about TF32
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -69,9 +69,9 @@ class Engine:
             quantization = getattr(model.output, "quantization", None)
             self._explained = partial(
                 memory.explained, model.params, self.dtype, processes, self.device, sharers, quantization
-            )  # adds to an error of memory what would make it fit
-        self.as_built = False  # as of the last `take`
-        self._ready = self.graph  # or None, while the model is not as it was built
+            )  # adds advice to out-of-memory errors
+        self.as_built = False  # whether it was so at the last `take`
+        self._ready = self.graph  # self.graph, or None while the model is not as it was built
         # A module that wraps a Transformer, as torch.compile's does, has its cache.
         inside = (m for m in model.modules() if isinstance(m, Transformer))
         self._use = next((m.cache_use for m in inside), None) or CacheUse()
@@ -114,8 +114,8 @@ class Engine:
         """Put prompts into slots, `start` of whose tokens are there already, a chunk of columns at a time.
 
         Yields (rows, hidden, at): the rows whose prompts reach the chunk, its hidden states (rows, columns, dim), and the
-        position of its first column. Shorter rows are filled up on the right. Nothing sees those columns: rows are causal
-        here, and later each is overwritten by the token that comes to stand there before it is looked at. layers: as in
+        position of its first column. Shorter rows are filled up on the right. The padding is never read: attention is
+        causal, and each padded column is overwritten by a real token before any query reaches it. layers: as in
         the model.
         """
         lengths = [len(prompt) for prompt in prompts]
@@ -171,7 +171,7 @@ class Engine:
         """The newest token of slot 0's row, at `position` (above 0), and drafts behind it, in one pass.
 
         -> float32 logits (S, vocab_size), one row for each. What it leaves in the cache behind a draft that is refused is
-        overwritten before it is looked at.
+        overwritten before any query reaches it.
         """
         self._use.columns = max(self._use.columns, position + len(tokens))
         batch = runtime.to_device([list(tokens)], self.device)

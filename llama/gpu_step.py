@@ -20,7 +20,7 @@ LAYERS = (ParallelEmbedding, ColumnParallelLinear, RowParallelLinear)
 OURS = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, torch.nn.ModuleList, *LAYERS)
 
 
-CUBLAS_ROWS = 17  # from so many rows of activations on cuBLAS multiplies with plain weights
+CUBLAS_ROWS = 17  # rows of activations; from here on cuBLAS multiplies with plain weights
 
 
 def suits(model: Transformer) -> bool:

@@ -26,7 +26,7 @@ class Launch:
     def read() -> Launch:
         """ValueError where a variable is missing, is no number, or does not go with another."""
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if dist.is_available() and dist.is_initialized():  # by the caller, who needs no variables
+        if dist.is_available() and dist.is_initialized():  # the caller did it, and needs no variables
             rank, world_size = dist.get_rank(), dist.get_world_size()
         else:
             world_size = _number("WORLD_SIZE", 1, least=1)

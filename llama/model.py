@@ -271,7 +271,7 @@ class Attention(nn.Module):
     cache_k: torch.Tensor
     cache_v: torch.Tensor
     fused: Optional[torch.Tensor]  # wq, wk and wv in one matrix, where `Transformer.fuse` made it
-    joined: Optional[Quantized] = None  # the same of quantised layers; hidden from `modules()`, which has its parts
+    joined: Optional[Quantized] = None  # the same of quantized layers; hidden from `modules()`, which has its parts
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -419,7 +419,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.freqs_cis = self._rotations(self.norm.weight.device)
         self.cache_use = CacheUse()
-        self.files: Optional[MappedFiles] = None  # in which its weights lie
+        self.files: Optional[MappedFiles] = None  # the files that its weights are mapped from
         self._watch = Watch(ORIGINALS)
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
@@ -481,7 +481,7 @@ class Transformer(nn.Module):
                 yield module, [module.w1, module.w3]
 
     def allocate_weights(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Give a model on the meta device weights on another, without numbers yet, joined as `fuse` joins them. Quantised
+        """Give a model on the meta device weights on another, without numbers yet, joined as `fuse` joins them. Quantized
         layers keep their dtypes."""
         stored = {id(p) for module in self.modules() if isinstance(module, Quantized) for p in module.parameters(recurse=False)}
 
@@ -531,7 +531,7 @@ class Transformer(nn.Module):
         cache columns to look at, at least every start_pos + S; given, it spares a look at the positions on the device.
         layers: run so many blocks, and no last norm; all if negative.
         """
-        if torch.compiler.is_compiling():  # where there are no locks
+        if torch.compiler.is_compiling():  # compiled code cannot take locks
             self.cache_use.called = True
             return self._hidden_states(tokens, start_pos, slots, span, layers)
         with self.cache_use.call():

@@ -28,9 +28,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-DIGITS = 64  # of the SHA-256 at a package's end, in hexadecimal
-MOST_BYTES = 2**30  # of a package; those of 7B have about 30 MB
-PREFIX = "tmp-"  # of the folders that are made for a moment
+DIGITS = 64  # length of the SHA-256 at a package's end, in hexadecimal digits
+MOST_BYTES = 2**30  # largest package that is read; those of 7B have about 30 MB
+PREFIX = "tmp-"  # begins the names of temporary folders
 LOCK = ".lock"  # held by whoever has such a folder
 # A link is not followed, and a pipe that lies there is not waited for.
 FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -90,7 +90,7 @@ def read(path: Path) -> dict[str, bytes]:
     check_folder(path.parent)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | FLAGS)) as file:
-            status = os.fstat(file.fileno())  # of what is open: a name may mean another file by now
+            status = os.fstat(file.fileno())  # asks the open file: its name may mean another file by now
             _check_owner(path, status)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > MOST_BYTES:
                 raise ValueError(f"{path} is not a plain file with one name, or is too large; delete it, or pass compile=True")

@@ -50,7 +50,7 @@ class Sign:
 
     beat: int = 0  # counts up while it lives
     meeting: str = ""  # the collective that it is in, and the how manieth of its group; empty: it is elsewhere
-    at: str = ""  # where its program is
+    at: str = ""  # file and line that its program has reached
     end: str = ""  # how it ended
 
 
@@ -135,7 +135,7 @@ class Watch:
                     self._speak_of_silent()
                     self._speak_of_late()
                     if self.launcher is None and self._ends().get(0, ENDED) != ENDED:
-                        self.store = None  # which ends with process 0
+                        self.store = None  # the store ends with process 0
                 elif self.since is not None and not self.seen:
                     self._speak_of_joining()
             except RuntimeError:
@@ -215,7 +215,7 @@ class Watch:
         for rank in self.awaited:
             sign = self._read(rank) if rank != self.rank else self.sign
             if sign is not None and sign.meeting == meeting and rank < self.rank:
-                return  # which says the same
+                return  # its message says the same
             if sign is not None and not sign.end and sign.meeting != meeting and rank not in self.silent:
                 missing.append(f"process {rank}, which is {'in ' + sign.at if sign.at else 'elsewhere'}")
         if missing and self.since == since:
@@ -268,7 +268,7 @@ def tell(line: str) -> None:
         sys.stderr.flush()
 
 
-watch: Optional[Watch] = None  # of this process, while it belongs to a process group
+watch: Optional[Watch] = None  # this process's watch while it belongs to a process group
 
 
 def end(how: str) -> None:
@@ -321,7 +321,7 @@ def tell_failure(error: BaseException) -> bool:
     if isinstance(error, KeyboardInterrupt):
         tell(f"process {here.rank} was interrupted in {place(frames)}")
         return True
-    return getattr(error, "told_by", here.rank) != here.rank  # that one says the same
+    return getattr(error, "told_by", here.rank) != here.rank  # the other process says the same
 
 
 def _is_lost_connection(error: BaseException, frames: Sequence[FrameType]) -> bool:
@@ -330,4 +330,4 @@ def _is_lost_connection(error: BaseException, frames: Sequence[FrameType]) -> bo
     if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in lost):
         return False
     file = next((frame.f_code.co_filename for frame in frames), "")
-    return file.startswith((PACKAGE, TORCH)) or "inductor" in file  # of compiled code
+    return file.startswith((PACKAGE, TORCH)) or "inductor" in file  # the last is compiled code

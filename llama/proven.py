@@ -24,7 +24,7 @@ from .runtime import device_kind, to_device
 # seen. For a kernel in units of the numbers' spread: four steps of the dtype.
 STEP_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
 KERNEL_TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8}
-ROUNDED_ONCE = ("rotate_and_store", "dequantize_int4")  # by their plain forms too, so that these are as exact as may be
+ROUNDED_ONCE = ("rotate_and_store", "dequantize_int4")  # kernels whose plain form rounds once too
 SAMPLED = 1024  # rows of each half of a matrix that a product is compared on
 
 
@@ -67,7 +67,7 @@ class Proven:
 
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain, self.name = plain, plain.__name__
-        self._verdicts: dict[Any, bool] = {}  # by device, shapes, dtypes and options
+        self._verdicts: dict[Any, bool] = {}  # key: device, shapes, dtypes and options
 
     @property
     def refused(self) -> bool:
@@ -75,7 +75,7 @@ class Proven:
         return not all(self._verdicts.values())
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        dtype = args[-1] if isinstance(args[-1], torch.dtype) else args[0].dtype  # of the activations
+        dtype = args[-1] if isinstance(args[-1], torch.dtype) else args[0].dtype  # the activations' dtype
         if not usable(args[0], dtype):
             return self.plain(*args, **options)
         fast = getattr(triton_kernels(), self.name)
@@ -95,7 +95,7 @@ class Proven:
         except Exception as error:  # whatever a compiler, a driver or a lack of memory may raise
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if problem is not None:
-            where = sys.stdout if is_first_process() else sys.stderr  # of another process nobody sees the output
+            where = sys.stdout if is_first_process() else sys.stderr  # nobody sees what another process prints
             print(f"The kernel {self.name} is not used here, torch's own run in its place: {escaped(problem)}", file=where)
         return problem is None
 

@@ -1,4 +1,4 @@
-"""What kinds of quantised numbers there are, and how weights are rounded to them.
+"""What kinds of quantized numbers there are, and how weights are rounded to them.
 
 int8: w = n * scale, one scale for each row of the full matrix.
 int4: w = (n - 8) * scale + zero with n in 0 … 15, a scale and a zero for each group of neighbours in a row.
@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 
 KINDS = ("int8", "int4")
-GROUP_SIZE = 32  # of a 1.1B model, 64 would be read 15 % faster, at 1.6 times the loss of quality
+GROUP_SIZE = 32  # with groups of 64 a 1.1B model is read 15 % faster, at 1.6 times the loss of quality
 LEAST_GROUP = 16
 REFINEMENTS = 6
 

@@ -76,7 +76,7 @@ TIME_LIMIT = timedelta(hours=6)
 class _Started:
     """What `start` changed in this process, so that `shutdown` can change it back."""
 
-    store: Optional[Store] = None  # of the process group that was joined
+    store: Optional[Store] = None  # belongs to the process group that was joined
     world: Optional[dist.ProcessGroup] = None  # the process group that there was then, the caller's own or this one
     watch: Optional[peers.Watch] = None
     model_parallel: bool = False
@@ -188,7 +188,7 @@ class _Place:
 
     machine: str = ""
     kind: str = ""
-    uuid: str = ""  # of a GPU
+    uuid: str = ""  # empty for a CPU
     size: int = 0
     problem: str = ""
 
@@ -233,7 +233,7 @@ def memory_sharers(device: torch.device) -> int:
 
 def _join(launch: Launch) -> None:
     global _joined
-    if not _started.at_exit:  # with a group of the caller's too: graphs must go before it does
+    if not _started.at_exit:  # also if the group is the caller's: graphs must go before it does
         atexit.register(shutdown)
         _started.at_exit = True
     if _started.watch is not None and dist.is_initialized() and _started.world is dist.group.WORLD:

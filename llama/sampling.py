@@ -14,7 +14,7 @@ from .printable import shortened
 from .runtime import to_device
 
 # Logits, of some hundreds at most, stay finite in float32 under all three.
-LEAST_TEMPERATURE = 1e-20  # which picks the best id only; lower ones are taken for it
+LEAST_TEMPERATURE = 1e-20  # picks the best id only; lower temperatures are raised to it
 MOST_PENALTY = 1e10
 MOST_BIAS = 1e10
 FORBIDDING = 1e30  # an id whose logit is lowered by more is never drawn
@@ -46,7 +46,7 @@ class Sampling:
             number = real(value)
             if number is None or number < 0:
                 raise ValueError(f"{name}={shortened(value)} must be a number of 0 or more")
-            object.__setattr__(self, name, number)  # as Python's number, whatever it came as
+            object.__setattr__(self, name, number)  # a number of Python, whatever type it came in
         if math.isinf(self.temperature):
             raise ValueError("temperature=inf has no distribution; use a finite number")
         if self.top_p > 1:
@@ -57,7 +57,7 @@ class Sampling:
             limits = f"above 0, from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}"
             raise ValueError(f"repetition_penalty={given['repetition_penalty']} must be {limits}; 1 does nothing")
         object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 0))
-        if isinstance(self.logit_bias, Mapping):  # in order of the ids; `bias` refuses what is no number
+        if isinstance(self.logit_bias, Mapping):  # sorted by id; `bias` refuses what is not a number
             pairs = [(whole(token), real(value)) for token, value in self.logit_bias.items()]
             if all(token is not None and value is not None for token, value in pairs):
                 object.__setattr__(self, "logit_bias", dict(sorted(pairs)))

@@ -26,7 +26,7 @@ from .tokenizer import REPLACEMENT, is_control, user_path
 if TYPE_CHECKING:
     from .generation import Llama
 
-MOST_BYTES = 2**26  # of a saved session
+MOST_BYTES = 2**26  # largest session file that is read
 
 
 class _Said(TypedDict):

@@ -68,7 +68,7 @@ class PinnedSender(Sender):
     def __init__(self, device: torch.device, mapped: MappedFiles) -> None:
         super().__init__(device, mapped)
         self.stream = torch.cuda.Stream(device)
-        self.stream.wait_stream(torch.cuda.current_stream(device))  # which may still use the memory that is written to
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # it may still use the memory that is written to
         self.buffers = [self._pinned(self.nbytes), self._pinned(self.nbytes)]
         self.sent: list[Optional[torch.cuda.Event]] = [None, None]
         self.turn = 0

@@ -129,7 +129,7 @@ class StreamDecoder:
         self.tokenizer = tokenizer
         self._waiting: list[int] = []
         self._at_start = True
-        self._given: Optional[str] = None if isinstance(tokenizer, Tokenizer) else ""  # of all ids so far
+        self._given: Optional[str] = None if isinstance(tokenizer, Tokenizer) else ""  # text of all ids so far
 
     def add(self, token: int) -> str:
         self._waiting.append(token)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama.runtime import current, device_kind  # by name: the tests load this file apart
+from llama.runtime import current, device_kind  # not relative: the tests load this file on its own
 
 
 class Tiles(NamedTuple):
@@ -39,12 +39,12 @@ class Tiles(NamedTuple):
 ONE = {16: Tiles(4, 1024, 2), 8: Tiles(4, 1024, 2, 2), 4: Tiles(8, 4096, 4, 2)}
 # Several rows: tensor cores.
 SEVERAL = {16: Tiles(32, 256, 4, 4, 2), 8: Tiles(32, 256, 4, 3, 2), 4: Tiles(16, 256, 2, 3, 8)}
-MOST_SHARES = 8  # of the columns of a row
+MOST_SHARES = 8  # most programs that share the columns of a row
 DOT_ROWS = 16  # the least that tl.dot takes; fewer activation rows or query heads are padded to it
 KEYS = 64  # keys that attention reads at a time: 16 KB at D = 128
 SPLITS_PER_PROCESSOR = 4  # programs of attention that one multiprocessor gets, if there are enough keys
 MOST_SPLITS = 64
-ELEMENTS = 1024  # that one program of silu_mul, dequantize_int4 or add_parts makes
+ELEMENTS = 1024  # results of one program of silu_mul, dequantize_int4 or add_parts
 
 
 @lru_cache
@@ -199,7 +199,7 @@ def _attend(
     share = tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
     first, last = split * share, tl.minimum(length, (split + 1) * share)
     head, item, key = tl.arange(0, HEADS), tl.arange(0, SIZE), tl.arange(0, KEYS)
-    lines = (row * K + kv_head) * GROUP + head  # of q and out
+    lines = (row * K + kv_head) * GROUP + head  # lines of q and out
     own = head < GROUP
     whole = own[:, None] & (item < D)[None, :]
     query = tl.load(q + lines[:, None] * D + item[None, :], whole, 0.0)

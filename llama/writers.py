@@ -24,7 +24,7 @@ STORAGES = {
     torch.int8: torch.CharStorage,
     torch.uint8: torch.ByteStorage,
 }
-ALIGNMENT = 64  # of a tensor's first byte in a .pth file, as torch.save has it
+ALIGNMENT = 64  # alignment of a tensor's first byte in a .pth file, as in torch.save
 
 
 class Entry(NamedTuple):
