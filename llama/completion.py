@@ -54,7 +54,7 @@ class ChatPrediction(TypedDict, total=False):
 class Chunk(TypedDict, total=False):
     """What a stream has decided anew for the prompt `index`. The texts of a prompt, joined, are its `generation`.
 
-    tokens: the ids behind it, those of text that is still held back included. logprobs, top_logprobs: where asked for, one
+    tokens: the new ids, including those whose text is still held back. logprobs, top_logprobs: where asked for, one
     entry for each id. finish_reason: None until the prompt's last chunk.
     """
 

@@ -160,7 +160,7 @@ class Llama:
         print(f"Loaded in {time.time() - started:.2f} seconds")
         if dtype is None and chosen_dtype != checkpoint.dtype:
             stored, used = (str(d).removeprefix("torch.") for d in (checkpoint.dtype, chosen_dtype))
-            print(f"The checkpoint is in {stored}, which {place} is not good at: it runs in {used}; dtype={stored!r} keeps it.")
+            print(f"The checkpoint is {stored}, which is slow on {place}; running in {used}. Pass dtype={stored!r} to keep it.")
         if ckpt_dir is None:
             print(
                 "This is the demo model, which tells small children's stories. For Llama 2, download its weights "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # What a line may say. The other options of `Options` are not words of JSON, or not for one prompt.
 OPTIONS = ("temperature", "top_p", "max_gen_len", "stop", "stop_ids", "top_k", "min_p", "repetition_penalty", "draft")
 KEYS = ("prompt", "messages", "continue_final_message", "id", "seed", *OPTIONS)
-PER_SLOT = 8  # lines for each slot of the cache in one call: slots run dry only at a call's end, results come at its end
+PER_SLOT = 8  # lines for each slot in one call: more keep the slots busy, fewer bring results sooner
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ NAN_COLUMNS = 16
 class ModelArgs:
     """The keys of Meta's params.json, and the two limits that size the cache. Prints Meta's ten fields.
 
-    What other folders state outright, and Meta's leave to a rule, is None where the rule holds.
+    Some folders give head_dim and ffn_dim; Meta's derive them. None means: derive.
     """
 
     dim: int = 4096

@@ -423,7 +423,7 @@ def shutdown() -> None:
 
 
 def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """`wanted`, or else the checkpoint's own dtype, or the other of the two halves where the device is no good at that.
+    """`wanted`, or else the checkpoint's own dtype, or the other 16-bit dtype if the device is slow or unable in that one.
 
     float16 in place of bfloat16 where the device cannot compute in that. bfloat16 in place of float16 on an x86 processor,
     which reads prompts up to twenty times as fast in it; Llama 2's weights, trained in bfloat16, lose nothing.

@@ -142,7 +142,7 @@ class ChatSession:
         return self.llama.model.params.max_seq_len - sum(map(len, self._history()))
 
     def send(self, message: str, **options: Any) -> Iterator[Chunk]:
-        """Say something; the chunks are the reply, as it comes. A reply that is left early stays as far as it was read.
+        """Say something; the chunks are the reply, as it comes. If you stop iterating early, the part already read is kept.
 
         DialogError for a message with a tag of the format in it; `ContextFull` where there is no room for it.
         """
