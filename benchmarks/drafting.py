@@ -20,35 +20,45 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
+from unittest import mock
 
 import fire
 import torch
 
 from llama import Llama
-from llama.batching import Batch
 
 
-def forced(batch: Batch, answer: list[int]) -> Batch:
-    """The batch, choosing these ids by an offset to the logits, which costs the same whichever way it runs."""
-    steps = batch._steps
+@contextmanager
+def forced(llama: Llama, prompt: list[int], answer: list[int]) -> Iterator[None]:
+    """The model's logits choose these ids, by an offset that costs the same whichever way it runs."""
+    engine = llama._engine
+    decode, verify, logits = engine.decode, engine.verify, engine.logits
 
-    def biased(chosen: torch.Tensor) -> Any:
-        for logits, ids in steps(chosen):
-            logits[0, answer[len(batch.rows[0].new)]] += 1e4
-            yield logits, ids.fill_(answer[len(batch.rows[0].new)])
+    def towards(scores: torch.Tensor, position: int) -> torch.Tensor:
+        """position: of the token that the first row of scores comes from"""
+        first = position + 1 - len(prompt)
+        for row in range(min(len(scores), len(answer) - first)):
+            scores[row, answer[first + row]] += 1e4
+        return scores
 
-    batch._steps = biased  # type: ignore[method-assign]
-    return batch
+    with (
+        mock.patch.object(engine, "decode", lambda tokens, positions: towards(decode(tokens, positions), positions[0])),
+        mock.patch.object(engine, "verify", lambda tokens, position: towards(verify(tokens, position), position)),
+        mock.patch.object(engine, "logits", lambda hidden: towards(logits(hidden), len(prompt) - 1)),
+    ):
+        yield
 
 
 def run(llama: Llama, prompt: list[int], count: int, draft: bool, answer: Optional[list[int]]) -> tuple[list[Any], float]:
     """The ids, and the seconds from the first to the last."""
-    batch, _ = llama._batch(lambda: [prompt], 0, 1, count, False, False, {"draft": draft})
     ids, began = [], 0.0
-    for step in forced(batch, answer) if answer else batch:
-        ids.append(step.token)
-        began = began or time.perf_counter()
+    with forced(llama, prompt, answer) if answer else nullcontext():
+        for step in llama.steps([prompt], 0, 1, count, draft=draft):
+            ids.append(step.token)
+            began = began or time.perf_counter()
     return ids, time.perf_counter() - began
 
 

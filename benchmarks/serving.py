@@ -40,9 +40,8 @@ def prompts(llama: Llama, repeats: int) -> dict[str, Any]:
     eos = llama.tokenizer.eos_id
 
     def ours() -> list[list[int]]:
-        batch, _ = llama._batch(lambda: ragged, 0, 1, 60, False, False, {})
         ids: list[list[int]] = [[] for _ in ragged]
-        for step in batch:
+        for step in llama.steps(ragged, 0, 1, 60):
             ids[step.index] += [] if step.token is None else [step.token]
         return ids
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, NamedTuple, Optional, Union
 
 import torch
 from typing_extensions import Unpack
@@ -36,15 +36,12 @@ from .checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
 from .checks import whole, whole_number
 from .completion import (
     ChatPrediction,
-    Choice,
     Chunk,
     CompletionPrediction,
     Completions,
-    Options,
     Score,
     chat_chunks,
     chat_prediction,
-    parse_options,
     perplexity,
     predictions,
     shown,
@@ -53,6 +50,7 @@ from .completion import (
 from .engine import Engine
 from .fingerprint import fingerprints
 from .model import ModelArgs, Transformer, check_args
+from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options
 from .parallel import (
     all_agree,
     broadcast_random_state,
@@ -228,16 +226,17 @@ class Llama:
         """
         limit = self.model.params.max_batch_size
 
-        def prompts() -> Sequence[Sequence[int]]:
+        def prompts() -> Prompts:
             if isinstance(prompt_tokens, Sequence) and len(prompt_tokens) > limit:
                 raise ValueError(
                     f"{len(prompt_tokens)} prompts, but max_batch_size is {limit}; pass fewer at once, "
                     f"or build with max_batch_size={len(prompt_tokens)}"
                 )
-            return prompt_tokens
+            return Prompts(prompt_tokens)
 
         with self.lock:
-            batch, _ = self._batch(prompts, temperature, top_p, max_gen_len, bool(logprobs), echo, {})
+            options = _given(temperature, top_p, max_gen_len, bool(logprobs))
+            batch = self._start(Asked(prompts, options, echo)).batch
             tokens = [list(request.prompt) if echo else [] for request in batch.requests]
             scores: list[list[float]] = [[] for _ in batch.requests]
             for step in batch:
@@ -246,6 +245,21 @@ class Llama:
                     tokens[step.index].append(step.token)
                     scores[step.index].append(step.logprob)
         return tokens, scores if logprobs else None
+
+    def steps(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: Optional[int] = None,
+        logprobs: Union[bool, int] = False,
+        echo: bool = False,
+        **options: Unpack[Options],
+    ) -> Batch:
+        """`generate` for any number of prompts, step by step: iterate over it for a `Step` at a time. It may be left at any
+        time, and its `cancel(index)` ends one prompt. For the arguments and errors see `text_completion`."""
+        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        return self._stepwise(Asked(lambda: Prompts(prompt_tokens), given, echo)).batch
 
     def text_completion(
         self,
@@ -263,9 +277,9 @@ class Llama:
         logprobs=N reports the N best ids at each place as well. Where there are several copies of the model, each takes
         its share of the texts, and every process returns all.
         """
-        if self._replaced_generate:
-            return self._by_generate(self._encode(prompts), temperature, top_p, max_gen_len, logprobs, {"echo": echo}, options)
-        return self._complete(lambda: self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, options)
+        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        asked = Asked(lambda: Prompts(self._encode(prompts)), given, echo)
+        return self._by_generate(asked, echo=echo)[1] if self._replaced_generate else self._complete(asked)[1]
 
     def stream_text(
         self,
@@ -279,7 +293,8 @@ class Llama:
     ) -> Iterator[Chunk]:
         """`text_completion` as it is decided: chunks of all prompts, each prompt's in order. May be left at any time; on
         several processes, by all of them at the same chunk."""
-        return self._stream(lambda: self._encode(prompts), temperature, top_p, max_gen_len, logprobs, echo, options)
+        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        return self._stream(Asked(lambda: Prompts(self._encode(prompts)), given, echo))[1]
 
     def chat_completion(
         self,
@@ -300,16 +315,15 @@ class Llama:
         continue_final_message: the dialogs end with the beginning of the assistant's reply, and the predictions are what
         follows it: the two texts, joined, are the reply.
         """
-        safe: list[int] = []
-        begun: list[list[int]] = []
-        ids = self._encode_dialogs(dialogs, on_unsafe, continue_final_message, safe, begun)
-        if self._replaced_generate:
-            if continue_final_message:
-                raise ValueError("generate was replaced by another one, which takes no continue_final_message")
-            completions = self._by_generate(ids(), temperature, top_p, max_gen_len, logprobs, {}, options)
+        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        asked = Asked(lambda: self._encode_dialogs(dialogs, on_unsafe, continue_final_message), given)
+        if not self._replaced_generate:
+            prompts, completions = self._complete(asked)
+        elif continue_final_message:
+            raise ValueError("generate was replaced by another one, which takes no continue_final_message")
         else:
-            completions = self._complete(ids, temperature, top_p, max_gen_len, logprobs, False, options, begun=begun)
-        replies = dict(zip(safe, completions))
+            prompts, completions = self._by_generate(asked)
+        replies = dict(zip(prompts.places, completions))
         return [chat_prediction(replies.get(i), logprobs) for i in range(len(dialogs))]
 
     def stream_chat(
@@ -325,11 +339,9 @@ class Llama:
         **options: Unpack[Options],
     ) -> Iterator[Chunk]:
         """`chat_completion` as it is decided. The replies to unsafe dialogs come first."""
-        safe: list[int] = []
-        begun: list[list[int]] = []
-        ids = self._encode_dialogs(dialogs, on_unsafe, continue_final_message, safe, begun)
-        chunks = self._stream(ids, temperature, top_p, max_gen_len, logprobs, False, options, begun=begun)
-        return chat_chunks(chunks, safe, len(dialogs))
+        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        prompts, chunks = self._stream(Asked(lambda: self._encode_dialogs(dialogs, on_unsafe, continue_final_message), given))
+        return chat_chunks(chunks, prompts.places, len(dialogs))
 
     def chat(self, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> ChatSession:
         """A conversation that remembers: each turn runs only what is new. For the arguments see `ChatSession`."""
@@ -351,10 +363,8 @@ class Llama:
         begun: the last ids of the prompt, if the text is to go on from theirs: with the space between two words, where it
         would otherwise begin without one.
         """
-        prompts = [prompt]
-        return self._stream(
-            lambda: prompts, temperature, top_p, max_gen_len, logprobs, False, options, reuse=True, begun=[begun]
-        )
+        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        return self._stream(Asked(lambda: Prompts([prompt], [begun]), given, reuse=True))[1]
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """ValueError unless a completion of one prompt would take them."""
@@ -372,13 +382,13 @@ class Llama:
         ids: list[list[int]] = []
         windows: list[tuple[int, int]] = []
 
-        def prompts() -> list[list[int]]:
+        def prompts() -> Prompts:
             ids.extend(self._encode(texts))
             windows.extend((i, at) for i, row in enumerate(ids) for at in window_starts(len(row), size, stride))
-            return [ids[i][at : at + size] for i, at in windows]
+            return Prompts([ids[i][at : at + size] for i, at in windows])
 
         with self.lock:
-            batch, _ = self._batch(prompts, 0, 1, 0, True, True, {})
+            batch = self._start(Asked(prompts, _given(0, 1, 0, True), echo=True)).batch
             parts = {step.index: step.prompt_logprobs or [] for step in batch}
         scores: list[list[float]] = [[] for _ in ids]
         for window, (i, at) in enumerate(windows):
@@ -423,22 +433,20 @@ class Llama:
         """Whether a subclass, or somebody on this object or on the class, has a `generate` of their own."""
         return "generate" in vars(self) or type(self).generate is not GENERATE
 
-    def _by_generate(
-        self,
-        prompts: list[list[int]],
-        temperature: float,
-        top_p: float,
-        max_gen_len: Optional[int],
-        logprobs: Union[bool, int],
-        echo: dict[str, bool],
-        options: Options,
-    ) -> list[CompletionPrediction]:
+    def _by_generate(self, asked: Asked, **echo: bool) -> tuple[Prompts, list[CompletionPrediction]]:
         """Completions by a `generate` that somebody has put in Meta's place, called as Meta's code calls it."""
-        if options:
-            raise ValueError(f"generate was replaced by another one, which takes no {', '.join(options)}")
-        length = self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+        temperature, top_p, length, logprobs = (asked.options[name] for name in METAS_OPTIONS)
+        if other := set(asked.options) - set(METAS_OPTIONS):
+            raise ValueError(f"generate was replaced by another one, which takes no {', '.join(sorted(other))}")
+        length = self.model.params.max_seq_len - 1 if length is None else length
+        prompts = asked.prompts()
         tokens, scores = self.generate(
-            prompt_tokens=prompts, max_gen_len=length, temperature=temperature, top_p=top_p, logprobs=bool(logprobs), **echo
+            prompt_tokens=prompts.ids,
+            max_gen_len=length,
+            temperature=temperature,
+            top_p=top_p,
+            logprobs=bool(logprobs),
+            **echo,
         )
         completions = []
         for i, row in enumerate(tokens):
@@ -447,64 +455,41 @@ class Llama:
             if logprobs:
                 completions[-1]["tokens"] = split(self.tokenizer, row)
                 completions[-1]["logprobs"] = list(scores[i]) if scores else []
-        return completions
+        return prompts, completions
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise ValueError(f"prompts is a list of texts, not {type(prompts).__name__}; put one text into a list")
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
-    def _encode_dialogs(
-        self,
-        dialogs: Sequence[Dialog],
-        on_unsafe: str,
-        continue_final_message: bool,
-        safe: list[int],
-        begun: list[list[int]],
-    ) -> Callable[[], list[list[int]]]:
-        """What makes the prompts of the safe dialogs. It writes their places into `safe`, and the ids of the replies that they
-        begin, at the prompts' ends, into `begun`."""
+    def _encode_dialogs(self, dialogs: Sequence[Dialog], on_unsafe: str, continue_final_message: bool) -> Prompts:
+        """The prompts of the safe dialogs."""
+        if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
+            raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}")
+        if on_unsafe not in ("reply", "raise"):
+            raise ValueError(f"on_unsafe={shortened(on_unsafe)} must be 'reply' or 'raise'")
+        for dialog in dialogs:
+            check_dialog(dialog, continue_final_message)
+        safe = [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
+        if on_unsafe == "raise" and len(safe) < len(dialogs):
+            raise DialogError(f"{UNSAFE_ERROR} (dialog {min(set(range(len(dialogs))) - set(safe))})")
+        prompts = [encode_dialog(dialogs[i], self.tokenizer, continue_final_message) for i in safe]
+        if not continue_final_message:
+            return Prompts(prompts, places=safe)
+        begun = [ids[len(encode_dialog(dialogs[i][:-1], self.tokenizer)) :] for i, ids in zip(safe, prompts)]
+        return Prompts(prompts, begun, safe)
 
-        def ids() -> list[list[int]]:
-            if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
-                raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}")
-            if on_unsafe not in ("reply", "raise"):
-                raise ValueError(f"on_unsafe={shortened(on_unsafe)} must be 'reply' or 'raise'")
-            for dialog in dialogs:
-                check_dialog(dialog, continue_final_message)
-            safe.extend(i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog))
-            if on_unsafe == "raise" and len(safe) < len(dialogs):
-                raise DialogError(f"{UNSAFE_ERROR} (dialog {min(set(range(len(dialogs))) - set(safe))})")
-            prompts = [encode_dialog(dialogs[i], self.tokenizer, continue_final_message) for i in safe]
-            if continue_final_message:
-                begun.extend(ids[len(encode_dialog(dialogs[i][:-1], self.tokenizer)) :] for i, ids in zip(safe, prompts))
-            return prompts
-
-        return ids
-
-    def _batch(
-        self,
-        make_prompts: Callable[[], Sequence[Sequence[int]]],
-        temperature: float,
-        top_p: float,
-        max_gen_len: Optional[int],
-        logprobs: Union[bool, int],
-        echo: bool,
-        options: Options,
-        *,
-        share: tuple[int, int] = (0, 1),
-        reuse: bool = False,
-    ) -> tuple[Batch, Choice]:
+    def _start(self, asked: Asked, share: tuple[int, int] = (0, 1)) -> Running:
         """A batch of this replica's share (which, of how many) of the prompts. All is checked, on every process alike,
         before anything runs."""
         which, replicas = share
         with together(self._group, everyone=replicas > 1) as agreement:
             self._engine.check_files()
-            prompts = check_prompts(make_prompts(), self.model.params)
-            given = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "logprobs": logprobs, **options}
-            choice = parse_options(given, len(prompts), self.model.vocab_size, self.model.params.max_seq_len)
-            agreement.values = {"prompts": prompts, "echo": bool(echo), **choice.values()}
-        requests = [Request(prompt, choice.length, seed) for prompt, seed in zip(prompts, choice.seeds)][which::replicas]
+            prompts = asked.prompts()
+            ids = check_prompts(prompts.ids, self.model.params)
+            choice = parse_options(asked.options, len(ids), self.model.vocab_size, self.model.params.max_seq_len)
+            agreement.values = {"prompts": ids, "echo": bool(asked.echo), **choice.values()}
+        requests = [Request(prompt, choice.length, seed) for prompt, seed in zip(ids, choice.seeds)][which::replicas]
         generator, seed, device = None, choice.seed, self._engine.device
         if seed is None and choice.sampling.temperature > 0:
             broadcast_random_state(device, self._group)
@@ -519,68 +504,64 @@ class Llama:
             frozenset({self.tokenizer.eos_id, *choice.stop_ids}),
             logprobs=choice.scored,
             alternatives=choice.alternatives,
-            score_prompts=choice.scored and echo,
-            reuse=reuse,
+            score_prompts=choice.scored and asked.echo,
+            reuse=asked.reuse,
             draft=choice.draft,
             generator=generator,
             draw=None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
             plainly=metas_way.steps,
             changed=not all_agree(self._engine.is_as_built, self._group),
         )
-        return batch, choice
+        return Running(batch, choice, prompts)
 
-    def _stream(
-        self,
-        make_prompts: Callable[[], Sequence[Sequence[int]]],
-        temperature: float,
-        top_p: float,
-        max_gen_len: Optional[int],
-        logprobs: Union[bool, int],
-        echo: bool,
-        options: Options,
-        *,
-        reuse: bool = False,
-        begun: Sequence[Sequence[int]] = (),
-    ) -> Iterator[Chunk]:
+    def _stepwise(self, asked: Asked) -> Running:
+        """As `_start`, for those who may leave it between two steps."""
+        with self.lock:
+            running = self._start(asked)
+        running.batch.before_step = partial(keep_pace, self._group)
+        return running
+
+    def _stream(self, asked: Asked) -> tuple[Prompts, Iterator[Chunk]]:
         if self._replaced_generate:
             raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
-        with self.lock:
-            batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, reuse=reuse)
-        batch.before_step = partial(keep_pace, self._group)
-        return iter(Completions(self.tokenizer, batch, stops=choice.stops, echo=echo, begun=begun))
+        batch, choice, prompts = self._stepwise(asked)
+        chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=asked.echo, begun=prompts.begun)
+        return prompts, iter(chunks)
 
-    def _complete(
-        self,
-        make_prompts: Callable[[], Sequence[Sequence[int]]],
-        temperature: float,
-        top_p: float,
-        max_gen_len: Optional[int],
-        logprobs: Union[bool, int],
-        echo: bool,
-        options: Options,
-        *,
-        begun: Sequence[Sequence[int]] = (),
-    ) -> list[CompletionPrediction]:
-        """Drain the stream of this replica's share of the prompts, and put all shares together.
-
-        begun: the replies that the prompts begin; to be read once the prompts are made.
-        """
-        share = replica() if self._replicated else (0, 1)
+    def _complete(self, asked: Asked) -> tuple[Prompts, list[CompletionPrediction]]:
+        """Drain the stream of this replica's share of the prompts, and put all shares together."""
+        which, replicas = replica() if self._replicated else (0, 1)
         with self.lock:
-            batch, choice = self._batch(make_prompts, temperature, top_p, max_gen_len, logprobs, echo, options, share=share)
-            begun = begun[share[0] :: share[1]]
-            chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=echo, begun=begun)
+            batch, choice, prompts = self._start(asked, (which, replicas))
+            begun = prompts.begun[which::replicas]
+            chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=asked.echo, begun=begun)
             mine = predictions(self.tokenizer, shown(chunks, batch), len(batch.requests), begun)
-            shares = gather_from_replicas(mine) if share[1] > 1 else [mine]
+            shares = gather_from_replicas(mine) if replicas > 1 else [mine]
         whole = [CompletionPrediction() for part in shares for _ in part]
         for other, part in enumerate(shares):
-            whole[other :: share[1]] = part
-        return whole
+            whole[other::replicas] = part
+        return prompts, whole
 
     @property
     def _replicated(self) -> bool:
         """Whether fairscale's groups are still those that this model was built for, and hold copies of it."""
         return model_parallel_group() is self._group
+
+
+class Running(NamedTuple):
+    """A call that was checked, and the batch that runs it."""
+
+    batch: Batch
+    choice: Choice
+    prompts: Prompts
+
+
+def _given(
+    temperature: float, top_p: float, max_gen_len: Optional[int], logprobs: Union[bool, int], options: Optional[Options] = None
+) -> dict[str, Any]:
+    """Meta's arguments among the options, by name."""
+    metas = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "logprobs": logprobs}
+    return {**metas, **(options or {})}
 
 
 def _find_tokenizer(ckpt_dir: Path) -> str:

@@ -18,8 +18,9 @@ from .chat import (
     encode_turn,
 )
 from .checks import whole_number
-from .completion import Chunk, stop_strings
+from .completion import Chunk
 from .files import parse_json, read_file, replace_file
+from .options import stop_strings
 from .printable import escaped, json_line, shortened
 from .tokenizer import REPLACEMENT, is_control, user_path
 

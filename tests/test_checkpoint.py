@@ -80,7 +80,9 @@ def test_the_stored_dtype_is_kept(
     llama = build(folder, tokenizer_path)
     if stored == torch.float16 and platform.machine() == "x86_64":
         assert {p.dtype for p in llama.model.parameters()} == {torch.bfloat16}
-        assert "is float16, which is slow on cpu; running in bfloat16. Pass dtype='float16' to keep it" in capsys.readouterr().out
+        assert (
+            "is float16, which is slow on cpu; running in bfloat16. Pass dtype='float16' to keep it" in capsys.readouterr().out
+        )
         llama = build(folder, tokenizer_path, dtype="float16")
     assert "slow on" not in capsys.readouterr().out
     assert {p.dtype for p in llama.model.parameters()} == {stored}

@@ -95,11 +95,8 @@ class Counting:
 
     def steps(self, prompt: list[int], count: int, draft: bool, **options: Any) -> tuple[list[Any], int]:
         """The steps as tuples, and the passes they took."""
-        logprobs = options.pop("logprobs", False)
-        echo = options.pop("echo", False)
         self.passes = 0
-        batch, _ = self.llama._batch(lambda: [prompt], 0, 1, count, logprobs, echo, {"draft": draft, **options})
-        return list(batch), self.passes
+        return list(self.llama.steps([prompt], 0, 1, count, draft=draft, **options)), self.passes
 
     def ids(self, prompt: list[int], count: int, draft: bool, **options: Any) -> tuple[list[int], int]:
         steps, passes = self.steps(prompt, count, draft, **options)
@@ -246,7 +243,7 @@ def test_stop_strings_cancel_inside_a_pass(tiny_model: Counting) -> None:
 
 
 def running(llama: Llama, count: int = 120) -> Batch:
-    return llama._batch(lambda: [[1, 20, 30]], 0, 1, count, False, False, {})[0]
+    return llama.steps([[1, 20, 30]], 0, 1, count)
 
 
 def test_cancelled_between_the_steps_of_a_pass(tiny_model: Counting) -> None:

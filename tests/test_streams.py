@@ -79,8 +79,7 @@ def test_finished_rows_cost_nothing(llama: Llama, monkeypatch: pytest.MonkeyPatc
     rows.clear()
     first = free[0][2]
     llama.text_completion(["a"], temperature=0, max_gen_len=1)
-    batch, _ = llama._batch(lambda: [[1, 20], [1, 30], [1, 40]], 0, 1, 12, False, False, {"stop_ids": [first]})
-    steps = list(batch)
+    steps = list(llama.steps([[1, 20], [1, 30], [1, 40]], 0, 1, 12, stop_ids=[first]))
     lengths = [sum(s.token is not None for s in steps if s.index == i) for i in range(3)]
     assert sum(rows) == sum(length for length in lengths) - 3 + sum(s.finish_reason == "stop" for s in steps)
 
@@ -95,12 +94,8 @@ def test_meta_s_numbers_through_the_stream(name: str) -> None:
         if case["name"] == "sampled_ragged" or arguments.get("echo"):
             continue
         torch.manual_seed(case["seed"])
-        batch, _ = llama._batch(
-            lambda case=case: case["prompt_tokens"], arguments["temperature"], arguments.get("top_p", 0.9),
-            arguments["max_gen_len"], True, False, {},
-        )  # fmt: skip
         ids: list[list[int]] = [[] for _ in case["tokens"]]
-        for step in batch:
+        for step in llama.steps(case["prompt_tokens"], **arguments):
             ids[step.index] += [] if step.token is None else [step.token]
         assert ids == case["tokens"]
 
@@ -220,8 +215,8 @@ def test_a_penalty_knows_prompt_and_answer(llama: Llama) -> None:
     ids, _ = llama.generate([[1, 20]], 30, 0)
     [text] = llama.text_completion(["the tree"], temperature=0, max_gen_len=60, repetition_penalty=1e6, logprobs=1)
     assert len(text["top_logprobs"]) == len(text["tokens"])
-    batch, _ = llama._batch(lambda: [[1, 20]], 0, 1, 60, False, False, {"repetition_penalty": 1e6})
-    new = [s.token for s in batch if s.token is not None]
+    steps = llama.steps([[1, 20]], 0, 1, 60, repetition_penalty=1e6)
+    new = [s.token for s in steps if s.token is not None]
     assert len(set(new)) == len(new)
     assert not {1, 20} & set(new)
     assert len(set(ids[0])) < 30

@@ -1,0 +1,141 @@
+"""What a request may ask for: every option once, checked in one place, and the object that carries a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, TypedDict, Union
+
+import torch
+
+from .checks import whole, whole_number
+from .printable import escaped, shortened
+from .sampling import Sampling
+
+
+class Options(TypedDict, total=False):
+    """What every completion and stream takes beside Meta's arguments.
+
+    stop: a string or several; the text ends before the first that comes up, also across ids. stop_ids: ids that end a
+    text as EOS does. seed: of one call, or one for each prompt; a prompt with a seed gives the same text whatever else
+    is in the batch and whatever ran before. top_k, min_p, repetition_penalty, logit_bias: see `Sampling`. draft: where one
+    prompt runs alone at temperature 0, verify several ids in a pass that the text itself suggests. If not given, so it is
+    done in float32 on a CPU, where it changes no id; True asks for it elsewhere too, where rounding may decide otherwise
+    between ids that are equally good.
+    """
+
+    stop: Union[str, Sequence[str], None]
+    stop_ids: Sequence[int]
+    seed: Union[int, Sequence[int], None]
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    logit_bias: Optional[Mapping[int, float]]
+    draft: Optional[bool]
+
+
+class Prompts(NamedTuple):
+    """Prompts as ids. begun: for each prompt the ids at its end whose text its new text goes on from, if any prompt has
+    some. places: where each stands among the dialogs that were passed, of which unsafe ones are not run."""
+
+    ids: Sequence[Sequence[int]]
+    begun: Sequence[Sequence[int]] = ()
+    places: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call as it was made, before it is checked. prompts: makes the prompts, and raises where they are wrong: it is called
+    once, where the processes compare what they were given. options: Meta's arguments and `Options` by name. reuse: go on
+    from what the cache holds."""
+
+    prompts: Callable[[], Prompts]
+    options: Mapping[str, Any]
+    echo: bool = False
+    reuse: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Meta's arguments and `Options`, checked. The prompts have seeds of their own, or the call has one, or neither."""
+
+    sampling: Sampling
+    length: int  # ids that may follow a prompt
+    scored: bool
+    alternatives: int
+    stops: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    seeds: tuple[Optional[int], ...]  # one for each prompt
+    seed: Optional[int]
+    draft: Optional[bool]
+
+    def values(self) -> dict[str, Any]:
+        """By the names of the options, in one form for one meaning: stops and stop_ids may come as sets."""
+        seeds = self.seed if self.seed is not None else self.seeds
+        own = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids)), "seed": seeds, "draft": self.draft}
+        logprobs = self.alternatives or self.scored
+        return {"max_gen_len": self.length, "logprobs": logprobs, **vars(self.sampling), **own}
+
+
+METAS_OPTIONS = ("temperature", "top_p", "max_gen_len", "logprobs")
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
+
+
+def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    """The parts of a list of texts, ids or seeds. What can be gone over once only would be empty for the next call."""
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Collection):
+        raise ValueError(f"{name}={shortened(value)} must be {what}, in a list")
+    try:
+        return tuple(value)
+    except TypeError as error:  # an array without dimensions
+        raise ValueError(f"{name}={shortened(value)} must be {what}, in a list") from error
+
+
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """The option `stop`: none, one or several texts."""
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else _several("stop", stop, "texts")
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError(f"stop={shortened(stop)} must be texts that are not empty")
+    return stops
+
+
+def _seeds(given: Any, prompts: int) -> tuple[Optional[int], tuple[Optional[int], ...]]:
+    """The option `seed`: of the call, and of each prompt."""
+    is_one = given is None or whole(given) is not None or not isinstance(given, Collection) or isinstance(given, (str, Set))
+    told = (given,) if is_one else _several("seed", given, "a whole number, or one for each prompt")
+    if not is_one and len(told) != prompts:
+        raise ValueError(f"{len(told)} seeds for {prompts} prompts; give one seed, or one for each prompt")
+    numbers = tuple(None if n is None else whole_number("seed", n, 0, 2**63 - 1, "from 0 to 2**63 - 1") for n in told)
+    return (numbers[0], (None,) * prompts) if is_one else (None, numbers)
+
+
+def parse_options(given: Mapping[str, Any], prompts: int, vocab_size: int, max_seq_len: int) -> Choice:
+    """ValueError for an option that does not exist or is out of range. What is not given has Meta's default."""
+    known = (*Options.__annotations__, *METAS_OPTIONS)
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"unknown option {escaped(', '.join(unknown))}; there are {', '.join(known)}")
+    length, logprobs = given.get("max_gen_len"), given.get("logprobs", False)
+    alternatives = 0 if isinstance(logprobs, bool) else whole(logprobs)
+    if alternatives is None or alternatives < 0:
+        raise ValueError(f"logprobs={shortened(logprobs)} must be True, False, or how many alternatives to report")
+    ids = given.get("stop_ids")
+    stop_ids = [whole(i) for i in (() if ids is None else _several("stop_ids", ids, "ids"))]
+    if not all(i is not None and 0 <= i < vocab_size for i in stop_ids):
+        raise ValueError(f"stop_ids={shortened(ids)} must be ids from 0 to {vocab_size - 1}")
+    seed, seeds = _seeds(given.get("seed"), prompts)
+    draft = given.get("draft")
+    if draft is not None and not isinstance(draft, bool):
+        raise ValueError(f"draft={shortened(draft)} must be True, False or None")
+    sampling = Sampling(**{name: given[name] for name in SAMPLING_OPTIONS if name in given})
+    sampling.bias(vocab_size, torch.device("cpu"))  # checks it
+    return Choice(
+        sampling,
+        max_seq_len - 1 if length is None else whole_number("max_gen_len", length, 0),
+        logprobs is True or alternatives > 0,
+        alternatives,
+        stop_strings(given.get("stop")),
+        tuple(i for i in stop_ids if i is not None),
+        seeds,
+        seed,
+        draft,
+    )
