@@ -29,7 +29,7 @@ from .proven import STEP_TOLERANCE, vectors_are_near
 LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; larger ones are powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
 PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find what is freed later
-SOURCES = ("model.py", "parallel.py", "compiler.py", "compiled.py")  # a package is of the code that it was made from
+SOURCES = ("model.py", "parallel.py", "products.py", "compiler.py", "compiled.py")  # a package is of their code
 
 
 def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Packaged, Recorded]]:

@@ -14,7 +14,8 @@ from . import memory, runtime
 from .cache_use import CacheUse
 from .compiled import Recorded, make_graph
 from .model import RMSNorm, Transformer
-from .parallel import AMX, group_size
+from .parallel import group_size
+from .products import AMX
 from .runtime import device_kind
 
 LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take

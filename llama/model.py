@@ -24,7 +24,6 @@ from .cache_use import CacheUse
 from .checks import whole
 from .files import MappedFiles
 from .parallel import (
-    AMX,
     ColumnParallelLinear,
     Make,
     ParallelEmbedding,
@@ -36,6 +35,7 @@ from .parallel import (
     products,
 )
 from .printable import shortened
+from .products import AMX
 from .quantization import QUANTIZED, Quantized, join_quantized
 from .runtime import device_kind
 

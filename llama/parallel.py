@@ -24,26 +24,16 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
 from . import peers
+from .products import product
 from .runtime import chosen_device, current, device_kind, has_failed, machine, release_first
 
 Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes one tensor of several that are to lie in it, one below the other
 Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
 
-# Whether the processor multiplies tiles (Intel's AMX). There oneDNN and fused attention are the fastest with one row too,
-# which they are far from being elsewhere.
-AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-
-# Where W Xᵀ is faster than X Wᵀ there: with few rows of x always (1.2 to 1.6 times), with more if the result need not be
-# put in order (1.1 times) and neither side of W is short.
-FEW, MANY, WIDE = 128, 640, 2048
-
 # Messages of up to this many bytes are summed by reading the other GPUs' memory, if `prepare_small_all_reduces` allows it: 9
 # microseconds for one row where NCCL takes 16 to 18. Every rank reads the whole message of every other, so larger ones are
 # NCCL's. Inductor draws the line at the same size.
 SMALL = 128 * 1024
-
-# One row, compiled: rows of up to so many numbers are summed in Inductor's own loop, which it writes differently for longer.
-SUMMED = 4096
 
 
 def model_parallel_group() -> Group:
@@ -388,59 +378,6 @@ def _members(group: Group) -> tuple[list[int], str]:
     return dist.get_process_group_ranks(group), group.group_name
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> torch.Tensor:
-    """x Wᵀ: x (..., in_features), weight (out_features, in_features) -> (..., out_features).
-
-    any_order: the numbers of a feature may lie together in the result, if it is faster so. (To elementwise operations it
-    is all the same.)
-    """
-    if device_kind(x) != "cpu" or x.dtype != torch.bfloat16 or weight.dtype != x.dtype:  # autocast: two dtypes
-        return F.linear(to_memory(x), weight)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 1:
-        return _one_row(rows[0], weight).view(*x.shape[:-1], -1)
-    few = torch.compiler.is_compiling() or rows.shape[0] <= FEW  # compiled is a step of the batch, of any size
-    if AMX and (few or is_by_feature(x) or (any_order and rows.shape[0] <= MANY and min(weight.shape) >= WIDE)):
-        # W Xᵀ: oneDNN rearranges its second matrix before it multiplies, here the small one.
-        y = torch.mm(weight, rows.t()).t()
-        return (y if any_order else y.contiguous()).unflatten(0, x.shape[:-1])
-    return F.linear(x, weight)
-
-
-def to_memory(x: torch.Tensor) -> torch.Tensor:
-    """Keeps Inductor from computing what made x, a norm or SiLU, anew for every row of the matrix that x is multiplied with."""
-    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
-
-
-def is_by_feature(x: torch.Tensor) -> bool:
-    """Whether the numbers of a feature lie together, not those of a row."""
-    return x.stride(-1) != 1
-
-
-def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Reads the weights at up to 1.4 times the speed of a product of two matrices. (in_features,) -> (out_features,)"""
-    if not torch.compiler.is_compiling():
-        return torch.mv(weight, x)
-    # Compilers make something slower of that, unless they are kept from looking into it.
-    if not AMX:
-        return one_row(x, weight)
-    if weight.shape[1] <= SUMMED:
-        # Eight rows at a time: oneDNN takes 20 microseconds to begin, as long as a small matrix takes.
-        x32 = to_memory(x.float())
-        return torch.cat([(some.float() * x32).sum(-1) for some in weight.chunk(8)]).to(x.dtype)
-    return torch.mm(weight, x.expand(2, -1).t())[:, 0]  # of two rows, as fast as `mv`
-
-
-@torch.library.custom_op("llama::one_row", mutates_args=())
-def one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.mv(weight, x)
-
-
-@one_row.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(weight.shape[0])
-
-
 def _needs_autograd(weight: torch.Tensor, x: torch.Tensor, group: Group) -> bool:
     """Across ranks a gradient needs fairscale's autograd functions; on one process torch's own do."""
     return group is not None and torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
@@ -523,7 +460,7 @@ def products(
     layers: Sequence[ColumnParallelLinear],
     any_order: bool = False,
 ) -> Sequence[torch.Tensor]:
-    """What each of the layers makes of x. any_order: see `product`.
+    """What each of the layers makes of x. any_order: see `products.product`.
 
     fused: one matrix (`fuse`) or one quantised layer (`join_quantized`) of them all, for one product in place of several;
     None if there is neither.

@@ -17,7 +17,7 @@ from test_launch import environment
 from torch import nn
 from workers import Pool
 
-from llama import Llama, ModelArgs, kernels, memory, parallel, quantization, rounding
+from llama import Llama, ModelArgs, kernels, memory, products, quantization, rounding
 from llama.convert import convert
 from llama.parallel import ColumnParallelLinear
 from llama.quantization import Quantized, quantize_layers
@@ -85,7 +85,7 @@ def test_int8_products(shape: tuple[int, ...], dtype: torch.dtype, either_way: s
     assert_near(y, x, numbers(layer), 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
-@pytest.mark.skipif(not parallel.AMX, reason="says nothing of processors without tiles")
+@pytest.mark.skipif(not products.AMX, reason="says nothing of processors without tiles")
 def test_int8_uses_the_tiles() -> None:
     assert quantization.onednn_is_exact()
 
