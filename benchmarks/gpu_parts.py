@@ -35,7 +35,8 @@ from llama.batching import Batch, Request
 from llama.compiled import Recorded
 from llama.engine import Engine
 from llama.generation import DEMO, DEMO_POSITIONS
-from llama.quantization import Quantized, quantize_layers
+from llama.quantization import quantize_layers
+from llama.quantized import Quantized
 from llama.rounding import Quantization
 from llama.sampling import Sampling
 

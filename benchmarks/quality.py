@@ -17,10 +17,10 @@ from typing import Optional
 
 import fire
 
-from llama import Llama, checkpoint, quantization, rounding
+from llama import Llama, checkpoint, int4, rounding
 from llama.files import check_file
 
-sys.path.insert(0, str(Path(quantization.__file__).parent / "demo"))
+sys.path.insert(0, str(Path(int4.__file__).parent / "demo"))
 from data import read_stories
 
 # A name, the kind, the size of a group, the rounds of refinement.
@@ -47,11 +47,11 @@ def main(text: str, ckpt_dir: Optional[str] = None, stories: int = 100) -> None:
     print(f"{len(held_out)} held-out stories, {ckpt_dir or 'the demo model'}")
     whole = perplexity(ckpt_dir, held_out)
     print(f"{'as stored':30s}{whole:9.4f}")
-    to_int4 = quantization.to_int4
+    to_int4 = int4.to_int4
     for name, kind, group, refinements in FORMS:
         form = rounding.Quantization(kind, group)
         checkpoint.Quantization = lambda kind, form=form: form  # type: ignore[assignment,misc]
-        quantization.to_int4 = lambda w, g, refinements=refinements: to_int4(w, g, refinements)  # type: ignore[assignment]
+        int4.to_int4 = lambda w, g, refinements=refinements: to_int4(w, g, refinements)  # type: ignore[assignment]
         value = perplexity(ckpt_dir, held_out, quantize=kind)
         print(f"{name:30s}{value:9.4f}  {100 * (value / whole - 1):+.2f} %", flush=True)
 

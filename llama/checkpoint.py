@@ -25,7 +25,8 @@ from .memory import return_freed
 from .model import ModelArgs, Transformer
 from .parallel import group_rank, group_size, is_first_process, model_parallel_group
 from .printable import escaped, shortened
-from .quantization import Quantized, quantize_layers
+from .quantization import quantize_layers
+from .quantized import Quantized
 from .rounding import Quantization, row_maxima
 from .runtime import DTYPES, device_kind
 from .staging import Job, Sender, run_jobs

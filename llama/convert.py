@@ -35,7 +35,7 @@ from .checkpoint import (
 from .checks import whole_number
 from .huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from .model import ModelArgs, Transformer, check_args, feed_forward_width
-from .quantization import Quantized
+from .quantized import Quantized
 from .rounding import Quantization
 from .tokenizer import Tokenizer
 from .writers import Entry, write_pth, write_safetensors

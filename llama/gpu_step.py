@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from . import proven
+from .int4 import Int4
+from .int8 import Int8
 from .model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
 from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, all_gather, all_reduce
-from .quantization import STORED_ROWS, Int4, Int8, Quantized
+from .quantized import STORED_ROWS, Quantized
 
 LAYERS = (ParallelEmbedding, ColumnParallelLinear, RowParallelLinear)
 OURS = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, torch.nn.ModuleList, *LAYERS)

@@ -36,7 +36,8 @@ from .parallel import (
 )
 from .printable import shortened
 from .products import AMX
-from .quantization import QUANTIZED, Quantized, join_quantized
+from .quantization import QUANTIZED, join_quantized
+from .quantized import Quantized
 from .runtime import device_kind
 
 # torch's fused attention on CPUs makes zeros of a row whose scores are all NaN if they do not fill a vector register, which

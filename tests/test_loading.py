@@ -15,7 +15,7 @@ from test_huggingface import TWINS, write_twin
 from workers import Pool
 
 from llama import Llama, Transformer, memory, staging
-from llama.quantization import Quantized
+from llama.quantized import Quantized
 
 PIECE, LARGE_PIECE = 5000, 40_000  # bytes; rounding to int4 in many pieces takes the emulation long
 WIDE: dict[str, Any] = {"dim": 256, "n_layers": 1, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 256, "norm_eps": 1e-5}

@@ -17,10 +17,11 @@ from test_launch import environment
 from torch import nn
 from workers import Pool
 
-from llama import Llama, ModelArgs, kernels, memory, products, quantization, rounding
+from llama import Llama, ModelArgs, int4, int8, kernels, memory, products, quantized, rounding
 from llama.convert import convert
 from llama.parallel import ColumnParallelLinear
-from llama.quantization import Quantized, quantize_layers
+from llama.quantization import quantize_layers
+from llama.quantized import Quantized
 from llama.rounding import Quantization, to_int4
 
 CPU = torch.device("cpu")
@@ -67,10 +68,10 @@ def assert_near(y: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, toleranc
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the products of this CPU, for large and for small matrices, and as on one that has none of them."""
     if request.param == "packed":
-        monkeypatch.setattr(quantization, "PLAIN", 0)
+        monkeypatch.setattr(int8, "PLAIN", 0)
     if request.param == "generic":
-        monkeypatch.setattr(quantization, "onednn_is_exact", lambda: False)
-        monkeypatch.setattr(quantization.Int4, "_packed_weight", lambda self: None)
+        monkeypatch.setattr(int8, "onednn_is_exact", lambda: False)
+        monkeypatch.setattr(int4.Int4, "_packed_weight", lambda self: None)
     return request.param
 
 
@@ -87,13 +88,13 @@ def test_int8_products(shape: tuple[int, ...], dtype: torch.dtype, either_way: s
 
 @pytest.mark.skipif(not products.AMX, reason="says nothing of processors without tiles")
 def test_int8_uses_the_tiles() -> None:
-    assert quantization.onednn_is_exact()
+    assert int8.onednn_is_exact()
 
 
 @pytest.mark.parametrize("plain", [0, 2**21])
 def test_int8_extremes(plain: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All products at their largest and of one sign, where adding pairs in 16 bits would saturate; zeros; tiny; infinite."""
-    monkeypatch.setattr(quantization, "PLAIN", plain)
+    monkeypatch.setattr(int8, "PLAIN", plain)
     layer = layer_of(torch.ones(64, 256) * torch.tensor([1.0, -1.0]).repeat(32)[:, None], "int8")
     rows = [torch.ones(256), -torch.ones(256), torch.zeros(256), torch.full((256,), 1e-29), torch.arange(256) - 255.0]
     x = torch.stack(rows)
@@ -122,15 +123,16 @@ def test_int8_numbers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_shares_what_it_makes_of_rows(plain: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Digits that layers share are each layer's own; more rows than it takes at a time come in parts."""
-    monkeypatch.setattr(quantization, "PLAIN", plain)
-    monkeypatch.setattr(quantization, "PIECE", 2**12)
+    monkeypatch.setattr(int8, "PLAIN", plain)
+    for module in (int8, quantized):
+        monkeypatch.setattr(module, "PIECE", 2**12)
     layer, other = layer_of(weights(), "int8", dtype), layer_of(weights(64), "int8", dtype)
-    for count in (1, 5, quantization.FEW_ROWS + 1):
+    for count in (1, 5, int8.FEW_ROWS + 1):
         x = torch.randn(count, 256).to(dtype)
         shared = layer.shared(x)
         for each in (layer, other):
             assert torch.equal(each.product(x, shared), each.product(x))
-    monkeypatch.setattr(quantization, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(int8, "BLOCK_ROWS", 100)
     x = torch.randn(250, 256).to(dtype)
     assert layer.shared(x) is None
     assert_near(layer(x), x, numbers(layer), 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
@@ -149,11 +151,11 @@ def test_int4_products(group: int, count: int, dtype: torch.dtype, either_way: s
 
 
 def test_many_rows_take_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "DEQUANTIZED", 2**16)
+    monkeypatch.setattr(int4, "DEQUANTIZED", 2**16)
     layer = layer_of(weights(2112, 448), "int4")
-    x = torch.randn(quantization.FEW_ROWS + 1, 448).bfloat16()
+    x = torch.randn(int4.FEW_ROWS + 1, 448).bfloat16()
     assert_near(layer(x), x, numbers(layer), 2**-7)
-    monkeypatch.setattr(quantization, "packed_layout", lambda: None)
+    monkeypatch.setattr(int4, "packed_layout", lambda: None)
     assert_near(layer(x), x, numbers(layer), 2**-7)
 
 
