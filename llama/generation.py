@@ -16,6 +16,7 @@ import torch
 from typing_extensions import Unpack
 
 from . import memory, metas_way, runtime
+from .agreement import keep_pace, together
 from .batching import Batch, FinishReason, Request, check_prompts
 from .chat import (
     B_INST,
@@ -57,11 +58,9 @@ from .parallel import (
     gather_from_replicas,
     group_size,
     is_first_process,
-    keep_pace,
     model_parallel_group,
     replica,
     several_processes,
-    together,
 )
 from .printable import shortened
 from .sampling import sample_top_p
