@@ -34,7 +34,8 @@ from tasks import FULL, QUICK
 
 from llama import ModelArgs, bench, runtime
 from llama.checkpoint import open_checkpoint
-from llama.tokenizer import tokenizer_near, user_path
+from llama.checks import whole_number
+from llama.tokenizer import need_tokenizer, user_path
 
 Words = Union[str, Sequence[str]]  # fire makes a tuple of what has commas
 LOADS = 3  # fresh processes of each system that are timed; imports make them slow
@@ -60,17 +61,14 @@ def main(
     meta, transformers and llama.cpp. quick: tasks of a few tokens, to try it out.
     """
     modes, wanted = _words("quantize", quantize, FORMS), _words("against", against, PEERS)
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats={repeats!r} must be a whole number of 1 or more")
+    repeats = whole_number("repeats", repeats, 1)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib; pip install -e '.[bench]'")
     place = runtime.choose_device(device, runtime.Launch.read())
     source = find_source(shape, ckpt_dir)
     checkpoint = open_checkpoint(source)
     args = replace(checkpoint.args, vocab_size=checkpoint.shape("tok_embeddings.weight", 1)[0])
-    tokenizer = user_path(tokenizer_path) if tokenizer_path else tokenizer_near(source)
-    if tokenizer is None:
-        raise ValueError(f"no tokenizer.model in {source} or in the folder above it; pass --tokenizer_path")
+    tokenizer = need_tokenizer(source, tokenizer_path)
     setting = Setting(source, args, tokenizer, place, QUICK if quick else FULL)
     notes: list[str] = []
     busy = os.getloadavg()[0]

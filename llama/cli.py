@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Optional
 
 import fire
@@ -17,7 +16,7 @@ from .checks import whole_number
 from .convert import convert as convert_checkpoint
 from .model import check_args, process_counts
 from .printable import escaped
-from .tokenizer import Tokenizer, tokenizer_near, user_path
+from .tokenizer import Tokenizer, find_tokenizer, user_path
 
 
 def convert(
@@ -37,7 +36,7 @@ def convert(
     quantize: "int8" or "int4", in Meta's format: a half or a quarter of the bytes, quick to load.
     """
     source, target = user_path(src), user_path(dst)
-    tokenizer = _find_tokenizer(source, tokenizer_path)
+    tokenizer = find_tokenizer(source, tokenizer_path)
     chosen = None if dtype is None else runtime.choose_dtype(dtype, torch.float32, torch.device("cpu"))
     convert_checkpoint(source, target, to, shards, chosen, tokenizer, quantize)
     if tokenizer is None and to == "hf":
@@ -66,7 +65,7 @@ def info(
     folder = user_path(ckpt_dir)
     checkpoint = open_checkpoint(folder)
     stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
-    path = _find_tokenizer(folder, tokenizer_path)
+    path = find_tokenizer(folder, tokenizer_path)
     tokenizer = Tokenizer(str(path)) if path else None
     args = fit_vocabulary(checkpoint, tokenizer.n_words if tokenizer else rows)
     args = replace(args, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
@@ -100,10 +99,6 @@ def info(
         fits = need.resident * sharers <= free
         advice = "" if fits else "; " + memory.way_out(args, chosen, processes, place, free, sharers, quantization)
         print(f"  free        {memory.gigabytes(free)} on {place}: it {'fits' if fits else 'does not fit'}{advice}")
-
-
-def _find_tokenizer(folder: Path, given: Optional[str]) -> Optional[Path]:
-    return tokenizer_near(folder) if given is None else user_path(given)
 
 
 def main() -> None:

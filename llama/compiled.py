@@ -72,7 +72,7 @@ def say(line: str) -> None:
         print(printable(line))
 
 
-def fingerprint(model: Transformer) -> str:
+def code_key(model: Transformer) -> str:
     """Stands for all that compiled code depends on."""
     device = model.norm.weight.device
     on_gpu = runtime.device_kind(device) == "cuda"
@@ -91,7 +91,7 @@ def described(model: Transformer) -> dict[str, Any]:
 
 def marker(model: Transformer) -> Path:
     """A file that says that Inductor has compiled this model's step here before, and kept it beside."""
-    return runtime.cache_folder() / f"{fingerprint(model)}.inductor"
+    return runtime.cache_folder() / f"{code_key(model)}.inductor"
 
 
 def is_marked(model: Transformer) -> bool:
@@ -117,7 +117,7 @@ class Packaged:
         self._runners: dict[bool, Any] = {}  # key: whether there are several rows
         self._columns = torch.arange(model.params.max_seq_len)
         self._tensors: list[torch.Tensor] = []
-        folder, stem = runtime.cache_folder(), fingerprint(model)
+        folder, stem = runtime.cache_folder(), code_key(model)
         self._paths = {False: folder / f"{stem}-one.pt2"}
         if model.params.max_batch_size > 1:
             self._paths[True] = folder / f"{stem}-several.pt2"

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
+from .checks import real, whole
 from .printable import escaped, shortened
 
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
@@ -38,9 +39,8 @@ class Number(NamedTuple):
         value = values.get(key)
         if value is None:
             return [f"missing key {key!r}" if key not in values else f"{key}=None is not {self}"] * self.required
-        kinds = (int,) if self.kind is int else (int, float)
-        good = isinstance(value, kinds) and not isinstance(value, bool) and self.least <= value <= self.most
-        return [] if good and math.isfinite(value) else [f"{key}={shortened(value)} is not {self}"]
+        number = whole(value) if self.kind is int else real(value)
+        return [] if number is not None and self.least <= number <= self.most else [f"{key}={shortened(value)} is not {self}"]
 
     def __str__(self) -> str:
         return f"{'a whole number' if self.kind is int else 'a number'} from {self.least:g} to {self.most:g}"
@@ -59,10 +59,11 @@ def contents(folder: Path) -> str:
         return f"what cannot be listed ({error.strerror})"
 
 
-def parse_json(data: bytes) -> Any:
-    """What JSON says. ValueError for what is none, nested too deep, or has numbers that are not finite."""
+def parse_json(data: bytes, finite: bool = True) -> Any:
+    """What JSON says. ValueError for what is none, nested too deep, has a key twice or (with `finite`) NaN or infinity."""
+    number = _finite if finite else float
     try:
-        return json.loads(data, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_without_doubles)
+        return json.loads(data, parse_constant=number, parse_float=number, object_pairs_hook=_without_doubles)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
@@ -110,8 +111,8 @@ def read_json(path: Path, usual: str, most: int = 2**20) -> dict[str, Any]:
         raise ValueError(f"{path} is missing; it comes with the checkpoint, and the folder holds {contents(path.parent)}")
     data = read_file(path, most, usual)
     try:
-        value = json.loads(data, object_pairs_hook=_without_doubles)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data, finite=False)  # a key that nobody reads may have any number; `Number` checks the others
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object; {usual}")

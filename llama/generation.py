@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +64,7 @@ from .parallel import (
 from .printable import shortened
 from .sampling import sample_top_p
 from .session import ChatSession
-from .tokenizer import Tokenizer, split, tokenizer_near, user_path
+from .tokenizer import Tokenizer, need_tokenizer, split, user_path
 
 SAMPLE_TOP_P = sample_top_p  # what somebody puts in its place draws from then on
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
@@ -130,8 +129,8 @@ class Llama:
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             checkpoint = open_checkpoint(folder)
-            tokenizer_path = _find_tokenizer(folder) if tokenizer_path is None else tokenizer_path
-            tokenizer = Tokenizer(tokenizer_path)
+            tokenizer_file = need_tokenizer(folder, tokenizer_path)
+            tokenizer = Tokenizer(str(tokenizer_file))
             args = fit_vocabulary(checkpoint, tokenizer.n_words)
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             processes, sharers = group_size(model_parallel_group()), runtime.memory_sharers(place)
@@ -144,7 +143,7 @@ class Llama:
             agreement.values = {
                 **vars(args), "dtype": chosen_dtype, "quantize": quantization, "compile": compile,
                 "seed": seed if replica()[1] == 1 else None,  # copies of the model may draw each their own
-                **fingerprints([*checkpoint.paths, user_path(tokenizer_path)] if several_processes() else []),
+                **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
             }  # fmt: skip
         with (
             together(everyone=True),
@@ -561,15 +560,6 @@ def _given(
     """Meta's arguments among the options, by name."""
     metas = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "logprobs": logprobs}
     return {**metas, **(options or {})}
-
-
-def _find_tokenizer(ckpt_dir: Path) -> str:
-    """Its tokenizer.model, for `Tokenizer`. ValueError where there is none."""
-    if not os.path.isdir(ckpt_dir):
-        raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
-    if path := tokenizer_near(ckpt_dir):
-        return str(path)
-    raise ValueError(f"no tokenizer.model in {ckpt_dir} or in the folder above it; pass tokenizer_path (--tokenizer_path)")
 
 
 def _warn_beyond_training(args: ModelArgs, trained: Optional[int]) -> None:

@@ -23,13 +23,13 @@ from fire.decorators import SetParseFns
 from . import jobs
 from .completion import Chunk
 from .files import read_file
-from .generation import DEMO, Llama, _find_tokenizer
+from .generation import DEMO, Llama
 from .parallel import from_first_process, is_first_process
 from .pipes import reader_may_leave
 from .printable import escaped, harmless, json_line, printable, shortened
 from .runtime import Launch
 from .session import ContextFull
-from .tokenizer import Tokenizer, user_path
+from .tokenizer import Tokenizer, need_tokenizer, user_path
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -146,7 +146,7 @@ def tokenize(
 ) -> None:
     """Show the ids and pieces of a TEXT, of a --file or of a pipe; or the text of --ids 1,306,4658. Loads no model."""
     folder = DEMO if ckpt_dir is None else user_path(ckpt_dir)
-    tokenizer = Tokenizer(tokenizer_path if tokenizer_path is not None else _find_tokenizer(folder))
+    tokenizer = Tokenizer(str(need_tokenizer(folder, tokenizer_path)))
     if ids is not None:
         if text is not None or file is not None:
             raise ValueError("give a text or --ids, not both")

@@ -28,10 +28,24 @@ def user_path(path: Union[str, PathLike[str]]) -> Path:
         raise ValueError(f"{path} begins with a home folder that does not exist") from error
 
 
-def tokenizer_near(ckpt_dir: Path) -> Optional[Path]:
-    """The tokenizer.model of a checkpoint: Meta's layout has one beside the folders of all models, others one in each."""
+def find_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Optional[Path]:
+    """The path that was given, or the checkpoint's tokenizer.model, None if there is none.
+
+    Meta's layout has one beside the folders of all models, others have one in each.
+    """
+    if given is not None:
+        return user_path(given)
     places = (ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model")
     return next((path for path in places if is_there(path)), None)
+
+
+def need_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Path:
+    """As `find_tokenizer`. ValueError if there is none."""
+    if path := find_tokenizer(ckpt_dir, given):
+        return path
+    if not ckpt_dir.is_dir():
+        raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
+    raise ValueError(f"no tokenizer.model in {ckpt_dir} or in the folder above it; pass tokenizer_path (--tokenizer_path)")
 
 
 class Tokenizer:

@@ -180,7 +180,7 @@ def test_bad_params(change: dict[str, Any], message: str, tmp_path: Path, tokeni
     [
         ("", "is not JSON"),
         ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
+        ("[" * 100_000, "is not JSON: it is nested too deep"),
         ("[1]", "holds a list"),
         ("{}", "missing key 'dim', missing key 'n_layers', missing key 'n_heads'"),
         ("\xff\xfe", "is not JSON"),

@@ -297,7 +297,7 @@ def test_a_part_is_missing_or_there_twice(parted: Path, tmp_path: Path) -> None:
     [
         ("", "is not JSON"),
         ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
+        ("[" * 100_000, "is not JSON: it is nested too deep"),
         ("[1]", "holds a list"),
         ("3", "holds a int"),
         ("{}", "missing key|has no weight_map"),

@@ -67,7 +67,7 @@ def archive(folder: Path) -> Path:
 def package(cache: Path, tmp_path: Path, tiny: Path, tokenizer_path: str) -> Path:
     """A package in the folder that `build` will look for."""
     model = build(tiny, tokenizer_path, compile=False, rows=1).model
-    path = cache / f"{compiled.fingerprint(model)}-one.pt2"
+    path = cache / f"{compiled.code_key(model)}-one.pt2"
     with packages.workspace(cache) as work:
         packages.keep(archive(tmp_path), path, work)
     assert not work.exists()
@@ -320,7 +320,7 @@ def test_no_process_outlives_the_one_that_waits_for_it(number: int, tmp_path: Pa
 
 def test_a_package_is_of_all_that_it_depends_on(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tiny, tokenizer_path, compile=False, rows=1).model
-    names = {compiled.fingerprint(model)}
+    names = {compiled.code_key(model)}
     changes: list[tuple[Any, str, Any]] = [
         (torch, "__version__", "2.99.0"),
         (torch.version, "git_version", "0"),
@@ -332,7 +332,7 @@ def test_a_package_is_of_all_that_it_depends_on(tiny: Path, tokenizer_path: str,
     for change in changes:
         with monkeypatch.context() as patch:
             patch.setattr(*change)
-            names.add(compiled.fingerprint(model))
+            names.add(compiled.code_key(model))
     assert len(names) == 1 + len(changes)
 
 

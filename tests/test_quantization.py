@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import PARAMS, ROOT, golden, random_weights, shared, write_checkpoint
@@ -240,6 +241,7 @@ def test_group_sizes() -> None:
     assert [Quantization("int4").group(n) for n in (4096, 11008, 96, 48, 24, 172)] == [32, 32, 32, 16, None, None]
     assert Quantization("int4", 256).group(11008) == 256
     assert Quantization("int8").group(4096) is None
+    assert repr(Quantization("int4", np.int64(64))) == repr(Quantization("int4", 64))  # type: ignore[arg-type]
     for bad in (8, 48, 512, 64.0, True):
         with pytest.raises(ValueError, match="must be a power of two from 16 to 256"):
             Quantization("int4", bad)  # type: ignore[arg-type]
