@@ -73,10 +73,11 @@ def info(
     place = runtime.choose_device(device, runtime.Launch.read())
     chosen = runtime.choose_dtype(dtype, stored, place)
     quantization = choose_quantization(checkpoint, quantize)
-    need, free = memory.estimate(args, chosen, processes, quantization, place), memory.free_bytes(place)
     sharers = processes if runtime.device_kind(place) == "cpu" else 1
-    numbers = memory.estimate(args, torch.int8).weights
-    whole = memory.estimate(args, stored, 1, stored_quantization(checkpoint)).weights
+    placement = memory.Placement(args, chosen, processes, place, sharers, quantization)
+    need, free = memory.estimate(placement), memory.free_bytes(place)
+    numbers = memory.estimate(memory.Placement(args, torch.int8)).weights
+    whole = memory.estimate(memory.Placement(args, stored, quantization=stored_quantization(checkpoint))).weights
     theta = f", rotary base {args.rope_theta:g}" + (", one matrix for embedding and output" if checkpoint.tied else "")
     files = f"{len(checkpoint.paths)} file{'s' * (len(checkpoint.paths) > 1)}"
     print(f"{escaped(str(folder))}: {checkpoint.format} format, {files} of weights")
@@ -97,7 +98,7 @@ def info(
         print(f"  free        {place} does not tell")
     else:
         fits = need.resident * sharers <= free
-        advice = "" if fits else "; " + memory.way_out(args, chosen, processes, place, free, sharers, quantization)
+        advice = "" if fits else "; " + memory.way_out(placement, free)
         print(f"  free        {memory.gigabytes(free)} on {place}: it {'fits' if fits else 'does not fit'}{advice}")
 
 

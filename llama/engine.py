@@ -68,9 +68,8 @@ class Engine:
         if isinstance(model, Transformer):
             processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
             quantization = getattr(model.output, "quantization", None)
-            self._explained = partial(
-                memory.explained, model.params, self.dtype, processes, self.device, sharers, quantization
-            )  # adds advice to out-of-memory errors
+            placement = memory.Placement(model.params, self.dtype, processes, self.device, sharers, quantization)
+            self._explained = partial(memory.explained, placement)  # adds advice to out-of-memory errors
         self.as_built = False  # whether it was so at the last `take`
         self._ready = self.graph  # self.graph, or None while the model is not as it was built
         # A module that wraps a Transformer, as torch.compile's does, has its cache.

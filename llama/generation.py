@@ -139,17 +139,14 @@ class Llama:
             with torch.device("meta"):
                 model = Transformer(args)
             quantization = prepare(model, checkpoint, quantize)
-            memory.check_fits(args, chosen_dtype, processes, place, sharers, quantization)
+            placement = memory.Placement(args, chosen_dtype, processes, place, sharers, quantization)
+            memory.check_fits(placement)
             agreement.values = {
                 **vars(args), "dtype": chosen_dtype, "quantize": quantization, "compile": compile,
                 "seed": seed if replica()[1] == 1 else None,  # copies of the model may draw each their own
                 **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
             }  # fmt: skip
-        with (
-            together(everyone=True),
-            torch.inference_mode(False),
-            memory.explained(args, chosen_dtype, processes, place, sharers, quantization),
-        ):
+        with together(everyone=True), torch.inference_mode(False), memory.explained(placement):
             fill(model, checkpoint, place, chosen_dtype)
         _warn_beyond_training(args, trained)
         torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -24,6 +24,24 @@ NCCL_BYTES = 768 * 2**20  # of each process: a few MiB for each channel, peer an
 # A recorded step keeps its logits, in the model's dtype and in float32, for itself. There are graphs for one row, and for 2, 4,
 # 8 … rows, which add up to twice the last.
 GRAPH_LOGITS = 2 * 2
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model as it is to lie on devices: max_batch_size rows of max_seq_len tokens, and weights in `dtype`."""
+
+    args: ModelArgs
+    dtype: torch.dtype
+    processes: int = 1  # that share one copy of the model
+    device: torch.device = HOST
+    sharers: int = 1  # how many of the processes use this device's memory (on a CPU, all of a machine)
+    quantization: Optional[Quantization] = None
+
+    def keeps_groups_whole(self) -> bool:
+        """Whether no group of quantised numbers would be cut by the processes."""
+        rows = self.args.n_heads * self.args.head_size, self.args.ffn_width  # of the matrices cut along them, wo and w2
+        return self.quantization is None or all(self.quantization.shares(row, self.processes) for row in rows)
 
 
 class Need(NamedTuple):
@@ -45,23 +63,15 @@ class Need(NamedTuple):
         return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def estimate(
-    args: ModelArgs,
-    dtype: torch.dtype,
-    processes: int = 1,
-    quantization: Optional[Quantization] = None,
-    device: Optional[torch.device] = None,
-) -> Need:
-    """What max_batch_size rows of max_seq_len tokens need when the model is shared by that many processes.
-
-    device: adds what a GPU takes besides, if it is one.
-    """
+def estimate(placement: Placement) -> Need:
+    """What each process needs. On a GPU that is more than tensors."""
+    args, processes, quantization = placement.args, placement.processes, placement.quantization
+    size = placement.dtype.itemsize
 
     def matrix(rows: int, columns: int, parts: int = 1) -> int:
         """Bytes of rows x columns, of which the full matrix has so many side by side."""
         return quantization.nbytes(rows, columns, columns * parts) if quantization else size * rows * columns
 
-    size = dtype.itemsize
     queries = args.n_heads * args.head_size // processes
     keys = args.kv_heads // min(processes, args.kv_heads) * args.head_size
     width = args.ffn_width // processes
@@ -78,7 +88,7 @@ def estimate(
         weights=weights,
         cache=size * 2 * args.n_layers * tokens * keys,
         temporary=tokens * max(size * attention + rotating, size * feed_forward),
-        overhead=_overhead(args, processes) if device is not None and device_kind(device) == "cuda" else 0,
+        overhead=_overhead(args, processes) if device_kind(placement.device) == "cuda" else 0,
     )
 
 
@@ -146,101 +156,68 @@ def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e3:.1f} KB"
 
 
-def check_fits(
-    args: ModelArgs,
-    dtype: torch.dtype,
-    processes: int,
-    device: torch.device,
-    sharers: int,
-    quantization: Optional[Quantization] = None,
-) -> None:
-    """ValueError, before any weight is loaded, where weights and cache do not fit what is free.
-
-    sharers: how many of the processes use this device's memory (on a CPU, all of a machine).
-    """
-    need, free = estimate(args, dtype, processes, quantization, device), free_bytes(device)
+def check_fits(placement: Placement) -> None:
+    """ValueError, before any weight is loaded, where weights and cache do not fit what is free."""
+    need, free, sharers = estimate(placement), free_bytes(placement.device), placement.sharers
     if free is None or need.resident * sharers <= free:
         return
     each = f" for each of {sharers} processes" if sharers > 1 else ""
-    place = "this machine" if device_kind(device) == "cpu" else str(device)
+    place = "this machine" if device_kind(placement.device) == "cpu" else str(placement.device)
     missing = gigabytes(need.resident * sharers - free)
-    advice = way_out(args, dtype, processes, device, free, sharers, quantization)
     raise ValueError(
         f"not enough memory: the model takes {need}{each}, but {place} has {gigabytes(free)} free, {missing} too little; "
-        f"{advice}"
+        f"{way_out(placement, free)}"
     )
 
 
-def way_out(
-    args: ModelArgs,
-    dtype: torch.dtype,
-    processes: int,
-    device: torch.device,
-    free: int,
-    sharers: int,
-    quantization: Optional[Quantization] = None,
-    working: bool = False,
-) -> str:
+def way_out(placement: Placement, free: int, working: bool = False) -> str:
     """Which single changes make weights and cache (and with `working` the temporary) fit `free` bytes."""
 
-    def fits(
-        changed: ModelArgs,
-        dtype: torch.dtype = dtype,
-        processes: int = processes,
-        quantization: Optional[Quantization] = quantization,
-    ) -> bool:
-        need = estimate(changed, dtype, processes, quantization, device)
-        return (need.resident + need.temporary * working) * sharers <= free
+    def fits(changed: Placement) -> bool:
+        need = estimate(changed)
+        return (need.resident + need.temporary * working) * changed.sharers <= free
 
-    def shares(quantization: Optional[Quantization], processes: int) -> bool:
-        rows = args.n_heads * args.head_size, args.ffn_width  # of the matrices that are cut along them, wo and w2
-        return quantization is None or all(quantization.shares(row, processes) for row in rows)
-
-    ways = []
-    for name in ("max_batch_size", "max_seq_len"):
-        good = _largest(getattr(args, name) - 1, lambda n, name=name: fits(replace(args, **{name: n})))  # type: ignore[misc]
-        ways += [f"{name}={good}"] * (good > 0)
-    if dtype == torch.float32 and fits(args, torch.bfloat16):
-        ways.append("dtype='bfloat16'")
-    if device_kind(device) != "mps":
-        counts = [n for n in process_counts(args) if shares(quantization, n)]
-        more = [n for n in counts if n > processes and fits(args, processes=n)]
-        ways += [f"{n} processes, {sharers} on each {'machine' if device_kind(device) == 'cpu' else 'GPU'}" for n in more[:1]]
-    if quantization is None:
-        kinds = [kind for kind in map(Quantization, KINDS) if shares(kind, processes) and fits(args, quantization=kind)]
-        ways += [f"quantize={quantization.kind!r}" for quantization in kinds[:1]]
+    ways = [way for name in ("max_batch_size", "max_seq_len") for way in _largest_that_fits(name, placement, fits)]
+    for choices in _other_forms(placement):
+        good = [words for words, changed in choices.items() if changed.keeps_groups_whole() and fits(changed)]
+        ways += good[:1]
     return f"{' or '.join(ways)} would fit" if ways else "nothing that can be changed makes it fit here"
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `most` that fits, 0 if none does."""
-    low, high = 0, most
+def _largest_that_fits(name: str, placement: Placement, fits: Callable[[Placement], bool]) -> list[str]:
+    """The best smaller value of a limit of the cache, if there is one."""
+    low, high = 0, getattr(placement.args, name) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+        good = fits(replace(placement, args=replace(placement.args, **{name: middle})))
+        low, high = (middle, high) if good else (low, middle - 1)
+    return [f"{name}={low}"] * (low > 0)
+
+
+def _other_forms(placement: Placement) -> Iterator[dict[str, Placement]]:
+    """For each kind of change its choices, the mildest first: what to ask for, and what the placement is then."""
+    if placement.dtype == torch.float32:
+        yield {"dtype='bfloat16'": replace(placement, dtype=torch.bfloat16)}
+    if (kind := device_kind(placement.device)) != "mps":
+        each = f"processes, {placement.sharers} on each {'machine' if kind == 'cpu' else 'GPU'}"
+        more = [n for n in process_counts(placement.args) if n > placement.processes]
+        yield {f"{n} {each}": replace(placement, processes=n) for n in more}
+    if placement.quantization is None:
+        yield {f"quantize={kind!r}": replace(placement, quantization=Quantization(kind)) for kind in KINDS}
 
 
 @contextmanager
-def explained(
-    args: ModelArgs,
-    dtype: torch.dtype,
-    processes: int,
-    device: torch.device,
-    sharers: int,
-    quantization: Optional[Quantization] = None,
-) -> Iterator[None]:
+def explained(placement: Placement) -> Iterator[None]:
     """Where the model's memory runs out while it works, say what it needs and what would make it fit."""
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        need, free = estimate(args, dtype, processes, quantization, device), free_bytes(device) or 0
-        room = free + need.resident * sharers
-        advice = way_out(args, dtype, processes, device, room, sharers, quantization, working=True)
+        need, device = estimate(placement), placement.device
+        room = (free_bytes(device) or 0) + need.resident * placement.sharers
         raise type(error)(
             f"{device} is out of memory: the model has {need}, and takes up to {gigabytes(need.temporary)} while it reads "
-            f"prompts of {args.max_seq_len} tokens; shorter or fewer prompts at once, or a build with less: {advice} "
-            f"({str(error).splitlines()[0]})"
+            f"prompts of {placement.args.max_seq_len} tokens; shorter or fewer prompts at once, or a build with less: "
+            f"{way_out(placement, room, working=True)} ({str(error).splitlines()[0]})"
         ) from error

@@ -110,7 +110,8 @@ def test_joined_matrices_are_filled_in_place(
     folder = write_checkpoint(tmp_path, bf16, 1, WIDE)
     with emulated() as machine:
         model = Llama.build(str(folder), tokenizer_path, 16, 1, device="emulated", quantize=kind).model
-        need = memory.estimate(model.params, torch.bfloat16, quantization=None if kind is None else _quantization(model))
+        quantization = None if kind is None else _quantization(model)
+        need = memory.estimate(memory.Placement(model.params, torch.bfloat16, quantization=quantization))
         tensors = need.weights + need.cache
         assert tensors <= machine.devices[0].allocated <= machine.devices[0].reserved < 1.05 * tensors
         for block in model.layers:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_launch import environment
 from workers import Pool
 
 from llama import Llama, ModelArgs, Transformer, memory
+from llama.memory import Placement
 
 GB = 10**9
 SEVENTY = ModelArgs(8192, 80, 64, 8, 32000, 4096, 1.3, max_batch_size=4, max_seq_len=4096)
@@ -37,17 +39,17 @@ def held(params: dict[str, object], processes: int) -> tuple[int, int]:
 @pytest.mark.parametrize("change", [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "head_dim": 24}, {"ffn_dim": 200}])
 def test_the_estimate_is_what_a_model_has(change: dict[str, int], processes: int, pool: Pool) -> None:
     params = {**PARAMS, "vocab_size": 400, "max_batch_size": 3, "max_seq_len": 32, **change}
-    need = memory.estimate(ModelArgs(**params), torch.float32, processes)
+    need = memory.estimate(Placement(ModelArgs(**params), torch.float32, processes))
     for weights, cache in pool.run(held, params, processes):
         assert (need.weights, need.cache) == (weights, cache)
 
 
 def test_the_estimate_of_metas_models() -> None:
     """13.5 GB of bfloat16, and half a MiB of cache for each token; 70B on 16 processes has two copies of each kv head."""
-    seven = memory.estimate(ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=2048), torch.bfloat16)
+    seven = memory.estimate(Placement(ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=2048), torch.bfloat16))
     assert seven.weights == 2 * 6_738_415_616
     assert seven.cache == 2**30
-    eight, sixteen = (memory.estimate(SEVENTY, torch.bfloat16, n) for n in (8, 16))
+    eight, sixteen = (memory.estimate(Placement(SEVENTY, torch.bfloat16, n)) for n in (8, 16))
     assert sixteen.cache == eight.cache
     assert eight.weights / 2 < sixteen.weights < 0.52 * eight.weights
 
@@ -63,7 +65,8 @@ with torch.inference_mode():
     model.layers[0].attention.cache_k.fill_(1), model.layers[0].attention.cache_v.fill_(1)
     before = kb("VmRSS")
     model.hidden_states(torch.zeros(4, 4096, dtype=torch.long), 0)
-print((kb("VmHWM") - before) * 1024, memory.estimate(args, getattr(torch, sys.argv[1])).temporary)
+need = memory.estimate(memory.Placement(args, getattr(torch, sys.argv[1])))
+print((kb("VmHWM") - before) * 1024, need.temporary)
 """
 
 
@@ -114,22 +117,22 @@ def test_free_host_memory(tmp_path: Path) -> None:
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def advice(args: ModelArgs, dtype: torch.dtype, processes: int, device: torch.device, free: float, sharers: int = 1) -> str:
-    return memory.way_out(args, dtype, processes, device, int(free), sharers)
+def advice(free: float, *placement: Any) -> str:
+    return memory.way_out(Placement(*placement), int(free))
 
 
 def test_what_would_make_it_fit() -> None:
     """Each single change that is named fits, and the next larger does not."""
     seven = ModelArgs(vocab_size=32000, max_batch_size=32, max_seq_len=4096)
-    assert advice(seven, torch.bfloat16, 1, GPU, 24e9) == (
+    assert advice(24e9, seven, torch.bfloat16, 1, GPU) == (
         "max_batch_size=4 or max_seq_len=610 or 4 processes, 1 on each GPU would fit"
     )
     small = ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=2048)
-    assert advice(small, torch.float32, 1, CPU, 16e9) == (
+    assert advice(16e9, small, torch.float32) == (
         "dtype='bfloat16' or 2 processes, 1 on each machine or quantize='int8' would fit"
     )
-    assert advice(small, torch.bfloat16, 1, torch.device("mps"), 4e9) == ("nothing that can be changed makes it fit here")
-    assert "16 processes, 2 on each machine" in advice(SEVENTY, torch.bfloat16, 2, CPU, 24e9, sharers=2)
+    assert advice(4e9, small, torch.bfloat16, 1, torch.device("mps")) == "nothing that can be changed makes it fit here"
+    assert "16 processes, 2 on each machine" in advice(24e9, SEVENTY, torch.bfloat16, 2, CPU, 2)
 
 
 def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +141,7 @@ def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, m
     assert began
     with pytest.raises(ValueError, match=r"not enough memory: .* 51200.0 GB of cache, but this machine has .* too little"):
         Llama.build(str(tiny), tokenizer_path, 10**8, 1000, device="cpu")
-    need = memory.estimate(began.model.params, torch.float32).resident
+    need = memory.estimate(Placement(began.model.params, torch.float32)).resident
     monkeypatch.setattr(memory, "free_bytes", lambda device: need)
     Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
     monkeypatch.setattr(memory, "free_bytes", lambda device: need - 1)
@@ -151,7 +154,8 @@ def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, m
 
 
 def share_a_machine(folder: str, tokenizer_path: str) -> None:
-    need = memory.estimate(ModelArgs(**PARAMS, vocab_size=400, max_batch_size=1, max_seq_len=16), torch.float32, 4).resident
+    args = ModelArgs(**PARAMS, vocab_size=400, max_batch_size=1, max_seq_len=16)
+    need = memory.estimate(Placement(args, torch.float32, 4)).resident
     free_bytes = memory.free_bytes
     memory.free_bytes = lambda device: 4 * need - 1
     try:
@@ -183,15 +187,14 @@ def test_running_out_later_is_explained(
             llama.generate([[1]], 2)
     assert caught.value.__cause__ is error
     assert llama.generate([[1]], 2)
-    with pytest.raises(RuntimeError, match="^something else$"), memory.explained(SEVENTY, torch.float32, 1, CPU, 1):
+    with pytest.raises(RuntimeError, match="^something else$"), memory.explained(Placement(SEVENTY, torch.float32)):
         raise RuntimeError("something else")
 
 
 def test_a_second_build_is_not_refused_for_the_first_ones_memory(tiny: Path, tokenizer_path: str) -> None:
     """torch keeps what a deleted model had, and the next model takes it from there. CUDA calls it used."""
-    need = memory.estimate(
-        ModelArgs(**PARAMS, vocab_size=400, max_batch_size=1, max_seq_len=16), torch.float32, device=torch.device("cuda")
-    )
+    args = ModelArgs(**PARAMS, vocab_size=400, max_batch_size=1, max_seq_len=16)
+    need = memory.estimate(Placement(args, torch.float32, device=GPU))
     tensors = need.weights + need.cache
     with emulated(total=need.overhead + tensors * 3 // 2) as machine:
         llama = Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
@@ -205,17 +208,16 @@ def test_a_second_build_is_not_refused_for_the_first_ones_memory(tiny: Path, tok
 
 def test_what_a_gpu_takes_besides() -> None:
     """Workspaces and code on every GPU, logits of recorded steps by their rows, NCCL's buffers with several processes."""
-    one, two = (memory.estimate(SEVENTY, torch.bfloat16, n, device=GPU) for n in (1, 2))
-    assert (
-        memory.estimate(SEVENTY, torch.bfloat16).overhead == 0 == memory.estimate(SEVENTY, torch.bfloat16, device=CPU).overhead
-    )
+    one, two = (memory.estimate(Placement(SEVENTY, torch.bfloat16, n, GPU)) for n in (1, 2))
+    on_cpu = memory.estimate(Placement(SEVENTY, torch.bfloat16))
+    assert on_cpu.overhead == 0
     assert 0.2 * GB < one.overhead < 0.4 * GB
     assert two.overhead - one.overhead == memory.NCCL_BYTES
     assert one.resident == one.weights + one.cache + one.overhead
-    wide = memory.estimate(replace(SEVENTY, max_batch_size=64), torch.bfloat16, device=GPU)
+    wide = memory.estimate(Placement(replace(SEVENTY, max_batch_size=64), torch.bfloat16, device=GPU))
     assert wide.overhead - one.overhead == 60 * 32000 * 4 * memory.GRAPH_LOGITS
     assert str(one).endswith("of cache and 0.3 GB for CUDA's libraries and recorded steps")
-    assert "CUDA" not in str(memory.estimate(SEVENTY, torch.bfloat16))
+    assert "CUDA" not in str(on_cpu)
 
 
 def test_what_does_not_fit_a_gpu(tiny: Path, tokenizer_path: str) -> None:

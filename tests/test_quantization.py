@@ -323,9 +323,9 @@ def test_stored_is_what_loading_makes(kind: str, pool: Pool, tmp_path: Path, tok
             assert torch.equal(again, logits)
             assert (held_again, same) == (held, ids)
     args = ModelArgs(**WIDE, vocab_size=400, max_seq_len=16, max_batch_size=1)
-    assert memory.estimate(args, torch.bfloat16, 1, Quantization(kind)).weights == held
+    assert memory.estimate(memory.Placement(args, torch.bfloat16, quantization=Quantization(kind))).weights == held
     for processes in (2, 4):
-        need = memory.estimate(args, torch.bfloat16, processes, Quantization(kind)).weights
+        need = memory.estimate(memory.Placement(args, torch.bfloat16, processes, quantization=Quantization(kind))).weights
         outcomes = pool.run(state_and_logits_of, str(tmp_path / "q4"), tokenizer_path, processes, None)
         assert {held for _, _, held, _ in outcomes} == {need}
         joined = whole([state for state, *_ in outcomes[:processes]], how_cut(kind, WIDE))
