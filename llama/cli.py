@@ -11,7 +11,7 @@ import torch
 
 from . import memory, peers, pipes, runtime, terminal
 from .bench import bench
-from .checkpoint import choose_quantization, fit_vocabulary, open_checkpoint, stored_quantization
+from .checkpoint import choose_quantization, fit_vocabulary, open_checkpoint
 from .checks import whole_number
 from .convert import convert as convert_checkpoint
 from .model import check_args, process_counts
@@ -77,13 +77,13 @@ def info(
     placement = memory.Placement(args, chosen, processes, place, sharers, quantization)
     need, free = memory.estimate(placement), memory.free_bytes(place)
     numbers = memory.estimate(memory.Placement(args, torch.int8)).weights
-    whole = memory.estimate(memory.Placement(args, stored, quantization=stored_quantization(checkpoint))).weights
+    whole = memory.estimate(memory.Placement(args, stored, quantization=checkpoint.quantization)).weights
     theta = f", rotary base {args.rope_theta:g}" + (", one matrix for embedding and output" if checkpoint.tied else "")
     files = f"{len(checkpoint.paths)} file{'s' * (len(checkpoint.paths) > 1)}"
     print(f"{escaped(str(folder))}: {checkpoint.format} format, {files} of weights")
     print(f"  model       {args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, "
           f"{args.kv_heads} key/value heads, feed-forward {args.ffn_width}, {args.vocab_size} ids{theta}")  # fmt: skip
-    kind = quantization.kind if stored_quantization(checkpoint) and quantization else str(stored).removeprefix("torch.")
+    kind = quantization.kind if checkpoint.quantization and quantization else str(stored).removeprefix("torch.")
     form = f", matrices in {quantization.kind}" if quantization else ""
     print(f"  parameters  {numbers:,} in {kind}, {memory.gigabytes(whole)}")
     if tokenizer:

@@ -20,18 +20,7 @@ from typing import Any, Optional
 import torch
 from tqdm import tqdm
 
-from .checkpoint import (
-    IGNORED,
-    Checkpoint,
-    MetaCheckpoint,
-    cut,
-    fit_vocabulary,
-    open_checkpoint,
-    prepare,
-    quantized,
-    quantized_layers,
-    stored_quantization,
-)
+from .checkpoint import Checkpoint, cut, fit_vocabulary, open_checkpoint, prepare, quantized, quantized_layers
 from .checks import whole_number
 from .huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from .model import ModelArgs, Transformer, check_args, feed_forward_width
@@ -126,9 +115,9 @@ def _meta_files(
     for layer in layers.values():
         if layer.shard_dim == 1:
             layer.quantization.check_parts(layer.in_features, shards, "shards")
-    rounded = _Rounded(checkpoint, layers, shards) if stored_quantization(checkpoint) is None else None
-    if isinstance(checkpoint, MetaCheckpoint):
-        plan.update({name: (checkpoint.shape(name, None), None, 1) for name in IGNORED & checkpoint.shards[0].keys()})
+    rounded = _Rounded(checkpoint, layers, shards) if checkpoint.quantization is None else None
+    plan.update({name: (checkpoint.shape(name, None), None, 1) for name in checkpoint.tables})
+    dtypes = checkpoint.dtypes | checkpoint.tables
     files: dict[str, list[Entry]] = {}
     for i in range(shards):
         entries = files[f"consolidated.{i:02d}.pth"] = []
@@ -138,7 +127,7 @@ def _meta_files(
             prefix = name.rpartition(".")[0]
             read = _reader(checkpoint, name, dim, i * part, (i + 1) * part)
             if prefix not in layers:
-                stored = dtype or checkpoint.dtypes.get(name) or checkpoint.read(name, None, 0, 0).dtype
+                stored = dtype or dtypes[name]
             else:
                 stored = model.get_parameter(name).dtype
                 read = read if rounded is None else rounded.reader(name, i)

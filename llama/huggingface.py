@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .files import MappedFiles, Number, check_file, contents, is_there, listed, read_json
 from .model import ModelArgs
 from .printable import escaped, shortened
+from .rounding import Quantization
 from .runtime import DTYPES
 
 # Meta's name of a tensor (without ".weight") and Hugging Face's; N is the layer.
@@ -161,13 +162,17 @@ def map_part(path: Path) -> Any:
 
 
 class HuggingFaceCheckpoint:
-    """The mapped weights of a Hugging Face folder, seen as Meta's: their names, and their order of rows."""
+    """The mapped weights of a Hugging Face folder, seen as Meta's: their names, and their order of rows. See
+    `checkpoint.Checkpoint`."""
 
     format = "Hugging Face"
+    config = "config.json"
+    quantization: Optional[Quantization] = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.args, self.tied = read_config(folder)
+        self.ids = self.args.vocab_size  # rows of the embedding and of the output beyond these do not count
         self.paths, index = find_parts(folder)
         self.mapped = MappedFiles(self.paths)
         self._parts: dict[str, Any] = {}  # Meta's name -> the open file that has it
@@ -188,6 +193,7 @@ class HuggingFaceCheckpoint:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]
             self._theirs["output.weight"] = self._theirs["tok_embeddings.weight"]
         self.dtypes = {name: self._dtype(name) for name in self._parts}
+        self.tables: dict[str, torch.dtype] = {}
         if "tok_embeddings.weight" not in self.dtypes:
             raise ValueError(f"{folder} has no model.embed_tokens.weight, but {listed(sorted(self._theirs.values()))}; "
                              "it is not a Llama checkpoint")  # fmt: skip
@@ -202,15 +208,25 @@ class HuggingFaceCheckpoint:
             f"use {' or '.join(DTYPES)}"
         )
 
+    def leave_out_ids(self, pieces: int) -> bool:
+        """Fine-tunes have rows for ids that no tokenizer has a piece for: padding, and tokens that were added later."""
+        self.ids = pieces
+        return True
+
+    def missing_shards(self, width: int) -> int:
+        return 0
+
+    def check_copies(self, name: str) -> None:
+        """Nothing to compare: each tensor is there once."""
+
     def shape(self, name: str, shard_dim: Optional[int]) -> list[int]:
-        """The shape of the matrix. Rows beyond the vocabulary that `args` was cut down to do not count."""
         shape = list(self._parts[name].get_slice(self._theirs[name]).get_shape())
         if name in ("tok_embeddings.weight", "output.weight") and shape:
-            shape[0] = min(shape[0], self.args.vocab_size)
+            shape[0] = min(shape[0], self.ids)
         return shape
 
     def parts(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> list[torch.Tensor]:
-        """What `read` returns, as a view of the mapping, in a list of one; rows of q and k as (heads, D/2, 2, columns)."""
+        """A list of one; rows of q and k as (heads, D/2, 2, columns)."""
         if shard_dim == 1 or not name.endswith(ROTATED):
             return [self.read(name, shard_dim, start, stop)]
         half = self.args.head_size // 2
@@ -219,7 +235,7 @@ class HuggingFaceCheckpoint:
         return [rows.view(-1, 2, half, rows.shape[-1]).transpose(1, 2)]
 
     def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
-        """Entries start … stop along `shard_dim`, all if that is None; a view of the mapping where rows keep their order."""
+        """A view of the mapping where rows keep their order."""
         weight = self._parts[name].get_slice(self._theirs[name])
         rows = self.shape(name, shard_dim)[0]
         if shard_dim == 1:

@@ -39,7 +39,7 @@ class Placement:
     quantization: Optional[Quantization] = None
 
     def keeps_groups_whole(self) -> bool:
-        """Whether no group of quantised numbers would be cut by the processes."""
+        """Whether no group of quantized numbers would be cut by the processes."""
         rows = self.args.n_heads * self.args.head_size, self.args.ffn_width  # of the matrices cut along them, wo and w2
         return self.quantization is None or all(self.quantization.shares(row, self.processes) for row in rows)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from workers import Pool
 
 from llama import Llama
-from llama.checkpoint import open_checkpoint
+from llama.checkpoint import fit_vocabulary, open_checkpoint
 from llama.huggingface import read_config
 
 SHAPE: dict[str, Any] = {
@@ -188,6 +188,10 @@ def test_ids_without_a_piece_are_left_out(tmp_path: Path, tokenizer_path: str) -
     with pytest.warns(UserWarning, match="has 403 ids, but the tokenizer has 400 pieces"):
         llama = Llama.build(str(folder), tokenizer_path, 16, 1, device="cpu")
     assert llama.model.output.weight.shape == llama.model.tok_embeddings.weight.shape == (400, 64)
+    checkpoint = open_checkpoint(folder)
+    with pytest.warns(UserWarning, match="left out"):
+        assert fit_vocabulary(checkpoint, 400).vocab_size == checkpoint.shape("output.weight", 0)[0] == 400
+    assert checkpoint.args.vocab_size == 403  # what was read stays as it was
 
 
 def rewrite(folder: Path, change: Any) -> Path:
