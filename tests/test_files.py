@@ -20,9 +20,9 @@ from conftest import TEXT, random_weights, write_checkpoint
 from sentencepiece import SentencePieceTrainer
 
 from llama import Llama, jobs, model
+from llama.console import given_text
 from llama.convert import convert
 from llama.files import read_file
-from llama.terminal import _input
 
 NAN, INF = float("nan"), float("inf")
 WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
@@ -101,7 +101,11 @@ def test_other_things_than_texts(odd: str, tmp_path: Path) -> None:
     path = tmp_path / "text"
     make, message = ODD[odd]
     make(path)
-    for read in (lambda: jobs.read_jobs(path, {}, 1), lambda: jobs.finished(path, []), lambda: _input(None, str(path), "text")):
+    for read in (
+        lambda: jobs.read_jobs(path, {}, 1),
+        lambda: jobs.finished(path, []),
+        lambda: given_text(None, str(path), "text"),
+    ):
         with pytest.raises(ValueError, match=f"text {message}"):
             read()
 

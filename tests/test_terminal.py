@@ -19,8 +19,9 @@ from conftest import ROOT, shared
 from test_launch import TORCHRUN, environment
 from workers import Pool
 
-from llama import Llama, cli, jobs, terminal
+from llama import Llama, cli, console, jobs, terminal
 from llama.chat import UNSAFE_ERROR
+from llama.conversation import COMMANDS, Conversation
 
 PROGRAM = """
 import fire
@@ -43,8 +44,8 @@ def llama() -> Llama:
     return Llama.build(device="cpu")
 
 
-def talk(llama: Llama, *lines: str, **options: Any) -> terminal.Conversation:
-    conversation = terminal.Conversation(llama.chat(**{"temperature": 0, "max_gen_len": 8, **options}))
+def talk(llama: Llama, *lines: str, **options: Any) -> Conversation:
+    conversation = Conversation(llama.chat(**{"temperature": 0, "max_gen_len": 8, **options}))
     waiting = iter(lines)
     conversation.run(lambda _: next(waiting, None))
     return conversation
@@ -65,7 +66,7 @@ def test_replies_are_all_that_stdout_has(llama: Llama, capsys: pytest.CaptureFix
     assert re.search(r"last reply  8 tokens, [\d.]+ a second; the first after [\d.]+ s", err)
     used = sum(len(turn["ids"]) for turn in conversation.session.turns)
     assert f"context     {used} of 512 tokens ({used / 512:.0%}), 1 turn\n" in err
-    assert all(f"\n{name}" in "\n" + err for name in terminal.COMMANDS)
+    assert all(f"\n{name}" in "\n" + err for name in COMMANDS)
 
 
 def test_undo_retry_clear(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +196,7 @@ def test_ctrl_c_in_a_pipe_ends_it(llama: Llama, monkeypatch: pytest.MonkeyPatch)
     def interrupted(_: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(terminal, "_say", interrupted)
+    monkeypatch.setattr("llama.conversation.say", interrupted)
     with pytest.raises(SystemExit, match="130"):
         talk(llama, "Hi", "Why?")
 
@@ -596,9 +597,11 @@ def test_what_the_model_says_does_not_steer_the_terminal(monkeypatch: pytest.Mon
         out = io.StringIO()
         monkeypatch.setattr(out, "isatty", lambda yes=at_a_terminal: yes)
         monkeypatch.setattr(sys, "stdout", out)
-        terminal._say("a\x1b]0;x\x07\n\t狗")
+        console.say("a\x1b]0;x\x07\n\t狗")
         assert out.getvalue() == shown
 
 
 def test_it_reads_no_environment() -> None:
-    assert "environ" not in "".join((ROOT / f"llama/{name}.py").read_text() for name in ("terminal", "jobs"))
+    assert "environ" not in "".join(
+        (ROOT / f"llama/{name}.py").read_text() for name in ("terminal", "conversation", "console", "jobs")
+    )
