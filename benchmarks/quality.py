@@ -20,7 +20,7 @@ import fire
 from llama import Llama, checkpoint, int4, rounding
 from llama.files import check_file
 
-sys.path.insert(0, str(Path(int4.__file__).parent / "demo"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 from data import read_stories
 
 # A name, the kind, the size of a group, the rounds of refinement.

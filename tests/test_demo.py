@@ -65,6 +65,12 @@ def test_examples_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("\n> ") == 4
 
 
+def test_the_scripts_that_made_it_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(ROOT / "benchmarks/quality.py"))  # which reads the same stories, and looks for data.py itself
+    runpy.run_path(str(ROOT / "demo/train.py"))
+
+
 def on_a_rank() -> list[str]:
     return [p["generation"] for p in Llama.build(device="cpu").text_completion(["The dog"], 0, max_gen_len=9)]
 

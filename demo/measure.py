@@ -1,6 +1,6 @@
 """The figures of the model card: losses, bits per byte, samples, and what these share with the training text.
 
-    python measure.py --text tinystories-2MiB.txt --ckpt_dir DIR [--tokenizer_path FILE] [--samples 10]
+    python demo/measure.py --text tinystories-2MiB.txt --ckpt_dir DIR [--tokenizer_path FILE] [--samples 10]
 
 Any checkpoint of one file in Meta's format can be measured; --samples 0 gives the losses alone.
 """

@@ -1,6 +1,6 @@
 """Trains the demo model. Run by hand, with the library installed; needs torch 2.9 for its Muon.
 
-    python train.py --text tinystories-2MiB.txt --out DIR [--resume]
+    python demo/train.py --text tinystories-2MiB.txt --out DIR [--resume]
 
 DIR gets a checkpoint in Meta's format, rewritten whenever the held-out stories are predicted better than before, and
 `training.pt`, from which --resume goes on. The text is small, so each story is seen two dozen times: dropout, weight
