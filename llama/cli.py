@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Optional
+from typing import Any, Optional
 
 import fire
 import torch
@@ -15,7 +17,7 @@ from .checkpoint import choose_quantization, fit_vocabulary, open_checkpoint
 from .checks import whole_number
 from .convert import convert as convert_checkpoint
 from .model import check_args, process_counts
-from .printable import escaped
+from .printable import escaped, shortened
 from .tokenizer import Tokenizer, find_tokenizer, user_path
 
 
@@ -102,9 +104,29 @@ def info(
         print(f"  free        {memory.gigabytes(free)} on {place}: it {'fits' if fits else 'does not fit'}{advice}")
 
 
+def _all_or_nothing(command: Callable[..., None]) -> Callable[..., Callable[..., None]]:
+    """The command in two calls, because fire reports arguments that a call left over only after that call.
+
+    The first takes the arguments that the command's signature names. The second gets the rest, refuses it, or does the work.
+    """
+
+    @functools.wraps(command)
+    def bind(*arguments: Any, **flags: Any) -> Callable[..., None]:
+        def work(*others: Any, **unknown: Any) -> None:
+            if left := [*map(str, others), *(f"--{flag}" for flag in unknown)]:
+                name = command.__name__
+                told = f"{name} does not take {shortened(' '.join(left))}; put a text with spaces in quotes"
+                raise ValueError(f"{told}, and see llama {name} --help for the flags")
+            command(*arguments, **flags)
+
+        return work
+
+    return bind
+
+
 def main() -> None:
     """Run a command. What it refuses ends with one line and exit status 1."""
-    commands = {
+    commands: dict[str, Callable[..., None]] = {
         "chat": terminal.chat,
         "complete": terminal.complete,
         "tokenize": terminal.tokenize,
@@ -115,7 +137,7 @@ def main() -> None:
     }
     try:
         with pipes.as_the_shell_left_them():
-            fire.Fire(commands, name="llama")
+            fire.Fire({name: _all_or_nothing(command) for name, command in commands.items()}, name="llama")
     except (ValueError, OSError) as error:
         peers.end(f"failed: {error}")
         if _is_first():  # one speaks for all

@@ -62,6 +62,7 @@ def chat(
 
 def complete(
     prompt: Optional[str] = None,
+    *,
     file: Optional[str] = None,
     jsonl: Optional[str] = None,
     out: Optional[str] = None,
@@ -120,6 +121,7 @@ def complete(
 
 def tokenize(
     text: Optional[str] = None,
+    *,
     file: Optional[str] = None,
     ids: Union[str, Sequence[int], None] = None,
     ckpt_dir: Optional[str] = None,
@@ -156,6 +158,7 @@ def tokenize(
 
 def score(
     text: Optional[str] = None,
+    *,
     file: Optional[str] = None,
     stride: Optional[int] = None,
     json: bool = False,

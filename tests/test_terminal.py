@@ -372,6 +372,35 @@ def test_complete_refuses(arguments: dict[str, Any], message: str, monkeypatch: 
         terminal.complete(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("command", "left"),
+    [
+        ("complete a b c", "b c"),  # once "--jsonl brings its own prompts"
+        ("complete hi --temprature 0 --max_gen_len 1 --device cpu", "--temprature"),  # once told after the completion
+        ("tokenize a b c", "b c"),
+        ("tokenize a --bso --eos", "--bso"),
+        ("score a b 3 --device cpu", "b 3"),
+        ("chat --device cpu --sytem x", "--sytem"),
+        ("info llama/demo --dtpye bfloat16", "--dtpye"),
+        ("convert nowhere x hf 1 float32 x int8 more", "more"),
+        ("bench --device cpu --new_tokens 2 --bach_size 2", "--bach_size"),
+    ],
+)
+def test_what_a_command_does_not_take(
+    command: str, left: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says so, before any work."""
+    pipe(monkeypatch, b"")
+    monkeypatch.setattr(sys, "argv", ["llama", *command.split()])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    name, told = command.split()[0], capsys.readouterr()
+    assert told.out == ""
+    assert told.err == (
+        f"llama: {name} does not take '{left}'; put a text with spaces in quotes, and see llama {name} --help for the flags\n"
+    )
+
+
 def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Text stays text where fire would make numbers and tuples of it, and a reader that leaves early is no error."""
     monkeypatch.setattr(sys, "argv", ["llama", "tokenize", "42,1", "--json"])
