@@ -23,6 +23,8 @@ from workers import Pool
 
 from llama import ModelArgs, Tokenizer, Transformer
 
+pytest.register_assert_rewrite("helpers")
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LLAMA_SHARED", ROOT.parent / "shared"))
 

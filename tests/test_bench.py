@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMS, ROOT
-from test_launch import NOISE, TORCHRUN, run
+from helpers import NOISE, TORCHRUN, run
 
 from llama import Llama, ModelArgs, bench
 from llama.model import feed_forward_width

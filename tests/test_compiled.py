@@ -10,13 +10,12 @@ from typing import Any, Optional
 import pytest
 import torch
 from conftest import PARAMS, random_weights, write_checkpoint
+from helpers import COLUMNS, PROMPTS, build
 from workers import Pool
 
 from llama import Llama, compiled
 from llama.engine import Engine
 
-PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1, 20], [1, 8, 30, 31]]
-COLUMNS = 128  # of the caches
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
@@ -39,12 +38,6 @@ SMALL = {**PARAMS, "n_layers": 1}
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer: most of the time goes into headers, but not all."""
     return write_checkpoint(tmp_path_factory.mktemp("small"), random_weights(SMALL), params=SMALL)
-
-
-def build(tiny: Path, tokenizer_path: str, compile: Optional[bool] = None, rows: int = 4, dtype: Optional[str] = None) -> Llama:
-    llama = Llama.build(str(tiny), tokenizer_path, COLUMNS, rows, device="cpu", compile=compile, dtype=dtype)
-    llama.tokenizer.eos_id = -1  # random weights may choose it
-    return llama
 
 
 @needs_compiler

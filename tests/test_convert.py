@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMS, ROOT, random_weights, shared, write_checkpoint
+from helpers import TWINS, environment, write_twin
 from hypothesis import given
 from hypothesis import strategies as st
-from test_huggingface import TWINS, write_twin
-from test_launch import environment
 from workers import Pool
 
 from llama import Llama, ModelArgs

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from test_launch import run, text_of
+from helpers import run, text_of
 from workers import Pool
 
 from llama import Llama

@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from conftest import golden, shared
+from helpers import check_golden, run_golden
 from workers import Pool
 
 from llama import Llama
-
-
-def run_golden(folder: str, cases: dict[str, Any], model_parallel_size: int, device: str = "cpu") -> dict[str, Any]:
-    """Every call of a golden file, on this rank."""
-    sizes = cases["max_seq_len"], cases["max_batch_size"], model_parallel_size
-    llama = Llama.build(folder, f"{folder}/tokenizer.model", *sizes, device=device, dtype="float32")
-    results: dict[str, Any] = {}
-    for case in cases["generate"]:
-        torch.manual_seed(case["seed"])
-        results[case["name"]] = llama.generate(case["prompt_tokens"], **case["args"])
-    with torch.inference_mode():
-        for name in ("prefill", "chunk_after_prefill", "decode_after_chunk"):
-            case = cases[name]
-            results[name] = llama.model(torch.tensor(case["tokens"]), case.get("start_pos", 0))[:, -1].tolist()
-    return results
-
-
-def check(results: dict[str, Any], cases: dict[str, Any]) -> None:
-    for case in cases["generate"]:
-        tokens, logprobs = results[case["name"]]
-        assert tokens == case["tokens"], case["name"]
-        for ours, theirs in zip(logprobs or [], case.get("logprobs", []), strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-4)
-    for name in ("prefill", "chunk_after_prefill", "decode_after_chunk"):
-        torch.testing.assert_close(torch.tensor(results[name]), torch.tensor(cases[name]["logits_last"]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -44,7 +18,7 @@ def test_toy_models(name: str, processes: int, pool: Pool) -> None:
     cases = golden(name.split("-mp")[0])
     cases["generate"] = [case for case in cases["generate"] if case["name"] != "sampled_ragged"]
     for results in pool.run(run_golden, str(shared(f"models/{name}")), cases, processes):
-        check(results, cases)
+        check_golden(results, cases)
 
 
 def test_more_processes_than_key_value_heads() -> None:
@@ -58,7 +32,7 @@ def test_more_processes_than_key_value_heads() -> None:
     finally:
         pool.close()
     for results in outcomes:
-        check(results, cases)
+        check_golden(results, cases)
 
 
 def test_stories260k() -> None:

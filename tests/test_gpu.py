@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, golden, shared
-from test_golden import check, run_golden
+from helpers import check_golden, run_golden
 
 from llama import Llama, bench, gpu_step
 from llama.batching import Batch, Request
@@ -53,7 +53,7 @@ def test_metas_numbers(name: str) -> None:
     cases = golden(name)
     cases["generate"] = [case for case in cases["generate"] if case["args"].get("temperature") == 0]
     assert cases["generate"]
-    check(run_golden(str(shared(f"models/{name}")), cases, 1, "cuda"), cases)
+    check_golden(run_golden(str(shared(f"models/{name}")), cases, 1, "cuda"), cases)
 
 
 def test_every_kernel_computes_what_its_plain_form_does() -> None:

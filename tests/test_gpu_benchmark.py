@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from test_launch import run
+from helpers import run
 
 SCRIPT = ROOT / "benchmarks/gpu.py"
 

@@ -9,33 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import SHAPE, TWINS, write_twin
 from safetensors.torch import load_file, save_file
 from workers import Pool
 
 from llama import Llama
 from llama.checkpoint import fit_vocabulary, open_checkpoint
 from llama.huggingface import read_config
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
-}  # fmt: skip
-# A Code-Llama-like one, a tied one with a long base, one whose heads are wider than dim / n_heads, one without GQA.
-TWINS: dict[str, dict[str, Any]] = {
-    "code": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    "tied": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "tie_word_embeddings": True},
-    "wide": {"head_dim": 24},
-    "mha": {"num_key_value_heads": 8},
-}
-
-
-def write_twin(folder: Path, change: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """A random model that transformers made and saved."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(7)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **change})).to(dtype)
-    model.save_pretrained(folder, **options)
-    return folder
 
 
 @pytest.fixture(scope="module")

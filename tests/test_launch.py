@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Union
 
 import pytest
 from conftest import ROOT
-from forks import Ended, Forks, python
+from forks import Forks, python
+from helpers import TORCHRUN, environment, run, text_of
 from workers import free_port
-
-TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-NOISE = ("OMP_NUM_THREADS", "*****", "NOTE: Redirects are currently not supported")
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(command: list[str], cwd: Path = ROOT, seconds: int = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=seconds, check=False)
-
-
-def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:
-    """What it printed, less the time it took. It must have ended well, with nothing on stderr but torchrun's own remark."""
-    assert result.returncode == 0, result.stderr
-    noise = [line for line in result.stderr.splitlines() if line and not any(known in line for known in NOISE)]
-    assert noise == []
-    lines = result.stdout.splitlines()
-    assert sum(line.startswith("Loaded in ") for line in lines) == 1
-    return "\n".join(line for line in lines if not line.startswith("Loaded in "))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PARAMS, random_weights, write_checkpoint
 from emulated_cuda import Machine, emulated
-from test_huggingface import TWINS, write_twin
+from helpers import TWINS, write_twin
 from workers import Pool
 
 from llama import Llama, Transformer, memory, staging

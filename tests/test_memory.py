@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import PARAMS, ROOT
 from emulated_cuda import emulated
-from test_launch import environment
+from helpers import environment
 from workers import Pool
 
 from llama import Llama, ModelArgs, Transformer, memory

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from test_launch import environment, run, text_of
+from helpers import environment, run, text_of
 
 import llama
 from llama import Llama, ModelArgs, Tokenizer

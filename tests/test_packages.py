@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_compiled import PROMPTS, build
+from helpers import PROMPTS, build
 
 from llama import compiled, compiler, packages, runtime
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import PARAMS, ROOT, golden, random_weights, shared, write_checkpoint
 from emulated_cuda import emulated
-from test_huggingface import TWINS, write_twin
-from test_launch import environment
+from helpers import TWINS, environment, write_twin
 from torch import nn
 from workers import Pool
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, shared
-from test_launch import TORCHRUN, environment
+from helpers import TORCHRUN, environment
 from workers import Pool
 
 from llama import Llama, cli, console, jobs, terminal

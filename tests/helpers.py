@@ -1,0 +1,94 @@
+"""What several test files share: commands in processes of their own, Meta's goldens, twins by transformers, tiny builds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import pytest
+import torch
+from conftest import ROOT
+from forks import Ended
+
+from llama import Llama
+
+TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
+NOISE = ("OMP_NUM_THREADS", "*****", "NOTE: Redirects are currently not supported")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(command: list[str], cwd: Path = ROOT, seconds: int = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=seconds, check=False)
+
+
+def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:
+    """What it printed, less the time it took. It must have ended well, with nothing on stderr but torchrun's own remark."""
+    assert result.returncode == 0, result.stderr
+    noise = [line for line in result.stderr.splitlines() if line and not any(known in line for known in NOISE)]
+    assert noise == []
+    lines = result.stdout.splitlines()
+    assert sum(line.startswith("Loaded in ") for line in lines) == 1
+    return "\n".join(line for line in lines if not line.startswith("Loaded in "))
+
+
+def run_golden(folder: str, cases: dict[str, Any], model_parallel_size: int, device: str = "cpu") -> dict[str, Any]:
+    """Every call of a golden file, on this rank."""
+    sizes = cases["max_seq_len"], cases["max_batch_size"], model_parallel_size
+    llama = Llama.build(folder, f"{folder}/tokenizer.model", *sizes, device=device, dtype="float32")
+    results: dict[str, Any] = {}
+    for case in cases["generate"]:
+        torch.manual_seed(case["seed"])
+        results[case["name"]] = llama.generate(case["prompt_tokens"], **case["args"])
+    with torch.inference_mode():
+        for name in ("prefill", "chunk_after_prefill", "decode_after_chunk"):
+            case = cases[name]
+            results[name] = llama.model(torch.tensor(case["tokens"]), case.get("start_pos", 0))[:, -1].tolist()
+    return results
+
+
+def check_golden(results: dict[str, Any], cases: dict[str, Any]) -> None:
+    for case in cases["generate"]:
+        tokens, logprobs = results[case["name"]]
+        assert tokens == case["tokens"], case["name"]
+        for ours, theirs in zip(logprobs or [], case.get("logprobs", []), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+    for name in ("prefill", "chunk_after_prefill", "decode_after_chunk"):
+        torch.testing.assert_close(torch.tensor(results[name]), torch.tensor(cases[name]["logits_last"]), atol=1e-4, rtol=0)
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+}  # fmt: skip
+# A Code-Llama-like one, a tied one with a long base, one whose heads are wider than dim / n_heads, one without GQA.
+TWINS: dict[str, dict[str, Any]] = {
+    "code": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "tied": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "tie_word_embeddings": True},
+    "wide": {"head_dim": 24},
+    "mha": {"num_key_value_heads": 8},
+}
+
+
+def write_twin(folder: Path, change: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """A random model that transformers made and saved."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(7)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **change})).to(dtype)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1, 20], [1, 8, 30, 31]]
+COLUMNS = 128  # of the caches
+
+
+def build(tiny: Path, tokenizer_path: str, compile: Optional[bool] = None, rows: int = 4, dtype: Optional[str] = None) -> Llama:
+    llama = Llama.build(str(tiny), tokenizer_path, COLUMNS, rows, device="cpu", compile=compile, dtype=dtype)
+    llama.tokenizer.eos_id = -1  # random weights may choose it
+    return llama
