@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workers import Pool
 
-from llama import Llama, ModelArgs
+from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoint import open_checkpoint
-from llama.convert import convert, meta_params
+from llama.convert import convert, hf_tokenizer, meta_params
 from llama.model import feed_forward_width
 
 TEXTS = ["The little dog", "  two  spaces\n\nand lines ", "你好,世界 é 😀", "x"]
@@ -144,9 +144,6 @@ def test_transformers_opens_it(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_tokenizer_is_the_same_in_transformers(tmp_path: Path) -> None:
     """Meta's own vocabulary, on text that a vocabulary can get wrong."""
     tokenizers = pytest.importorskip("tokenizers")
-    from llama import Tokenizer
-    from llama.convert import hf_tokenizer
-
     ours = Tokenizer(str(shared("tokenizers/llama2/tokenizer.model")))
     theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer(ours)))
     texts = TEXTS + [
@@ -163,6 +160,22 @@ def test_the_tokenizer_is_the_same_in_transformers(tmp_path: Path) -> None:
         ids = ours.encode(text, bos=True, eos=False)
         assert theirs.encode(text).ids == ids, text
         assert theirs.decode(ids) == ours.decode(ids), text
+
+
+def test_control_ids_in_transformers_stand_where_their_text_does(tokenizer: Tokenizer) -> None:
+    """Wherever it stands; and spaces beside it stay, which models were trained with."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer(tokenizer)))
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, bos=False, eos=False)
+
+    for left, right in (("one", "two"), ("one ", "two"), ("one", " two")):
+        for i, special in enumerate(("<unk>", "<s>", "</s>")):
+            assert theirs.encode(f"{left}{special}{right}").ids == [1, *ids(left), i, *ids(right)], (left, special, right)
+    assert theirs.encode("one", "two").ids == [1, *ids("one"), 1, *ids("two")]
+    assert theirs.decode([1, *ids("one"), 2]) == "one"
+    assert theirs.encode("<S>").ids == [1, *ids("<S>")]
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import shutil
 import signal
@@ -19,10 +20,10 @@ import torch
 from conftest import TEXT, random_weights, write_checkpoint
 from sentencepiece import SentencePieceTrainer
 
-from llama import Llama, jobs, model
+from llama import Llama, checkpoint, huggingface, jobs, model
 from llama.console import given_text
 from llama.convert import convert
-from llama.files import read_file
+from llama.files import Number, listed, read_file, read_json
 
 NAN, INF = float("nan"), float("inf")
 WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
@@ -133,6 +134,48 @@ def test_a_file_that_may_not_be_read(tiny: Path, tokenizer_path: str, monkeypatc
     monkeypatch.setattr(Path, "stat", refuse)
     with pytest.raises(ValueError, match=r"tokenizer.model cannot be read: Permission denied"):
         read_file(Path(tokenizer_path))
+
+
+def test_sizes_at_their_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"{}" + b" " * (2**20 - 2))
+    assert read_file(path, 2**20) == path.read_bytes()
+    assert read_json(path, "a few") == {}
+    path.write_bytes(b"{}" + b" " * (2**20 - 1))
+    with pytest.raises(ValueError, match="a.json has 1048577 bytes; a few"):
+        read_json(path, "a few")
+    with pytest.raises(ValueError, match="a.json has 1048577 bytes; some"):
+        read_file(path, 2**20, "some")
+    assert (listed("abc", 3), listed("abc", 2)) == ("a, b, c", "a, b and 1 more")
+    assert (listed("x" * 12), listed("x" * 13)) == (", ".join("x" * 12), ", ".join("x" * 12) + " and 1 more")
+
+
+# least, most, and whether it must be there
+BOUNDS = {
+    "dim": (1, 2**20, True), "n_layers": (1, 1000, True), "n_heads": (1, 2**16, True), "n_kv_heads": (1, 2**16, False),
+    "vocab_size": (-1, 2**24, False), "multiple_of": (1, 2**20, False), "ffn_dim_multiplier": (1e-3, 1e3, False),
+    "norm_eps": (1e-12, 1.0, False), "rope_theta": (1.0, 1e12, False), "head_dim": (2, 2**16, False),
+}  # fmt: skip
+OTHER_BOUNDS = {**BOUNDS, "vocab_size": (1, 2**24, True), "ffn_dim": (1, 2**24, True)}
+
+
+@pytest.mark.parametrize(
+    ("field", "number", "bounds"),
+    [*[(field, number, BOUNDS[field]) for field, number in checkpoint.PARAMS.items()],
+     *[(field, number, OTHER_BOUNDS[field]) for _, field, number in huggingface._CONFIG]],
+)  # fmt: skip
+def test_numbers_of_a_model_at_their_bounds(field: str, number: Number, bounds: tuple[float, float, bool]) -> None:
+    """Each bound is a good value, and the next one beyond is told with both."""
+    least, most, required = bounds
+    for bound, away in ((least, -INF), (most, INF)):
+        assert number.problem(field, {field: bound}) == []
+        beyond = bound + (1 if away > 0 else -1) if number.kind is int else math.nextafter(bound, away)
+        assert number.problem(field, {field: beyond}) == [f"{field}={beyond} is not {number}"]
+    assert f"{number}".endswith(f"from {least:g} to {most:g}")
+    assert bool(number.problem(field, {})) == bool(number.problem(field, {field: None})) == required
+    for wrong in (True, "3", [3], NAN, 10**400, *[2.0] * (number.kind is int)):
+        assert number.problem(field, {field: wrong})
+    assert number.kind is int or not number.problem(field, {field: 1})
 
 
 def test_a_key_that_stands_there_twice(tmp_path: Path, tokenizer_path: str) -> None:

@@ -67,6 +67,15 @@ def test_rescoring(llama: Llama) -> None:
         assert all_scores[len(prompt) :] == pytest.approx(scores, abs=1e-4)
 
 
+def test_echo_scores_prompt_and_answer_once(llama: Llama) -> None:
+    """The prompt's numbers come with the first of several new ids, and not again with each."""
+    tokens, logprobs = llama.generate(RAGGED, 5, temperature=0, logprobs=True, echo=True)
+    _, rescored = llama.generate(tokens, 0, logprobs=True, echo=True)
+    assert [len(row) for row in tokens] == [len(prompt) + 5 for prompt in RAGGED]
+    for scores, expected in zip(logprobs or [], rescored or [], strict=True):
+        assert scores == pytest.approx(expected, abs=1e-4)
+
+
 def test_nothing_to_generate_scores_the_prompt(llama: Llama) -> None:
     """Meta's code compares each position's logits with that position's own token here, not with the next one."""
     prompt = [1, 20, 2, 30]

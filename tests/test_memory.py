@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from workers import Pool
 
 from llama import Llama, ModelArgs, Transformer, memory
 from llama.memory import Placement
+from llama.rounding import Quantization
 
 GB = 10**9
 SEVENTY = ModelArgs(8192, 80, 64, 8, 32000, 4096, 1.3, max_batch_size=4, max_seq_len=4096)
@@ -133,6 +134,40 @@ def test_what_would_make_it_fit() -> None:
     )
     assert advice(4e9, small, torch.bfloat16, 1, torch.device("mps")) == "nothing that can be changed makes it fit here"
     assert "16 processes, 2 on each machine" in advice(24e9, SEVENTY, torch.bfloat16, 2, CPU, 2)
+
+
+def test_int4_is_named_only_where_loading_takes_it() -> None:
+    """16 processes could cut wo's rows of 4096 into whole groups, but not w2's of 11008."""
+    int4, int8 = Quantization("int4"), Quantization("int8")
+    seven = ModelArgs(4096, 32, 32, 32, 32000, 256, max_batch_size=1, max_seq_len=64)
+    assert (seven.ffn_width, int4.shares(4096, 16), int4.shares(11008, 16)) == (11008, True, False)
+
+    def placed(n: int, quantization: Optional[Quantization]) -> tuple[Any, ...]:
+        return seven, torch.bfloat16, n, CPU, 1, quantization
+
+    eight, sixteen = (memory.estimate(Placement(*placed(n, int4))).resident for n in (8, 16))
+    assert "8 processes, 1 on each" in advice(eight, *placed(1, int4))
+    assert "processes" not in advice(sixteen, *placed(1, int4))
+    room = memory.estimate(Placement(*placed(16, int8))).resident
+    assert "16 processes, 1 on each" in advice(room, *placed(1, int8))
+    assert "quantize" not in advice(sixteen, *placed(16, None))
+    assert "quantize='int4'" in advice(eight, *placed(8, None))
+
+
+def test_the_largest_that_fits() -> None:
+    """Of every size, from none to all."""
+    for most in range(6):
+        placement = Placement(replace(SEVENTY, max_batch_size=most + 1), torch.bfloat16)
+        for fitting in range(most + 1):
+            found = memory._largest_that_fits("max_batch_size", placement, lambda p, n=fitting: p.args.max_batch_size <= n)  # type: ignore[misc]
+            assert found == [f"max_batch_size={fitting}"] * (fitting > 0)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "told"), [(0, "0.0 KB"), (99_999, "100.0 KB"), (100_000, "0.1 MB"), (99_999_999, "100.0 MB"), (1e8, "0.1 GB")]
+)
+def test_gigabytes(nbytes: float, told: str) -> None:
+    assert memory.gigabytes(nbytes) == told
 
 
 def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,23 @@ def test_many_rows_take_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_near(layer(x), x, numbers(layer), 2**-7)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 9, 10, 12, 13])
+def test_blocks_of_rows_leave_none_out(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of three rows, the last one shorter: one that is never written has what was in memory."""
+    whole = layer_of(weights(rows), kind).state_dict()
+    digits = int8.in_digits(weights(rows))
+    monkeypatch.setattr(quantized, "PIECE", 3 * 256 // torch.get_num_threads())
+    monkeypatch.setattr(int8, "PIECE", 3 * 128)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(77))
+    assert [rows.stop - rows.start for rows, _ in quantized.blocks(weights(rows), CPU)] == [3] * -(-rows // 3)
+    parts = layer_of(weights(rows), kind).state_dict()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    for ours, theirs in zip(int8.in_digits(weights(rows)), digits):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("group", [16, 32, 64])
 def test_refined_rounding_is_never_worse(group: int) -> None:
     def errors(weight: torch.Tensor, refinements: int) -> torch.Tensor:
@@ -250,6 +267,11 @@ def test_group_sizes() -> None:
         ValueError, match="11008 numbers in int4 groups of 32 .* by 16 processes; use 1 or 2 or 4 or 8, or int8"
     ):
         Quantization("int4").check_parts(11008, 16)
+    with pytest.raises(ValueError, match="96 numbers in int4 groups of 32 .* by 2 shards; use 1, or int8$"):
+        Quantization("int4").check_parts(96, 2, "shards")
+    Quantization("int4").check_parts(96, 3)
+    Quantization("int8").check_parts(96, 5)
+    assert Quantization("int4", 16).group(16) == Quantization("int4", 256).group(16) == 16
 
 
 # Whole models. 256 wide, so that int4 has its packed form on one process.

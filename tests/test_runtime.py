@@ -39,6 +39,35 @@ def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gpus", "world", "rank", "local"), [(2, 4, 3, (1, 2)), (8, 4, 3, (3, 4)), (0, 4, 3, (3, 4)), (4, 4, 2, (2, 4))]
+)
+def test_a_launcher_without_local_variables(
+    gpus: int, world: int, rank: int, local: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mpirun sets none: then a machine has as many processes as GPUs, and no more than there are at all."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in {**WHOLE, "WORLD_SIZE": str(world), "RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.Launch.read() == runtime.Launch(True, rank, world, *local)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("RANK", 0, 1), ("MASTER_PORT", 0, 65535), ("WORLD_SIZE", 1, 2**31), ("LOCAL_WORLD_SIZE", 1, 2**31), ("LOCAL_RANK", 0, 1)],
+)
+def test_variables_at_their_bounds(name: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in {**WHOLE, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    for value, good in ((least, True), (most, True), (least - 1, False), (most + 1, False)):
+        monkeypatch.setenv(name, str(value))
+        if good:
+            runtime.Launch.read()
+        else:
+            with pytest.raises(ValueError, match=f"variable {name} is '{value}'"):
+                runtime.Launch.read()
+
+
+@pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT not set; start with torchrun"),
@@ -80,6 +109,27 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime.choose_device("cuda", runtime.Launch(True, 3, 4, 3, 4))
     assert runtime.choose_device("cuda", runtime.Launch(True, 1, 4, 1, 4)) == torch.device("cuda", 1)
     assert runtime.choose_device("cuda:1", runtime.Launch(False, 0, 1, 0, 1)) == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "world", "best"),
+    [(0, False, 1, "cpu"), (0, True, 1, "mps"), (0, True, 2, "cpu"), (2, False, 2, "cuda:1"), (2, True, 1, "cuda:0")],
+)
+def test_the_best_device(gpus: int, mps: bool, world: int, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo cannot carry tensors of MPS, so it is for one process."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    launch = runtime.Launch(world > 1, world - 1, world, world - 1, world)
+    assert runtime.choose_device(None, launch) == torch.device(best)
+    if best == "mps":
+        assert runtime.choose_device("mps", launch) == torch.device("mps")
+    elif not mps or world > 1:
+        with pytest.raises(ValueError, match="device='mps' needs a Mac with Metal and a single process"):
+            runtime.choose_device("mps", launch)
+    if not gpus:
+        with pytest.raises(ValueError, match="torch sees no GPU"):
+            runtime.choose_device("cuda", launch)
 
 
 def test_one_visible_gpu_is_the_processes_own(monkeypatch: pytest.MonkeyPatch) -> None:

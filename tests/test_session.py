@@ -6,7 +6,7 @@ import json
 import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -377,6 +377,34 @@ def test_a_full_context_says_what_to_drop(llama: Llama) -> None:
     assert session.ask("the little dog found a red ball " * 2)
     with pytest.raises(ContextFull, match="the message is .* tokens too long for max_seq_len=512; shorten it"):
         session.ask("the little dog " * 300)
+
+
+@pytest.mark.parametrize("system", [None, "be kind"])
+def test_a_context_is_full_to_the_token(system: Optional[str], llama: Llama) -> None:
+    """A message that leaves one token for the reply, and what must go for one more, and for as many as the oldest turn has."""
+    session = llama.chat(system=system, temperature=0, max_gen_len=1)
+    session.ask("the little dog")
+    session.ask("a red ball")
+    first, second = (len(turn["ids"]) for turn in session.turns)
+    least = len(session._encode("", None))  # each digit is a token
+    digits = session.room - 1 - least
+    assert len(session._encode("7" * digits, None)) == session.room - 1
+    other = session.fork()
+    assert [chunk["finish_reason"] for chunk in other.send("7" * digits)] == ["length"]
+    assert other.room == -1  # its EOS would not fit, and need not
+    # The system message moves to the turn that becomes the first, and at last to the message: its ids are never freed.
+    to_turn, to_message = (len(session._encode(t, system)) - len(session._encode(t, None)) for t in ("a red ball", "77"))
+    one, two = first - to_turn, first + second - to_message
+    for more, drop in ((1, 1), (one, 1), (one + 1, 2), (two, 2)):
+        with pytest.raises(ContextFull, match=rf"of 512 tokens is full: {more} are missing; drop\({drop}\)") as full:
+            session.send("7" * (digits + more))
+        assert full.value.drop == drop
+        other = session.fork()
+        other.drop(drop)
+        assert list(other.send("7" * (digits + more)))
+    with pytest.raises(ContextFull, match="the message is 1 tokens too long for max_seq_len=512; shorten it") as full:
+        session.send("7" * (digits + two + 1))
+    assert full.value.drop == 2
 
 
 def test_tags_are_refused(llama: Llama) -> None:

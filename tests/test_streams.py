@@ -6,7 +6,9 @@ import itertools
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from workers import Pool
 
-from llama import Llama, Tokenizer
+from llama import Llama, Tokenizer, completion
 from llama.chat import SPECIAL_TAGS, DialogError, encode_dialog
 from llama.completion import window_starts
 from llama.sampling import Sampling, exponential_noise, next_token
@@ -336,6 +338,18 @@ def test_long_prompts_run_in_chunks(llama: Llama, monkeypatch: pytest.MonkeyPatc
     assert parts[0] == whole[0]
     for a, b in zip(parts[1] or [], whole[1] or [], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_many_prompts_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal (None: tqdm looks whether it is one) of the process that speaks, if some prompts wait for others."""
+    bars: list[Any] = []
+    monkeypatch.setattr(completion, "tqdm", lambda **options: bars.append(options) or mock.MagicMock())
+    chunks: list[Any] = [{"finish_reason": None}, {"finish_reason": "stop"}]
+    for prompts, speaks, disable in ((4, True, True), (5, True, None), (5, False, True)):
+        monkeypatch.setattr(completion, "is_first_process", lambda speaks=speaks: speaks)
+        batch: Any = SimpleNamespace(requests=[0] * prompts, lanes=4)
+        assert list(completion.shown(iter(chunks), batch)) == chunks
+        assert (bars[-1]["disable"], bars[-1]["total"], bars[-1]["leave"]) == (disable, prompts, False)
 
 
 def test_repr(llama: Llama) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -499,6 +500,62 @@ def test_jsonl_keeps_what_came_before_ctrl_c(source: Path, tmp_path: Path, monke
     assert out.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
     answer(source, out)
     assert out.read_bytes() == whole
+
+
+def job(line: int, **changed: Any) -> jobs.Job:
+    plain = {"prompt": "a", "is_chat": False, "is_begun": False, "seed": line, "options": {}, "extra": {}}
+    return jobs.Job(line, **{**plain, **changed})
+
+
+def test_jsonl_answers_each_line_once() -> None:
+    """In calls of PER_SLOT lines for each slot, which have one kind and the same options."""
+    calls: list[list[int]] = []
+
+    def text_completion(prompts: list[str], seed: list[int], **options: Any) -> list[dict[str, Any]]:
+        calls.append(seed)
+        return [{"generation": f"{n}"} for n in seed]
+
+    llama = SimpleNamespace(model=SimpleNamespace(params=SimpleNamespace(max_batch_size=2)), text_completion=text_completion)
+    alike = [job(n) for n in range(2 * jobs.PER_SLOT + 1)]
+    todo = [*alike, job(90, options={"top_k": 1}), job(91, options={"top_k": 1}), job(92)]
+    assert [line["generation"] for line in jobs.run(llama, todo)] == [str(job.line) for job in todo]  # type: ignore[arg-type]
+    assert calls == [[*range(16)], [16], [90, 91], [92]]
+
+
+def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:
+    """Else a run that is killed would lose what stands in the buffer."""
+    out = tmp_path / "out.jsonl"
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for number in range(3):
+            assert out.read_bytes().count(b"\n") == number
+            yield {"id": number}
+
+    with out.open("wb") as file:
+        jobs.write(lines(), 3, 0, file)
+    jobs.write(iter([{"id": 3}]), 1, 0, None)  # on a process that only computes
+
+
+def test_jsonl_takes_up_as_many_lines_as_there_are_jobs(tmp_path: Path) -> None:
+    """As many finished lines as there are jobs; one more is another run's."""
+    out, line = tmp_path / "out.jsonl", json.dumps({"input": job(1).digest}).encode() + b"\n"
+    out.write_bytes(line + b"half")
+    assert jobs.finished(out, [job(1)]) == (1, len(line))
+    with pytest.raises(ValueError, match="has 1 lines, but there are 0 prompts"):
+        jobs.finished(out, [])
+    other = {"is_chat": True, "is_begun": True, "seed": 2, "options": {"top_k": 1}, "prompt": "b", "extra": {"id": 1}}
+    assert len({job(1).digest, *(job(1, **{name: value}).digest for name, value in other.items())}) == 1 + len(other)
+
+
+def test_the_history_has_a_place_in_a_new_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for _ in range(2):
+        path = terminal._history()
+        assert path is not None
+        assert path.exists()
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(Path, "home", lambda: path / "a file")
+    assert terminal._history() is None
 
 
 def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None:
