@@ -206,6 +206,12 @@ def test_a_converted_model_runs_on_any_processes(tmp_path: Path, pool: Pool) -> 
         assert pool.run(greedy, str(tmp_path / "hf"), processes) == [expected] * 4
 
 
+def test_folders_above_the_new_one_are_made(tiny: Path, tmp_path: Path) -> None:
+    convert(tiny, tmp_path / "not" / "yet there" / "hf", "hf")
+    assert open_checkpoint(tmp_path / "not" / "yet there" / "hf").shape("norm.weight", None) == [64]
+    assert [path.name for path in (tmp_path / "not" / "yet there").iterdir()] == ["hf"]
+
+
 def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     def refuse(message: str, source: Path = tiny, to: str = "hf", target: Path = tmp_path / "new", **options: Any) -> None:
         with pytest.raises(ValueError, match=message):

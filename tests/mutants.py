@@ -1,0 +1,172 @@
+"""Mutated code: which single changes of llama/*.py does no test notice? Each survivor shows a missing test, or code that does
+nothing.
+
+    python tests/mutants.py --mutants 12 --seed 1 drafting rounding sampling
+
+Without names, of all files. A copy of the checkout is changed, not the checkout. The test files that belong to a file must
+pass on it unchanged; then they run on each mutant until the first that fails, which notices it, as does whatever takes long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch  # noqa: F401, once, for all the children
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
+# The test files of each file that has none of its own name, or whose behaviour others test as well.
+TESTS = {
+    "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts",
+    "batching": "generation streams drafting",
+    "cache_use": "own_parts", "checks": "options sampling", "cli": "terminal", "compiler": "packages",
+    "completion": "streams options", "engine": "streams", "fingerprint": "peers", "gpu_step": "emulated_cuda",
+    "int4": "quantization", "int8": "quantization", "jobs": "terminal", "launch": "runtime", "metas_way": "own_parts",
+    "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels", "quantized": "quantization",
+    "rounding": "quantization", "sampling": "sampling streams", "staging": "loading", "triton_kernels": "kernels",
+    "writers": "convert",
+}  # fmt: skip
+OTHER: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And, ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+}  # fmt: skip
+NAMES = {"min": "max", "max": "min", "all": "any", "any": "all"}
+UNSEEN = ("annotation", "returns", "decorator_list")  # fields that change no result
+SILENT = ast.JoinedStr, ast.Raise  # what words say
+Change = tuple[ast.AST, str, Callable[[], None]]  # of which node, what its text is afterwards, and what makes it so
+
+
+def without(items: list[Any], i: int) -> list[Any]:
+    return items[:i] + items[i + 1 :]
+
+
+def others(node: ast.AST, in_function: bool) -> Iterator[ast.AST]:
+    """What may stand in a node's place."""
+
+    def new(**fields: Any) -> ast.AST:
+        return type(node)(**{**vars(node), **fields})
+
+    if isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            yield new(ops=[*node.ops[:i], OTHER[type(op)](), *node.ops[i + 1 :]])
+    elif isinstance(node, (ast.BoolOp, ast.BinOp)) and type(node.op) in OTHER:
+        yield new(op=OTHER[type(node.op)]())
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield new(value=not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield from (new(value=node.value + 1), new(value=node.value - 1))
+    elif isinstance(node, ast.Name) and node.id in NAMES:
+        yield new(id=NAMES[node.id])
+    elif isinstance(node, ast.Call):
+        yield from (new(keywords=without(node.keywords, i)) for i in range(len(node.keywords)))
+    elif in_function and (
+        isinstance(node, (ast.Assign, ast.AugAssign)) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+    ):
+        yield ast.Pass()
+
+
+def changes(node: ast.AST, in_function: bool = False) -> Iterator[Change]:
+    """Every single change of what lies in a node."""
+    for field, value in ast.iter_fields(node):
+        for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if field in UNSEEN or not isinstance(child, ast.AST) or isinstance(child, SILENT):
+                continue
+            inside = in_function or isinstance(node, ast.FunctionDef)
+            for other in others(child, inside):
+                put = partial(setattr, node, field) if i is None else partial(value.__setitem__, i)
+                yield child, ast.unparse(other), partial(put, other)
+            yield from changes(child, inside)
+
+
+def work(folder: Path, arguments: list[str], out: Path) -> None:
+    """A child, which has torch already: run pytest on the copy, in a session of its own."""
+    os.setsid()
+    os.chdir(folder)
+    sys.path[:0] = [str(folder)]
+    os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", LLAMA_SHARED=SHARED)
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    code = pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", *arguments])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def verdict(folder: Path, arguments: list[str], seconds: Optional[float] = None) -> str:
+    """Of test files, or whatever else pytest takes."""
+    out = folder.parent / "out"
+    child = get_context("fork").Process(target=work, args=(folder, arguments, out))
+    child.start()
+    child.join(seconds)
+    late = child.is_alive()
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid or 0, signal.SIGKILL)  # and what its tests have started
+    child.kill()
+    child.join()
+    if late:
+        return "took too long"
+    told = out.read_text(errors="replace")
+    failed = [line for line in told.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return "survived" if child.exitcode == 0 else f"noticed: {failed[0] if failed else told[-300:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of files of llama/, without .py")
+    parser.add_argument("--mutants", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    names = args.names or sorted(path.stem for path in (ROOT / "llama").glob("[a-z]*.py"))
+    sources = {name: (ROOT / f"llama/{name}.py").read_text(encoding="utf-8") for name in names}
+    places = [(name, i) for name, source in sources.items() for i, _ in enumerate(changes(ast.parse(source)))]
+    drawn = sorted(random.Random(args.seed).sample(places, min(args.mutants, len(places))))
+    outcomes, survivors = Counter[str](), []
+    limits: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "copy"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".scratch", "__pycache__"))
+        for name, number in drawn:
+            path = folder / f"llama/{name}.py"
+            tests = [f"tests/test_{test}.py" for test in TESTS.get(name, name).split()]
+            if name not in limits:
+                path.write_text(ast.unparse(ast.parse(sources[name])), encoding="utf-8")
+                began = time.monotonic()
+                if (result := verdict(folder, tests)) != "survived":
+                    sys.exit(f"{' '.join(tests)} must pass before anything is changed: {result}")
+                limits[name] = 60 + 3 * (time.monotonic() - began)
+            tree = ast.parse(sources[name])
+            node, after, change = list(changes(tree))[number]
+            told = f"{name}.py:{getattr(node, 'lineno', 0)} {ast.unparse(node)} -> {after}"
+            change()
+            path.write_text(ast.unparse(tree), encoding="utf-8")
+            result = verdict(folder, tests, limits[name])
+            path.write_text(sources[name], encoding="utf-8")
+            print(f"{told}: {result}", flush=True)
+            outcomes[result.partition(":")[0]] += 1
+            survivors += [told] * (result == "survived")
+    print(json.dumps({"mutants": len(drawn), "seed": args.seed, **outcomes, "survivors": survivors}, ensure_ascii=False))
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
