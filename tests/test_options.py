@@ -14,6 +14,8 @@ import torch
 
 from llama import Llama
 from llama.chat import DialogError
+from llama.checks import whole_number
+from llama.sampling import Sampling
 
 NAN, INF = math.nan, math.inf
 
@@ -89,6 +91,31 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 1e-30, "logit_bias": {5: 1e10}}, {"temperature": 0, "stop_ids": [], "logit_bias": {5: 1e5}}),
     ({"temperature": 0.7, "logit_bias": {5: 1e10, 6: -3.4e38, 7: -1e300}}, {"temperature": 0, "logit_bias": {5: 1e5}}),
 ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0}, {"top_p": 1}, {"min_p": 0}, {"min_p": 1}, {"temperature": 0}, {"repetition_penalty": 1e-10},
+     {"repetition_penalty": 1e10}, {"top_k": 0}, {"max_gen_len": 0}, {"logprobs": 0}, {"logit_bias": {0: 1e10, 399: -1e10}},
+     {"seed": 0}, {"seed": 2**63 - 1}, {"stop_ids": [0, 399]}, {"logit_bias": dict.fromkeys(range(400), -1e10)}],
+)  # fmt: skip
+def test_options_at_their_bounds(options: dict[str, Any], llama: Llama) -> None:
+    llama.check_options(options)
+
+
+def test_whole_numbers_at_their_bounds() -> None:
+    assert [whole_number("n", n, 2, 5) for n in (2, 5)] == [2, 5]
+    assert whole_number("n", 10**9, 2) == 10**9
+    for n in (1, 6):
+        with pytest.raises(ValueError, match=f"n={n} must be a whole number from 2 to 5"):
+            whole_number("n", n, 2, 5)
+
+
+def test_what_a_bias_forbids() -> None:
+    """1e30 less is still a number, so that a sum stays finite; more forbids the id."""
+    bias = Sampling(logit_bias={3: -1e30, 4: -1.1e30}).bias(5, torch.device("cpu"))
+    assert bias is not None
+    assert bias.isfinite().tolist() == [True, True, True, True, False]
 
 
 def test_numbers_of_any_kind(llama: Llama) -> None:

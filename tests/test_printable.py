@@ -46,6 +46,9 @@ def test_any_value_in_an_error() -> None:
         deep = [deep]
     assert [shortened(v) for v in (deep, [10**5000], 10**5000)] == ["a list", "a list", "a 16610-bit number"]
     assert shortened("\x1b" * 99).startswith(r"'\x1b\x1b")
+    assert (shortened("x" * 78), shortened("x" * 79)) == (repr("x" * 78), "'" + "x" * 78 + "…")
+    assert len(shortened("x" * 79)) == len(shortened("x" * 78)) == 80
+    assert (shortened(2**4095, 2000), shortened(2**4096, 2000)) == (str(2**4095), "a 4097-bit number")
 
 
 def on_a_screen(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
