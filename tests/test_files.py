@@ -20,7 +20,7 @@ import torch
 from conftest import TEXT, random_weights, write_checkpoint
 from sentencepiece import SentencePieceTrainer
 
-from llama import Llama, checkpoint, huggingface, jobs, model
+from llama import Llama, huggingface, jobs, meta, model
 from llama.console import given_text
 from llama.convert import convert
 from llama.files import Number, listed, read_file, read_json
@@ -161,7 +161,7 @@ OTHER_BOUNDS = {**BOUNDS, "vocab_size": (1, 2**24, True), "ffn_dim": (1, 2**24, 
 
 @pytest.mark.parametrize(
     ("field", "number", "bounds"),
-    [*[(field, number, BOUNDS[field]) for field, number in checkpoint.PARAMS.items()],
+    [*[(field, number, BOUNDS[field]) for field, number in meta.PARAMS.items()],
      *[(field, number, OTHER_BOUNDS[field]) for _, field, number in huggingface._CONFIG]],
 )  # fmt: skip
 def test_numbers_of_a_model_at_their_bounds(field: str, number: Number, bounds: tuple[float, float, bool]) -> None:
