@@ -37,6 +37,7 @@ TESTS = {
     "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts",
     "batching": "generation streams drafting",
     "cache_use": "own_parts", "checks": "options sampling", "cli": "terminal", "compiler": "packages",
+    "console": "terminal", "conversation": "terminal",
     "completion": "streams options", "engine": "streams", "fingerprint": "peers", "gpu_step": "emulated_cuda",
     "int4": "quantization", "int8": "quantization", "jobs": "terminal", "launch": "runtime", "meta": "checkpoint files",
     "metas_way": "own_parts",
