@@ -5,8 +5,8 @@ from typing import Optional
 import fire
 
 from llama import Dialog, Llama
-from llama.pipes import as_the_shell_left_them
-from llama.printable import printable
+from llama.system.pipes import as_the_shell_left_them
+from llama.system.printable import printable
 
 
 def main(

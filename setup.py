@@ -33,7 +33,7 @@ setup(
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
-    entry_points={"console_scripts": ["llama = llama.cli:main"]},
+    entry_points={"console_scripts": ["llama = llama.commands.cli:main"]},
     extras_require={
         "terminal": TERMINAL,
         "notebook": [*PLOTS, "notebook>=7"],

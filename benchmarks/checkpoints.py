@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from llama import ModelArgs, Transformer
-from llama.checkpoint import cut
+from llama.weights.checkpoint import cut
 
 SHAPES: dict[str, dict[str, float]] = {
     "1.1B": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256, "norm_eps": 1e-5},

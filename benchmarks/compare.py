@@ -32,10 +32,11 @@ from plot import plot as draw
 from table import agreement, cell, figures, legend, median, ratios_table, results_table, shares_table
 from tasks import FULL, QUICK
 
-from llama import ModelArgs, bench, runtime
-from llama.checkpoint import open_checkpoint
-from llama.checks import whole_number
+from llama import ModelArgs, runtime
+from llama.commands import bench
+from llama.system.checks import whole_number
 from llama.tokenizer import need_tokenizer, user_path
+from llama.weights.checkpoint import open_checkpoint
 
 Words = Union[str, Sequence[str]]  # fire makes a tuple of what has commas
 LOADS = 3  # fresh processes of each system that are timed; imports make them slow

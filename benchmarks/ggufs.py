@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from llama import Transformer
-from llama.checkpoint import check_weights, cut, open_checkpoint
+from llama.weights.checkpoint import check_weights, cut, open_checkpoint
 
 TOP = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
 OF_BLOCK = {

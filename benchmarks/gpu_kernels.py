@@ -1,6 +1,6 @@
 """For `gpu_parts`: where the parts run, how they take times, and those parts that are about the kernels.
 
-Letters in shapes are those of `llama.kernels`. On the emulated GPU (`--small`) all that is timed is meaningless.
+Letters in shapes are those of `llama.layers.kernels`. On the emulated GPU (`--small`) all that is timed is meaningless.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from unittest import mock
 import torch
 from checkpoints import SHAPES, VOCAB_SIZE
 
-from llama import ModelArgs, bench, proven, runtime
-from llama import kernels as plain_forms
-from llama.rounding import GROUP_SIZE
+from llama import ModelArgs, runtime
+from llama.commands import bench
+from llama.layers import kernels as plain_forms
+from llama.layers import proven
+from llama.layers.rounding import GROUP_SIZE
 
 ROOT = Path(__file__).resolve().parents[1]
 Cases = Iterator[tuple[str, Callable[[], Any]]]
@@ -133,7 +135,7 @@ def recorded_seconds(place: Place, calls: Sequence[Callable[[], Any]]) -> float:
 
 @dataclass
 class Kernel:
-    """One call of a function of `llama.kernels`: how to make its arguments, and the bytes that it has to move."""
+    """One call of a function of `llama.layers.kernels`: how to make its arguments, and the bytes that it has to move."""
 
     name: str
     make: Callable[[], list[Any]]
@@ -275,7 +277,7 @@ def kernels(place: Place) -> Cases:
 
 def tune(place: Place) -> Cases:
     """Block sizes around the constants of `triton_kernels`: microseconds of the present ones, and of the best five."""
-    from llama import triton_kernels as constants
+    from llama.layers import triton_kernels as constants
 
     args = place.args(1, 1)
     dim, width = args.dim, args.ffn_width

@@ -30,15 +30,17 @@ from checkpoints import into_page_cache, write_random
 from children import System
 from gpu_kernels import FORMS, ROOT, ROWS, Cases, Place, about, kernels, place, tune
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer, bench, compiled, gpu_step, memory, runtime
-from llama.batching import Batch, Request
-from llama.compiled import Recorded
-from llama.engine import Engine
+from llama import Llama, ModelArgs, Tokenizer, Transformer, memory, runtime
+from llama.commands import bench
+from llama.decoding import compiled, gpu_step
+from llama.decoding.batching import Batch, Request
+from llama.decoding.compiled import Recorded
+from llama.decoding.engine import Engine
+from llama.decoding.sampling import Sampling
 from llama.generation import DEMO, DEMO_POSITIONS
-from llama.quantization import quantize_layers
-from llama.quantized import Quantized
-from llama.rounding import Quantization
-from llama.sampling import Sampling
+from llama.layers.quantization import quantize_layers
+from llama.layers.quantized import Quantized
+from llama.layers.rounding import Quantization
 
 __all__ = ["about", "decode", "ids", "kernels", "liveness", "load", "place", "prefill", "tests", "tune", "two", "waits"]
 
@@ -506,7 +508,7 @@ def pair_task() -> tuple[list[list[int]], int]:
 
 def pair(folder: str) -> None:
     """One of the two processes: builds, generates, times sums. The first one prints."""
-    from llama import parallel
+    from llama.layers import parallel
 
     llama = Llama.build(folder, None, 256, 4, device="cuda", dtype="bfloat16")
     device, group = llama.model.norm.weight.device, llama.model.output.group

@@ -23,7 +23,7 @@ import fire
 from checkpoints import into_page_cache, random_checkpoint
 from process_memory import megabytes
 
-from llama.convert import convert
+from llama.commands.convert import convert
 
 SCRIPT = Path(__file__)
 

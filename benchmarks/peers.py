@@ -16,10 +16,10 @@ from ggufs import quantise, step_bytes, write_gguf
 from tasks import Profile
 
 from llama import ModelArgs
-from llama.checkpoint import open_checkpoint
-from llama.convert import convert
+from llama.commands.convert import convert
 from llama.generation import DEMO
 from llama.tokenizer import user_path
+from llama.weights.checkpoint import open_checkpoint
 
 FORMS = {"none": "bf16", "int8": "int8", "int4": "int4"}  # of the weights, by what `quantize` says
 PEERS = {"meta": [], "transformers": ["transformers"], "llama.cpp": ["llama_cpp", "gguf"]}  # and the modules that each needs

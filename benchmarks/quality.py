@@ -17,8 +17,10 @@ from typing import Optional
 
 import fire
 
-from llama import Llama, checkpoint, int4, rounding
-from llama.files import check_file
+from llama import Llama
+from llama.layers import int4, rounding
+from llama.system.files import check_file
+from llama.weights import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 from data import read_stories

@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llama import triton_kernels as kernels
+from llama.layers import triton_kernels as kernels
 
 RATES = {80: {"A100": 1.7e12}, 90: {"H100": 2.9e12, "H200": 4.1e12}}  # bytes per second that good kernels reach
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8"}

@@ -29,7 +29,8 @@ class Ours:
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
 
-        from llama import Llama, bench
+        from llama import Llama
+        from llama.commands import bench
 
         self.bench, options = bench, {"quantize": spec.get("quantize"), "compile": bool(spec.get("compile"))}
         self.began = time.perf_counter()
@@ -184,7 +185,7 @@ class Limits:
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
 
-        from llama import bench
+        from llama.commands import bench
 
         self.bench, self.device = bench, torch.device(spec["device"])
         self.dtype, self.nbytes, self.shapes = torch.bfloat16, spec["read_bytes"], [tuple(shape) for shape in spec["shapes"]]

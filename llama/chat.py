@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, Optional, TypedDict
 
-from .printable import shortened
+from .system.printable import shortened
 from .tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]

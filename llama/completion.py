@@ -8,9 +8,9 @@ from typing import Optional, TypedDict, Union
 
 from tqdm import tqdm
 
-from .batching import Batch, FinishReason
 from .chat import UNSAFE_ERROR, Message
-from .parallel import is_first_process
+from .decoding.batching import Batch, FinishReason
+from .layers.parallel import is_first_process
 from .tokenizer import TextStream, Tokenizer, split
 
 

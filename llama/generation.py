@@ -14,9 +14,7 @@ from typing import Any, Literal, NamedTuple, Optional, Union
 import torch
 from typing_extensions import Unpack
 
-from . import memory, metas_way, runtime
-from .agreement import keep_pace, together
-from .batching import Batch, FinishReason, Request, check_prompts
+from . import memory, runtime
 from .chat import (
     B_INST,
     B_SYS,
@@ -32,8 +30,6 @@ from .chat import (
     encode_dialog,
     is_unsafe,
 )
-from .checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
-from .checks import whole, whole_number
 from .completion import (
     ChatPrediction,
     Chunk,
@@ -47,11 +43,12 @@ from .completion import (
     shown,
     window_starts,
 )
-from .engine import Engine
-from .fingerprint import fingerprints
-from .model import ModelArgs, Transformer, check_args
-from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options
-from .parallel import (
+from .decoding import metas_way
+from .decoding.batching import Batch, FinishReason, Request, check_prompts
+from .decoding.engine import Engine
+from .decoding.sampling import sample_top_p
+from .layers.agreement import keep_pace, together
+from .layers.parallel import (
     all_agree,
     broadcast_random_state,
     gather_from_replicas,
@@ -61,10 +58,14 @@ from .parallel import (
     replica,
     several_processes,
 )
-from .printable import shortened
-from .sampling import sample_top_p
+from .model import ModelArgs, Transformer, check_args
+from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options
 from .session import ChatSession
+from .system.checks import whole, whole_number
+from .system.printable import shortened
 from .tokenizer import Tokenizer, need_tokenizer, split, user_path
+from .weights.checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
+from .weights.fingerprint import fingerprints
 
 SAMPLE_TOP_P = sample_top_p  # what somebody puts in its place draws from then on
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package

@@ -11,8 +11,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from .layers.rounding import KINDS, Quantization
 from .model import ModelArgs, process_counts
-from .rounding import KINDS, Quantization
 from .runtime import device_kind
 
 # What a GPU takes beside tensors. cuBLAS has a workspace (torch's: 32 MiB on Hopper, less before) for each stream that

@@ -21,9 +21,7 @@ from torch import nn
 
 from .as_built import Originals, Watch
 from .cache_use import CacheUse
-from .checks import whole
-from .files import MappedFiles
-from .parallel import (
+from .layers.parallel import (
     ColumnParallelLinear,
     Make,
     ParallelEmbedding,
@@ -34,11 +32,13 @@ from .parallel import (
     model_parallel_group,
     products,
 )
-from .printable import shortened
-from .products import AMX
-from .quantization import QUANTIZED, join_quantized
-from .quantized import Quantized
+from .layers.products import AMX
+from .layers.quantization import QUANTIZED, join_quantized
+from .layers.quantized import Quantized
 from .runtime import device_kind
+from .system.checks import whole
+from .system.files import MappedFiles
+from .system.printable import shortened
 
 # torch's fused attention on CPUs makes zeros of a row whose scores are all NaN if they do not fill a vector register, which
 # holds up to 16, and no mask is added to them. A mask that hides nothing costs less there than any other way to notice.

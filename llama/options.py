@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Optional, TypedDict, Union
 
 import torch
 
-from .checks import whole, whole_number
-from .printable import escaped, shortened
-from .sampling import Sampling
+from .decoding.sampling import Sampling
+from .system.checks import whole, whole_number
+from .system.printable import escaped, shortened
 
 
 class Options(TypedDict, total=False):

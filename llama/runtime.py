@@ -28,10 +28,10 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mpu
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from . import peers, pipes
-from .checks import whole
-from .launch import Launch as Launch
-from .printable import shortened
+from .system import peers, pipes
+from .system.checks import whole
+from .system.launch import Launch as Launch
+from .system.printable import shortened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, TypedDict, Union
+from typing import Any, Optional, Protocol, TypedDict, Union
 
 from .chat import (
     SPECIAL_TAGS,
@@ -17,15 +18,12 @@ from .chat import (
     encode_dialog,
     encode_turn,
 )
-from .checks import whole_number
 from .completion import Chunk
-from .files import parse_json, read_file, replace_file
 from .options import stop_strings
-from .printable import escaped, json_line, shortened
-from .tokenizer import REPLACEMENT, is_control, user_path
-
-if TYPE_CHECKING:
-    from .generation import Llama
+from .system.checks import whole_number
+from .system.files import parse_json, read_file, replace_file
+from .system.printable import escaped, json_line, shortened
+from .tokenizer import REPLACEMENT, Tokenizer, is_control, user_path
 
 MOST_BYTES = 2**26  # largest session file that is read
 
@@ -39,6 +37,21 @@ class Turn(_Said, total=False):
     """What the user said and the assistant answered, and the ids that the two are to the model, from BOS to EOS."""
 
     ids: list[int]
+
+
+class Talker(Protocol):
+    """What a conversation needs of a `Llama`, which makes conversations itself."""
+
+    tokenizer: Tokenizer
+    model: Any
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
+    def check_options(self, options: Mapping[str, Any]) -> None: ...
+
+    @property
+    def continue_ids(self) -> Callable[..., Iterator[Chunk]]: ...
 
 
 class ContextFull(ValueError):
@@ -65,7 +78,7 @@ class ChatSession:
     the turns before are in the cache, unless something else ran in between.
     """
 
-    def __init__(self, llama: Llama, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> None:
+    def __init__(self, llama: Talker, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> None:
         llama.check_options(options)
         self.llama, self.options = llama, options
         self._turns: list[Turn] = []

@@ -11,7 +11,7 @@ from typing import Optional, Union
 
 from sentencepiece import SentencePieceProcessor
 
-from .files import is_there, read_file
+from .system.files import is_there, read_file
 
 logger = getLogger(__name__)
 

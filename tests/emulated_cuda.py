@@ -33,7 +33,8 @@ import torch
 from torch._dynamo import trace_rules
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from llama import kernels, proven, runtime
+from llama import runtime
+from llama.layers import kernels, proven
 
 ARENA_BYTES = 2 * 2**30  # of virtual memory
 GRAIN = 512

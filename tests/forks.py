@@ -134,7 +134,7 @@ def _outcomes(job: dict[str, Any], pids: list[int]) -> list[tuple[Optional[int],
 
 
 if __name__ == "__main__":
-    import llama.cli  # noqa: F401, with all that it imports
+    import llama.commands.cli  # noqa: F401, with all that it imports
 
     if (script := _serve()) is not None:
         __file__ = sys.argv[0]

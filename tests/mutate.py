@@ -104,7 +104,7 @@ def change_json(rng: random.Random, data: bytes) -> bytes:
 
 def weight_bytes(data: bytes, name: str) -> tuple[list[range], list[range]]:
     """Of a file of weights: where its numbers are that no checksum covers, and all the rest."""
-    from llama.archive import CHECKED_BYTES
+    from llama.weights.archive import CHECKED_BYTES
 
     if name.endswith(".safetensors"):
         header = 8 + int.from_bytes(data[:8], "little")
@@ -269,7 +269,7 @@ def make_folders(root: Path) -> list[Path]:
     """A tiny model in each format: one and two shards, int8, int4, safetensors in one file and in parts."""
     from conftest import random_weights, train_tokenizer, write_checkpoint
 
-    from llama import convert
+    from llama.commands import convert
 
     tokenizer = root / "tokenizer.model"
     tokenizer.write_bytes(train_tokenizer())

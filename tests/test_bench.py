@@ -13,7 +13,8 @@ import torch
 from conftest import PARAMS, ROOT
 from helpers import NOISE, TORCHRUN, run
 
-from llama import Llama, ModelArgs, bench
+from llama import Llama, ModelArgs
+from llama.commands import bench
 from llama.model import feed_forward_width
 
 WIDTH = feed_forward_width(4 * 64, 32, None)

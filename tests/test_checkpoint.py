@@ -16,7 +16,7 @@ from conftest import META_SHARD_DIMS, PARAMS, random_weights, write_checkpoint
 from workers import Pool
 
 from llama import Llama
-from llama.meta import MetaCheckpoint
+from llama.weights.meta import MetaCheckpoint
 
 
 def build(folder: Path, tokenizer_path: str, **options: Any) -> Llama:

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from workers import Pool
 
-from llama import parallel, runtime
+from llama import runtime
+from llama.layers import parallel
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,9 @@ from conftest import PARAMS, random_weights, write_checkpoint
 from helpers import COLUMNS, PROMPTS, build
 from workers import Pool
 
-from llama import Llama, compiled
-from llama.engine import Engine
+from llama import Llama
+from llama.decoding import compiled
+from llama.decoding.engine import Engine
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 

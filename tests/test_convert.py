@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from workers import Pool
 
 from llama import Llama, ModelArgs, Tokenizer
-from llama.checkpoint import open_checkpoint
-from llama.convert import convert, hf_tokenizer, meta_params
+from llama.commands.convert import convert, hf_tokenizer, meta_params
 from llama.model import feed_forward_width
+from llama.weights.checkpoint import open_checkpoint
 
 TEXTS = ["The little dog", "  two  spaces\n\nand lines ", "你好,世界 é 😀", "x"]
 
@@ -256,7 +256,8 @@ def test_a_full_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 SLOW = """
 import sys, time
 from pathlib import Path
-from llama import convert, writers
+from llama.commands import convert
+from llama.weights import writers
 write = writers.Entry.write
 def slow(self, file):
     print(self.name, flush=True)
@@ -300,7 +301,7 @@ def test_the_checklist(tiny: Path, tmp_path: Path, tokenizer_path: str) -> None:
 PEAK = """
 import resource, sys
 from pathlib import Path
-from llama.convert import convert
+from llama.commands.convert import convert
 def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1000
 before = peak()
 convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

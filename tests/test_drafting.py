@@ -12,8 +12,8 @@ from conftest import random_weights, shared, write_checkpoint
 from workers import Pool
 
 from llama import Llama
-from llama.batching import CLEAR, Batch
-from llama.drafting import COST, LONGEST, Drafter
+from llama.decoding.batching import CLEAR, Batch
+from llama.decoding.drafting import COST, LONGEST, Drafter
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,7 +14,9 @@ import torch
 from emulated_cuda import Machine, StandIns, emulated
 from workers import Pool
 
-from llama import Llama, compiled, kernels, runtime
+from llama import Llama, runtime
+from llama.decoding import compiled
+from llama.layers import kernels
 
 TEXTS = ["Once upon a time", "The dog", "A little girl named Lily went to the park and saw a big", "One day, Tom and his",
          "There was a cat", "In the forest", "Mom said", "It was raining and the children"]  # fmt: skip

@@ -20,10 +20,12 @@ import torch
 from conftest import TEXT, random_weights, write_checkpoint
 from sentencepiece import SentencePieceTrainer
 
-from llama import Llama, huggingface, jobs, meta, model
-from llama.console import given_text
-from llama.convert import convert
-from llama.files import Number, listed, read_file, read_json
+from llama import Llama, model
+from llama.commands import jobs
+from llama.commands.console import given_text
+from llama.commands.convert import convert
+from llama.system.files import Number, listed, read_file, read_json
+from llama.weights import huggingface, meta
 
 NAN, INF = float("nan"), float("inf")
 WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"

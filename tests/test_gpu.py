@@ -14,10 +14,12 @@ import torch
 from conftest import ROOT, golden, shared
 from helpers import check_golden, run_golden
 
-from llama import Llama, bench, gpu_step
-from llama.batching import Batch, Request
-from llama.compiled import Recorded
-from llama.sampling import Sampling
+from llama import Llama
+from llama.commands import bench
+from llama.decoding import gpu_step
+from llama.decoding.batching import Batch, Request
+from llama.decoding.compiled import Recorded
+from llama.decoding.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

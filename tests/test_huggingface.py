@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from workers import Pool
 
 from llama import Llama
-from llama.checkpoint import fit_vocabulary, open_checkpoint
-from llama.huggingface import read_config
+from llama.weights.checkpoint import fit_vocabulary, open_checkpoint
+from llama.weights.huggingface import read_config
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from llama import kernels, model, proven
-from llama.proven import is_near, vectors_are_near
-from llama.rounding import pairs, row_maxima, to_int4, to_int8, unpair
+from llama import model
+from llama.layers import kernels, proven
+from llama.layers.proven import is_near, vectors_are_near
+from llama.layers.rounding import pairs, row_maxima, to_int4, to_int8, unpair
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -14,8 +14,9 @@ from emulated_cuda import Machine, emulated
 from helpers import TWINS, write_twin
 from workers import Pool
 
-from llama import Llama, Transformer, memory, staging
-from llama.quantized import Quantized
+from llama import Llama, Transformer, memory
+from llama.layers.quantized import Quantized
+from llama.weights import staging
 
 PIECE, LARGE_PIECE = 5000, 40_000  # bytes; rounding to int4 in many pieces takes the emulation long
 WIDE: dict[str, Any] = {"dim": 256, "n_layers": 1, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 256, "norm_eps": 1e-5}
@@ -201,14 +202,14 @@ def test_ctrl_c_ends_the_threads(tiny: Path, tokenizer_path: str, monkeypatch: p
         def update(self) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("llama.checkpoint.tqdm", Interrupted)
+    monkeypatch.setattr("llama.weights.checkpoint.tqdm", Interrupted)
     with emulated(), pytest.raises(KeyboardInterrupt):
         Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
     assert not any("llama-loader" in thread.name for thread in threading.enumerate())
 
 
 def test_the_progress_counts_tensors(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama import checkpoint
+    from llama.weights import checkpoint
 
     bars: list[Any] = []
     real = checkpoint.tqdm
@@ -224,7 +225,7 @@ def test_other_devices_are_filled_in_this_thread(
 ) -> None:
     """As on a Mac: without pinned memory, streams or threads."""
     from llama import runtime
-    from llama.checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
+    from llama.weights.checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
 
     folder = write_checkpoint(tmp_path, random_weights(WIDE), 2, WIDE)
     on_cpu = Llama.build(str(folder), tokenizer_path, 16, 1, device="cpu", quantize=kind).model

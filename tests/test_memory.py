@@ -16,8 +16,8 @@ from helpers import environment
 from workers import Pool
 
 from llama import Llama, ModelArgs, Transformer, memory
+from llama.layers.rounding import Quantization
 from llama.memory import Placement
-from llama.rounding import Quantization
 
 GB = 10**9
 SEVENTY = ModelArgs(8192, 80, 64, 8, 32000, 4096, 1.3, max_batch_size=4, max_seq_len=4096)

@@ -14,8 +14,8 @@ import torch
 
 from llama import Llama
 from llama.chat import DialogError
-from llama.checks import whole_number
-from llama.sampling import Sampling
+from llama.decoding.sampling import Sampling
+from llama.system.checks import whole_number
 
 NAN, INF = math.nan, math.inf
 

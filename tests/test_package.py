@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +147,34 @@ def test_the_readmes_python(block: str, tiny: Path, tokenizer_path: str) -> None
     assert result.stderr == ""
 
 
+MAP = re.findall(r"^ {4}([\w/]+)\.py ", README, flags=re.MULTILINE)  # modules, the highest floor first
+
+
 def test_the_readmes_map_is_complete() -> None:
-    for path in [*ROOT.glob("llama/*.py"), *ROOT.glob("*.py")]:
+    files = {path.relative_to(ROOT / "llama").with_suffix("").as_posix() for path in ROOT.glob("llama/**/*.py")}
+    wings = {name for name in files if name.endswith("/__init__")}  # they say what lives there, and are empty otherwise
+    assert set(MAP) == files - wings - {"__main__"}
+    for name in wings:
+        assert len(ast.parse((ROOT / f"llama/{name}.py").read_text()).body) == 1
+    for path in ROOT.glob("*.py"):
         assert path.name in README or path.name == "setup.py", path
-    for name in re.findall(r"^ {4}(\w+\.py)", README, flags=re.MULTILINE):
-        assert (ROOT / "llama" / name).exists(), name
+
+
+def imported(name: str) -> Iterator[str]:
+    """The modules of the package that one imports, those for types only among them."""
+    for node in ast.walk(ast.parse((ROOT / f"llama/{name}.py").read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        parts = (
+            [*name.split("/")[: -node.level], *filter(None, [node.module])] if node.level else (node.module or "").split(".")
+        )
+        base = "/".join(parts).replace(".", "/").removeprefix("llama").removeprefix("/")
+        for alias in node.names:
+            yield from {f"{base}/{alias.name}".removeprefix("/"), base} & set(MAP)
+
+
+@pytest.mark.parametrize("name", MAP)
+def test_imports_go_down_the_map(name: str) -> None:
+    """So a newcomer reads the list from either end, and there is no circle."""
+    below = MAP[MAP.index(name) + 1 :]
+    assert {other for other in imported(name) if other not in below} <= {name}  # one starts itself in another process

@@ -13,7 +13,8 @@ from conftest import PARAMS, random_weights, write_checkpoint
 from forks import Forks, python
 from workers import Pool
 
-from llama import Llama, fingerprint
+from llama import Llama
+from llama.weights import fingerprint
 
 ODD = 2  # the rank that is given something else
 
@@ -147,7 +148,8 @@ def test_calls_that_differ(odd: str, usual: str, message: Optional[str], tiny: P
 START = """
 import os, signal, sys, threading, time
 import torch.distributed as dist
-from llama import Llama, peers
+from llama.system import peers
+from llama import Llama
 peers.BEAT, peers.GRACE, peers.PATIENCE = .2, .1, 1.5
 rank = int(os.environ["RANK"])
 """

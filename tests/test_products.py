@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama import products
+from llama.layers import products
 from llama.model import FeedForward
 
 

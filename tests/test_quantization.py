@@ -17,12 +17,13 @@ from helpers import TWINS, environment, write_twin
 from torch import nn
 from workers import Pool
 
-from llama import Llama, ModelArgs, int4, int8, kernels, memory, products, quantized, rounding
-from llama.convert import convert
-from llama.parallel import ColumnParallelLinear
-from llama.quantization import quantize_layers
-from llama.quantized import Quantized
-from llama.rounding import Quantization, to_int4
+from llama import Llama, ModelArgs, memory
+from llama.commands.convert import convert
+from llama.layers import int4, int8, kernels, products, quantized, rounding
+from llama.layers.parallel import ColumnParallelLinear
+from llama.layers.quantization import quantize_layers
+from llama.layers.quantized import Quantized
+from llama.layers.rounding import Quantization, to_int4
 
 CPU = torch.device("cpu")
 
@@ -300,7 +301,7 @@ def whole(states: list[dict[str, torch.Tensor]], dims: dict[str, Any]) -> dict[s
 
 def how_cut(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     from llama import Transformer
-    from llama.checkpoint import cut
+    from llama.weights.checkpoint import cut
 
     with torch.device("meta"):
         model = Transformer(ModelArgs(**params, vocab_size=400, max_seq_len=1, max_batch_size=1))

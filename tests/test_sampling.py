@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama.sampling import Sampling, exponential_noise, multinomial_no_sync, sample_top_p
-from llama.sampling import next_token as choose
+from llama.decoding.sampling import Sampling, exponential_noise, multinomial_no_sync, sample_top_p
+from llama.decoding.sampling import next_token as choose
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from workers import Pool
 from llama import Llama, Tokenizer, completion
 from llama.chat import SPECIAL_TAGS, DialogError, encode_dialog
 from llama.completion import window_starts
-from llama.sampling import Sampling, exponential_noise, next_token
+from llama.decoding.sampling import Sampling, exponential_noise, next_token
 from llama.tokenizer import TextStream
 
 WORDS = "the little dog found a red ball under tree and ran back to house 你好 世界 🌍 1985 Ärger".split()
@@ -332,8 +332,8 @@ def test_long_prompts_run_in_chunks(llama: Llama, monkeypatch: pytest.MonkeyPatc
     """Chunks of 16 columns give what one pass gives, ragged and echoed."""
     prompts = [[1, *range(20, 20 + n)] for n in (3, 40, 16, 17)]
     whole = llama.generate(prompts, 6, 0, logprobs=True, echo=True)
-    monkeypatch.setattr("llama.engine.CHUNK", 16)
-    monkeypatch.setattr("llama.engine.PASS", 16)
+    monkeypatch.setattr("llama.decoding.engine.CHUNK", 16)
+    monkeypatch.setattr("llama.decoding.engine.PASS", 16)
     parts = llama.generate(prompts, 6, 0, logprobs=True, echo=True)
     assert parts[0] == whole[0]
     for a, b in zip(parts[1] or [], whole[1] or [], strict=True):

@@ -20,13 +20,14 @@ from conftest import ROOT, shared
 from helpers import TORCHRUN, environment
 from workers import Pool
 
-from llama import Llama, cli, console, jobs, terminal
+from llama import Llama
 from llama.chat import UNSAFE_ERROR
-from llama.conversation import COMMANDS, Conversation
+from llama.commands import cli, console, jobs, terminal
+from llama.commands.conversation import COMMANDS, Conversation
 
 PROGRAM = """
 import fire
-from llama import terminal
+from llama.commands import terminal
 fire.Fire({name: getattr(terminal, name) for name in ("chat", "complete", "tokenize", "score")})
 """
 # The pseudo-terminal becomes the one that Ctrl-C of this process comes from, 40 lines of 100 characters.
@@ -197,7 +198,7 @@ def test_ctrl_c_in_a_pipe_ends_it(llama: Llama, monkeypatch: pytest.MonkeyPatch)
     def interrupted(_: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llama.conversation.say", interrupted)
+    monkeypatch.setattr("llama.commands.conversation.say", interrupted)
     with pytest.raises(SystemExit, match="130"):
         talk(llama, "Hi", "Why?")
 

@@ -1,0 +1,1 @@
+"""The terminal: `python -m llama …`, its commands, and how they read and speak."""

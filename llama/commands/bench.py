@@ -1,0 +1,206 @@
+"""How fast a checkpoint runs on this machine, beside what the machine could do: `python -m llama bench`."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from .. import memory
+from ..decoding.batching import Batch, Request
+from ..decoding.sampling import Sampling
+from ..generation import DEMO, DEMO_POSITIONS, Llama
+from ..layers.parallel import from_first_process
+from ..model import Transformer
+from ..runtime import Launch, device_kind
+from ..system.checks import whole_number
+from ..system.printable import printable
+from ..tokenizer import user_path
+
+READ_BYTES = 2**28  # more than a core's share of the caches holds, yet touched in a fraction of a second
+TRIES = 5
+REPEATS = 3
+
+
+def bench(
+    ckpt_dir: Optional[str] = None,
+    tokenizer_path: Optional[str] = None,
+    prompt_tokens: Optional[int] = None,
+    new_tokens: int = 64,
+    batch_size: int = 1,
+    quantize: Optional[str] = None,
+    compile: Optional[bool] = None,
+    device: Optional[str] = None,
+    dtype: Optional[str] = None,
+    json: bool = False,
+) -> None:
+    """Measure load, prefill, first token and decode of a checkpoint (the demo model if not given) on this machine.
+
+    prompt_tokens: 480 if not given, or what the demo model has room for. new_tokens: that each of the batch_size prompts
+    is continued by, whatever they are. quantize, compile, device, dtype: as `Llama.build` has them. json: one object
+    in place of the text. Medians of 3 runs after one that is not counted. Under torchrun, bytes and rates are one process's.
+    """
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "compile": compile}
+    new_tokens = whole_number("new_tokens", new_tokens, 2)  # one comes with the prompt; decode is timed on the others
+    batch_size = whole_number("batch_size", batch_size, 1)
+    if prompt_tokens is None:
+        prompt_tokens = 480 if ckpt_dir is not None else max(1, min(480, DEMO_POSITIONS - new_tokens))
+    prompt_tokens = whole_number("prompt_tokens", prompt_tokens, 1)
+    began = time.perf_counter()
+    # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
+    with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():
+        llama = Llama.build(ckpt_dir, tokenizer_path, prompt_tokens + new_tokens, batch_size, **options)
+    report = {
+        "checkpoint": str(DEMO if ckpt_dir is None else user_path(ckpt_dir)),
+        "quantize": quantize,
+        "compile": compile,
+        "load_s": time.perf_counter() - began,
+        **measure(llama, prompt_tokens, new_tokens, batch_size),
+    }
+    print(jsonlib.dumps(report) if json else printable(_text(report)), flush=True)
+
+
+def measure(llama: Llama, prompt_tokens: int, new_tokens: int, batch_size: int) -> dict[str, Any]:
+    """Medians over REPEATS runs, and the machine's read rate. All processes call it together."""
+    weight, rows = llama.model.norm.weight, make_prompts(batch_size, prompt_tokens, llama.model.vocab_size)
+    from_first_process(None)  # processes that share a memory read it at the same time, as in a step
+    limit = read_rate(weight.device)
+    timed_run(llama, rows, new_tokens)
+    runs = [timed_run(llama, rows, new_tokens) for _ in range(REPEATS)]
+    first = statistics.median(run[0] for run in runs)
+    step = statistics.median(run[1] for run in runs if run[1] is not None)
+    nbytes = weight_bytes(llama.model)
+    return {
+        "device": str(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "processes": Launch.read().world_size,
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "prefill_tok_s": batch_size * prompt_tokens / first,
+        "first_token_s": first,
+        "decode_tok_s": batch_size / step,
+        "step_s": step,
+        "weights_bytes": nbytes,
+        "weights_GB_s": nbytes / step / 1e9,
+        "memory_GB_s": limit / 1e9,
+        "share_of_memory_rate": nbytes / step / limit,
+        "fits_cache": nbytes < largest_cache() and device_kind(weight) == "cpu",
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    r, rows = report, report["batch_size"]
+    form = "".join(f", {r['quantize']}" * (r["quantize"] is not None)) + ", compiled" * (r["compile"] is True)
+    each = " on each process" if r["processes"] > 1 else ""
+    kind = "plain reads" if r["device"] == "cpu" else "copies"
+    threads = f", {r['threads']} thread{'s' * (r['threads'] != 1)}" if r["device"] == "cpu" else ""
+    many = f" of {rows} prompts together" if rows > 1 else ""
+    lines = [
+        f"{r['checkpoint']}: {r['dtype']}{form} on {r['device']}, {r['processes']} process"
+        f"{'es' * (r['processes'] > 1)}{threads}{' each' * bool(each and threads)}",
+        f"  load      {r['load_s']:.2f} s",
+        f"  prefill   {r['prefill_tok_s']:.1f} tok/s ({r['prompt_tokens']} tokens{f' in each of {rows} prompts' * (rows > 1)})",
+        f"  first     {r['first_token_s']:.4f} s to the first token",
+        f"  decode    {r['decode_tok_s']:.2f} tok/s{many} ({r['step_s'] * 1e3:.2f} ms a step, {r['new_tokens']} new tokens)",
+        f"  weights   {memory.gigabytes(r['weights_bytes'])} a step{each}, {r['weights_GB_s']:.1f} GB/s",
+        f"  memory    {r['memory_GB_s']:.1f} GB/s in {kind}{each}: decode takes {r['share_of_memory_rate']:.0%} of that",
+    ]
+    if r["fits_cache"]:
+        lines.append("            (the weights fit this processor's largest cache, so more than 100% is possible)")
+    return "\n".join(lines)
+
+
+def make_prompts(batch_size: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Prompts of BOS and ids that differ, past the special ones."""
+    special = min(3, vocab_size - 1)
+    return [
+        [min(1, vocab_size - 1), *(special + (7 * i + 31 * row) % (vocab_size - special) for i in range(length - 1))]
+        for row in range(batch_size)
+    ]
+
+
+def timed_run(llama: Llama, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, Optional[float], list[int]]:
+    """Greedy, past any EOS: seconds to the first token, mean seconds of each step after it (None if there is none), and
+    the first row's new ids. The prompts are of equal length and not more than the cache has rows."""
+    requests = [Request(list(prompt), new_tokens) for prompt in prompts]
+    ids: list[int] = []
+    moments = []
+    began = time.perf_counter()
+    for count, step in enumerate(Batch(llama._engine, requests, Sampling(temperature=0), frozenset(), draft=False), start=1):
+        if step.index == 0 and step.token is not None:
+            ids.append(step.token)
+        if count % len(prompts) == 0:  # the ids are on the host, so the device has done its work
+            moments.append(time.perf_counter())
+    steps = len(moments) - 1
+    return moments[0] - began, (moments[-1] - moments[0]) / steps if steps else None, ids
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of weights that each decode step reads on this process: all but the embedding, of which it takes a few rows."""
+    return sum(
+        tensor.nbytes
+        for module in model.modules()
+        if module is not model.tok_embeddings
+        for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for name, tensor in tensors
+        if not name.startswith("cache_") and name != "fused"  # whose parts are the layers' weights
+    )
+
+
+def read_rate(device: torch.device, nbytes: int = READ_BYTES) -> float:
+    """Bytes a second that this process reads from ordinary memory with all its threads; on other devices than the CPU,
+    bytes read and written a second by a copy. The best of a few operators, each one's median of TRIES."""
+    free = memory.free_bytes(device)
+    nbytes = nbytes if free is None else max(2**20, min(nbytes, free // 4))
+    numbers = torch.ones(nbytes // 8 * 2, dtype=torch.float32, device=device)  # an even number; ones touch every page
+    if device_kind(device) != "cpu":
+        target = torch.empty_like(numbers)
+        return 2 * numbers.nbytes / _seconds(lambda: target.copy_(numbers), device)
+    halves, integers = numbers.chunk(2), numbers.view(torch.int32)
+    reads: list[Callable[[], Any]] = [numbers.sum, integers.amax, lambda: torch.dot(*halves)]
+    return numbers.nbytes / min(_seconds(read, device) for read in reads)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float:
+    """Floating-point operations a second in products (rows, inner) x (inner, columns), the best of these shapes."""
+    rates = []
+    for rows, inner, columns in shapes:
+        x = torch.ones(rows, inner, dtype=dtype, device=device)
+        weight = torch.ones(columns, inner, dtype=dtype, device=device)
+        taken = _seconds(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), device)  # type: ignore[misc]
+        rates.append(2 * rows * inner * columns / taken)
+    return max(rates)
+
+
+@torch.inference_mode()
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Median of TRIES, after one that is not counted."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if device_kind(device) != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - began
+
+    once()
+    return statistics.median(once() for _ in range(TRIES))
+
+
+def largest_cache() -> int:
+    """Bytes of the first processor's largest cache; 0 where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = path.read_text().strip()[:-1], path.read_text().strip()[-1:]
+        if number.isdecimal() and unit in "KMG":
+            sizes.append(int(number) * 1024 ** ("KMG".index(unit) + 1))
+    return max(sizes, default=0)

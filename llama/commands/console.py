@@ -1,0 +1,207 @@
+"""How the commands read and speak.
+
+stdout has the model's words and nothing else; the program's own go to stderr. Where torchrun started several processes, the
+first one reads, and tells the others what it read: all of them run the same lines, and one is heard.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union, cast
+
+from ..layers.parallel import from_first_process, is_first_process
+from ..runtime import Launch
+from ..system.files import read_file
+from ..system.pipes import reader_may_leave
+from ..system.printable import escaped, harmless, json_line, printable, shortened
+from ..tokenizer import user_path
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+T = TypeVar("T")
+# Gives the next line, None at the end. Its argument says what to show below the line while it is typed.
+Read = Callable[[Callable[[], str]], Optional[str]]
+
+
+def say(text: str) -> None:
+    """To stdout at once."""
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    _tell(text, "2")
+
+
+def complain(text: str) -> None:
+    _tell(escaped(" ".join(text.split())), "31")
+
+
+def _tell(text: str, color: str) -> None:
+    """Words of the program's own, from one process, in color where there is somebody to see it."""
+    if is_first_process():
+        text = harmless(text)
+        print(f"\x1b[{color}m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def quoted(text: str, *, quotes: bool = False) -> str:
+    """On one line, whatever it holds."""
+    line = json_line(text)
+    return line if quotes else line[1:-1].replace('\\"', '"')
+
+
+@contextmanager
+def pipe_may_close() -> Iterator[None]:
+    """`… | head` is no error; and what the terminal has no characters for is none either."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    with reader_may_leave():
+        yield
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What the first process makes of it, on every process; a ValueError or OSError there is a ValueError on all."""
+    outcome: Any = None
+    if is_first_process():
+        try:
+            outcome = work(), None
+        except (ValueError, OSError) as error:
+            outcome = None, str(error)
+    value, failure = from_first_process(outcome)
+    if failure is not None:
+        raise ValueError(failure)
+    return cast(T, value)
+
+
+def typed_lines(commands: Sequence[str]) -> Read:
+    """Reads messages at the terminal, with a history that outlives the program."""
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+    except ImportError as error:
+        raise ValueError(
+            'a chat at the terminal needs prompt_toolkit; pip install "prompt_toolkit>=3.0.53", or send messages by a pipe'
+        ) from error
+    path = _history()
+    prompt: PromptSession[str] = PromptSession(
+        history=FileHistory(str(path)) if path else InMemoryHistory(),
+        completer=WordCompleter(commands, sentence=True),
+        complete_while_typing=False,
+        multiline=True,
+        key_bindings=_keys(),
+        prompt_continuation="… ",
+    )
+
+    def read(below: Callable[[], str]) -> Optional[str]:
+        while True:
+            try:
+                return prompt.prompt("> ", bottom_toolbar=f" {below()}")
+            except KeyboardInterrupt:  # a new line to type, as in a shell
+                continue
+            except EOFError:
+                return None
+
+    return read
+
+
+def _keys() -> Any:
+    """Enter sends, unless the line ends with a backslash; Esc Enter never does. (prompt_toolkit has it the other way.)"""
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: Any) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def new_line(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _history() -> Optional[Path]:
+    """The file of what was typed, for this user only; None where there is no place for it."""
+    state = {"darwin": "Library/Application Support", "win32": "AppData/Local"}.get(sys.platform, ".local/state")
+    try:
+        path = Path.home() / state / "llama" / "history"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.open("ab").close()
+    except (OSError, RuntimeError):
+        return None
+    return path
+
+
+def piped_lines() -> Read:
+    lines = _decoded(sys.stdin.buffer)
+
+    def read(_: Callable[[], str]) -> Optional[str]:
+        message = next(lines, None)
+        while message is not None and message.endswith("\\"):
+            message = message[:-1] + "\n" + next(lines, "")
+        return message
+
+    return read
+
+
+def _decoded(file: Any) -> Iterator[str]:
+    for number, raw in enumerate(file, start=1):
+        try:
+            yield raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"line {number} of the pipe is not UTF-8") from error
+
+
+def given_text(text: Optional[str], file: Optional[str], what: str) -> str:
+    """The text that a command works on. Only the first process reads files and pipes; the others get theirs later."""
+    if text is not None and file is not None:
+        raise ValueError(f"give the {what} or --file, not both")
+    if text is not None:
+        return str(text)
+    if Launch.read().rank > 0:
+        return ""
+    if file is None and sys.stdin.isatty():
+        raise ValueError(f"no {what}; give one in quotes, --file FILE, or a pipe")
+    path = None if file is None else user_path(file)
+    data = sys.stdin.buffer.read() if path is None else read_file(path)
+    try:
+        decoded = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path or 'the pipe'} is not UTF-8 at byte {error.start}") from error
+    return decoded.removesuffix("\n").removesuffix("\r")  # which editors and echo put there
+
+
+def texts(value: str) -> Union[str, list[str]]:
+    """One text, or several as a JSON list."""
+    if value.startswith("["):
+        try:
+            several = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if isinstance(several, list) and all(isinstance(text, str) for text in several):
+            return several
+    return value
+
+
+def numbers_in(ids: Union[str, int, Sequence[int]]) -> list[int]:
+    """Ids as fire or a caller gives them: 5, (1, 306), [1, 306], or the text "1 306"."""
+    parts = re.split(r"[\s,]+", ids.strip("[]() ")) if isinstance(ids, str) else [ids] if isinstance(ids, int) else ids
+    try:
+        return [int(part) if isinstance(part, str) else index(part) for part in parts if part != ""]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"ids={shortened(ids)} must be numbers, such as 1,306,4658") from error

@@ -1,0 +1,304 @@
+"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype, or quantised.
+
+Tensor by tensor: at no time is there more than one of them in memory. Everything goes into a folder with another name,
+config last, which is renamed at the very end; what is interrupted leaves nothing that looks whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from tqdm import tqdm
+
+from ..layers.quantized import Quantized
+from ..layers.rounding import Quantization
+from ..model import ModelArgs, Transformer, check_args, feed_forward_width
+from ..system.checks import whole_number
+from ..tokenizer import Tokenizer
+from ..weights.checkpoint import Checkpoint, cut, fit_vocabulary, open_checkpoint, prepare, quantized, quantized_layers
+from ..weights.huggingface import NAMES, ROTATED, other_name, to_hf_rows
+from ..weights.writers import Entry, write_pth, write_safetensors
+
+PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder has no more, unless one tensor has
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    shards: int = 1,
+    dtype: Optional[torch.dtype] = None,
+    tokenizer_path: Optional[Path] = None,
+    quantize: Optional[str] = None,
+) -> None:
+    """Write the checkpoint `source` into the new folder `target`, to="meta" (with `shards`) or "hf".
+
+    dtype: of all weights, each its own if not given. tokenizer_path: copied too; a Hugging Face folder needs it. quantize:
+    "int8" or "int4", for the matrices of Meta's format; as they are if not given, and then dtype is not theirs. ValueError
+    where an argument or the source is not right, the target exists, or the disk has too little room; then nothing is written.
+    """
+    if to not in ("meta", "hf"):
+        raise ValueError(f"to={to!r} must be 'meta' or 'hf'")
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists, and nothing is written over; name another folder, or remove it")
+    checkpoint = open_checkpoint(source)
+    tokenizer = Tokenizer(str(tokenizer_path)) if tokenizer_path else None
+    args = _full_args(checkpoint, tokenizer)
+    check_args(args, 1, source)
+    with torch.device("meta"):
+        model = Transformer(args)
+    quantization = prepare(model, checkpoint, quantize)
+    if quantization is not None and to == "hf":
+        where = "quantize=" + repr(quantize) if quantize else f"{source} is stored as {quantization.kind}, which"
+        raise ValueError(f"{where} is for Meta's format alone; convert to='meta', or the original weights to='hf'")
+    files = _hf_files(checkpoint, model, dtype) if to == "hf" else _meta_files(checkpoint, model, shards, dtype)
+    with _new_folder(target, sum(entry.nbytes for entries in files.values() for entry in entries)) as folder:
+        write = write_safetensors if to == "hf" else write_pth
+        with tqdm(total=sum(map(len, files.values())), desc="Converting", unit="tensor", disable=None) as progress:
+            for name, entries in files.items():
+                write(folder / name, entries, progress)
+        if tokenizer_path:
+            shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
+        if to == "hf":
+            _write_hf_config(folder, args, dtype or checkpoint.dtype, files, tokenizer)
+        else:
+            _write_json(folder / "params.json", meta_params(args) | quantization_params(quantization))
+            _write_checklist(folder)
+
+
+def _full_args(checkpoint: Checkpoint, tokenizer: Optional[Tokenizer]) -> ModelArgs:
+    if tokenizer is not None:
+        return replace(fit_vocabulary(checkpoint, tokenizer.n_words), max_seq_len=1, max_batch_size=1)
+    rows = checkpoint.shape("tok_embeddings.weight", 1)[0]
+    return replace(checkpoint.args, vocab_size=rows, max_seq_len=1, max_batch_size=1)
+
+
+@contextmanager
+def _new_folder(target: Path, nbytes: int) -> Iterator[Path]:
+    """A folder beside `target` to write into. It becomes `target` if all went well, and is removed if not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < nbytes:
+        raise ValueError(
+            f"the disk of {target} has {free / 1e9:.1f} GB free, and {nbytes / 1e9:.1f} GB are to be written; free some"
+        )
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _meta_files(
+    checkpoint: Checkpoint, model: Transformer, shards: int, dtype: Optional[torch.dtype]
+) -> dict[str, list[Entry]]:
+    """consolidated.NN.pth: shard i has the i-th part of every matrix, along the dimension that its layer is cut."""
+    kv_heads = model.params.kv_heads
+    shards = whole_number("shards", shards, 1)
+    check_args(model.params, shards)
+    if kv_heads % shards:
+        raise ValueError(f"{kv_heads} key/value heads cannot be cut into {shards} shards; use a divisor of {kv_heads}")
+    plan, layers = cut(model), quantized_layers(model)
+    for layer in layers.values():
+        if layer.shard_dim == 1:
+            layer.quantization.check_parts(layer.in_features, shards, "shards")
+    rounded = _Rounded(checkpoint, layers, shards) if checkpoint.quantization is None else None
+    plan.update({name: (checkpoint.shape(name, None), None, 1) for name in checkpoint.tables})
+    dtypes = checkpoint.dtypes | checkpoint.tables
+    files: dict[str, list[Entry]] = {}
+    for i in range(shards):
+        entries = files[f"consolidated.{i:02d}.pth"] = []
+        for name, (full, dim, _) in plan.items():
+            shape = [n // shards if j == dim else n for j, n in enumerate(full)]
+            part = 0 if dim is None else shape[dim]
+            prefix = name.rpartition(".")[0]
+            read = _reader(checkpoint, name, dim, i * part, (i + 1) * part)
+            if prefix not in layers:
+                stored = dtype or dtypes[name]
+            else:
+                stored = model.get_parameter(name).dtype
+                read = read if rounded is None else rounded.reader(name, i)
+            entries.append(Entry(name, stored, shape, read, checkpoint.mapped.release))
+    return files
+
+
+class _Rounded:
+    """The tensors of one layer's part at a time, rounded when the first of them is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, layers: dict[str, Quantized], shards: int) -> None:
+        self.checkpoint, self.layers, self.shards = checkpoint, layers, shards
+        self.at: Optional[tuple[str, int]] = None
+        self.made: dict[str, torch.Tensor] = {}
+
+    def reader(self, name: str, shard: int) -> Callable[[], torch.Tensor]:
+        return lambda: self._read(name, shard)
+
+    def _read(self, name: str, shard: int) -> torch.Tensor:
+        prefix, _, kind = name.rpartition(".")
+        if self.at != (prefix, shard):
+            layer = self.layers[prefix]
+            full = layer.in_features if layer.shard_dim == 1 else layer.out_features
+            part = full // self.shards
+            self.made = {}
+            self.made = quantized(self.checkpoint, prefix, layer, shard * part, (shard + 1) * part, torch.device("cpu"))
+            self.at = prefix, shard
+        return self.made[kind]
+
+
+def _hf_files(checkpoint: Checkpoint, model: Transformer, dtype: Optional[torch.dtype]) -> dict[str, list[Entry]]:
+    """model.safetensors, or as many parts as PART_BYTES asks for."""
+    parts: list[list[Entry]] = [[]]
+    for name, (shape, dim, _) in cut(model).items():
+        read = _reader(checkpoint, name, dim, 0, 0 if dim is None else shape[dim])
+        if name.endswith(ROTATED):
+            read = _in_hf_order(read, model.params.head_size, checkpoint)
+        theirs = other_name(name, NAMES)
+        assert theirs is not None
+        entry = Entry(theirs, dtype or checkpoint.dtypes[name], shape, read, checkpoint.mapped.release)
+        if parts[-1] and sum(e.nbytes for e in parts[-1]) + entry.nbytes > PART_BYTES:
+            parts.append([])
+        parts[-1].append(entry)
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, start=1)}
+
+
+def _reader(checkpoint: Checkpoint, name: str, dim: Optional[int], start: int, stop: int) -> Callable[[], torch.Tensor]:
+    return lambda: checkpoint.read(name, dim, start, stop)
+
+
+def _in_hf_order(read: Callable[[], torch.Tensor], head_dim: int, checkpoint: Checkpoint) -> Callable[[], torch.Tensor]:
+    def ordered() -> torch.Tensor:
+        stored = read()
+        weight = to_hf_rows(stored, head_dim)
+        checkpoint.mapped.release(stored)
+        return weight
+
+    return ordered
+
+
+def meta_params(args: ModelArgs) -> dict[str, Any]:
+    """params.json. A feed-forward width that was stated outright becomes a multiple and a multiplier that give it."""
+    multiple_of, multiplier = args.multiple_of, args.ffn_dim_multiplier
+    if args.ffn_dim is not None:
+        exact = (args.ffn_dim + 0.5) / int(8 * args.dim / 3)  # which the rule rounds down
+        rules = [(2**power, factor) for factor in (None, 1.3) for power in range(12, -1, -1)] + [(1, exact)]
+        multiple_of, multiplier = next(r for r in rules if feed_forward_width(4 * args.dim, *r) == args.ffn_dim)
+    params = {
+        "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size, "multiple_of": multiple_of, "ffn_dim_multiplier": multiplier,
+        "norm_eps": args.norm_eps, "rope_theta": None if args.rope_theta == 10000.0 else args.rope_theta,
+        "head_dim": args.head_dim,
+    }  # fmt: skip
+    return {key: value for key, value in params.items() if value is not None}
+
+
+def quantization_params(quantization: Optional[Quantization]) -> dict[str, Any]:
+    """What params.json says of the matrices' numbers."""
+    if quantization is None:
+        return {}
+    group = {"group_size": quantization.group_size} if quantization.kind == "int4" else {}
+    return {"quantization": {"kind": quantization.kind, **group}}
+
+
+def _write_hf_config(
+    folder: Path, args: ModelArgs, dtype: torch.dtype, files: dict[str, list[Entry]], tokenizer: Optional[Tokenizer]
+) -> None:
+    if len(files) > 1:
+        where = {entry.name: name for name, entries in files.items() for entry in entries}
+        total = sum(entry.nbytes for entries in files.values() for entry in entries)
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    ids = {"bos_token_id": tokenizer.bos_id if tokenizer else 1, "eos_token_id": tokenizer.eos_id if tokenizer else 2}
+    if tokenizer:
+        piece = tokenizer.sp_model.IdToPiece
+        _write_json(folder / "tokenizer.json", hf_tokenizer(tokenizer))
+        _write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": piece(tokenizer.bos_id),
+            "eos_token": piece(tokenizer.eos_id), "unk_token": piece(tokenizer.sp_model.unk_id()),
+            "clean_up_tokenization_spaces": False,
+        })  # fmt: skip
+    _write_json(folder / "generation_config.json", ids)
+    _write_json(folder / "config.json", {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": args.dim,
+        "intermediate_size": args.ffn_width, "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads, "head_dim": args.head_size, "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta, "rope_scaling": None, "hidden_act": "silu",
+        "max_position_embeddings": 4096 if args.rope_theta == 10000.0 else 16384, "attention_bias": False,
+        "mlp_bias": False, "tie_word_embeddings": False, "torch_dtype": str(dtype).removeprefix("torch."), **ids,
+    })  # fmt: skip
+
+
+def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer.json: the same pieces and ids for transformers, which needs nothing else then.
+
+    SentencePiece joins the two neighbours whose piece scores best; there, a list of pairs says which come first.
+    """
+    model = tokenizer.sp_model
+    pieces = [model.IdToPiece(i) for i in range(tokenizer.n_words)]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    special = [i for i in range(tokenizer.n_words) if model.IsControl(i) or model.IsUnknown(i)]
+    apart = {*special, *(i for i in ids.values() if model.IsByte(i) or model.IsUnused(i))}
+    merges: list[tuple[str, str]] = []
+    for i in sorted(set(ids.values()) - apart, key=lambda i: (-model.GetScore(i), i)):
+        splits = ((pieces[i][:at], pieces[i][at:]) for at in range(1, len(pieces[i])))
+        merges += sorted((s for s in splits if s[0] in ids and s[1] in ids), key=lambda s: (ids[s[0]], ids[s[1]]))
+    spaces: list[dict[str, Any]] = []
+    if model.EncodeAsIds("a  b") == model.EncodeAsIds("a b"):  # not Llama's, whose vocabulary has runs of spaces
+        spaces = [{"type": "Strip", "strip_left": True, "strip_right": True},
+                  {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]  # fmt: skip
+    begin = {"SpecialToken": {"id": pieces[tokenizer.bos_id], "type_id": 0}}
+    text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
+        "added_tokens": [
+            {"id": i, "content": pieces[i], "special": True, "normalized": False, "single_word": False, "lstrip": False,
+             "rstrip": False} for i in special
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            *spaces, {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [begin, text[0]], "pair": [begin, text[0], begin, text[1]],
+            "special_tokens": {pieces[tokenizer.bos_id]: {
+                "id": pieces[tokenizer.bos_id], "ids": [tokenizer.bos_id], "tokens": [pieces[tokenizer.bos_id]],
+            }},
+        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": pieces[model.unk_id()], "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": ids,
+            "merges": [" ".join(pair) for pair in merges],
+        },
+    }  # fmt: skip
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_checklist(folder: Path) -> None:
+    """checklist.chk, for `md5sum -c`, as Meta's downloads have it."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        digest = hashlib.md5(usedforsecurity=False)
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+        lines.append(f"{digest.hexdigest()}  {path.name}\n")
+    (folder / "checklist.chk").write_text("".join(lines))

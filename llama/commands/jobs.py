@@ -1,0 +1,167 @@
+"""Long lists of prompts as JSON lines: checked before any work, written as they come, taken up again where they were left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Optional
+
+from tqdm import tqdm
+
+from ..chat import check_dialog, encode_dialog, is_unsafe
+from ..layers.parallel import is_first_process, replica
+from ..system.checks import whole_number
+from ..system.files import is_there, listed, parse_json, read_file
+from ..system.printable import json_line, shortened
+
+if TYPE_CHECKING:
+    from ..generation import Llama
+
+# What a line may say. The other options of `Options` are not words of JSON, or not for one prompt.
+OPTIONS = ("temperature", "top_p", "max_gen_len", "stop", "stop_ids", "top_k", "min_p", "repetition_penalty", "draft")
+KEYS = ("prompt", "messages", "continue_final_message", "id", "seed", *OPTIONS)
+PER_SLOT = 8  # lines for each slot in one call: more keep the slots busy, fewer bring results sooner
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of the input: a prompt or messages, and how they are to be answered."""
+
+    line: int
+    prompt: Any
+    is_chat: bool
+    is_begun: bool  # the messages end with the beginning of the reply
+    seed: int
+    options: dict[str, Any]
+    extra: dict[str, Any]  # what goes into the output as it is: the id
+
+    @property
+    def digest(self) -> str:
+        """What the output says about the input, so that a later run knows whether it is the same."""
+        told = [self.prompt, self.is_chat, self.seed, self.options, self.extra, *[True] * self.is_begun]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_jobs(path: Path, options: Mapping[str, Any], seed: int) -> list[Job]:
+    """The input's lines; empty ones are passed over. ValueError names the first line that is not right.
+
+    options: for lines that do not say otherwise. Line n draws with seed + n if it has no seed of its own, so its text
+    depends neither on the lines around it nor on where an earlier run was interrupted.
+    """
+    seed = whole_number("seed", seed, 0, 2**62, "from 0 to 2**62")
+    jobs = []
+    for number, raw in enumerate(read_file(path).split(b"\n"), start=1):
+        if raw.strip():
+            try:
+                jobs.append(_read_job(number, parse_json(raw), options, seed))
+            except ValueError as error:
+                raise ValueError(f"line {number} of {path}: {error}") from error
+    return jobs
+
+
+def _read_job(number: int, line: Any, options: Mapping[str, Any], seed: int) -> Job:
+    if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
+        raise ValueError('it must be {"prompt": "…"} or {"messages": […]}')
+    if unknown := sorted(set(line) - set(KEYS)):
+        raise ValueError(f"unknown {listed(unknown)}; a line may have {', '.join(KEYS)}")
+    is_chat = "messages" in line
+    prompt = line["messages"] if is_chat else line["prompt"]
+    is_begun = line.get("continue_final_message", False)
+    if not isinstance(is_begun, bool) or (is_begun and not is_chat):
+        raise ValueError(f"continue_final_message={shortened(is_begun)} must be true or false, and is for messages")
+    if is_chat:
+        check_dialog(prompt, is_begun)
+    elif not isinstance(prompt, str):
+        raise ValueError(f"prompt={shortened(prompt)} must be a text")
+    own = whole_number("seed", line.get("seed", seed + number), 0, 2**63 - 1, "from 0 to 2**63 - 1")
+    chosen = {**options, **{name: line[name] for name in OPTIONS if name in line}}
+    return Job(number, prompt, is_chat, is_begun, own, chosen, {"id": line["id"]} if "id" in line else {})
+
+
+def finished(path: Path, jobs: list[Job]) -> tuple[int, int]:
+    """(lines, bytes) of an earlier run's output that stand; what comes behind is half a line.
+
+    ValueError where its lines do not belong to these jobs.
+    """
+    data = read_file(path) if is_there(path) else b""
+    size = data.rfind(b"\n") + 1
+    lines = data[:size].split(b"\n")[:-1]
+    way_out = "pass the same input and options to go on with it, or name another file"
+    if len(lines) > len(jobs):
+        raise ValueError(f"{path} has {len(lines)} lines, but there are {len(jobs)} prompts; {way_out}")
+    for number, (raw, job) in enumerate(zip(lines, jobs), start=1):
+        try:
+            digest = parse_json(raw)["input"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {path} was not written by complete; name another file") from error
+        if digest != job.digest:
+            raise ValueError(f"line {number} of {path} answers something else than line {job.line} of the input; {way_out}")
+    return len(lines), size
+
+
+def check_jobs(llama: Llama, jobs: list[Job], path: Path) -> None:
+    """What only the model can tell: whether prompts fit, and options are in range. ValueError names the line."""
+    limit = llama.model.params.max_seq_len
+    good: list[dict[str, Any]] = []
+    for job in jobs:
+        try:
+            tokenizer = llama.tokenizer
+            if job.is_chat:
+                ids = encode_dialog(job.prompt, tokenizer, job.is_begun)
+            else:
+                ids = tokenizer.encode(job.prompt, bos=True, eos=False)
+            if len(ids) > limit:
+                raise ValueError(
+                    f"its {len(ids)} tokens are more than max_seq_len={limit}; shorten it, or pass "
+                    f"--max_seq_len {len(ids)} or more"
+                )
+            if job.options not in good:
+                llama.check_options(job.options)
+                good.append(job.options)
+        except ValueError as error:
+            raise ValueError(f"line {job.line} of {path}: {error}") from error
+
+
+def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    """The output's lines, in order. Every process iterates, and each copy of the model does its share."""
+    size = PER_SLOT * llama.model.params.max_batch_size * replica()[1]
+    for _, alike in groupby(jobs, key=lambda job: (job.is_chat, job.is_begun, job.options)):
+        group = list(alike)
+        for part in (group[i : i + size] for i in range(0, len(group), size)):
+            yield from _answer(llama, part)
+
+
+def _answer(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    """One call, for jobs of one kind with the same options."""
+    prompts, options = [job.prompt for job in jobs], jobs[0].options
+    if jobs[0].is_chat:
+        # Refused dialogs run nothing, and so take no seed.
+        seeds = [job.seed for job in jobs if not is_unsafe(job.prompt)]
+        begun = jobs[0].is_begun
+        replies: list[Any] = list(llama.chat_completion(prompts, seed=seeds, continue_final_message=begun, **options))
+    else:
+        replies = list(llama.text_completion(prompts, seed=[job.seed for job in jobs], **options))
+    for job, reply in zip(jobs, replies):
+        yield {**job.extra, "input": job.digest, **reply}
+
+
+def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: Optional[BinaryIO]) -> None:
+    """Write what comes, each line at once, with a bar on a terminal. out: None on processes that only compute."""
+    with tqdm(total=total, initial=done, unit="line", disable=None if is_first_process() else True) as bar:
+        for line in lines:
+            if out is not None:
+                out.write(json_line(line).encode() + b"\n")
+                out.flush()
+            bar.update()
+
+
+def open_output(path: Path, size: int) -> BinaryIO:
+    """To go on behind what stands."""
+    file = path.open("r+b" if path.exists() else "wb")
+    file.truncate(size)
+    file.seek(size)
+    return file

@@ -1,0 +1,291 @@
+"""One step of the model over its cache: prompts in, or one token of every row. Ids only."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Optional
+
+import torch
+
+from .. import memory, runtime
+from ..cache_use import CacheUse
+from ..layers.parallel import group_size
+from ..layers.products import AMX
+from ..model import RMSNorm, Transformer
+from ..runtime import device_kind
+from .compiled import Recorded, make_graph
+
+LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
+CHUNK = 512  # columns of prompts in one pass, at least: long prompts cost no more memory
+PASS = 2048  # tokens in one pass, where the rows are few: fewer do not keep a GPU busy, and later passes need a mask
+KEPT = 2**25 - 2**16  # bytes; see `keep_pages`
+
+
+class WithoutOneDNN:
+    """For one row in bfloat16 on a CPU without AMX: oneDNN reads the weights at two thirds of the speed of torch's own
+    product. The switch is the process's, so the last of several threads turns it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags does the same, but warns about TF32
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch._C._set_mkldnn_enabled(self._before)
+
+
+without_onednn = WithoutOneDNN()
+
+
+def keep_pages() -> None:
+    """Let glibc keep freed pieces of up to 32 MB, which it learns from seeing one freed. Handed back to the system, the
+    pages of every large tensor of a prompt would be zeroed anew: a tenth to a quarter of the time. Touches no memory."""
+    torch.empty(KEPT, dtype=torch.uint8)
+
+
+class Engine:
+    """Steps a `Transformer` over the rows ("slots") of its cache."""
+
+    def __init__(self, model: Any, compile: Optional[bool] = False) -> None:
+        """model: a `Transformer`, or any module with its `params` and Meta's `forward(tokens, start_pos)`. compile: as
+        `make_graph` has it."""
+        self.model = model
+        self._compile = compile
+        self._make_graph(compile)
+        self._explained: Callable[[], AbstractContextManager[None]] = nullcontext
+        keep_pages()
+        if isinstance(model, Transformer):
+            processes, sharers = group_size(model.output.group), runtime.memory_sharers(self.device)
+            quantization = getattr(model.output, "quantization", None)
+            placement = memory.Placement(model.params, self.dtype, processes, self.device, sharers, quantization)
+            self._explained = partial(memory.explained, placement)  # adds advice to out-of-memory errors
+        self.as_built = False  # whether it was so at the last `take`
+        self._ready = self.graph  # self.graph, or None while the model is not as it was built
+        # A module that wraps a Transformer, as torch.compile's does, has its cache.
+        inside = (m for m in model.modules() if isinstance(m, Transformer))
+        self._use = next((m.cache_use for m in inside), None) or CacheUse()
+
+    def _make_graph(self, compile: Optional[bool]) -> None:
+        """For what the model is now."""
+        self.graph = make_graph(self.model, compile) if isinstance(self.model, Transformer) else None
+        self._made_for = self._form()
+
+    def _form(self) -> tuple[torch.device, torch.dtype, list[float]]:
+        """What stands in a graph beside shapes: where the model is, its dtype, and the numbers of its norms."""
+        return self.device, self.dtype, [part.eps for part in self.model.modules() if isinstance(part, RMSNorm)]
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        return self.model.norm.weight if isinstance(self.model, Transformer) else next(self.model.parameters())
+
+    @property
+    def is_as_built(self) -> bool:
+        """Whether nothing was put into the model; looks anew each time."""
+        return isinstance(self.model, Transformer) and self.model.as_built
+
+    def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
+        """Meta's call: ids (B, S) at start_pos -> logits float32 (B, S, V). What the model has become runs."""
+        self._use.columns = max(self._use.columns, start_pos + tokens.shape[1])
+        with self._explained(), runtime.current(self.device):
+            return self.model.forward(tokens, start_pos).float()
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], slots: Sequence[int], start: int = 0, *, layers: int = -1
+    ) -> Iterator[tuple[list[int], torch.Tensor, int]]:
+        """Put prompts into slots, `start` of whose tokens are there already, a chunk of columns at a time.
+
+        Yields (rows, hidden, at): the rows whose prompts reach the chunk, its hidden states (rows, columns, dim), and the
+        position of its first column. Shorter rows are filled up on the right. The padding is never read: attention is
+        causal, and each padded column is overwritten by a real token before any query reaches it. layers: as in
+        the model.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        self._use.columns = max(self._use.columns, *lengths)
+        chunk = max(CHUNK, PASS // len(prompts))
+        for at in range(start, max(lengths), chunk):
+            end = min(at + chunk, max(lengths))
+            rows = [row for row, length in enumerate(lengths) if length > at]
+            end = min(end, max(lengths[row] for row in rows))
+            ids = [[*prompts[row][at:end], *[0] * (end - max(at, lengths[row]))] for row in rows]
+            owned = runtime.to_device([slots[row] for row in rows], self.device)
+            with self._explained(), runtime.current(self.device):
+                hidden = self.model.hidden_states(runtime.to_device(ids, self.device), at, slots=owned, layers=layers)
+            yield rows, hidden, at
+
+    def decode(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+        """One token of every row, (B,), at its own position; row i owns slot i. -> float32 logits (B, vocab_size), which
+        are good until the next call."""
+        span = max(positions) + 1
+        self._use.columns = max(self._use.columns, span)
+        with self._explained(), runtime.current(self.device), self._fast_products(len(positions)):
+            if self._ready is not None:
+                return self._ready(tokens, positions)
+            same = len(set(positions)) == 1
+            start_pos = positions[0] if same else runtime.to_device(positions, self.device)
+            hidden = self.model.hidden_states(tokens[:, None], start_pos, span=span)
+            return self.model.output(hidden[:, -1]).float()
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step costs the host so little that the next may be queued before this one's ids are known to it."""
+        return isinstance(self._ready, Recorded) and device_kind(self.device) == "cuda"
+
+    def fetch(self, tensors: Sequence[torch.Tensor], meanwhile: Optional[Callable[[], None]] = None) -> list[Any]:
+        """What lies on the device, as lists of numbers, with one wait for all. `meanwhile` may queue work there, which is
+        not waited for."""
+        if device_kind(self.device) != "cuda":
+            if meanwhile is not None:
+                meanwhile()
+            return [tensor.tolist() for tensor in tensors]
+        host = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True) for tensor in tensors]
+        with runtime.current(self.device):
+            for tensor, target in zip(tensors, host):
+                target.copy_(tensor, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            if meanwhile is not None:
+                meanwhile()
+            copied.synchronize()
+        return [target.tolist() for target in host]
+
+    def verify(self, tokens: Sequence[int], position: int) -> torch.Tensor:
+        """The newest token of slot 0's row, at `position` (above 0), and drafts behind it, in one pass.
+
+        -> float32 logits (S, vocab_size), one row for each. What it leaves in the cache behind a draft that is refused is
+        overwritten before any query reaches it.
+        """
+        self._use.columns = max(self._use.columns, position + len(tokens))
+        batch = runtime.to_device([list(tokens)], self.device)
+        with self._explained(), runtime.current(self.device):
+            return self.model.output(self.model.hidden_states(batch, position)[0]).float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, dim) -> float32 (B, vocab_size)"""
+        with self._explained(), runtime.current(self.device), self._fast_products(len(hidden)):
+            return self.model.output(hidden).float()
+
+    def _fast_products(self, rows: int) -> AbstractContextManager[None]:
+        one_row = rows == 1 and self.dtype == torch.bfloat16 and device_kind(self.device) == "cpu" and not AMX
+        return without_onednn if one_row else nullcontext()
+
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """ln p of targets (N,) after hidden states (N, dim): float32 (N,).
+
+        The head runs over a few at a time: all logits of a long prompt would outweigh the model.
+        """
+        step = max(1, LOGITS_BYTES // (4 * self.model.vocab_size))
+        some = [slice(i, i + step) for i in range(0, len(targets), step)]
+        parts = [prompt_logprobs(self.logits(hidden[rows]), targets[rows]) for rows in some]
+        return torch.cat(parts) if parts else targets.float()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held for a whole call, it lets nobody else's steps in between."""
+        return self._use.lock
+
+    def turn(self) -> AbstractContextManager[None]:
+        """See `CacheUse.turn`."""
+        return self._use.turn(self._made_for[0])
+
+    def take(self, user: object, reuse: bool = False) -> None:
+        """From now on the cache is this user's, in its turns; what it held is forgotten. The user before is asked to
+        `give_way`. reuse: what this one leaves there may be gone on from."""
+        form = self._form()
+        if form != self._made_for:
+            self._make_graph(self._compile if form[:2] != self._made_for[:2] else None)
+        self.as_built = self.is_as_built
+        if self.as_built:
+            self.model.keep_fused()
+        self._use.take(user, self._state_of_weights() if reuse and self.as_built else None)
+        self._ready = self.graph if self.as_built else None
+        if self._ready is not None:
+            self._ready.refresh()
+
+    def _state_of_weights(self) -> Any:
+        """Changes when the weights do that made what the cache holds. Some numbers of each are in it too: edits of `.data`
+        leave no other trace."""
+        table = self.model.freqs_cis
+        tensors = [*self.model.parameters(), torch.view_as_real(table) if table.is_complex() else table]
+        versions = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+        some = [t.detach().diagonal() if t.ndim > 1 else t.detach() for t in tensors]
+        picked = torch.cat([t.flatten()[:: max(1, t.numel() // 8)].float() for t in some])
+        return self._form(), versions, picked.tolist()
+
+    def owned_by(self, user: object) -> bool:
+        """Whether nobody else has written to the cache since."""
+        return self._use.is_of(user)
+
+    def remember(self, ids: Sequence[int]) -> None:
+        """See `CacheUse.remember`."""
+        self._use.remember(ids)
+
+    def remembered(self, prompt: Sequence[int]) -> int:
+        """See `CacheUse.remembered`."""
+        return self._use.remembered(prompt, self._state_of_weights) if self.is_as_built else 0
+
+    def set_aside(self, rows: int) -> Optional[list[torch.Tensor]]:
+        """A copy of what the first slots hold, in the host's memory. None where parts of the model are somebody's own,
+        which may remember more than our caches do."""
+        if not self.as_built:
+            return None
+        with torch.no_grad(), runtime.current(self.device):
+            parts = [cache[:rows, : self._use.columns] for a in self.model.attentions() for cache in (a.cache_k, a.cache_v)]
+            return [part.clone() if part.is_cpu else part.cpu() for part in parts]
+
+    def put_back(self, kept: Sequence[torch.Tensor]) -> None:
+        """What `set_aside` kept."""
+        caches = (cache for a in self.model.attentions() for cache in (a.cache_k, a.cache_v))
+        with runtime.current(self.device):
+            for cache, part in zip(caches, kept):
+                cache[: part.shape[0], : part.shape[1]] = part.to(cache.device)
+        self._use.columns = kept[0].shape[1]
+
+    def not_finite(self, prompt: int, what: str = "logits") -> ValueError:
+        """The error for a prompt of which something is not finite. What it left in the cache goes: a value that is NaN counts
+        for every query that sees its column, also with a weight of 0."""
+        for attention in self.model.attentions() if isinstance(self.model, Transformer) else ():
+            attention.cache_k.zero_()
+            attention.cache_v.zero_()
+        self._use.remember([])
+        way = "check the weights" if self.dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
+        return ValueError(f"the model's {what} for prompt {prompt} are not finite in {self.dtype}; {way}")
+
+    def check_files(self) -> None:
+        """ValueError where somebody has written to the files that the model reads its weights from."""
+        if (files := getattr(self.model, "files", None)) is not None:
+            files.check_unchanged(self.model.parameters())
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of one slot into another."""
+        for attention in self.model.attentions():
+            for cache in (attention.cache_k, attention.cache_v):
+                cache[target, :length] = cache[source, :length]
+
+
+def prompt_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`token_logprobs`, NaN where any of a row's logits is not finite."""
+    return torch.add(token_logprobs(logits, tokens), logits.sum(dim=-1), alpha=0)  # x + 0 y
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """ln p of tokens (N,) under float32 logits (N, vocab_size), before any temperature or top-p. -> (N,)"""
+    return torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)

@@ -1,0 +1,447 @@
+"""fairscale's model-parallel layers with a forward made for inference. The only file with collectives.
+
+A layer says how its weight is cut with `shard_dim`: the dimension of the full matrix that the ranks of the model-parallel
+group share out evenly, in rank order; and with `copies`: so many neighbouring ranks hold the same part. One that has more
+tensors says it of each, with `shard_dims`. Loading, resharding and quantizing read that, and nothing else knows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import initialize as mpu
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from torch import nn
+
+from ..runtime import chosen_device, current, device_kind, has_failed, machine, release_first
+from ..system import peers
+from .products import product
+
+Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes one tensor of several that are to lie in it, one below the other
+Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
+
+# Messages of up to this many bytes are summed by reading the other GPUs' memory, if `prepare_small_all_reduces` allows it: 9
+# microseconds for one row where NCCL takes 16 to 18. Every rank reads the whole message of every other, so larger ones are
+# NCCL's. Inductor draws the line at the same size.
+SMALL = 128 * 1024
+
+
+def model_parallel_group() -> Group:
+    """The ranks that share one copy of the model, or None where one process holds all of it."""
+    if not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
+        return None
+    return mpu.get_model_parallel_group()
+
+
+def group_size(group: Group) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: Group) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process of all that speaks to the user."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> int:
+    """This rank's part of a dimension of `full` entries, cut into as many parts as there are ranks, or into `parts`."""
+    ranks = group_size(group)
+    parts = parts or ranks
+    if full % parts or ranks % parts:
+        raise ValueError(f"{what} ({full}) cannot be shared evenly by {ranks} processes; use a divisor of {full}")
+    return full // parts
+
+
+def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor if the message is small. `x` is lost either way."""
+    if group is None:
+        return x
+    if group.group_name in _small and _is_small(x.dtype, x.numel()):
+        return small_all_reduce(x, group.group_name)
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _is_small(dtype: torch.dtype, numel: int) -> bool:
+    """Whether torch's one-shot kernel takes such a message: it knows two dtypes, and reads 16 bytes at a time."""
+    size = numel * dtype.itemsize
+    return dtype in (torch.float32, torch.bfloat16) and 0 < size <= SMALL and size % 16 == 0
+
+
+def _symmetric_memory() -> Optional[SimpleNamespace]:
+    """What is used of torch's symmetric memory, a private module that is still changing; None if a part of it is missing."""
+    try:
+        from torch.distributed import _symmetric_memory as module
+
+        one_shot = torch.ops.symm_mem.one_shot_all_reduce
+        return SimpleNamespace(empty=module.empty, rendezvous=module.rendezvous, one_shot_all_reduce=one_shot)
+    except (ImportError, AttributeError):
+        return None
+
+
+class _OneShot:
+    """Small sums over a group: this rank's message lies in memory that the others read. Call the methods on all ranks.
+
+    One buffer is enough. torch's kernel waits for all ranks before it reads, and again before it ends, until all have read
+    (`sync_remote_blocks` in CUDASymmetricMemoryOps.cu); the next message is written behind it on the same stream. The form
+    that also copies the message (`one_shot_all_reduce_copy`) would save a launch, but signals before all of its threads
+    have copied.
+    """
+
+    def __init__(self, memory: SimpleNamespace, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.memory, self.group, self.device = memory, group, device
+
+    def allocate(self) -> bool:
+        # All dtypes share the buffer: a second one may lie at an offset in torch's pool, which some releases' kernels forget.
+        self.buffer = self.memory.empty(SMALL // 4, dtype=torch.float32, device=self.device)
+        return True
+
+    def meet(self) -> bool:
+        self.handle = self.memory.rendezvous(self.buffer, self.group.group_name)
+        return self.handle is not None
+
+    def check(self) -> bool:
+        """Whether two sums, one after the other, are right. A rank that sees a wrong one goes on with the others."""
+        ranks, numbers = group_size(self.group), torch.arange(SMALL // 4, dtype=torch.float32, device=self.device)
+        sums = [self(numbers + turn * group_rank(self.group)) for turn in (1, 2)]
+        return all(torch.equal(sums[i], numbers * ranks + (i + 1) * ranks * (ranks - 1) / 2) for i in range(2))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        message = self.buffer.view(x.dtype)[: x.numel()].view(x.shape)
+        with current(self.device):  # the kernel goes to the current device's stream
+            message.copy_(x)
+            return self.memory.one_shot_all_reduce(message, "sum", self.group.group_name)
+
+
+_small: dict[str, _OneShot] = {}  # by the names of the groups for which it is prepared
+_without: set[str] = set()  # groups for which it is not to be
+
+
+@torch.library.custom_op("llama::small_all_reduce", mutates_args=())
+def small_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    """An operator, because a compiler would replace the buffer, which others read, by a tensor of its own."""
+    return _small[group](x)
+
+
+@small_all_reduce.register_fake
+def _(x: torch.Tensor, group: str) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.dtype, numel: int) -> bool:
+    """Let `all_reduce` sum small messages over memory that the group's GPUs share. Returns whether `numel` numbers go that way.
+
+    Call it on all ranks alike, outside of any capture of a graph. All ranks get the same answer; it is False on CPUs, on
+    several machines, and if any rank lacks something or computes a wrong sum. What is missing raises nothing.
+    """
+    if group is None or not _is_small(dtype, numel) or group.group_name in _without:
+        return False
+    if group.group_name in _small:
+        return True
+    memory = _symmetric_memory() if device_kind(device) == "cuda" else None
+    places = gather_objects(None if memory is None else machine(), group)
+    if memory is not None and set(places) == {machine()}:
+        one_shot = _OneShot(memory, group, device)
+        # A rank must not begin a step in which it would wait for one that failed in the step before.
+        if all(_everywhere(step, group, device) for step in (one_shot.allocate, one_shot.meet, one_shot.check)):
+            _small[group.group_name] = one_shot
+            return True
+    _without.add(group.group_name)
+    return False
+
+
+def _everywhere(step: Callable[[], bool], group: Group, device: torch.device) -> bool:
+    try:
+        with current(device), torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
+            well = step()
+    except Exception:
+        well = False
+    return all_agree(well, group)
+
+
+def forget_small_all_reduces(group: Group) -> None:
+    """Let NCCL sum all messages of this group from now on. Call it on all ranks, after graphs that use the buffer are gone."""
+    if group is not None:
+        _small.pop(group.group_name, None)
+        _without.add(group.group_name)
+
+
+def _forget_groups() -> None:
+    """The groups end: a later one may have the name of one of them."""
+    if not has_failed():  # freeing the buffer waits for the GPU
+        _small.clear()
+    _without.clear()
+    _patient.clear()
+
+
+release_first(_forget_groups)
+
+
+def _talks_on(group: Group) -> torch.device:
+    """The device of small messages: over gloo, or over NCCL if the caller's own group has no gloo."""
+    gloo = "cpu:" in dist.get_backend_config(group)
+    return torch.device("cpu") if gloo else torch.device("cuda", torch.cuda.current_device())
+
+
+def all_agree(flag: bool, group: Group) -> bool:
+    """Whether all ranks of the group say so. A collective."""
+    if group is None:
+        return flag
+    vote = torch.tensor([int(flag)], device=_talks_on(group))
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
+    return bool(vote.item())
+
+
+# torch 2.13 has a new name for it, and warns of the old one.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """(..., n) on each rank -> (..., n * ranks), in rank order. A view of what was received, if there is one row."""
+    if group is None:
+        return x
+    ranks = group_size(group)
+    parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])  # gloo takes no other form
+    _gather(parts, x.contiguous(), group=group)
+    return parts.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
+
+
+def broadcast_random_state(device: torch.device, group: Group) -> None:
+    """Give every rank the generator state of the group's first rank, so that all of them draw the same tokens."""
+    if group is None:
+        return
+    on_gpu = device_kind(device) == "cuda"  # else torch would take the thread's current GPU
+    state = [torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()]
+    with current(device):  # where NCCL, if the group has nothing else, puts what it sends
+        dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
+    if on_gpu:
+        torch.cuda.set_rng_state(state[0], device)
+    else:
+        torch.set_rng_state(state[0])
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's value, in rank order; of all processes without a group."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    with current(chosen_device()):  # where NCCL, if the group has nothing else, puts what it sends
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def replica() -> tuple[int, int]:
+    """(which, of how many): the copies of the model that more processes than one copy needs make up."""
+    if not mpu.model_parallel_is_initialized():
+        return 0, 1
+    return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+
+
+def gather_from_replicas(mine: list[Any]) -> list[list[Any]]:
+    """Every replica's list, in their order, on every process."""
+    _, replicas = replica()
+    if replicas == 1:
+        return [mine]
+    return gather_objects(mine, mpu.get_data_parallel_group())
+
+
+def from_first_process(value: Any) -> Any:
+    """The first process's value, on every process. The others wait for it as long as it takes: it may be typing."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    world = dist.group.WORLD
+    if _patient.get("world") is not world:
+        _patient.update(world=world, group=dist.new_group(backend="gloo", timeout=timedelta(days=365)))
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_patient["group"])
+    return box[0]
+
+
+_patient: dict[str, Any] = {}  # a group without a time limit, and the world that it is of
+
+
+def all_alike(value: Optional[str], group: Group) -> bool:
+    """Whether all processes of the group gave the same text; not, if one gave None. One small collective."""
+    digest = hashlib.sha256((value or "").encode("utf-8", "surrogatepass")).digest()
+    mine = torch.tensor([[value is not None, int.from_bytes(digest[:7], "big")]], dtype=torch.long, device=_talks_on(group))
+    everyones = mine.new_empty(dist.get_world_size(group), 2)
+    with peers.waiting(*members(group)):
+        _gather(everyones, mine, group=group)
+        rows = everyones.tolist()
+    return all(row == rows[0] for row in rows) and bool(rows[0][0])
+
+
+def members(group: Group) -> tuple[list[int], str]:
+    """The ranks of a group among all processes, or all of these; and its name."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    return dist.get_process_group_ranks(group), group.group_name
+
+
+def _needs_autograd(weight: torch.Tensor, x: torch.Tensor, group: Group) -> bool:
+    """Across ranks a gradient needs fairscale's autograd functions; on one process torch's own do."""
+    return group is not None and torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+
+
+def _new_weight(rows: int, columns: int) -> nn.Parameter:
+    weight = nn.Parameter(torch.empty(rows, columns))
+    if not weight.is_meta:  # where it does nothing but import torch's compiler
+        nn.init.xavier_normal_(weight)
+    return weight
+
+
+class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
+    """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / parts), or all of them.
+
+    parts: as many as ranks, or fewer; 4 parts on 8 ranks lie 0 0 1 1 2 2 3 3. Copies have no gradient, and gather no output.
+    fairscale's constructor is not run: on more than one rank it fills the full matrix first.
+    """
+
+    shard_dim = 0
+
+    def __init__(self, in_features: int, out_features: int, *, gather_output: bool, parts: Optional[int] = None) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.gather_output = gather_output
+        self.group = model_parallel_group()
+        self.copies = group_size(self.group) // (parts or group_size(self.group))
+        self.output_size_per_partition = split(out_features, "out_features", self.group, parts)
+        self.weight = _new_weight(self.output_size_per_partition, in_features)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _needs_autograd(self.weight, x, self.group):
+            if self.copies > 1:
+                raise ValueError(
+                    f"no gradients where {self.copies} processes have the same heads; use fewer processes, or torch.no_grad()"
+                )
+            return super().forward(x)
+        y = self.product(x)
+        return all_gather(y, self.group) if self.gather_output else y
+
+    def shared(self, x: torch.Tensor) -> Any:
+        """What `product` makes of x first, and layers of the same kind and input need not each make again."""
+        return None
+
+    def product(self, x: torch.Tensor, shared: Any = None, any_order: bool = False) -> torch.Tensor:
+        return product(x, self.weight, any_order)
+
+
+def fuse(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optional[torch.Tensor]:
+    """Make the layers' weights the parts of one matrix and return that: one product in place of several reads it faster.
+
+    None if they are not plain weights; for quantised ones see `quantization.join_quantized`. make: see `join`.
+    """
+    if any(type(layer) is not ColumnParallelLinear for layer in layers):
+        return None
+    return join(layers, "weight", make)
+
+
+def join(layers: Sequence[nn.Module], name: str, make: Make = torch.cat) -> torch.Tensor:
+    """Make the layers' parameters of that name views of one tensor, one below the other, and return it.
+
+    make: the parameters -> that tensor. Any but `torch.cat` gives them other numbers, or none yet.
+    """
+    parts: list[torch.Tensor] = [layer.get_parameter(name) for layer in layers]
+    with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained or edited later
+        whole = make(parts)
+        for layer, old, part in zip(layers, parts, whole.split([len(part) for part in parts])):
+            if type(old) is nn.Parameter and torch._has_compatible_shallow_copy_type(old, part):
+                old.data = part  # the same object: an optimizer may hold it
+            else:
+                setattr(layer, name, nn.Parameter(part, requires_grad=old.requires_grad))
+    return whole
+
+
+def products(
+    x: torch.Tensor,
+    fused: Any,
+    layers: Sequence[ColumnParallelLinear],
+    any_order: bool = False,
+) -> Sequence[torch.Tensor]:
+    """What each of the layers makes of x. any_order: see `products.product`.
+
+    fused: one matrix (`fuse`) or one quantised layer (`join_quantized`) of them all, for one product in place of several;
+    None if there is neither.
+    """
+    if torch.is_grad_enabled():  # a gradient goes to each layer's own weight
+        return [layer(x) for layer in layers]
+    if fused is None:
+        shared = layers[0].shared(x)
+        return [layer.product(x, shared, any_order) for layer in layers]
+    y = product(x, fused, any_order) if isinstance(fused, torch.Tensor) else fused.product(x, any_order=any_order)
+    return y.split([layer.output_size_per_partition for layer in layers], dim=-1)
+
+
+def is_fused(whole: torch.Tensor, layers: Sequence[nn.Module], name: str = "weight") -> bool:
+    """Whether the layers' parameters of that name are still the parts of `whole`, in this order."""
+    tensors = [getattr(layer, name, None) for layer in layers]
+    parts = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    if len(parts) < len(layers):
+        return False
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    return [*(part.data_ptr() for part in parts), ends[-1]] == [whole.data_ptr(), *ends]
+
+
+class RowParallelLinear(fairscale_layers.RowParallelLinear):
+    """y = x Wᵀ, each rank holding some of W's columns: (..., in_features / ranks) -> (..., out_features) on every rank."""
+
+    shard_dim = 1
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.input_is_parallel = True
+        self.group = model_parallel_group()
+        self.input_size_per_partition = split(in_features, "in_features", self.group)
+        self.weight = _new_weight(out_features, self.input_size_per_partition)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _needs_autograd(self.weight, x, self.group):
+            return super().forward(x)
+        return all_reduce(self.product(x), self.group)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.weight, any_order=self.group is None)
+
+
+class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
+    """Rows of a (num_embeddings, embedding_dim) table by id: (...) int64 -> (..., embedding_dim) on every rank.
+
+    Llama 2 cuts the table along the embedding (dimension 1); Llama 3 along the vocabulary.
+    """
+
+    shard_dim = 1
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = None
+        self.max_norm = None
+        self.norm_type = 2.0  # type: ignore[assignment]
+        self.scale_grad_by_freq = False
+        self.sparse = False
+        self.group = model_parallel_group()
+        self.embedding_dim_per_partition = split(embedding_dim, "embedding_dim", self.group)
+        self.weight = _new_weight(num_embeddings, self.embedding_dim_per_partition)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if _needs_autograd(self.weight, self.weight, self.group):
+            return super().forward(ids)
+        return all_gather(F.embedding(ids, self.weight), self.group)

@@ -1,0 +1,1 @@
+"""What a process is given: the launcher's variables, other processes, streams, files, arguments."""

@@ -1,0 +1,1 @@
+"""Files -> this rank's weights, and back."""

@@ -1,0 +1,352 @@
+"""Files -> this rank's weights: a `Checkpoint`, which is a folder of either format, onto any number of ranks.
+
+Files are mapped, not read: a tensor that is used whole and in its own dtype on a CPU stays in the mapping, and of all
+others each rank copies its own slices only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Protocol
+
+import torch
+from tqdm import tqdm
+
+from ..layers.parallel import group_rank, group_size, is_first_process, model_parallel_group
+from ..layers.quantization import quantize_layers
+from ..layers.quantized import Quantized
+from ..layers.rounding import Quantization, row_maxima
+from ..memory import return_freed
+from ..model import ModelArgs, Transformer
+from ..runtime import device_kind
+from ..system.files import MappedFiles, is_there, listed
+from ..system.printable import escaped
+from .huggingface import HuggingFaceCheckpoint
+from .meta import MetaCheckpoint
+from .staging import Job, Sender, run_jobs
+
+
+class Checkpoint(Protocol):
+    """The weights of a folder as full matrices under Meta's names, whatever files they lie in. `shard_dim` is the dimension
+    that a layer's matrix is cut along, None for a tensor that every process has whole."""
+
+    format: str  # "Meta" or "Hugging Face"
+    config: str  # the name of the file that `args` come from
+    folder: Path
+    paths: list[Path]  # the files of weights
+    mapped: MappedFiles
+    args: ModelArgs  # as stored, without limits; vocab_size is -1 where the tokenizer is to tell it
+    tied: bool  # whether the embedding is the output matrix too
+    quantization: Optional[Quantization]  # what the matrices are stored as
+    dtype: torch.dtype  # of the embedding
+    dtypes: dict[str, torch.dtype]
+    tables: dict[str, torch.dtype]  # tensors beside the weights, which are computed here
+
+    def leave_out_ids(self, pieces: int) -> bool:
+        """Whether ids from `pieces` on can be left out: if so, from now on `shape`, `parts` and `read` end before them."""
+
+    def missing_shards(self, width: int) -> int:
+        """How many more shards like those that are here would make the embedding `width` wide; 0 if none would."""
+
+    def check_copies(self, name: str) -> None:
+        """ValueError where a tensor that every file has whole is not the same in all: they are of different models."""
+
+    def shape(self, name: str, shard_dim: Optional[int]) -> list[int]:
+        """The shape of the full matrix."""
+
+    def parts(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> list[torch.Tensor]:
+        """Entries start … stop of the full matrix along `shard_dim` (all of a tensor that is not cut), as views of the
+        mapping, in order along `shard_dim`. All dimensions of a part but the last are rows."""
+
+    def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
+        """The same entries as one tensor, which may be a view of the mapping."""
+
+
+def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
+    """Map the weights of a folder in either format, and read what model they are of. Copies no weight.
+
+    A folder with both formats is Meta's. ValueError where it has neither, or is damaged, or is of a model that is not
+    computed here.
+    """
+    if not os.path.isdir(ckpt_dir):
+        raise ValueError(
+            f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json, "
+            "or config.json and model.safetensors"
+        )
+    metas = is_there(ckpt_dir / "params.json") or any(ckpt_dir.glob("consolidated.*.pth"))
+    if metas or not (is_there(ckpt_dir / "config.json") or is_there(ckpt_dir / "adapter_config.json")):
+        return MetaCheckpoint(ckpt_dir)
+    return HuggingFaceCheckpoint(ckpt_dir)
+
+
+def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
+    """The checkpoint's args with as many ids as the tokenizer has pieces.
+
+    If it has more, they are left out of it with a warning where its format allows that. Any other difference is a ValueError.
+    """
+    stated = checkpoint.args.vocab_size
+    if stated > pieces and checkpoint.leave_out_ids(pieces):
+        if is_first_process():
+            warnings.warn(
+                f"{escaped(str(checkpoint.folder))} has {stated} ids, but the tokenizer has {pieces} pieces; "
+                "the ids beyond are left out",
+                stacklevel=3,
+            )
+    elif stated not in (-1, pieces):
+        raise ValueError(
+            f"{checkpoint.folder} says vocab_size={stated}, but the tokenizer has {pieces} pieces; "
+            "pass the tokenizer that belongs to the checkpoint"
+        )
+    return replace(checkpoint.args, vocab_size=pieces)
+
+
+def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
+    """Of every parameter: the shape of the full matrix, the dimension it is cut along, and how many ranks share a part."""
+    ranks = group_size(model_parallel_group())
+    plan = {}
+    for prefix, module in model.named_modules():
+        dims, copies = getattr(module, "shard_dims", None), getattr(module, "copies", 1)
+        for name, parameter in module.named_parameters(recurse=False):
+            dim = getattr(module, "shard_dim", None) if dims is None else dims[name]
+            shape = [n * (ranks // copies) if i == dim else n for i, n in enumerate(parameter.shape)]
+            plan[f"{prefix}.{name}"] = shape, dim, copies
+    return plan
+
+
+def choose_quantization(checkpoint: Checkpoint, quantize: Optional[str]) -> Optional[Quantization]:
+    """`quantize`, or else what the checkpoint is stored as. ValueError where it is stored as another kind."""
+    chosen, stored = None if quantize is None else Quantization(quantize), checkpoint.quantization
+    if chosen is not None and stored is not None and chosen.kind != stored.kind:
+        raise ValueError(
+            f"{checkpoint.folder} is stored as {stored.kind}, so it cannot be had as {chosen.kind}; "
+            "leave quantize out, or take the folder with the original weights"
+        )
+    return stored or chosen
+
+
+def prepare(model: Transformer, checkpoint: Checkpoint, quantize: Optional[str] = None) -> Optional[Quantization]:
+    """Make a model on the meta device ready for `fill`: check the weights, and give its layers the form they are to have.
+
+    quantize: "int8" or "int4", or None for what the checkpoint is stored as. Returns what the model is then. ValueError
+    where the weights do not fit the model, or are stored as another kind, or the processes cannot share the groups.
+    """
+    quantization = choose_quantization(checkpoint, quantize)
+    if checkpoint.quantization is None:
+        check_weights(model, checkpoint)
+    if quantization is not None:
+        quantize_layers(model, quantization)
+    if checkpoint.quantization is not None:
+        check_weights(model, checkpoint)
+    return quantization
+
+
+def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
+    """ValueError, with all that does not fit, unless every parameter is filled from one name, and every name is used."""
+    plan, names = cut(model), checkpoint.dtypes.keys()
+    problems = [f"{name} is missing" for name in plan if name not in names]
+    problems += [f"{name} is unexpected" for name in sorted(names - plan.keys())]
+    for name, (shape, dim, _) in plan.items():
+        if name in names and (found := checkpoint.shape(name, dim)) != shape:
+            problems.append(f"{name} has shape {found} instead of {shape}")
+    for prefix, layer in quantized_layers(model).items():
+        for name, tensor in layer.named_parameters(prefix, recurse=False):
+            if name in names and (found_dtype := checkpoint.dtypes[name]) != tensor.dtype:
+                problems.append(f"{name} is {found_dtype} instead of {tensor.dtype}")
+    if problems:
+        files = len(checkpoint.paths)
+        hint = ""
+        whole = plan["tok_embeddings.weight"][0]
+        found = checkpoint.shape("tok_embeddings.weight", 1)
+        if len(found) == 2 and found[0] != whole[0]:
+            hint = f"; the tokenizer has {whole[0]} pieces and the weights are for {found[0]}: pass their own tokenizer"
+        elif len(found) == 2 and (missing := checkpoint.missing_shards(whole[1])):
+            hint = f"; are {missing} more shards missing?"
+        raise ValueError(
+            f"the weights in {checkpoint.folder} ({files} file{'s' * (files > 1)}) are not those that its "
+            f"{checkpoint.config} and tokenizer describe{hint}: {listed(problems, 40)}"
+        )
+    for name, (_, dim, _) in plan.items():
+        if dim is None:
+            checkpoint.check_copies(name)
+
+
+def quantized_layers(model: Transformer) -> dict[str, Quantized]:
+    return {prefix: module for prefix, module in model.named_modules() if isinstance(module, Quantized)}
+
+
+def quantized(
+    checkpoint: Checkpoint, prefix: str, layer: Quantized, start: int, stop: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Entries start … stop along its `shard_dim` of a layer's full matrix, read and rounded some rows at a time, as the
+    layer stores them."""
+    name = f"{prefix}.weight"
+    dim = layer.shard_dim
+    maxima = None
+    if layer.kind == "int8" and dim == 1:  # a scale belongs to the full row, of which this is a part
+        columns, part = checkpoint.shape(name, dim)[1], stop - start
+        pieces = (checkpoint.read(name, dim, i, i + part) for i in range(0, columns, part))
+        maxima = torch.stack([_released_maxima(piece, checkpoint) for piece in pieces]).amax(0).to(device)
+    weight = checkpoint.read(name, dim, start, stop)
+    made = layer.quantize(weight, maxima, device)
+    checkpoint.mapped.release(weight)
+    return made
+
+
+def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+    maxima = row_maxima(piece)
+    checkpoint.mapped.release(piece)
+    return maxima
+
+
+def check_scales(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
+    """ValueError where scales or zeros (of the host; other tensors pass) are not what rounding makes of numbers."""
+    kind = name.rpartition(".")[2]
+    if kind in ("scales", "zeros"):
+        least, most = (x.item() for x in tensor.aminmax())
+        if not (math.isfinite(least) and math.isfinite(most) and (least > 0 or kind == "zeros")):
+            raise ValueError(
+                f"{checkpoint.folder}: {name} goes from {least} to {most}; scales are finite and above 0, and zeros finite: "
+                "the file is damaged, or the weights that were rounded have NaN or infinity in them"
+            )
+
+
+def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a model that was built on the meta device, and that `prepare` passed, its weights, and make its cache.
+
+    ValueError where the files are written to meanwhile, or scales are wrong."""
+    if device_kind(device) == "cpu":
+        _fill_on_host(model, checkpoint, dtype)
+    else:
+        _fill_on_device(model, checkpoint, device, dtype)
+    checkpoint.mapped.check_unchanged()
+    model.allocate(device, dtype)
+
+
+def _progress(tensors: int) -> Any:
+    """Shown after a second and a half, and only on a terminal of the rank that speaks."""
+    quiet = None if is_first_process() else True
+    return tqdm(total=tensors, desc="Loading", unit="tensor", delay=1.5, leave=False, disable=quiet)
+
+
+class Part(NamedTuple):
+    """What this rank reads of one tensor of the checkpoint: entries start … stop along `dim`."""
+
+    name: str
+    dim: Optional[int]
+    start: int
+    stop: int
+    layer: Optional[Quantized]  # that rounds what is read. Its other tensors have no parts of their own
+
+    @property
+    def prefix(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
+    group = model_parallel_group()
+    rank, ranks = group_rank(group), group_size(group)
+    to_round = quantized_layers(model) if checkpoint.quantization is None else {}
+    parts = []
+    for name, (shape, dim, copies) in cut(model).items():
+        prefix, _, kind = name.rpartition(".")
+        layer = to_round.get(prefix)
+        if layer is not None and kind != "weight":
+            continue
+        size = 0 if dim is None else shape[dim] * copies // ranks
+        if layer is not None and dim == 1:
+            size = layer.in_features // ranks  # of the numbers, of which a byte may hold two
+        parts.append(Part(name, dim, rank // copies * size, (rank // copies + 1) * size, layer))
+    return parts
+
+
+def _fill_on_device(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    model.allocate_weights(device, dtype)
+    jobs = _jobs(model, checkpoint)
+    with _progress(len(jobs)) as progress:
+        for _ in run_jobs(jobs, device, checkpoint.mapped):
+            progress.update()
+
+
+def _jobs(model: Transformer, checkpoint: Checkpoint) -> list[Job]:
+    """For each part of the checkpoint: bring it into the weights that the model has on a device."""
+    weights = dict(model.named_parameters())
+    jobs: list[Job] = []
+    for part in _parts(model, checkpoint):
+        if part.layer is None:
+            jobs.append(partial(_copy_part, checkpoint, part, weights[part.name].detach()))
+        else:
+            jobs.append(partial(_round_part, checkpoint, part, part.layer))
+    return jobs
+
+
+def _copy_part(checkpoint: Checkpoint, part: Part, weight: torch.Tensor, sender: Sender) -> None:
+    stored = checkpoint.parts(part.name, part.dim, part.start, part.stop)
+    for tensor in stored:
+        check_scales(part.name, tensor, checkpoint)
+    for rows, piece in sender.pieces(stored, part.dim):
+        weight[rows].copy_(piece)  # which converts it, on the device
+
+
+def _round_part(checkpoint: Checkpoint, part: Part, layer: Quantized, sender: Sender) -> None:
+    start, stop, columns = part.start, part.stop, slice(None)
+    if layer.kind == "int8" and part.dim == 1:  # a scale belongs to the full row, so that is sent
+        start, stop, columns = 0, layer.in_features, slice(part.start, part.stop)
+    weights = {name: tensor.detach() for name, tensor in layer.named_parameters(recurse=False)}
+    for rows, piece in sender.pieces(checkpoint.parts(part.name, part.dim, start, stop), part.dim):
+        into = {name: tensor[rows] for name, tensor in weights.items()}
+        layer.round(piece[:, columns].to(layer.device, torch.float32), row_maxima(piece).to(layer.device), into)
+
+
+def _fill_on_host(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """On a CPU, a tensor that needs no change stays in the mapping."""
+    layers = quantized_layers(model)
+    weights: dict[str, torch.Tensor] = {}
+    any_mapped = False
+    parts = _parts(model, checkpoint)
+    with _progress(len(parts)) as progress:
+        for part in parts:
+            progress.update()
+            if part.layer is not None:
+                _round_on_host(checkpoint, part, part.layer, dtype)
+                continue
+            weights[part.name], is_mapped = _read_on_host(checkpoint, part, None if part.prefix in layers else dtype)
+            any_mapped = any_mapped or is_mapped
+    # The names are right: `check_weights` saw them. Layers that were rounded have theirs already.
+    model.load_state_dict(weights, strict=all(part.layer is None for part in parts), assign=True)
+    weights.clear()  # what is packed next is to be freed
+    if checkpoint.quantization is not None:
+        for layer in layers.values():
+            for tensor in layer.pack(dtype):
+                checkpoint.mapped.release(tensor)
+    if layers:
+        return_freed()
+    if any_mapped:
+        model.files = checkpoint.mapped
+    else:
+        model.fuse()
+
+
+def _round_on_host(checkpoint: Checkpoint, part: Part, layer: Quantized, dtype: torch.dtype) -> None:
+    made = quantized(checkpoint, part.prefix, layer, part.start, part.stop, torch.device("cpu"))
+    for kind in made:
+        check_scales(f"{part.prefix}.{kind}", made[kind], checkpoint)
+    layer.load_state_dict(made, assign=True)
+    del made  # what is packed next is to be freed
+    layer.pack(dtype)  # at once, to free the tensors that were packed
+    return_freed()
+
+
+def _read_on_host(checkpoint: Checkpoint, part: Part, dtype: Optional[torch.dtype]) -> tuple[torch.Tensor, bool]:
+    """The tensor in `dtype`, as it is stored if that is None; and whether it needed no change, and lies in the mapping."""
+    stored = checkpoint.read(part.name, part.dim, part.start, part.stop)
+    check_scales(part.name, stored, checkpoint)
+    if dtype in (None, stored.dtype) and stored.is_contiguous():
+        return stored, True
+    copy = torch.empty(stored.shape, dtype=dtype or stored.dtype, device="cpu")
+    checkpoint.mapped.copy(stored, copy)
+    return copy, False

@@ -1,0 +1,251 @@
+"""Hugging Face folders: config.json <-> ModelArgs, their names and row order <-> Meta's, safetensors read slice by slice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..layers.rounding import Quantization
+from ..model import ModelArgs
+from ..runtime import DTYPES
+from ..system.files import MappedFiles, Number, check_file, contents, is_there, listed, read_json
+from ..system.printable import escaped, shortened
+
+# Meta's name of a tensor (without ".weight") and Hugging Face's; N is the layer.
+NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "layers.N.attention_norm": "model.layers.N.input_layernorm",
+    "layers.N.attention.wq": "model.layers.N.self_attn.q_proj",
+    "layers.N.attention.wk": "model.layers.N.self_attn.k_proj",
+    "layers.N.attention.wv": "model.layers.N.self_attn.v_proj",
+    "layers.N.attention.wo": "model.layers.N.self_attn.o_proj",
+    "layers.N.ffn_norm": "model.layers.N.post_attention_layernorm",
+    "layers.N.feed_forward.w1": "model.layers.N.mlp.gate_proj",
+    "layers.N.feed_forward.w2": "model.layers.N.mlp.down_proj",
+    "layers.N.feed_forward.w3": "model.layers.N.mlp.up_proj",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+_META_NAMES = {theirs: meta for meta, theirs in NAMES.items()}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows the two formats order differently
+
+# What config.json may hold: its key, the key of ModelArgs, and the numbers allowed.
+_CONFIG = [
+    ("hidden_size", "dim", Number(int, 1, 2**20, True)),
+    ("num_hidden_layers", "n_layers", Number(int, 1, 1000, True)),
+    ("num_attention_heads", "n_heads", Number(int, 1, 2**16, True)),
+    ("num_key_value_heads", "n_kv_heads", Number(int, 1, 2**16)),
+    ("intermediate_size", "ffn_dim", Number(int, 1, 2**24, True)),
+    ("vocab_size", "vocab_size", Number(int, 1, 2**24, True)),
+    ("rms_norm_eps", "norm_eps", Number(float, 1e-12, 1.0)),
+    ("head_dim", "head_dim", Number(int, 2, 2**16)),
+    ("rope_theta", "rope_theta", Number(float, 1.0, 1e12)),
+]
+ADAPTER = "it holds an adapter alone: merge it into its base model and save that"
+LLAMA_3_VOCABULARY = 128256
+LLAMA_3 = "this is a Llama 3 model, with another tokenizer and chat format; this library runs Llama 2 and Code Llama"
+
+
+def other_name(name: str, names: Mapping[str, str]) -> Optional[str]:
+    """One format's name of a tensor in the other's; None for a name that the table has not."""
+    layer = re.search(r"\blayers\.(0|[1-9]\d{0,5})\.", name)
+    pattern = name.replace(layer[0], "layers.N.") if layer else name
+    if not pattern.endswith(".weight") or pattern.removesuffix(".weight") not in names:
+        return None
+    return names[pattern.removesuffix(".weight")].replace("N", layer[1] if layer else "") + ".weight"
+
+
+def to_meta_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of q or k, whole heads: halves (all even entries, then all odd) -> adjacent pairs, as Meta rotates them."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def to_hf_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """`to_meta_rows` backwards."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def read_config(folder: Path) -> tuple[ModelArgs, bool]:
+    """config.json as `ModelArgs` (without limits), and whether the embedding is the output matrix too.
+
+    ValueError, with every reason in one message, where it describes something that is not computed here.
+    """
+    path = folder / "config.json"
+    if not is_there(path) and is_there(folder / "adapter_config.json"):
+        raise ValueError(f"{path} is missing; {ADAPTER}")
+    config = read_json(path, "a config.json has a few hundred bytes")
+    rope: dict[str, Any] = {}  # where the versions of transformers put what concerns the positions
+    for key in ("rope_scaling", "rope_parameters"):
+        part = config.get(key) or {}
+        rope.update(part if isinstance(part, dict) else {"rope_type": part})
+    values = {**config, "rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
+    problems = [problem for key, _, number in _CONFIG for problem in number.problem(key, values)]
+    problems += _unsupported(config, rope)
+    if problems:
+        raise ValueError(f"{path} describes a model that cannot be run here: {'; '.join(problems)}")
+    found = {name: values[key] for key, name, _ in _CONFIG if values.get(key) is not None}
+    if "norm_eps" not in found:
+        found["norm_eps"] = 1e-6  # transformers' default, and not Meta's
+    if found.get("head_dim") == found["dim"] / found["n_heads"]:
+        del found["head_dim"]
+    return ModelArgs(**found), config.get("tie_word_embeddings") is True
+
+
+def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+    problems = []
+    architectures = config.get("architectures") or ["LlamaForCausalLM"]
+    if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+        problems.append(
+            f"its architecture is {shortened(architectures)} (model_type {shortened(config.get('model_type'))}), "
+            "only 'LlamaForCausalLM' (model_type 'llama') is computed"
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        problems.append(f"its rotary positions are scaled ({shortened(kind)}), which is not computed")
+    if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) not in (None, 1):
+        problems.append(f"only a part ({shortened(partial)}) of each head is rotated, which is not computed")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key) not in (None, False):
+            problems.append(f"{key}={shortened(config[key])}, but biases are not computed")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        problems.append(f"hidden_act={shortened(config['hidden_act'])}, but only 'silu' is computed")
+    if (quantized := config.get("quantization_config")) is not None:
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
+        problems.append(f"its weights are quantised ({shortened(method)}); take the folder with the original ones")
+    if config.get("tie_word_embeddings") not in (None, True, False):
+        problems.append(f"tie_word_embeddings={shortened(config['tie_word_embeddings'])} is neither true nor false")
+    if config.get("vocab_size") == LLAMA_3_VOCABULARY:
+        problems.append(LLAMA_3)
+    return problems
+
+
+def find_parts(folder: Path) -> tuple[list[Path], Optional[dict[str, str]]]:
+    """The safetensors files of a folder, and the index that says which tensor is in which (None: one file without index)."""
+    if is_there(folder / "model.safetensors"):
+        return [folder / "model.safetensors"], None
+    path = folder / "model.safetensors.index.json"
+    if not is_there(path):
+        if is_there(folder / "adapter_config.json"):
+            way_out = ADAPTER
+        elif any(folder.glob("pytorch_model*")):
+            way_out = "it holds pickled weights: save them as safetensors (save_pretrained of transformers does)"
+        else:
+            way_out = f"it holds {contents(folder)}"
+        raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; {way_out}")
+    index = read_json(path, "an index has some hundred thousand bytes at most", 2**26).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(part, str) for part in index.values()):
+        raise ValueError(f"{path} has no weight_map from names to files")
+    for part in sorted(set(index.values())):
+        if not re.fullmatch(r"[\w.+-]+\.safetensors", part, flags=re.ASCII):
+            raise ValueError(f"{path} points to {shortened(part)}, which is not a safetensors file of this folder")
+        if not is_there(folder / part):
+            raise ValueError(f"{path} points to {part}, which is missing from {folder}; download it again")
+    return [folder / part for part in sorted(set(index.values()))], index
+
+
+def map_part(path: Path) -> Any:
+    """A safetensors file, mapped. ValueError where it is damaged."""
+    check_file(path)
+    try:
+        return safe_open(path, framework="pt", device="cpu").__enter__()
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} cannot be read: it is cut short, damaged, or no safetensors file ({escaped(str(error))}); "
+            "download or save it again"
+        ) from error
+
+
+class HuggingFaceCheckpoint:
+    """The mapped weights of a Hugging Face folder, seen as Meta's: their names, and their order of rows. See
+    `checkpoint.Checkpoint`."""
+
+    format = "Hugging Face"
+    config = "config.json"
+    quantization: Optional[Quantization] = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.args, self.tied = read_config(folder)
+        self.ids = self.args.vocab_size  # rows of the embedding and of the output beyond these do not count
+        self.paths, index = find_parts(folder)
+        self.mapped = MappedFiles(self.paths)
+        self._parts: dict[str, Any] = {}  # Meta's name -> the open file that has it
+        self._theirs: dict[str, str] = {}
+        for path in self.paths:
+            part = map_part(path)
+            found = set(part.keys())
+            named = found if index is None else {name for name, file in index.items() if file == path.name}
+            if found != named:
+                raise ValueError(
+                    f"{path} and model.safetensors.index.json disagree about {listed(sorted(found ^ named))}; download again"
+                )
+            for theirs in found:
+                if not theirs.endswith("rotary_emb.inv_freq"):  # a table that old folders carry and that is computed here
+                    name = other_name(theirs, _META_NAMES) or repr(theirs)
+                    self._parts[name], self._theirs[name] = part, theirs
+        if self.tied and "tok_embeddings.weight" in self._parts:
+            self._parts["output.weight"] = self._parts["tok_embeddings.weight"]
+            self._theirs["output.weight"] = self._theirs["tok_embeddings.weight"]
+        self.dtypes = {name: self._dtype(name) for name in self._parts}
+        self.tables: dict[str, torch.dtype] = {}
+        if "tok_embeddings.weight" not in self.dtypes:
+            raise ValueError(f"{folder} has no model.embed_tokens.weight, but {listed(sorted(self._theirs.values()))}; "
+                             "it is not a Llama checkpoint")  # fmt: skip
+        self.dtype = self.dtypes["tok_embeddings.weight"]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        stored = self._parts[name].get_slice(self._theirs[name]).get_dtype()
+        if stored in SAFETENSORS_DTYPES:
+            return SAFETENSORS_DTYPES[stored]
+        raise ValueError(
+            f"{self._theirs[name]} in {self.folder} is stored as {stored}, which is not computed here; "
+            f"use {' or '.join(DTYPES)}"
+        )
+
+    def leave_out_ids(self, pieces: int) -> bool:
+        """Fine-tunes have rows for ids that no tokenizer has a piece for: padding, and tokens that were added later."""
+        self.ids = pieces
+        return True
+
+    def missing_shards(self, width: int) -> int:
+        return 0
+
+    def check_copies(self, name: str) -> None:
+        """Nothing to compare: each tensor is there once."""
+
+    def shape(self, name: str, shard_dim: Optional[int]) -> list[int]:
+        shape = list(self._parts[name].get_slice(self._theirs[name]).get_shape())
+        if name in ("tok_embeddings.weight", "output.weight") and shape:
+            shape[0] = min(shape[0], self.ids)
+        return shape
+
+    def parts(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> list[torch.Tensor]:
+        """A list of one; rows of q and k as (heads, D/2, 2, columns)."""
+        if shard_dim == 1 or not name.endswith(ROTATED):
+            return [self.read(name, shard_dim, start, stop)]
+        half = self.args.head_size // 2
+        low, high = (start, stop) if shard_dim == 0 else (0, self.shape(name, shard_dim)[0])  # whole heads
+        rows = self._parts[name].get_slice(self._theirs[name])[low:high]
+        return [rows.view(-1, 2, half, rows.shape[-1]).transpose(1, 2)]
+
+    def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
+        """A view of the mapping where rows keep their order."""
+        weight = self._parts[name].get_slice(self._theirs[name])
+        rows = self.shape(name, shard_dim)[0]
+        if shard_dim == 1:
+            return weight[:rows, start:stop]
+        low, high = (start, stop) if shard_dim == 0 else (0, rows)
+        if not name.endswith(ROTATED):
+            return weight[low:high]
+        head = self.args.head_size  # whole heads are read, and their rows then put in order
+        first, last = low // head * head, -(-high // head) * head
+        mapped = weight[first:last]
+        ordered = to_meta_rows(mapped, head)
+        self.mapped.release(mapped)
+        return ordered[low - first : high - first]
