@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional, TypedDict, Union
 
 import torch
@@ -78,7 +78,13 @@ class Choice:
 
 
 METAS_OPTIONS = ("temperature", "top_p", "max_gen_len", "logprobs")
-SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
+SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
+DEFAULTS: dict[str, Any] = {
+    **{field.name: field.default for field in fields(Sampling)},
+    **{"max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (), "seed": None, "draft": None},
+}
+SETTABLE = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "stop_ids", "draft")]  # in words of a terminal
+IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed")]  # of a line of jobs
 
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:

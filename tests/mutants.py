@@ -1,4 +1,4 @@
-"""Mutated code: which single changes of llama/*.py does no test notice? Each survivor shows a missing test, or code that does
+"""Mutated code: which single changes of llama/ does no test notice? Each survivor shows a missing test, or code that does
 nothing.
 
     python tests/mutants.py --mutants 12 --seed 1 drafting rounding sampling
@@ -138,8 +138,9 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    names = args.names or sorted(path.stem for path in (ROOT / "llama").glob("[a-z]*.py"))
-    sources = {name: (ROOT / f"llama/{name}.py").read_text(encoding="utf-8") for name in names}
+    files = {path.stem: path for path in sorted((ROOT / "llama").glob("**/[a-z]*.py"))}
+    names = args.names or list(files)
+    sources = {name: files[name].read_text(encoding="utf-8") for name in names}
     places = [(name, i) for name, source in sources.items() for i, _ in enumerate(changes(ast.parse(source)))]
     drawn = sorted(random.Random(args.seed).sample(places, min(args.mutants, len(places))))
     outcomes, survivors = Counter[str](), []
@@ -148,7 +149,7 @@ def main() -> None:
         folder = Path(root) / "copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".scratch", "__pycache__"))
         for name, number in drawn:
-            path = folder / f"llama/{name}.py"
+            path = folder / files[name].relative_to(ROOT)
             tests = [f"tests/test_{test}.py" for test in TESTS.get(name, name).split()]
             if name not in limits:
                 path.write_text(ast.unparse(ast.parse(sources[name])), encoding="utf-8")

@@ -690,5 +690,5 @@ def test_what_the_model_says_does_not_steer_the_terminal(monkeypatch: pytest.Mon
 
 def test_it_reads_no_environment() -> None:
     assert "environ" not in "".join(
-        (ROOT / f"llama/{name}.py").read_text() for name in ("terminal", "conversation", "console", "jobs")
+        (ROOT / f"llama/commands/{name}.py").read_text() for name in ("terminal", "conversation", "console", "jobs")
     )

@@ -12,14 +12,12 @@ from typing import Any, NoReturn, Optional, cast
 
 from ..completion import Chunk
 from ..layers.parallel import is_first_process
+from ..options import DEFAULTS, SETTABLE
 from ..session import ContextFull
 from ..tokenizer import user_path
 from .console import Read, complain, note, on_first, say, texts
 
-SETTINGS: dict[str, Any] = {  # what /set knows, and what `/set NAME none` makes of them
-    "temperature": 0.6, "top_p": 0.9, "max_gen_len": None, "stop": None, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
-    "seed": None,
-}  # fmt: skip
+SETTINGS = {name: DEFAULTS[name] for name in SETTABLE}  # what /set knows, and what `/set NAME none` makes of them
 
 
 class Conversation:

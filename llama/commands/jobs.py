@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..chat import check_dialog, encode_dialog, is_unsafe
 from ..layers.parallel import is_first_process, replica
+from ..options import IN_JSON
 from ..system.checks import whole_number
 from ..system.files import is_there, listed, parse_json, read_file
 from ..system.printable import json_line, shortened
@@ -21,9 +22,7 @@ from ..system.printable import json_line, shortened
 if TYPE_CHECKING:
     from ..generation import Llama
 
-# What a line may say. The other options of `Options` are not words of JSON, or not for one prompt.
-OPTIONS = ("temperature", "top_p", "max_gen_len", "stop", "stop_ids", "top_k", "min_p", "repetition_penalty", "draft")
-KEYS = ("prompt", "messages", "continue_final_message", "id", "seed", *OPTIONS)
+KEYS = ("prompt", "messages", "continue_final_message", "id", "seed", *IN_JSON)
 PER_SLOT = 8  # lines for each slot in one call: more keep the slots busy, fewer bring results sooner
 
 
@@ -78,7 +77,7 @@ def _read_job(number: int, line: Any, options: Mapping[str, Any], seed: int) -> 
     elif not isinstance(prompt, str):
         raise ValueError(f"prompt={shortened(prompt)} must be a text")
     own = whole_number("seed", line.get("seed", seed + number), 0, 2**63 - 1, "from 0 to 2**63 - 1")
-    chosen = {**options, **{name: line[name] for name in OPTIONS if name in line}}
+    chosen = {**options, **{name: line[name] for name in IN_JSON if name in line}}
     return Job(number, prompt, is_chat, is_begun, own, chosen, {"id": line["id"]} if "id" in line else {})
 
 
