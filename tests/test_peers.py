@@ -148,8 +148,8 @@ def test_calls_that_differ(odd: str, usual: str, message: Optional[str], tiny: P
 START = """
 import os, signal, sys, threading, time
 import torch.distributed as dist
-from llama.system import peers
 from llama import Llama
+from llama.system import peers
 peers.BEAT, peers.GRACE, peers.PATIENCE = .2, .1, 1.5
 rank = int(os.environ["RANK"])
 """
@@ -202,7 +202,7 @@ def test_who_ends_is_named(
         ),
         (
             BUILD + "peers.LATE = .5\nif rank == 1: time.sleep(1.2)" + GO_ON,
-            "process 0 has waited 0.5 s in generate (script.py, line 10) for process 1, which is in script.py, line 9",
+            "process 0 has waited 0.5 s in generate (script.py, line 11) for process 1, which is in script.py, line 10",
         ),
         (
             START + "peers.COMING = .6\nif rank == 1: time.sleep(1.6)\n" + BUILD.removeprefix(START) + GO_ON,
