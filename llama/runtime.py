@@ -255,6 +255,8 @@ def _join(launch: Launch) -> None:
             store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # A connection of its own: on the other one, a process that waits would hold up its signs of life.
         watch.publish(PrefixStore(f"llama/{_joined}", store.clone()))
+        # Keys of its own: a store that outlives a group, as that of torchrun's agent does, still has the old group's addresses.
+        store = PrefixStore(f"llama/{_joined}/group", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIME_LIMIT)
     except RuntimeError as error:
         watch.stop()

@@ -292,6 +292,31 @@ def test_shutdown_leaves_the_callers_stdout(pool: Pool) -> None:
     assert pool.run(print_from_everywhere) == [(True, True)] * 4
 
 
+def join_by_one_store(port: int) -> list[int]:
+    """Sums of three groups in turn, whose addresses lie in the same store."""
+    runtime.shutdown()
+    mine, sums = os.environ["MASTER_PORT"], []
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    try:
+        for _ in range(3):
+            runtime.start("cpu")
+            total = torch.ones(1)
+            torch.distributed.all_reduce(total)
+            sums.append(int(total))
+            runtime.shutdown()
+    finally:
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+        os.environ["MASTER_PORT"] = str(int(mine) + 1)
+        runtime.start("cpu")
+    return sums
+
+
+def test_a_store_that_outlives_the_group(pool: Pool) -> None:
+    """torchrun's agent has one: what a group has written there once was read by the next, which then called closed ports."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert pool.run(join_by_one_store, store.port) == [[4, 4, 4]] * 4
+
+
 def leave_and_come_back(tiny: str, tokenizer_path: str) -> tuple[bool, bool, list[list[int]]]:
     """shutdown gives everything back; the variables are still there, so the next build joins again, by another port."""
     runtime.shutdown()
