@@ -251,6 +251,8 @@ def _join(launch: Launch) -> None:
     try:
         # Both where there are GPUs: a later build may be for the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and peers.is_refused(address):
+            raise RuntimeError(peers.GONE)  # while this process was still importing: it would wait for minutes
         with peers.waiting((), address):
             store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # A connection of its own: on the other one, a process that waits would hold up its signs of life.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,6 +316,23 @@ def test_a_store_that_outlives_the_group(pool: Pool) -> None:
     """torchrun's agent has one: what a group has written there once was read by the next, which then called closed ports."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert pool.run(join_by_one_store, store.port) == [[4, 4, 4]] * 4
+
+
+def test_a_launcher_that_has_gone_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun was killed while this process imported torch: nobody listens where its store was."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # and does not listen
+        variables = {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": held.getsockname()[1],
+        }
+        for name, value in {**variables, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "1"}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ValueError, match="cannot meet the others .* torchrun, which started it, is gone"):
+            runtime.start("cpu")
 
 
 def leave_and_come_back(tiny: str, tokenizer_path: str) -> tuple[bool, bool, list[list[int]]]:

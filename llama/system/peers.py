@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import sysconfig
 import threading
@@ -275,6 +276,18 @@ def end(how: str) -> None:
     """Let the other processes, if there are any, know how this one ends."""
     if watch is not None:
         watch.end(how)
+
+
+def is_refused(address: str) -> bool:
+    """Whether nobody listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=GRACE).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):  # a host that does not answer yet, for example
+        return False
+    return False
 
 
 def begin(rank: int, size: int, launcher: Optional[int]) -> Watch:
