@@ -83,8 +83,8 @@ DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(Sampling)},
     **{"max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (), "seed": None, "draft": None},
 }
-SETTABLE = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "stop_ids", "draft")]  # in words of a terminal
-IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed")]  # of a line of jobs
+SETTABLE = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "stop_ids", "draft")]  # at a terminal
+IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed")]  # in a line of jobs
 
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""`Transformer.step` on a GPU: nine launches a layer for up to 16 rows, ten above, in place of twenty-eight.
+"""`Transformer.step` on a GPU: nine launches a layer for one row, up to eleven for more, in place of twenty-eight.
 
 It reads the model's tensors itself and calls no module, so it is taken only while the model is as it was built.
 """

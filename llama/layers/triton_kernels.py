@@ -538,7 +538,8 @@ def _product(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> torch.Tensor:
-    """x (B, K) for B up to 64, weight (N, K) in x's dtype -> x weightᵀ, (B, N), summed in float32. One launch.
+    """x (B, K) for B up to 64, weight (N, K) in x's dtype -> x weightᵀ, (B, N), summed in float32. One launch, or two if
+    several programs share the columns of a row.
 
     gated: weight is w1 above w3, (2N, K) -> silu(x w1ᵀ) * (x w3ᵀ), (B, N), rounded where separate products would be.
     """
@@ -546,7 +547,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> torch
 
 
 def product_int8(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, gated: bool = False) -> torch.Tensor:
-    """As `product`, with weight int8 (N, K) and scales float32 (N,). Infinite x gives NaN. One launch."""
+    """As `product`, with weight int8 (N, K) and scales float32 (N,). Infinite x gives NaN."""
     return _product(x, weight, scales, None, 8, gated)
 
 
@@ -554,7 +555,7 @@ def product_int4(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, gated: bool = False
 ) -> torch.Tensor:
     """As `product`, with weight uint8 (N, K / 2), the left of two columns in the upper half of a byte, and bfloat16 scales
-    and zeros (N, K / group): (n - 8) * scale + zero, which is not rounded if B is 1. Infinite x gives NaN. One launch."""
+    and zeros (N, K / group): (n - 8) * scale + zero, which is not rounded if B is 1. Infinite x gives NaN."""
     return _product(x, weight, scales, zeros, 4, gated)
 
 

@@ -283,10 +283,8 @@ def is_refused(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=GRACE).close()
-    except ConnectionRefusedError:
-        return True
-    except (OSError, ValueError):  # a host that does not answer yet, for example
-        return False
+    except (OSError, ValueError) as error:  # others: a host that does not answer yet, for example
+        return isinstance(error, ConnectionRefusedError)
     return False
 
 
