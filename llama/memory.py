@@ -98,7 +98,7 @@ def _overhead(args: ModelArgs, processes: int) -> int:
 
 
 def free_bytes(device: torch.device) -> Optional[int]:
-    """What this process may still allocate on the device; None where the system does not tell."""
+    """What this process may still allocate on the device; None if the system does not tell."""
     if device_kind(device) == "cuda":
         # What torch keeps of freed tensors is free for new ones.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -157,7 +157,7 @@ def gigabytes(nbytes: float) -> str:
 
 
 def check_fits(placement: Placement) -> None:
-    """ValueError, before any weight is loaded, where weights and cache do not fit what is free."""
+    """ValueError, before any weight is loaded, if weights and cache do not fit what is free."""
     need, free, sharers = estimate(placement), free_bytes(placement.device), placement.sharers
     if free is None or need.resident * sharers <= free:
         return

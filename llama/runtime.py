@@ -95,7 +95,7 @@ _started = _Started()
 def start(device: Union[str, torch.device, None] = None, model_parallel_size: Optional[int] = None) -> torch.device:
     """Join the other processes of the launcher, if there are any, and return the device that this one computes on.
 
-    A process group, or fairscale's groups, that the caller made before are used as they are. ValueError where the
+    A process group, or fairscale's groups, that the caller made before are used as they are. ValueError if the
     device is not there, or is another process's, or `model_parallel_size` does not fit the number of processes.
     """
     launch = Launch.read()
@@ -145,7 +145,7 @@ def _model_parallel_size(wanted: Optional[int], world_size: int) -> int:
 
 
 def choose_device(device: Union[str, torch.device, None], launch: Launch) -> torch.device:
-    """`device`, or else the best that is there for this process. ValueError where it is not there."""
+    """`device`, or else the best that is there for this process. ValueError if it is not there."""
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"
@@ -320,7 +320,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: Optional[Tra
 def cache_folder() -> Path:
     """Where compiled steps are kept: $LLAMA_CACHE, or llama in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
 
-    ValueError where that is below the home of a user who has none.
+    ValueError if that is below the home of a user who has none.
     """
     named = os.environ.get("LLAMA_CACHE")
     folder = named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llama"

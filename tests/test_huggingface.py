@@ -115,7 +115,7 @@ def write_config(folder: Path, change: dict[str, Any]) -> None:
         ({"attention_bias": True}, "attention_bias=True, but biases"),
         ({"mlp_bias": True}, "mlp_bias=True, but biases"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', but only 'silu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .'gptq'."),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized .'gptq'."),
         ({"tie_word_embeddings": "yes"}, "neither true nor false"),
         ({"vocab_size": 128256}, "this is a Llama 3 model"),
         ({"hidden_size": "absent"}, "missing key 'hidden_size'"),

@@ -387,6 +387,18 @@ def test_what_is_near() -> None:
     assert not vectors_are_near(exact.clone().index_fill_(0, torch.tensor([5]), INF), exact, 0.1)
 
 
+@pytest.mark.parametrize("compare", [is_near, vectors_are_near])
+def test_what_is_infinite_or_large_is_near_to_its_like_alone(compare: Any) -> None:
+    """A bound of infinity once made every number near: from an infinite number, or from the square of a large one."""
+    for found, expected, near in (
+        (INF, INF, True), (-INF, INF, False), (5.0, INF, False), (INF, 5.0, False), (NAN, INF, False), (INF, NAN, False),
+        (3e38, 3e38, True), (-3e38, 3e38, False), (5.0, 3e38, False), (3e38, 5.0, False),
+    ):  # fmt: skip
+        others = numbers(1, 8)
+        pair = (torch.cat((others, torch.tensor([[x]])), 1) for x in (found, expected))
+        assert compare(*pair, 0.1) == near, (found, expected)
+
+
 def test_kernels_are_compared_with_what_is_not_rounded() -> None:
     """Attention in bfloat16 loses more by its plain form than by the kernel, which was refused for that on a GPU."""
     q, k, v = numbers(2, 8, 64, dtype=torch.bfloat16), *(cache(2, 600, 8, 64, torch.bfloat16, seed) for seed in (1, 2))

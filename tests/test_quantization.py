@@ -250,7 +250,7 @@ def test_int8_sums_stay_in_float16() -> None:
 
 def test_no_silent_gradients() -> None:
     for kind in ("int8", "int4"):
-        with pytest.raises(ValueError, match="no gradients through quantised weights"):
+        with pytest.raises(ValueError, match="no gradients through quantized weights"):
             layer_of(weights(), kind)(torch.randn(1, 256, requires_grad=True))
 
 
@@ -410,7 +410,7 @@ def test_what_is_refused(tiny: Path, tmp_path: Path, tokenizer_path: str, pool: 
     refuse("quantize='int2' is not supported; use 'int8' or 'int4', or None", quantize="int2")
     refuse("quantize=4 is not supported", quantize=4)
     convert(tiny, tmp_path / "q", "meta", quantize="int4")
-    refuse("q is stored as int4, so it cannot be had as int8; leave quantize out", tmp_path / "q", quantize="int8")
+    refuse("q is already int4 and cannot become int8; leave quantize out", tmp_path / "q", quantize="int8")
     with pytest.raises(ValueError, match="q is stored as int4, which is for Meta's format alone"):
         convert(tmp_path / "q", tmp_path / "hf", "hf")
     with pytest.raises(ValueError, match="quantize='int8' is for Meta's format alone"):
@@ -483,4 +483,4 @@ def test_the_command(tiny: Path, tmp_path: Path, tokenizer_path: str) -> None:
     assert "dtype=float32, matrices in int4; on each process" in result.stdout
     result = run("info", target, "--quantize", "int8", "--device", "cpu")
     assert result.returncode == 1
-    assert "is stored as int4" in result.stderr
+    assert "is already int4" in result.stderr

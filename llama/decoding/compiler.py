@@ -29,7 +29,7 @@ LATE = 0.2  # seconds after which the process notices that its caller has ended
 def started(request: dict[str, Any], folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """Begin a compilation; at the end of the block it has ended, with all that it started.
 
-    request: see `make`. folder: a new one in one of the caller's. RuntimeError where there is no Python to start.
+    request: see `make`. folder: a new one in one of the caller's. RuntimeError if there is no Python to start.
     """
     if "python" not in Path(sys.executable or "").name.lower():
         raise RuntimeError(f"sys.executable is {sys.executable!r}, and not a Python that can compile in a process of its own")

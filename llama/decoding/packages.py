@@ -45,7 +45,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError where somebody else can put other files into a folder, or another folder in its place.
+    """ValueError if somebody else can put other files into a folder, or another folder in its place.
 
     Folders above it may be like /tmp: there all can write, but nobody can rename what is another's. On Windows, where
     files have lists of rights and no mode, nothing is checked: there the user's own folders are closed to others.
@@ -85,7 +85,7 @@ def _others_write(status: os.stat_result) -> bool:
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """What the loader needs of a package: see `_parts`. ValueError where it could be somebody else's, or is not what `keep`
+    """What the loader needs of a package: see `_parts`. ValueError if it could be somebody else's, or is not what `keep`
     wrote."""
     check_folder(path.parent)
     try:

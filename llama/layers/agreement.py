@@ -1,4 +1,4 @@
-"""What all processes do alike: an error on one is an error on all, and what their calls differ in is named."""
+"""Keeps processes alike: an error on one is raised on all, and an error names what their calls differ in."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from typing import Any, Optional
 import torch.distributed as dist
 
 from ..system import peers
+from ..system.printable import cut
 from .parallel import Group, all_alike, gather_objects, members
+
+SHOWN = 60  # characters of a value that an error shows
 
 
 class Agreement:
-    """What `together` compares between the processes, by names, if the block sets it. Values whose `repr` says all."""
+    """A block of `together` may set `values`, by name: they are compared between the processes, by their `repr`."""
 
     values: Optional[Mapping[str, Any]] = None
 
 
 @contextmanager
 def together(group: Group = None, *, everyone: bool = False) -> Iterator[Agreement]:
-    """Run a block on every process of the group, or on all that there are; if it fails on some, it fails on all, with the
-    message of the lowest rank. So it does where the values that the block sets differ, which the error names.
+    """Run a block on every process of the group. If it fails on some, it fails on all, with the message of the lowest of them.
+    ValueError, which names the differences, if the values that the block sets differ.
 
-    Without this the processes that succeeded would wait for the others in the next collective.
+    Without this the processes that succeeded would wait for the others in the next collective. everyone: without a group,
+    the block is run by all processes that there are.
     """
     error: Optional[Exception] = None
     agreement = Agreement()
@@ -42,14 +46,14 @@ def together(group: Group = None, *, everyone: bool = False) -> Iterator[Agreeme
 
 
 def keep_pace(group: Group) -> None:
-    """Before each step of a stream, whose reader may have left it on some processes: ValueError on all that meet then."""
+    """Call it before each step of a stream. ValueError on all processes if the readers of some have left the stream."""
     if group is not None and not all_alike("a step", group):
         raise _settle(None, {"the step": "next"}, group)
 
 
 def _settle(error: Optional[Exception], values: Mapping[str, Any], group: Group) -> Exception:
-    """The error that all processes of the group are to raise: the first one's that failed, or what differs."""
-    # Not the exceptions themselves: not all of them survive pickling.
+    """The error that all processes raise: that of the first one that failed, or the differences of `values`."""
+    # Messages are gathered, because some exceptions do not survive pickling.
     failure = None if error is None else (isinstance(error, ValueError), str(error))
     name, _, line = peers.place(peers.stack(sys._getframe())).partition(" (")
     call = f"goes on with a stream ({line}" if "the step" in values else f"calls {name} ({line}"
@@ -72,7 +76,7 @@ def _settle(error: Optional[Exception], values: Mapping[str, Any], group: Group)
 
 
 def _difference(told: Mapping[int, tuple[dict[str, str], str]]) -> str:
-    """What the processes (rank -> values, call) have not in common."""
+    """The message that says how the processes (rank -> values, call) differ."""
     first, *others = told
     values, call = told[first]
     calls, words = [], []
@@ -81,10 +85,10 @@ def _difference(told: Mapping[int, tuple[dict[str, str], str]]) -> str:
         if theirs.keys() != values.keys() or their_call.partition(" (")[0] != call.partition(" (")[0]:
             calls.append(f"process {rank} {their_call}")
         for name, value in values.items():
-            if (theirs_of_it := theirs.get(name, value)) != value:
-                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(value, theirs_of_it)))
-                at = alike - 12 if alike > 24 and len(value) > 60 else 0
-                here, there = (("…" if at else "") + _shorter(text[at:]) for text in (value, theirs_of_it))
+            if (their_value := theirs.get(name, value)) != value:
+                alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(value, their_value)))
+                at = alike - 12 if alike > 24 and len(value) > SHOWN else 0
+                here, there = (("…" if at else "") + cut(text[at:], SHOWN) for text in (value, their_value))
                 words.append(f"{name} is {here} on process {first}, but {there} on process {rank}")
     if calls:
         return (
@@ -93,7 +97,3 @@ def _difference(told: Mapping[int, tuple[dict[str, str], str]]) -> str:
         )
     more = f", and {len(words) - 4} more differences" if len(words) > 4 else ""
     return f"the {len(told)} processes were given different arguments: {'; '.join(words[:4])}{more}; give all of them the same"
-
-
-def _shorter(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

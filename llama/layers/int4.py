@@ -1,4 +1,4 @@
-"""int4 layers. A CPU multiplies few rows with torch's packed form; for many, this unpacks that form block by block.
+"""int4 layers. A CPU multiplies few rows of activations with torch's packed form; for many, it unpacks that form in blocks.
 
 One prompt is decoded at twice the speed of bfloat16 (README). Plain ATen, because torchao's int4 has no form for CPUs.
 """
@@ -18,20 +18,23 @@ from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import STORED_ROWS, Quantized, refuse_gradients
 from .rounding import dequantized, pairs, to_int4, unpair
 
-FEW_ROWS = 64  # rows of activations; with more, the packed product (170 GFLOP/s on two cores) loses to dequantized blocks
-DEQUANTIZED = 2**21  # numbers that are unpacked at a time; fewer cost more in calls than they save in a cache
+FEW_ROWS = 64  # rows of activations; for more, the packed product (170 GFLOP/s on two cores) loses to dequantized blocks
+DEQUANTIZED = 2**21  # numbers that are unpacked at a time; with fewer, calls cost more than the cache saves
 
 
 class Int4(Quantized):
+    """(n - 8) * scale + zero, with a scale and a zero for each group of a row. See `Quantized` for the methods."""
+
     kind = "int4"
-    weight: nn.Parameter  # uint8 (rows, columns / 2), or packed
-    scales: Optional[nn.Parameter]  # bfloat16 (rows, columns / group); packed, both are in
-    zeros: Optional[nn.Parameter]
-    scales_and_zeros: nn.Parameter  # bfloat16 (columns / group, rows, 2)
+    weight: nn.Parameter  # uint8 (rows, columns / 2), or torch's packed form
+    scales: Optional[nn.Parameter]  # bfloat16 (rows, columns / group); None if packed
+    zeros: Optional[nn.Parameter]  # the same
+    scales_and_zeros: nn.Parameter  # bfloat16 (columns / group, rows, 2); only if packed
     group_columns: int
 
     @property
     def columns(self) -> int:
+        """The columns of this rank's matrix, whatever form it has."""
         if self.packed:
             return len(self.scales_and_zeros) * self.group_columns
         return 2 * self.weight.shape[1]
@@ -58,7 +61,7 @@ class Int4(Quantized):
             assert self.zeros is not None
             return {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
         scales, zeros = self.scales_and_zeros.permute(2, 1, 0).contiguous()
-        # Multiplied by ones in the diagonal the product shows the numbers, whatever the layout is.
+        # The product with a unit matrix shows the numbers, whatever the packed layout is.
         ones = torch.zeros_like(self.scales_and_zeros)
         ones[..., 0] = 1
         unit = torch.eye(self.columns, dtype=torch.bfloat16, device=self.device)
@@ -80,7 +83,7 @@ class Int4(Quantized):
         return []
 
     def _packed_weight(self) -> Optional[torch.Tensor]:
-        """For torch's own products on a CPU, of bfloat16 with groups of 32 and more. None if there is none."""
+        """The form for torch's own product, which a CPU has for bfloat16 and groups of 32 or more; else None."""
         weight, device = self.weight.detach(), self.device
         rows = len(weight)
         if self.group_columns < 32:
@@ -91,20 +94,20 @@ class Int4(Quantized):
 
     def product(self, x: torch.Tensor, shared: Any = None, any_order: bool = False) -> torch.Tensor:
         refuse_gradients(x)
-        rows = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])  # (M, columns)
         if not self.packed:
-            y = self._generic(rows)
-        elif len(rows) <= FEW_ROWS or packed_layout() is None:
-            y = self._few(rows.bfloat16(), self.scales_and_zeros).to(x.dtype)
+            y = self._generic(flat)
+        elif len(flat) <= FEW_ROWS or packed_layout() is None:
+            y = self._few(flat.bfloat16(), self.scales_and_zeros).to(x.dtype)
         else:
-            y = self._many(rows.bfloat16()).to(x.dtype)
+            y = self._many(flat.bfloat16()).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
     def _few(self, x: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
         return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.weight, self.group_columns, scales_and_zeros)
 
     def _generic(self, x: torch.Tensor) -> torch.Tensor:
-        """In x's own dtype, dequantised a few rows at a time."""
+        """x (M, columns) -> (M, rows) in x's own dtype. A CPU dequantizes some rows of the matrix at a time."""
         assert self.scales is not None
         assert self.zeros is not None
         if device_kind(x) == "cuda":
@@ -116,8 +119,8 @@ class Int4(Quantized):
         return torch.cat([F.linear(x, dequantized(*part, x.dtype)) for part in parts], dim=-1)
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
-        """Dequantised from the packed form in pieces that fit a cache: (n - 8) * scale, and the zeros as rows of their
-        own, which multiply the sums of x over each group. (M, columns) -> (M, rows)"""
+        """x bfloat16 (M, columns) -> (M, rows). The packed form is dequantized in pieces that fit a cache: (n - 8) * scale;
+        the zeros are rows of their own, which multiply the sums of x over each group."""
         layout = packed_layout()
         assert layout is not None
         height, halves = layout
@@ -148,8 +151,8 @@ class Int4(Quantized):
 
 @lru_cache
 def packed_layout() -> Optional[tuple[int, tuple[slice, slice]]]:
-    """How torch packs int4 on this CPU, found out by packing known numbers: the rows of a block, and which of them are the
-    lower and the upper halves of the bytes that a column of the block is. None where it is something else."""
+    """How torch packs int4 on this CPU, found out by packing known numbers: the height of a block of rows, and its rows that
+    lie in the lower and in the upper halves of the bytes. None if the layout is another one."""
     rows, columns = 256, 32
     number = torch.arange(rows)[:, None].expand(rows, columns)
     digits = [torch._convert_weight_to_int4pack_for_cpu(d.int().contiguous(), 1) for d in (number % 16, number // 16)]
@@ -173,8 +176,12 @@ def packed_layout() -> Optional[tuple[int, tuple[slice, slice]]]:
 
 
 class Int4ColumnParallelLinear(Int4, ColumnParallelLinear):
+    """Each rank has some rows, with their scales and zeros."""
+
     shard_dims = {"weight": 0, "scales": 0, "zeros": 0}  # noqa: RUF012
 
 
 class Int4RowParallelLinear(Int4, RowParallelLinear):
+    """Each rank has some columns, in whole groups."""
+
     shard_dims = {"weight": 1, "scales": 1, "zeros": 1}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""int8 layers. oneDNN multiplies int8 with int8 only, and exactly: so on a CPU activations are written in digits first.
+"""int8 layers. oneDNN multiplies int8 with int8 only, and exactly, so on a CPU activations are first written as int8 digits.
 
 One prompt is decoded at 1.5 times the speed of bfloat16 (README). Plain ATen, because torchao's int8 reads 1 to 10 billion
 weights a second on a CPU, where this reads 25 on two cores.
@@ -19,21 +19,21 @@ from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import PIECE, STORED_ROWS, Quantized, refuse_gradients
 from .rounding import to_int8
 
-FEW_ROWS = 64  # rows of activations; with more, reading the weights once for all digits no longer pays
-BASE = 254  # base of the activations' digits: each is off by half a step at most, and the next one carries the rest
-BLOCK_ROWS = 2048  # rows of activations that the product takes at a time: what it makes of them is twice their size
-PLAIN = 2**21  # numbers of a matrix; larger ones are packed, smaller ones are multiplied as they are
+FEW_ROWS = 64  # rows of activations; for more, reading the weights once for all digits no longer pays
+BASE = 254  # base of the activations' digits: each is off by at most half a step; the next one carries the remainder
+BLOCK_ROWS = 2048  # rows of activations that the product takes at a time, because their digits take twice their memory
+PLAIN = 2**21  # most numbers of a matrix that is not packed
 
 
 class Digits(NamedTuple):
-    """Rows x (M, columns), each number as the digits of a whole number to the base of 254, the highest first."""
+    """Activations (M, columns): each number is a whole number in base 254, the highest digit first, times its row's unit."""
 
     numbers: torch.Tensor  # int8 (2 or 3, M, columns)
-    unit: torch.Tensor  # float32 (M, 1): what 1 stands for
+    unit: torch.Tensor  # float32 (M, 1)
 
 
 def in_digits(x: torch.Tensor) -> Digits:
-    """oneDNN multiplies int8 with int8 only. So each row of x becomes whole numbers of 15 bits (of float32, of 23)."""
+    """x (M, columns) as whole numbers: of 15 bits in 2 digits, or for float32 of 23 bits in 3."""
     count = 3 if x.dtype == torch.float32 else 2
     numbers = x.new_empty((count, *x.shape), dtype=torch.int8)
     unit = x.new_empty(len(x), 1, dtype=torch.float32)
@@ -41,7 +41,7 @@ def in_digits(x: torch.Tensor) -> Digits:
     for i in range(0, len(x), step):
         some = slice(i, i + step)
         rest = x[some].float()
-        largest = rest.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # infinity and NaN go on from here into the result
+        largest = rest.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # infinity and NaN go from here into the result
         torch.mul(largest, 1 / (127 * BASE ** (count - 1)), out=unit[some])
         rest = rest * (127 / largest)
         numbers[0, some] = rounded = rest.round()
@@ -51,8 +51,10 @@ def in_digits(x: torch.Tensor) -> Digits:
 
 
 class Int8(Quantized):
+    """n * scale, with one scale for each row. See `Quantized` for the methods."""
+
     kind = "int8"
-    weight: nn.Parameter  # int8 (rows, columns)
+    weight: nn.Parameter  # int8 (rows, columns), or oneDNN's packed form
     scales: nn.Parameter  # float32 (rows,)
 
     def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -78,18 +80,18 @@ class Int8(Quantized):
         return []
 
     def shared(self, x: torch.Tensor) -> Optional[Digits]:
-        rows = x.reshape(-1, x.shape[-1])
-        return in_digits(rows) if self.packed and len(rows) <= BLOCK_ROWS else None
+        flat = x.reshape(-1, x.shape[-1])
+        return in_digits(flat) if self.packed and len(flat) <= BLOCK_ROWS else None
 
     def product(self, x: torch.Tensor, shared: Optional[Digits] = None, any_order: bool = False) -> torch.Tensor:
         refuse_gradients(x)
-        rows = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])  # (M, columns)
         if not self.packed:
-            y = self._generic(rows)
-        elif len(rows) <= BLOCK_ROWS:
-            y = self._of_digits(shared or in_digits(rows), x.dtype)
+            y = self._generic(flat)
+        elif len(flat) <= BLOCK_ROWS:
+            y = self._of_digits(shared or in_digits(flat), x.dtype)
         else:
-            y = torch.cat([self._of_digits(in_digits(some), x.dtype) for some in rows.split(BLOCK_ROWS)])
+            y = torch.cat([self._of_digits(in_digits(some), x.dtype) for some in flat.split(BLOCK_ROWS)])
         return y.view(*x.shape[:-1], -1)
 
     def _of_digits(self, digits: Digits, dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +103,7 @@ class Int8(Quantized):
         if device_kind(weight) == "cpu" and len(x) <= FEW_ROWS and hasattr(torch, "_weight_int8pack_mm"):
             ones = torch.ones(len(weight), dtype=x.dtype)
             y = torch._weight_int8pack_mm(x.contiguous(), weight, ones)
-        elif device_kind(weight) == "cpu":  # never all of it in the wider dtype
+        elif device_kind(weight) == "cpu":  # the whole matrix never lies in memory in the wider dtype
             step = max(1, 2**22 // weight.shape[1])
             y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(step)], dim=-1)
         else:
@@ -111,16 +113,16 @@ class Int8(Quantized):
 
 
 def int8_product(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Digits int8 (count, M, columns) of rows x, weight int8 (rows, columns) or prepacked, scales float32 (rows,)
+    """digits int8 (count, M, columns) of activations x, weight int8 (rows, columns) or prepacked, scales float32 (rows,)
     -> x (weight * scales)ᵀ: float32 (M, rows)"""
     count, M, columns = digits.shape
     if not weight.is_mkldnn:
         flat = digits.view(-1, columns)
         whole = torch._int_mm(weight, flat.t()).t().contiguous() if M <= FEW_ROWS else torch._int_mm(flat, weight.t())
         y, *lower = (whole * scales).view(count, M, -1).unbind()
-    elif M <= FEW_ROWS:  # all digits at once, so that the weights are read once
+    elif M <= FEW_ROWS:  # one product of all digits reads the weights once
         y, *lower = _qlinear(digits, weight, scales).unbind()
-    else:  # each added to those before by the product itself
+    else:  # each product adds to the one before
         y = _qlinear(digits[0], weight, scales, BASE ** (count - 1))
         for i in range(1, count):
             y = _qlinear(digits[i], weight, scales, BASE ** (count - 1 - i), y)
@@ -133,7 +135,7 @@ def int8_product(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tenso
 def _qlinear(
     x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, unit: float = 1.0, plus: Optional[torch.Tensor] = None
 ) -> torch.Tensor:
-    """int8 (..., columns), prepacked int8 (columns, rows), float32 (rows,) -> float32 (..., rows), added to `plus`."""
+    """x int8 (..., columns), packed int8 (columns, rows), scales float32 (rows,) -> float32 (..., rows), added to `plus`."""
     zeros = _no_zero_points(len(scales))
     if plus is None:
         return torch.ops.onednn.qlinear_pointwise(
@@ -144,7 +146,7 @@ def _qlinear(
     )
 
 
-# The same for the compiler, which does not know the layout of the packed weights. Costs some microseconds a call.
+# An operator, because the compiler does not know the layout of packed weights. It costs some microseconds a call.
 int8_product_op = torch.library.custom_op("llama::int8_product", int8_product, mutates_args=())
 
 
@@ -160,7 +162,7 @@ def _no_zero_points(rows: int) -> torch.Tensor:
 
 @lru_cache
 def onednn_is_exact() -> bool:
-    """Whether this CPU multiplies int8 in oneDNN fast and without saturating: older ones add pairs in 16 bits."""
+    """Whether oneDNN multiplies int8 fast on this CPU and without saturating: older CPUs add pairs in 16 bits."""
     if not torch.backends.mkldnn.is_available() or not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
         return False
     try:
@@ -181,8 +183,12 @@ def onednn_is_exact() -> bool:
 
 
 class Int8ColumnParallelLinear(Int8, ColumnParallelLinear):
+    """Each rank has some rows, with their scales."""
+
     shard_dims = {"weight": 0, "scales": 0}  # noqa: RUF012
 
 
 class Int8RowParallelLinear(Int8, RowParallelLinear):
-    shard_dims = {"weight": 1, "scales": None}  # noqa: RUF012  # of the full row
+    """Each rank has some columns, and the scales of the full rows."""
+
+    shard_dims = {"weight": 1, "scales": None}  # noqa: RUF012

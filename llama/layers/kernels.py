@@ -1,6 +1,6 @@
-"""The steps of decoding one token, in plain torch: what `triton_kernels` computes in one or two launches each.
+"""The parts of a decode step in plain torch, for any device. `triton_kernels` has each in one or two launches.
 
-Same names, same arguments, same places where a number is rounded, on any device. Letters in shapes:
+Both files have the same names and arguments, and round at the same places. Letters in shapes:
     B  rows of the batch                  H  query heads          T  columns of the cache
     N, K  rows and columns of a matrix    K  key/value heads      D  size of a head
 """
@@ -27,7 +27,7 @@ def add_norm(
 def rotate_and_store(
     qkv: torch.Tensor, rotations: torch.Tensor, positions: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
 ) -> torch.Tensor:
-    """Turns q and k by their positions, and writes k and v into the cache; row i of the batch owns row i of it.
+    """Turn q and k by their positions, and write k and v into the cache: row i of the batch into slot i.
 
     qkv (B, (H + 2K) * D); rotations float32 (max_seq_len, D/2, 2), cosines and sines; positions int64 (B,);
     cache_k, cache_v (at least B, T, K, D), any strides -> q (B, H, D).
@@ -41,9 +41,9 @@ def rotate_and_store(
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
-    rows = torch.arange(B, device=qkv.device)
-    cache_k[rows, positions] = turn(k)
-    cache_v[rows, positions] = v
+    slots = torch.arange(B, device=qkv.device)
+    cache_k[slots, positions] = turn(k)
+    cache_v[slots, positions] = v
     return turn(q)
 
 
@@ -56,8 +56,8 @@ def attend(
 ) -> torch.Tensor:
     """Grouped-query attention of one query per row over the columns up to its position.
 
-    q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,); processors: not used here
-    -> (B, H * D)
+    q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,) -> (B, H * D).
+    processors: used by the Triton form alone.
     """
     B, H, D = q.shape
     T, K = cache_k.shape[1:3]
@@ -84,8 +84,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> torch
 
 
 def product_int8(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, gated: bool = False) -> torch.Tensor:
-    """As `product`, with weight int8 (N, K) and scales float32 (N,)."""
-    # 128 is exact, and keeps sums of float16, with weights up to 127, in range.
+    """`product` with weight int8 (N, K) and scales float32 (N,)."""
+    # Dividing by 128 is exact, and keeps sums of float16 in range, whose weights go up to 127.
     y = (F.linear(x / 128, weight.type_as(x)) * (scales * 128)).type_as(x)
     return silu_mul(y) if gated else y
 
@@ -93,7 +93,7 @@ def product_int8(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, ga
 def product_int4(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, gated: bool = False
 ) -> torch.Tensor:
-    """As `product`, with weight uint8 (N, K / 2), the left of two columns in the upper half of a byte, and bfloat16 scales
+    """`product` with weight uint8 (N, K / 2), the left of two columns in the upper half of a byte, and bfloat16 scales
     and zeros (N, K / group): (n - 8) * scale + zero."""
     return product(x, dequantize_int4(weight, scales, zeros, x.dtype), gated)
 

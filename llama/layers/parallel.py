@@ -1,8 +1,8 @@
-"""fairscale's model-parallel layers with a forward made for inference. The only file with collectives.
+"""fairscale's model-parallel layers with a forward made for inference. No other file has collectives.
 
-A layer says how its weight is cut with `shard_dim`: the dimension of the full matrix that the ranks of the model-parallel
-group share out evenly, in rank order; and with `copies`: so many neighbouring ranks hold the same part. One that has more
-tensors says it of each, with `shard_dims`. Loading, resharding and quantizing read that, and nothing else knows it.
+A layer says how its weight is cut. `shard_dim` is the dimension of the full matrix that the ranks of the model-parallel
+group share evenly, in rank order; `copies` is how many neighbouring ranks hold the same part. A layer with several tensors
+gives `shard_dims`, one entry per tensor. Only this says how a weight is cut; loading, resharding and quantizing read it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ from ..runtime import chosen_device, current, device_kind, has_failed, machine, 
 from ..system import peers
 from .products import product
 
-Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes one tensor of several that are to lie in it, one below the other
-Group = Optional["dist.ProcessGroup"]  # None: this process has the whole model
+Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes the tensor that holds several, one below the other
+Group = Optional["dist.ProcessGroup"]  # None: this process holds the whole model
 
-# Messages of up to this many bytes are summed by reading the other GPUs' memory, if `prepare_small_all_reduces` allows it: 9
-# microseconds for one row where NCCL takes 16 to 18. Every rank reads the whole message of every other, so larger ones are
-# NCCL's. Inductor draws the line at the same size.
+# Most bytes of a message that is summed by reading the other GPUs' memory, if `prepare_small_all_reduces` allows it: one row
+# takes 9 microseconds, and 16 to 18 with NCCL. Every rank reads the whole message of every other, so NCCL sums larger ones.
+# Inductor draws the line at the same size.
 SMALL = 128 * 1024
 
 
 def model_parallel_group() -> Group:
-    """The ranks that share one copy of the model, or None where one process holds all of it."""
+    """The ranks that share one copy of the model, or None if one process holds all of it."""
     if not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
         return None
     return mpu.get_model_parallel_group()
 
 
 def group_size(group: Group) -> int:
+    """How many ranks share the model."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: Group) -> int:
+    """This process's rank in the group."""
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -54,11 +56,15 @@ def is_first_process() -> bool:
 
 
 def several_processes() -> bool:
+    """Whether this process has joined others, of this copy of the model or of another."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> int:
-    """This rank's part of a dimension of `full` entries, cut into as many parts as there are ranks, or into `parts`."""
+    """The size of this rank's part of a dimension of `full` entries, cut into `parts`, or one part for each rank.
+
+    ValueError, which calls the dimension `what`, if the parts are not even.
+    """
     ranks = group_size(group)
     parts = parts or ranks
     if full % parts or ranks % parts:
@@ -67,7 +73,7 @@ def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> in
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor if the message is small. `x` is lost either way."""
+    """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor if the message is small. Use `x` no more."""
     if group is None:
         return x
     if group.group_name in _small and _is_small(x.dtype, x.numel()):
@@ -77,13 +83,13 @@ def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def _is_small(dtype: torch.dtype, numel: int) -> bool:
-    """Whether torch's one-shot kernel takes such a message: it knows two dtypes, and reads 16 bytes at a time."""
+    """Whether torch's one-shot kernel can sum such a message: it knows two dtypes, and reads 16 bytes at a time."""
     size = numel * dtype.itemsize
     return dtype in (torch.float32, torch.bfloat16) and 0 < size <= SMALL and size % 16 == 0
 
 
 def _symmetric_memory() -> Optional[SimpleNamespace]:
-    """What is used of torch's symmetric memory, a private module that is still changing; None if a part of it is missing."""
+    """The parts of torch's symmetric memory used here. None if one is missing: the module is private and still changing."""
     try:
         from torch.distributed import _symmetric_memory as module
 
@@ -106,11 +112,13 @@ class _OneShot:
         self.memory, self.group, self.device = memory, group, device
 
     def allocate(self) -> bool:
-        # All dtypes share the buffer: a second one may lie at an offset in torch's pool, which some releases' kernels forget.
+        """Make the buffer. All dtypes share it: a second one may lie at an offset in torch's pool, which the kernels of some
+        releases forget."""
         self.buffer = self.memory.empty(SMALL // 4, dtype=torch.float32, device=self.device)
         return True
 
     def meet(self) -> bool:
+        """Exchange the buffers' addresses with the other ranks."""
         self.handle = self.memory.rendezvous(self.buffer, self.group.group_name)
         return self.handle is not None
 
@@ -127,13 +135,13 @@ class _OneShot:
             return self.memory.one_shot_all_reduce(message, "sum", self.group.group_name)
 
 
-_small: dict[str, _OneShot] = {}  # by the names of the groups for which it is prepared
-_without: set[str] = set()  # groups for which it is not to be
+_small: dict[str, _OneShot] = {}  # name of a group -> its prepared sums
+_without: set[str] = set()  # names of groups whose sums are all NCCL's
 
 
 @torch.library.custom_op("llama::small_all_reduce", mutates_args=())
 def small_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    """An operator, because a compiler would replace the buffer, which others read, by a tensor of its own."""
+    """`all_reduce` of a small message. An operator, because a compiler would put a tensor of its own in the buffer's place."""
     return _small[group](x)
 
 
@@ -143,10 +151,10 @@ def _(x: torch.Tensor, group: str) -> torch.Tensor:
 
 
 def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.dtype, numel: int) -> bool:
-    """Let `all_reduce` sum small messages over memory that the group's GPUs share. Returns whether `numel` numbers go that way.
+    """Let `all_reduce` sum small messages over memory that the group's GPUs share. Returns whether it will for `numel` numbers.
 
     Call it on all ranks alike, outside of any capture of a graph. All ranks get the same answer; it is False on CPUs, on
-    several machines, and if any rank lacks something or computes a wrong sum. What is missing raises nothing.
+    several machines, and if any rank lacks something or computes a wrong sum.
     """
     if group is None or not _is_small(dtype, numel) or group.group_name in _without:
         return False
@@ -156,7 +164,7 @@ def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.d
     places = gather_objects(None if memory is None else machine(), group)
     if memory is not None and set(places) == {machine()}:
         one_shot = _OneShot(memory, group, device)
-        # A rank must not begin a step in which it would wait for one that failed in the step before.
+        # All ranks end a step before the next: nobody waits there for a rank that failed here.
         if all(_everywhere(step, group, device) for step in (one_shot.allocate, one_shot.meet, one_shot.check)):
             _small[group.group_name] = one_shot
             return True
@@ -166,7 +174,7 @@ def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.d
 
 def _everywhere(step: Callable[[], bool], group: Group, device: torch.device) -> bool:
     try:
-        with current(device), torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
+        with current(device), torch.inference_mode(False), torch.no_grad():  # an inference tensor cannot be written later
             well = step()
     except Exception:
         well = False
@@ -174,14 +182,14 @@ def _everywhere(step: Callable[[], bool], group: Group, device: torch.device) ->
 
 
 def forget_small_all_reduces(group: Group) -> None:
-    """Let NCCL sum all messages of this group from now on. Call it on all ranks, after graphs that use the buffer are gone."""
+    """From now on NCCL sums all messages of this group. Call it on all ranks, once no graph uses the buffer."""
     if group is not None:
         _small.pop(group.group_name, None)
         _without.add(group.group_name)
 
 
 def _forget_groups() -> None:
-    """The groups end: a later one may have the name of one of them."""
+    """The groups end, and a later one may have the same name."""
     if not has_failed():  # freeing the buffer waits for the GPU
         _small.clear()
     _without.clear()
@@ -192,13 +200,13 @@ release_first(_forget_groups)
 
 
 def _talks_on(group: Group) -> torch.device:
-    """The device of small messages: over gloo, or over NCCL if the caller's own group has no gloo."""
+    """The device of small messages: the CPU, or the GPU if the caller's own group has no gloo."""
     gloo = "cpu:" in dist.get_backend_config(group)
     return torch.device("cpu") if gloo else torch.device("cuda", torch.cuda.current_device())
 
 
 def all_agree(flag: bool, group: Group) -> bool:
-    """Whether all ranks of the group say so. A collective."""
+    """Whether `flag` is true on all ranks of the group. A collective."""
     if group is None:
         return flag
     vote = torch.tensor([int(flag)], device=_talks_on(group))
@@ -206,12 +214,12 @@ def all_agree(flag: bool, group: Group) -> bool:
     return bool(vote.item())
 
 
-# torch 2.13 has a new name for it, and warns of the old one.
+# torch 2.13 renames it, and warns about the old name.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """(..., n) on each rank -> (..., n * ranks), in rank order. A view of what was received, if there is one row."""
+    """(..., n) on each rank -> (..., n * ranks), in rank order. For one row, a view of the message."""
     if group is None:
         return x
     ranks = group_size(group)
@@ -224,9 +232,9 @@ def broadcast_random_state(device: torch.device, group: Group) -> None:
     """Give every rank the generator state of the group's first rank, so that all of them draw the same tokens."""
     if group is None:
         return
-    on_gpu = device_kind(device) == "cuda"  # else torch would take the thread's current GPU
+    on_gpu = device_kind(device) == "cuda"
     state = [torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()]
-    with current(device):  # where NCCL, if the group has nothing else, puts what it sends
+    with current(device):  # NCCL, if the group has nothing else, sends from the current GPU
         dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
     if on_gpu:
         torch.cuda.set_rng_state(state[0], device)
@@ -235,22 +243,22 @@ def broadcast_random_state(device: torch.device, group: Group) -> None:
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Every rank's value, in rank order; of all processes without a group."""
+    """Every rank's value, in rank order. Without a group: of all processes."""
     values: list[Any] = [None] * dist.get_world_size(group)
-    with current(chosen_device()):  # where NCCL, if the group has nothing else, puts what it sends
+    with current(chosen_device()):  # NCCL, if the group has nothing else, sends from the current GPU
         dist.all_gather_object(values, value, group=group)
     return values
 
 
 def replica() -> tuple[int, int]:
-    """(which, of how many): the copies of the model that more processes than one copy needs make up."""
+    """(index, count): which copy of the model this process belongs to, and how many there are."""
     if not mpu.model_parallel_is_initialized():
         return 0, 1
     return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
 
 
 def gather_from_replicas(mine: list[Any]) -> list[list[Any]]:
-    """Every replica's list, in their order, on every process."""
+    """The lists of all replicas, in their order, on every process."""
     _, replicas = replica()
     if replicas == 1:
         return [mine]
@@ -269,22 +277,22 @@ def from_first_process(value: Any) -> Any:
     return box[0]
 
 
-_patient: dict[str, Any] = {}  # a group without a time limit, and the world that it is of
+_patient: dict[str, Any] = {}  # "group", which has a year's time limit, and the "world" that it was made in
 
 
 def all_alike(value: Optional[str], group: Group) -> bool:
-    """Whether all processes of the group gave the same text; not, if one gave None. One small collective."""
+    """Whether all processes of the group gave the same text. False if one gave None. One small collective."""
     digest = hashlib.sha256((value or "").encode("utf-8", "surrogatepass")).digest()
     mine = torch.tensor([[value is not None, int.from_bytes(digest[:7], "big")]], dtype=torch.long, device=_talks_on(group))
     everyones = mine.new_empty(dist.get_world_size(group), 2)
     with peers.waiting(*members(group)):
         _gather(everyones, mine, group=group)
-        rows = everyones.tolist()
-    return all(row == rows[0] for row in rows) and bool(rows[0][0])
+        votes = everyones.tolist()
+    return all(vote == votes[0] for vote in votes) and bool(votes[0][0])
 
 
 def members(group: Group) -> tuple[list[int], str]:
-    """The ranks of a group among all processes, or all of these; and its name."""
+    """The global ranks of a group, and its name. Without a group: of all processes."""
     group = group or dist.group.WORLD
     assert group is not None
     return dist.get_process_group_ranks(group), group.group_name
@@ -297,16 +305,17 @@ def _needs_autograd(weight: torch.Tensor, x: torch.Tensor, group: Group) -> bool
 
 def _new_weight(rows: int, columns: int) -> nn.Parameter:
     weight = nn.Parameter(torch.empty(rows, columns))
-    if not weight.is_meta:  # where it does nothing but import torch's compiler
+    if not weight.is_meta:  # on the meta device it would only import torch's compiler
         nn.init.xavier_normal_(weight)
     return weight
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
-    """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / parts), or all of them.
+    """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / parts); with gather_output
+    (..., out_features).
 
-    parts: as many as ranks, or fewer; 4 parts on 8 ranks lie 0 0 1 1 2 2 3 3. Copies have no gradient, and gather no output.
-    fairscale's constructor is not run: on more than one rank it fills the full matrix first.
+    parts: how many W is cut into, by default one for each rank; 4 parts on 8 ranks lie 0 0 1 1 2 2 3 3. Copies have no
+    gradient, and gather no output. fairscale's constructor is not run: on more than one rank it fills the full matrix first.
     """
 
     shard_dim = 0
@@ -333,17 +342,18 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         return all_gather(y, self.group) if self.gather_output else y
 
     def shared(self, x: torch.Tensor) -> Any:
-        """What `product` makes of x first, and layers of the same kind and input need not each make again."""
+        """The form of x that `product` multiplies, if it must be made: layers of one kind and input can share it."""
         return None
 
     def product(self, x: torch.Tensor, shared: Any = None, any_order: bool = False) -> torch.Tensor:
+        """`forward` without gradient and gathering. any_order: see `products.product`."""
         return product(x, self.weight, any_order)
 
 
 def fuse(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optional[torch.Tensor]:
-    """Make the layers' weights the parts of one matrix and return that: one product in place of several reads it faster.
+    """Make the layers' weights parts of one matrix and return that matrix: one product reads it faster than several.
 
-    None if they are not plain weights; for quantised ones see `quantization.join_quantized`. make: see `join`.
+    None if a layer's weight is not plain; for quantized ones see `quantization.join_quantized`. make: see `join`.
     """
     if any(type(layer) is not ColumnParallelLinear for layer in layers):
         return None
@@ -353,10 +363,10 @@ def fuse(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optional[torch.
 def join(layers: Sequence[nn.Module], name: str, make: Make = torch.cat) -> torch.Tensor:
     """Make the layers' parameters of that name views of one tensor, one below the other, and return it.
 
-    make: the parameters -> that tensor. Any but `torch.cat` gives them other numbers, or none yet.
+    make: the parameters -> that tensor. With any but `torch.cat` their numbers change, or are still to come.
     """
     parts: list[torch.Tensor] = [layer.get_parameter(name) for layer in layers]
-    with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be trained or edited later
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor cannot be trained or edited later
         whole = make(parts)
         for layer, old, part in zip(layers, parts, whole.split([len(part) for part in parts])):
             if type(old) is nn.Parameter and torch._has_compatible_shallow_copy_type(old, part):
@@ -372,10 +382,10 @@ def products(
     layers: Sequence[ColumnParallelLinear],
     any_order: bool = False,
 ) -> Sequence[torch.Tensor]:
-    """What each of the layers makes of x. any_order: see `products.product`.
+    """Each layer's product with x, as layer(x) would be. any_order: see `products.product`.
 
-    fused: one matrix (`fuse`) or one quantised layer (`join_quantized`) of them all, for one product in place of several;
-    None if there is neither.
+    fused: the matrix (`fuse`) or quantized layer (`join_quantized`) that holds all layers, for one product in place of
+    several; None if there is neither.
     """
     if torch.is_grad_enabled():  # a gradient goes to each layer's own weight
         return [layer(x) for layer in layers]
@@ -417,6 +427,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         return all_reduce(self.product(x), self.group)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the sum that `forward` returns."""
         return product(x, self.weight, any_order=self.group is None)
 
 

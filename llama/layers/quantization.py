@@ -1,4 +1,4 @@
-"""Quantized layers in a model: how they take the place of its parallel layers, and how several are joined.
+"""Puts quantized layers in the place of a model's parallel layers, and joins several into one.
 
 The numbers do not depend on how many processes share them.
 """
@@ -23,9 +23,9 @@ QUANTIZED = (Int8ColumnParallelLinear, Int8RowParallelLinear, Int4ColumnParallel
 
 
 def join_quantized(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optional[Quantized]:
-    """One layer over the rows of several, whose tensors become views of its own; see `parallel.join`.
+    """One layer over the rows of several; their tensors become views of its own. make: see `parallel.join`.
 
-    None if they are not quantised layers of one kind, or lie on a CPU, which multiplies with packed forms.
+    None if they are not quantized layers of one kind, or lie on a CPU, which multiplies with packed forms.
     """
     first = layers[0]
     if not isinstance(first, Quantized) or any(type(layer) is not type(first) for layer in layers):
@@ -33,24 +33,24 @@ def join_quantized(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optio
     if device_kind(first.device) == "cpu" or first.shard_dim != 0:
         return None
     names = [name for name, tensor in first.named_parameters(recurse=False)]
-    whole = copy(first)  # which shares its dictionaries with the first layer, so the parameters get one of their own
+    whole = copy(first)  # the copy shares its dictionaries with the first layer, so its parameters get a new one
     whole._parameters = {name: nn.Parameter(join(layers, name, make), requires_grad=False) for name in names}
     whole._parameters["bias"] = None
     return whole
 
 
 def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
-    """Put the quantised form, still empty, in the place of every parallel linear layer of a model on the meta device. The
-    output matrix is int8 in either case.
+    """Put the quantized form, still empty, in the place of every parallel linear layer of a model on the meta device. The
+    output matrix is int8 for either kind.
 
-    ValueError where the processes cannot share the rows in whole groups.
+    ValueError if the processes cannot share the rows in whole groups.
     """
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and not isinstance(layer, Quantized):
                 is_int8 = quantization.group(layer.in_features) is None
                 if isinstance(layer, ColumnParallelLinear):
-                    is_int8 |= layer.gather_output  # the output matrix, a small part of all, costs the most quality
+                    is_int8 |= layer.gather_output  # the output matrix matters most for quality, and is a small part of all
                     form: type[Quantized] = Int8ColumnParallelLinear if is_int8 else Int4ColumnParallelLinear
                 else:
                     quantization.check_parts(layer.in_features, group_size(layer.group))

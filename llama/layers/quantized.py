@@ -1,4 +1,4 @@
-"""What int8 and int4 layers share: how weights become their tensors, and how these follow the model to a device."""
+"""The base of int8 and int4 layers: how weights become their tensors, and how these follow the model to a device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..runtime import device_kind
 from .rounding import Quantization, row_maxima
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
-# On a GPU: up to this many rows are multiplied with the stored weights, for more a plain matrix is made of them first.
+# Most rows of activations that a GPU multiplies with the stored weights; for more it dequantizes the matrix first.
 STORED_ROWS = 64
 
 
 def blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A weight in float32 on a device, a few rows at a time."""
+    """A weight (rows, columns) in float32 on a device: which rows, and those rows, some at a time."""
     numbers = PIECE * torch.get_num_threads() if device_kind(device) == "cpu" else 2**24
     step = max(1, numbers // weight.shape[1])
     for i in range(0, len(weight), step):
@@ -25,15 +25,18 @@ def blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, 
 
 
 class Quantized(nn.Module):
-    """What the four classes share. `weight` and its companions are as they are stored until `pack` gives them the form
-    that the device multiplies fastest with; the state dict has them as they are stored in either case."""
+    """The base of the four quantized layers. `weight` and its companions have the stored form until `pack` gives them the
+    form that the device multiplies fastest; the state dict always has the stored form.
+
+    rows, columns: those of the part of the matrix that this rank holds.
+    """
 
     kind: str
     quantization: Quantization
-    in_features: int  # of the full matrix
-    out_features: int
+    in_features: int  # columns of the full matrix
+    out_features: int  # its rows
     shard_dim: int
-    shard_dims: dict[str, Optional[int]]  # how each tensor is cut; as `shard_dim` says of the weight before
+    shard_dims: dict[str, Optional[int]]  # how each tensor is cut; see `parallel`
     packed = False
 
     def __init__(self, layer: nn.Module, quantization: Quantization) -> None:
@@ -46,35 +49,37 @@ class Quantized(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors of the stored form, by name, without numbers yet."""
         raise NotImplementedError
 
     def quantize(self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-        """Some of the layer's weights, as they are stored, on a device. maxima: of the full rows, if `weight` has parts."""
+        """The stored form, on a device, of `weight` (rows, columns). maxima: as in `round`; None if `weight` has full rows."""
         made = self.empty(len(weight), weight.shape[1], device)
         for rows, block in blocks(weight, device):
             self.round(block, row_maxima(block) if maxima is None else maxima[rows], {n: t[rows] for n, t in made.items()})
         return made
 
     def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-        """Round rows of the layer, float32, into the same rows of its tensors. maxima: of the full rows."""
+        """Round rows of the layer, float32, into the same rows of its tensors. maxima: float32 (rows,), of the full rows."""
         raise NotImplementedError
 
     def plain(self) -> dict[str, torch.Tensor]:
-        """The tensors as they are stored."""
+        """The tensors in their stored form, by name."""
         raise NotImplementedError
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """For the device that the tensors are on, and activations in `dtype`. Returns the tensors as they were before."""
+        """Pack for this device and activations in `dtype`. Returns the stored tensors that were replaced."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
+        """The part of `repr` that torch asks for."""
         return self.kind
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination.update({prefix + name: tensor.detach() for name, tensor in self.plain().items()})
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Follows the model to a device and stays the numbers that it is; packed again there for the dtype it is given."""
+        """`.to()` moves the stored integers unchanged, and packs them again for the new device and dtype."""
         probe = fn(torch.empty(0, dtype=torch.bfloat16, device=self.device))
         if not self.packed:
             from_gpu = device_kind(self.device) == "cuda"
@@ -91,9 +96,11 @@ class Quantized(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device that the tensors lie on."""
         return cast(torch.Tensor, self.weight).device
 
 
 def refuse_gradients(x: torch.Tensor) -> None:
+    """ValueError if a gradient would go through a quantized layer with input x."""
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("no gradients through quantised weights; build without quantize, or use torch.no_grad()")
+        raise ValueError("no gradients through quantized weights; build without quantize, or use torch.no_grad()")

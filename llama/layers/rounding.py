@@ -1,4 +1,4 @@
-"""What kinds of quantized numbers there are, and how weights are rounded to them.
+"""The kinds of quantized numbers, and how weights are rounded to them.
 
 int8: w = n * scale, one scale for each row of the full matrix.
 int4: w = (n - 8) * scale + zero with n in 0 … 15, a scale and a zero for each group of neighbours in a row.
@@ -22,7 +22,7 @@ REFINEMENTS = 6
 
 @dataclass(frozen=True)
 class Quantization:
-    """What kind of numbers the matrices are; group_size is int4's."""
+    """The kind of a model's quantized numbers, "int8" or "int4"; group_size is used by int4. ValueError for others."""
 
     kind: str
     group_size: int = GROUP_SIZE
@@ -36,18 +36,19 @@ class Quantization:
         object.__setattr__(self, "group_size", size)
 
     def group(self, in_features: int) -> Optional[int]:
-        """Of a matrix with rows of this length: group_size, or the largest power of two below it that divides a row.
+        """The group size of a matrix with in_features columns: group_size, or the largest smaller power of two that divides.
 
-        None where the matrix is int8: if that was asked for, or its rows cannot be cut in groups of 16 or more.
+        None if the matrix is int8: because of `kind`, or because its rows cannot be cut into groups of 16 or more.
         """
         largest = min(self.group_size, in_features & -in_features)
         return largest if self.kind == "int4" and largest >= LEAST_GROUP else None
 
     def shares(self, in_features: int, parts: int) -> bool:
-        """Whether rows of this length can be cut into so many parts of whole groups."""
+        """Whether rows of in_features numbers can be cut into `parts` of whole groups."""
         return in_features // parts % (self.group(in_features) or 1) == 0
 
     def check_parts(self, in_features: int, parts: int, what: str = "processes") -> None:
+        """ValueError if rows cannot be shared by `parts`, which the message calls `what`; see `shares`."""
         if not self.shares(in_features, parts):
             group = self.group(in_features)
             good = [str(n) for n in range(1, parts) if in_features % n == 0 and self.shares(in_features, n)]
@@ -57,7 +58,7 @@ class Quantization:
             )
 
     def nbytes(self, rows: int, columns: int, in_features: int) -> int:
-        """What `rows` x `columns` of a matrix with rows of `in_features` take."""
+        """The bytes of `rows` x `columns` of a matrix with in_features columns."""
         group = self.group(in_features)
         return rows * (columns + 4) if group is None else rows * (columns // 2 + 2 * 2 * columns // group)
 
@@ -108,7 +109,7 @@ def to_int4(weight: torch.Tensor, group: int, refinements: int = REFINEMENTS) ->
 
 
 def _bfloat16(x: torch.Tensor) -> torch.Tensor:
-    """As it will be stored, so that what is rounded with it is what is stored."""
+    """x as it will be stored: the numbers are rounded with that."""
     return x.bfloat16().float()
 
 
@@ -122,10 +123,11 @@ def pairs(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def unpair(packed: torch.Tensor) -> torch.Tensor:
+    """`pairs` backwards: uint8 (rows, columns / 2) -> (rows, columns)."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
 
 
 def dequantized(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """int4 as it is stored -> (rows, columns)"""
+    """weight uint8 (rows, columns / 2), scales and zeros bfloat16 (rows, columns / group) -> (rows, columns) in `dtype`."""
     numbers = unpair(weight).view(torch.int8).sub_(8).to(dtype).unflatten(1, (scales.shape[1], -1))
     return torch.addcmul(zeros.to(dtype)[..., None], numbers, scales.to(dtype)[..., None]).flatten(1)

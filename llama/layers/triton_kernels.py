@@ -1,6 +1,6 @@
 """Triton kernels for one decoding step on NVIDIA GPUs of compute capability 8.0 and higher, in bfloat16 or float16.
 
-`kernels` has the same functions in plain torch, with what each computes. Imported only if Triton is installed; under
+`kernels` has the same functions in plain torch, and says what each computes. This file needs Triton; under
 TRITON_INTERPRET=1 the kernels run on the CPU, for tests. No function waits for the device or copies from the host, and
 launches depend on shapes alone, so all can be recorded in a CUDA graph. Activations and weights must be contiguous.
 
@@ -24,8 +24,8 @@ from llama.runtime import current, device_kind  # not relative: the tests load t
 
 
 class Tiles(NamedTuple):
-    """How one program of a product works: `rows` weight rows, `columns` of each at a time, the loads of `stages` times under
-    way at once. If a multiprocessor gets fewer than `programs`, several share the columns of a row."""
+    """How one program of a product works: on `rows` rows of the weight, `columns` of each at a time, with `stages` loads under
+    way at once. If a multiprocessor gets fewer programs than `programs`, several share the columns of a row."""
 
     rows: int
     columns: int
@@ -35,20 +35,21 @@ class Tiles(NamedTuple):
 
 
 # Block sizes: the best over the matrices of Llama 2 7B on an H200 (benchmarks/gpu.py --part tune).
-# One activation row: programs are small, so that the last ones end together, and load all of their rows at once.
+# For one activation row: small programs, so that the last ones end together; each loads all of its rows at once.
 ONE = {16: Tiles(4, 1024, 2), 8: Tiles(4, 1024, 2, 2), 4: Tiles(8, 4096, 4, 2)}
-# Several rows: tensor cores.
+# For several activation rows, on tensor cores.
 SEVERAL = {16: Tiles(32, 256, 4, 4, 2), 8: Tiles(32, 256, 4, 3, 2), 4: Tiles(16, 256, 2, 3, 8)}
 MOST_SHARES = 8  # most programs that share the columns of a row
-DOT_ROWS = 16  # the least that tl.dot takes; fewer activation rows or query heads are padded to it
+DOT_ROWS = 16  # least rows that tl.dot takes; fewer activation rows or query heads are padded
 KEYS = 64  # keys that attention reads at a time: 16 KB at D = 128
-SPLITS_PER_PROCESSOR = 4  # programs of attention that one multiprocessor gets, if there are enough keys
-MOST_SPLITS = 64
+SPLITS_PER_PROCESSOR = 4  # programs of attention for each multiprocessor, if there are enough keys
+MOST_SPLITS = 64  # most programs that share the keys of one group
 ELEMENTS = 1024  # results of one program of silu_mul, dequantize_int4 or add_parts
 
 
 @lru_cache
 def processor_count(device: torch.device) -> int:
+    """The multiprocessors of a GPU; in tests on a CPU, an H200's."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device_kind(device) == "cuda" else 132
 
 
@@ -59,27 +60,27 @@ def overlaps(device: torch.device) -> bool:
 
 
 def launching(device: torch.device) -> dict[str, bool]:
-    """Options of each launch. Triton 3.9 warns if the first is not said."""
+    """The options of each launch. Triton 3.9 warns if the first is missing."""
     return {"enable_fp_fusion": True, "launch_pdl": overlaps(device), "OVERLAP": overlaps(device)}
 
 
 @triton.jit
 def _wait(OVERLAP: tl.constexpr):
-    """For the end of the kernels before: only now may be read what they wrote, and be written what they read."""
+    """Wait for the end of earlier kernels: before it nothing that they write may be read, nor what they read be written."""
     if OVERLAP:
         gdc_wait()
 
 
 @triton.jit
 def _let_next_start(OVERLAP: tl.constexpr):
-    """In a long kernel at its end: else the next one's programs would all lie on those multiprocessors that are free first."""
+    """A long kernel calls it at its end: earlier, the next kernel's programs would crowd on the first free multiprocessors."""
     if OVERLAP:
         gdc_launch_dependents()
 
 
 @triton.jit
 def _follow(OVERLAP: tl.constexpr):
-    """In a short kernel."""
+    """A short kernel calls it at its start."""
     _let_next_start(OVERLAP)
     _wait(OVERLAP)
 
@@ -167,7 +168,7 @@ def _rotate_and_store(
 def rotate_and_store(
     qkv: torch.Tensor, rotations: torch.Tensor, positions: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
 ) -> torch.Tensor:
-    """Turns q and k by their positions, and writes k and v into the cache; row i of the batch owns row i of it.
+    """Turn q and k by their positions, and write k and v into the cache: row i of the batch into slot i.
 
     qkv (B, (H + 2K) * D); rotations float32 (max_seq_len, D/2, 2), cosines and sines; positions int64 (B,);
     cache_k, cache_v (at least B, T, K, D), any strides -> q (B, H, D). One launch.
@@ -190,8 +191,8 @@ def _attend(
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
     SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one group over one part of the keys. Each block of keys has one or more that are seen, so its largest
-    score is -inf only if a real score is."""
+    """Attention of one group's queries over one part of the keys. Each block has a key that is seen, so its largest score
+    is -inf only if a real score is."""
     _wait(OVERLAP)
     row, kv_head = tl.program_id(0) // K, tl.program_id(0) % K
     split = tl.program_id(1)
@@ -234,7 +235,7 @@ def _attend(
 def _combine(
     parts, sums, out, D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """Adds up the parts of one head. Those without keys have -inf as their largest score and weigh nothing."""
+    """Add up the parts of one head. The largest score of a part without keys is -inf, so it weighs nothing."""
     _follow(OVERLAP)
     split, item = tl.arange(0, BLOCK), tl.arange(0, SIZE)
     part = tl.program_id(0) * SPLITS + split
@@ -262,8 +263,8 @@ def attend(
 ) -> torch.Tensor:
     """Grouped-query attention of one query per row over the columns up to its position; nothing beyond is read.
 
-    q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,); processors: of the GPU, asked of
-    it if None -> (B, H * D). Two launches, or one if there is one split.
+    q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,) -> (B, H * D). Two launches, or
+    one if there is one split. processors: the GPU's multiprocessors; None: ask the GPU.
     """
     B, H, D = q.shape
     T, K = cache_k.shape[1:3]
@@ -314,37 +315,38 @@ def _left(pair, DTYPE: tl.constexpr):
 
 @triton.jit
 def _right(pair, DTYPE: tl.constexpr):
+    """The second of two 16-bit numbers in an int32, as float32."""
     bits = pair & -65536 if DTYPE == tl.bfloat16 else (pair >> 16).to(tl.int16)
     return bits.to(tl.float32 if DTYPE == tl.bfloat16 else DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _top(words, BYTE: tl.constexpr):
-    """Moves a byte of each int32 to bits 15 ... 22, the highest of a float32's fraction."""
+    """Move a byte of each int32 to bits 15 ... 22, the highest of a float32's fraction."""
     return words << (15 - 8 * BYTE) if BYTE < 2 else words >> (8 * BYTE - 15)
 
 
 @triton.jit
 def _whole(words, BYTE: tl.constexpr, bits):
-    """A signed byte n as 1.5 + n / 256. bits: of 1.5"""
+    """A signed byte n as 1.5 + n / 256. bits: those of 1.5"""
     return ((_top(words, BYTE) & 0x7F8000) ^ bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _upper(words, BYTE: tl.constexpr, bits):
-    """The upper half of a byte, n, as 1 + n / 16. bits: of 1"""
+    """The upper half of a byte, n, as 1 + n / 16. bits: those of 1"""
     return ((_top(words, BYTE) & 0x780000) | bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _lower(words, BYTE: tl.constexpr, bits):
-    """The lower half of a byte, n, as 1 + n / 256. bits: of 1"""
+    """The lower half of a byte, n, as 1 + n / 256. bits: those of 1"""
     return ((_top(words, BYTE) & 0x078000) | bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _rows(first, N, ROWS: tl.constexpr, GATED: tl.constexpr):
-    """The weight rows of a program; gated: each row of w1 before its partner of w3. Beyond the end: the last one again."""
+    """The weight rows of a program; gated: each row of w1 before its partner of w3. Past the end the last row is repeated."""
     r = tl.arange(0, ROWS)
     return tl.minimum(first + r // 2, N - 1) + (r % 2) * N if GATED else tl.minimum(first + r, N - 1)
 
@@ -362,8 +364,8 @@ def _one(
     """One activation row, by multiply-and-add.
 
     x and weight are read as int32: words of 2, 4 or 8 weights, pairs of activations. No instruction converts an integer:
-    its bits become a fraction, so that the sum over weight n is v = 1.5 + n / 256 (or alike) times x, less 1.5 times x.
-    Each lane takes that off its own few columns, before anything is lost to cancellation.
+    its bits become a fraction, v = 1.5 + n / 256 (or alike) for weight n, and the sum is that of v x less that of 1.5 x.
+    Each lane subtracts over its own few columns, before anything is lost to cancellation.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
     PER_WORD: tl.constexpr = 32 // KIND
@@ -371,7 +373,7 @@ def _one(
     WORDS: tl.constexpr = COLUMNS // PER_WORD
     CHUNK: tl.constexpr = min(GROUP, 32)  # int4 columns that one thread sums before it scales them
     CHUNKS: tl.constexpr = COLUMNS // CHUNK
-    # Of 1.5 or 1. The second index is 0 here; with it the sum stays in a register, else it costs an instruction per weight.
+    # The bits of 1.5 or 1. The second index is 0; adding it keeps the bits in a register, which saves an instruction a weight.
     bits = (0x3FC00000 if KIND == 8 else 0x3F800000) + tl.program_id(1)
     first = tl.program_id(0) * (ROWS // 2 if GATED else ROWS)
     row = _rows(first, N, ROWS, GATED)
@@ -383,7 +385,7 @@ def _one(
     _wait(OVERLAP)
     for k in tl.range(0, LINE, WORDS, loop_unroll_factor=STAGES):
         inside = (k + word < LINE)[None, :]
-        # Beyond the end x is 0, and any integer becomes a finite v.
+        # Past the end x is 0, and any integer becomes a finite v.
         w = tl.load(at + k, inside, 0) if KIND == 16 else tl.load(at + k, inside)
         p = tl.load(x + k * (PER_WORD // 2) + pair, k * (PER_WORD // 2) + pair < K // 2, 0)
         if KIND == 16:
@@ -405,7 +407,7 @@ def _one(
             x0, x2, x4, x6 = _left(a, DTYPE), _left(b, DTYPE), _left(c, DTYPE), _left(d, DTYPE)
             x1, x3, x5, x7 = _right(a, DTYPE) * 16, _right(b, DTYPE) * 16, _right(c, DTYPE) * 16, _right(d, DTYPE) * 16
             left, right = (x0 + x2) + (x4 + x6), (x1 + x3) + (x5 + x7)
-            s = _upper(w, 0, bits) * x0[None, :] - (1.5 * left + 1.03125 * right)[None, :]  # 8 / 16 and 8 / 256 with it
+            s = _upper(w, 0, bits) * x0[None, :] - (1.5 * left + 1.03125 * right)[None, :]  # 1 and 8 / 16, 1 and 8 / 256
             s += _upper(w, 1, bits) * x2[None, :]
             s += _upper(w, 2, bits) * x4[None, :]
             s += _upper(w, 3, bits) * x6[None, :]
@@ -432,7 +434,7 @@ def _one(
 
 @triton.jit
 def _float(numbers):
-    """int32, small -> float32, by an addition to the fraction of 1.5 * 2**23. GPUs convert integers slowly."""
+    """Small int32 -> float32, by an addition to the fraction of 1.5 * 2**23. GPUs convert integers slowly."""
     return (numbers + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
@@ -441,8 +443,8 @@ def _several(
     x, weight, scales, zeros, out, parts, B, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Up to BATCH activation rows, on tensor cores; integers are rounded to the activations' dtype before. With several
-    splits each program has some of the columns, and its sums go to parts, float32 (SPLITS, B, N)."""
+    """Up to BATCH activation rows, on tensor cores; weights are first rounded to the activations' dtype. With several splits
+    each program sums some of the columns, into parts, float32 (SPLITS, B, N)."""
     _wait(OVERLAP)
     DTYPE: tl.constexpr = out.dtype.element_ty
     CHUNK: tl.constexpr = min(GROUP, 32)
@@ -467,7 +469,7 @@ def _several(
             slope, offset = scale.to(tl.float32) * 16, zero.to(tl.float32) - scale.to(tl.float32) * 24
             w = v.reshape(ROWS, CHUNKS, CHUNK) * slope[:, :, None] + offset[:, :, None]
             w = w.reshape(ROWS, COLUMNS).to(DTYPE)
-            # Those of the next trip: what feeds no product directly is not loaded ahead by the compiler.
+            # The next trip's scales are loaded here: the compiler loads ahead only what feeds a product directly.
             ahead = k + COLUMNS + chunk * CHUNK
             places, known = start * (K // GROUP) + (ahead // GROUP)[None, :], (ahead < K)[None, :]
             scale, zero = tl.load(scales + places, known, 0.0), tl.load(zeros + places, known, 0.0)
@@ -508,12 +510,12 @@ def _product(
     kind: int,
     gated: bool,
 ) -> torch.Tensor:
-    """kind: the bits of a weight"""
+    """x weightᵀ for the three functions below. kind: bits of a weight, 16, 8 or 4."""
     B, K = x.shape
     N = len(weight) // (2 if gated else 1)
     group = 32 if zeros is None else K * len(weight) // zeros.numel()
     out = x.new_empty(B, N)
-    one = B == 1 and K % (32 // kind) == 0  # else a row of weights would not be whole words
+    one = B == 1 and K % (32 // kind) == 0  # a row of weights is read in whole words
     tiles = ONE[kind] if one else SEVERAL[kind]
     grid = (triton.cdiv(N, tiles.rows // (2 if gated else 1)),)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **launching(x.device)}
@@ -523,7 +525,7 @@ def _product(
             _one[grid](*words, scales, zeros, out, N, K, kind, group, gated, tiles.rows, tiles.columns, tiles.stages, **options)
         else:
             batch = max(DOT_ROWS, triton.next_power_of_2(B))
-            options["num_stages"] = max(2, tiles.stages * DOT_ROWS // batch)  # more rows of x take their place in memory
+            options["num_stages"] = max(2, tiles.stages * DOT_ROWS // batch)  # more rows of x leave memory for fewer stages
             splits = 1 if gated else max(1, min(MOST_SHARES, tiles.programs * processor_count(x.device) // grid[0]))
             parts = x.new_empty((splits, B, N) if splits > 1 else 0, dtype=torch.float32)
             _several[(*grid, splits)](
@@ -541,20 +543,20 @@ def product(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> torch
     """x (B, K) for B up to 64, weight (N, K) in x's dtype -> x weightᵀ, (B, N), summed in float32. One launch, or two if
     several programs share the columns of a row.
 
-    gated: weight is w1 above w3, (2N, K) -> silu(x w1ᵀ) * (x w3ᵀ), (B, N), rounded where separate products would be.
+    gated: weight is w1 above w3, (2N, K) -> silu(x w1ᵀ) * (x w3ᵀ), (B, N), rounded as separate products would be.
     """
     return _product(x, weight, None, None, 16, gated)
 
 
 def product_int8(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, gated: bool = False) -> torch.Tensor:
-    """As `product`, with weight int8 (N, K) and scales float32 (N,). Infinite x gives NaN."""
+    """`product` with weight int8 (N, K) and scales float32 (N,). Infinite x gives NaN."""
     return _product(x, weight, scales, None, 8, gated)
 
 
 def product_int4(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, gated: bool = False
 ) -> torch.Tensor:
-    """As `product`, with weight uint8 (N, K / 2), the left of two columns in the upper half of a byte, and bfloat16 scales
+    """`product` with weight uint8 (N, K / 2), the left of two columns in the upper half of a byte, and bfloat16 scales
     and zeros (N, K / group): (n - 8) * scale + zero, which is not rounded if B is 1. Infinite x gives NaN."""
     return _product(x, weight, scales, zeros, 4, gated)
 

@@ -1,1 +1,1 @@
-"""What a process is given: the launcher's variables, other processes, streams, files, arguments."""
+"""A process's surroundings: the launcher's variables, other processes, streams, files, arguments."""

@@ -1,4 +1,4 @@
-"""What counts as a number among a caller's arguments: Python's own, numpy's and torch's, but no truth values and no texts."""
+"""Checks numbers among a caller's arguments: Python's, numpy's and torch's count, but no truth values and no texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def whole(value: Any) -> Optional[int]:
 
 
 def real(value: Any) -> Optional[float]:
-    """The number that `value` is, or None: for NaN too, which compares false with everything."""
+    """The number that `value` is, or None. NaN is none, because it compares false with everything."""
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
@@ -39,7 +39,7 @@ def real(value: Any) -> Optional[float]:
 
 
 def whole_number(name: str, value: Any, least: int, most: Optional[int] = None, told: str = "") -> int:
-    """The argument `name` as an int. ValueError unless it is a whole number from `least` to `most`, in the words `told`."""
+    """The argument `name` as an int. ValueError unless it is a whole number from `least` to `most`; `told` words the limits."""
     number = whole(value)
     if number is None or number < least or (most is not None and number > most):
         told = told or (f"of {least} or more" if most is None else f"from {least} to {most}")

@@ -1,4 +1,4 @@
-"""How files are read and replaced: what a name must stand for before it is opened, JSON with numbers in range, mapped files.
+"""Reads and replaces files: checks a name before it is opened, reads JSON with numbers in range, watches mapped files.
 
 Every file that a user names is read through `read_file`, or passes `check_file` before a library opens it by its name.
 """
@@ -24,11 +24,11 @@ from .checks import real, whole
 from .printable import escaped, shortened
 
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
-COPY_BYTES = 16 * 2**20  # what a processor's cache may hold: twice as fast as larger pieces
+COPY_BYTES = 16 * 2**20  # size of a copied piece: one that fits a processor's cache is twice as fast
 
 
 class Number(NamedTuple):
-    """What a JSON file may hold under a key: `kind` from `least` to `most`; null too, unless `required`."""
+    """A number that a JSON file may hold: of `kind`, from `least` to `most`; null or nothing too, unless `required`."""
 
     kind: type
     least: float
@@ -36,6 +36,7 @@ class Number(NamedTuple):
     required: bool = False
 
     def problem(self, key: str, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong with values[key]: one line for a message, or none."""
         value = values.get(key)
         if value is None:
             return [f"missing key {key!r}" if key not in values else f"{key}=None is not {self}"] * self.required
@@ -47,12 +48,14 @@ class Number(NamedTuple):
 
 
 def listed(items: Iterable[str], most: int = 12) -> str:
+    """The first `most` items, escaped and with commas, and how many more there are."""
     items = list(map(escaped, items))
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
 
 
 def contents(folder: Path) -> str:
+    """The names in a folder, for a message."""
     try:
         return listed(sorted(path.name for path in folder.iterdir())) or "nothing"
     except OSError as error:
@@ -60,7 +63,7 @@ def contents(folder: Path) -> str:
 
 
 def parse_json(data: bytes, finite: bool = True) -> Any:
-    """What JSON says. ValueError for what is none, nested too deep, has a key twice or (with `finite`) NaN or infinity."""
+    """The value of a JSON text. ValueError for no JSON, too deep nesting, a key twice, or (with `finite`) NaN or infinity."""
     number = _finite if finite else float
     try:
         return json.loads(data, parse_constant=number, parse_float=number, object_pairs_hook=_without_doubles)
@@ -75,7 +78,7 @@ def _finite(text: str) -> float:
 
 
 def is_there(path: Path) -> bool:
-    """Whether the name is taken, by whatever: a link to nothing too, so that the reader says what is wrong with it."""
+    """Whether the name is taken, even by a link to nothing: then the reader says what is wrong with it."""
     return os.path.lexists(path)
 
 
@@ -95,7 +98,7 @@ def check_file(path: Path) -> os.stat_result:
 
 
 def read_file(path: Path, most: Optional[int] = None, usual: str = "") -> bytes:
-    """What a file holds, at most `most` bytes. ValueError where it cannot be had; `usual` says what such a file has."""
+    """The bytes of a file. ValueError if they cannot be read or are more than `most`; `usual` says what such a file has."""
     size = check_file(path).st_size
     if most is not None and size > most:
         raise ValueError(f"{path} has {size} bytes; {usual}")
@@ -106,12 +109,12 @@ def read_file(path: Path, most: Optional[int] = None, usual: str = "") -> bytes:
 
 
 def read_json(path: Path, usual: str, most: int = 2**20) -> dict[str, Any]:
-    """A JSON object of at most `most` bytes. ValueError where there is none; `usual` says what one has."""
+    """A JSON object of at most `most` bytes. ValueError if there is none; `usual` says what one has."""
     if not is_there(path):
         raise ValueError(f"{path} is missing; it comes with the checkpoint, and the folder holds {contents(path.parent)}")
     data = read_file(path, most, usual)
     try:
-        value = parse_json(data, finite=False)  # a key that nobody reads may have any number; `Number` checks the others
+        value = parse_json(data, finite=False)  # a key that is not read may have any number; `Number` checks the others
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -129,9 +132,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside the one that is there, whose place and permissions it takes when it is written.
+    """Write a file whole or not at all. It is written beside the old one, and then takes its place and permissions.
 
-    Where `path` is a link, the file that it points to is replaced.
+    If `path` is a link, the file that it points to is replaced. ValueError if `path` is no file; OSError as `open` raises.
     """
     target = Path(os.path.realpath(path))
     mode = None
@@ -157,7 +160,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 class MappedFiles:
-    """The files that a checkpoint is mapped from. Make it before they are mapped: it notes what they are then."""
+    """The files that a checkpoint is mapped from. Make it before they are mapped: it notes their sizes and times."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = list(paths)
@@ -165,7 +168,7 @@ class MappedFiles:
 
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:
-        """Where they lie in this process's memory. Empty where the system does not tell (not Linux)."""
+        """The addresses, from and to, where the files are mapped. Empty except on Linux."""
         names = {str(path.resolve()) for path in self.paths}
         maps = Path("/proc/self/maps")
         ranges = []
@@ -177,13 +180,13 @@ class MappedFiles:
         return ranges
 
     def check_unchanged(self, readers: Iterable[torch.Tensor] = ()) -> None:
-        """ValueError where a file was written to since. One that lies under its name now is another, and does no harm; and
-        none does if `readers` are given, and lie elsewhere by now."""
+        """ValueError if a file was written to since. A new file under its name does no harm, nor does a change if `readers`
+        are given and none of them lies in the files any more."""
         for path, before in zip(self.paths, self._found):
             try:
                 now = path.stat()
             except OSError:
-                continue  # removed or out of sight; what is mapped stays
+                continue  # the file was removed; the mapping stays
             same_file = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
             changed = same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
             if changed and self._are_read_by(list(readers)):
@@ -193,21 +196,22 @@ class MappedFiles:
                 )
 
     def _are_read_by(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether one of the tensors lies in the files, or that is not known."""
         places = [t.data_ptr() for t in tensors]
         return not (places and self.ranges) or any(low <= at < high for at in places for low, high in self.ranges)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """target[...] = source, some rows at a time, each of which is let go: never is much of the file counted as ours."""
+        """target[...] = source, some rows at a time. Their pages are released, so that little of the file counts as ours."""
         rows = max(1, COPY_BYTES // max(1, source.stride(0) * source.element_size()))
         for i in range(0, len(source), rows):
             target[i : i + rows].copy_(source[i : i + rows])
             self.release(source[i : i + rows])
 
     def release(self, tensor: torch.Tensor) -> None:
-        """Let the pages of a tensor that was copied go: they count as this process's memory as long as they are mapped.
+        """Release the pages of a tensor that was copied; until then they count as this process's memory.
 
-        They stay in the system's page cache, and come back from there when they are looked at again. Nothing happens to
-        a tensor that lies elsewhere, so it is safe for what may or may not be a view of the file.
+        They stay in the system's page cache, and are mapped from there when they are read again. Nothing happens to a tensor
+        that lies elsewhere, so any tensor may be passed.
         """
         start = tensor.data_ptr()
         entries = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0

@@ -1,4 +1,4 @@
-"""What the launcher said about this process: torchrun's variables, or none."""
+"""Reads what the launcher says about this process: torchrun's variables, or none."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher said about this process."""
+    """This process's place among those that were started together."""
 
-    by_launcher: bool  # false: a plain script, a notebook, a debugger
+    by_launcher: bool  # False: a plain script, a notebook, a debugger
     rank: int
     world_size: int
-    local_rank: int  # on this node
+    local_rank: int  # rank on this node
     local_world_size: int
-
     launcher: Optional[int] = None  # torchrun's process id
 
     @staticmethod
     def read() -> Launch:
-        """ValueError where a variable is missing, is no number, or does not go with another."""
+        """Read the environment, or an initialized process group. ValueError if a variable is missing, no number, or does not
+        fit another."""
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if dist.is_available() and dist.is_initialized():  # the caller did it, and needs no variables
+        if dist.is_available() and dist.is_initialized():  # the caller did that, and needs no variables
             rank, world_size = dist.get_rank(), dist.get_world_size()
         else:
             world_size = _number("WORLD_SIZE", 1, least=1)
@@ -50,7 +50,7 @@ class Launch:
 
 
 def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str = "") -> int:
-    """An environment variable. ValueError where it is no whole number from `least` to `most`."""
+    """An environment variable. ValueError if it is no whole number from `least` to `most`."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal() or not least <= int(value) <= most:
         bounds = f" from {least} to {most}" + (f", since {why}" if why else "") if value.isdecimal() else ""

@@ -1,7 +1,7 @@
-"""What a process says about the others that a launcher started with it: whom it waits for, who has ended, and how.
+"""Says what the processes of one launcher do: whom this one waits for, who has ended, and how.
 
 A thread writes a sign of life into the process group's store once a second, and reads those of the others there. It takes
-part in no collective and holds none up: a step costs the same with it. It also ends this process when torchrun is gone.
+part in no collective and delays none: a step costs the same with it. It also ends this process when torchrun is gone.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .printable import escaped
 
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 5.0  # seconds without one, after which a process seems to be stopped
-LATE = 10.0  # seconds that a process waits in a call before it says for whom
-COMING = 30.0  # seconds that it waits for others to come to `Llama.build` at all
+LATE = 10.0  # seconds that a process waits in a collective before it says for whom
+COMING = 30.0  # seconds that a process waits for others to come to `Llama.build`
 GRACE = 5.0  # seconds that a process whose launcher is gone has for handlers of SIGTERM
-PATIENCE = 5.0  # seconds that a process which has ended waits for the others
+PATIENCE = 5.0  # seconds that a process at its end waits for the others
 
-# How a process ended, beside "failed: …"
+# The ways a process can end, beside "failed: …"
 ENDED = "has ended: it returned, or called sys.exit or runtime.shutdown"
 NOBODY_READS = "has ended because nobody reads its output any more"
 GONE = "torchrun, which started it, is gone"
@@ -47,18 +47,18 @@ NOT_THE_USERS = (PACKAGE, TORCH, *map(sysconfig.get_path, ("stdlib", "purelib", 
 
 @dataclass
 class Sign:
-    """What one process lets the others know."""
+    """What one process tells the others about itself."""
 
     beat: int = 0  # counts up while it lives
-    meeting: str = ""  # the collective that it is in, and the how manieth of its group; empty: it is elsewhere
+    meeting: str = ""  # group and count of the collective that it waits in; empty: it is elsewhere
     at: str = ""  # file and line that its program has reached
     end: str = ""  # how it ended
 
 
 def place(frames: Iterable[FrameType]) -> str:
-    """Where the user's program is: "text_completion (my.py, line 3)"; outside of this package "my.py, line 3".
+    """The line of the user's program: "text_completion (my.py, line 3)"; outside of this package "my.py, line 3".
 
-    frames: of a thread, the innermost first.
+    frames: those of a thread, the innermost first.
     """
     ours = ""
     for frame in frames:
@@ -80,7 +80,7 @@ def stack(frame: Optional[FrameType]) -> Iterator[FrameType]:
 
 @dataclass
 class Watch:
-    """The signs of this process and of the others. launcher: the id of the process to end with, if there is one."""
+    """Exchanges this process's signs with the others. launcher: the id of the process to end with, if there is one."""
 
     rank: int
     size: int
@@ -88,41 +88,44 @@ class Watch:
     store: Optional[Store] = None
     sign: Sign = field(default_factory=Sign)
     thread: int = field(default_factory=threading.get_ident)  # the one that the user's calls run in
-    since: Optional[float] = None  # when it began to wait for `awaited`
+    since: Optional[float] = None  # time when this process began to wait for `awaited`
     awaited: Sequence[int] = ()
-    meetings: dict[str, int] = field(default_factory=dict)  # how many there were, by their groups
-    heard: dict[int, tuple[int, float]] = field(default_factory=dict)  # the others' last beats, and when they were new
-    seen: dict[int, Sign] = field(default_factory=dict)  # the others' last signs
-    silent: set[int] = field(default_factory=set)  # those that were spoken of as silent
-    late_in: str = ""  # the meeting to which others were spoken of as late
+    meetings: dict[str, int] = field(default_factory=dict)  # group -> how many meetings it had
+    heard: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> last beat, and the time when it was new
+    seen: dict[int, Sign] = field(default_factory=dict)  # rank -> last sign
+    silent: set[int] = field(default_factory=set)  # ranks that a line called silent
+    late_in: str = ""  # the meeting that a line called others late for
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
+        """Start the thread."""
         threading.Thread(target=self._run, name="llama-peers", daemon=True).start()
 
     def wait_for(self, ranks: Sequence[int], group: str) -> None:
-        """This process comes to a meeting; until `arrived` it waits for these others."""
+        """This process comes to a meeting, and waits for these ranks until `arrived`."""
         count = self.meetings[group] = self.meetings.get(group, 0) + 1
         self.thread, self.awaited, self.since = threading.get_ident(), ranks, time.monotonic()
         self.sign.meeting = f"{group} {count}"
 
     def arrived(self) -> None:
+        """The others have come."""
         self.since = None
         self.sign.meeting = ""
 
     def end(self, how: str) -> None:
-        """Let the others know how this process ends. The first word counts."""
+        """Tell the others how this process ends. Only the first call counts."""
         if not self.sign.end:
             self.sign.end = how
             with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
                 self._write()
 
     def publish(self, store: Store) -> None:
-        """From now on signs are exchanged in this store."""
+        """Exchange signs in this store from now on."""
         self.store = store
         self._write()
 
     def stop(self) -> None:
+        """End the thread."""
         self.stopped.set()
 
     def _run(self) -> None:
@@ -146,12 +149,12 @@ class Watch:
         return self.launcher not in (None, os.getppid())
 
     def _look_for_launcher(self) -> None:
-        """RuntimeError, as the store would raise without torchrun, but without the many lines that it would print."""
+        """RuntimeError if torchrun is gone. The store would raise it too, but would print many lines."""
         if self._launcher_is_gone():
             raise RuntimeError(GONE)
 
     def _end_with_launcher(self) -> None:
-        """torchrun was killed: nothing else ends what it started, and processes of other nodes may wait for this one."""
+        """End this process: nothing else does once torchrun is killed, and processes of other nodes may wait for it."""
         tell(f"process {self.rank} ends because {GONE}")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
@@ -163,14 +166,14 @@ class Watch:
             self.store.set(str(self.rank), json.dumps(asdict(self.sign)))
 
     def _read(self, rank: int) -> Optional[Sign]:
-        """None where it has not come to `Llama.build` yet."""
+        """The last sign of a process. None if it has not come to `Llama.build` yet."""
         self._look_for_launcher()
         if self.store is not None and self.store.check([str(rank)]):
             self.seen[rank] = Sign(**json.loads(self.store.get(str(rank))))
         return self.seen.get(rank)
 
     def _ends(self) -> dict[int, str]:
-        """How other processes have ended that did not end because of others."""
+        """rank -> how it ended, for the other processes that ended by themselves."""
         return {rank: sign.end for rank, sign in self.seen.items() if rank != self.rank and sign.end not in ("", LOST)}
 
     def _is_silent(self, rank: int, sign: Optional[Sign]) -> bool:
@@ -180,7 +183,7 @@ class Watch:
         return now - self.heard[rank][1] > (COMING if sign is None else SILENT) and not (sign and sign.end)
 
     def _speak_of_silent(self) -> None:
-        """The lowest process that lives speaks. So each asks those below it first, and few of them ask about all."""
+        """Name the silent processes. Only the lowest one that lives speaks: each first looks for one below it."""
         silent = {}
         for rank in (*range(self.rank), *range(self.rank + 1, self.size)):
             sign = self._read(rank)
@@ -191,7 +194,7 @@ class Watch:
         for rank in silent.keys() - self.silent:
             sign = silent[rank]
             if sign is None and self.late_in:
-                continue  # it has said that it waits for all
+                continue  # `_speak_of_joining` has said that this process waits for all
             if sign is None:
                 why = f"has not come to Llama.build for {COMING:g} s"
             else:
@@ -216,7 +219,7 @@ class Watch:
         for rank in self.awaited:
             sign = self._read(rank) if rank != self.rank else self.sign
             if sign is not None and sign.meeting == meeting and rank < self.rank:
-                return  # its message says the same
+                return  # that process prints the same
             if sign is not None and not sign.end and sign.meeting != meeting and rank not in self.silent:
                 missing.append(f"process {rank}, which is {'in ' + sign.at if sign.at else 'elsewhere'}")
         if missing and self.since == since:
@@ -224,12 +227,12 @@ class Watch:
             tell(f"process {self.rank} has waited {LATE:g} s in {self.sign.at} for {' and for '.join(missing)}")
 
     def linger(self) -> None:
-        """The store may end with this process: first the others read there how it ended."""
+        """Give the others time to read how this process ended, if the store ends with it."""
         if self.rank == 0 and self.size > 1 and self.launcher is None:  # torchrun keeps the store itself
             time.sleep(2 * BEAT)
 
     def wait_for_ends(self) -> None:
-        """Let the processes leave together, or a slow one can find its peers gone and abort. Not a collective: a process
+        """Wait until the others end too: a slow one that finds its peers gone can abort. This is no collective: a process
         that leaves early, by sys.exit for example, must not wait for ever for others that wait for it."""
         deadline = time.monotonic() + PATIENCE
         others = {rank for rank in range(self.size) if rank != self.rank}
@@ -239,7 +242,7 @@ class Watch:
                 time.sleep(0.01 if others else 0)
 
     def why_lost(self) -> str:
-        """Which process's end has cut a connection, and how that ended: waits until it has said so, or gives no more signs."""
+        """Why a connection was cut: which process has ended, and how. Waits until one says so, or gives no more signs."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + 2.5 * BEAT
         first: dict[int, Optional[Sign]] = {}
@@ -263,7 +266,7 @@ class Watch:
 
 
 def tell(line: str) -> None:
-    """A line, or several, on stderr, which may be closed. Names of files and the like steer no terminal there."""
+    """Print a line, or several, on stderr, which may be closed. The text is escaped, so that it steers no terminal."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write("\n".join(map(escaped, line.split("\n"))) + "\n")
         sys.stderr.flush()
@@ -273,7 +276,7 @@ watch: Optional[Watch] = None  # this process's watch while it belongs to a proc
 
 
 def end(how: str) -> None:
-    """Let the other processes, if there are any, know how this one ends."""
+    """Tell the other processes, if there are any, how this one ends."""
     if watch is not None:
         watch.end(how)
 
@@ -283,12 +286,13 @@ def is_refused(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=GRACE).close()
-    except (OSError, ValueError) as error:  # others: a host that does not answer yet, for example
+    except (OSError, ValueError) as error:  # another error may pass: the host does not answer yet
         return isinstance(error, ConnectionRefusedError)
     return False
 
 
 def begin(rank: int, size: int, launcher: Optional[int]) -> Watch:
+    """Make and start this process's `watch`."""
     global watch
     watch = Watch(rank, size, launcher)
     watch.start()
@@ -297,7 +301,7 @@ def begin(rank: int, size: int, launcher: Optional[int]) -> Watch:
 
 @contextlib.contextmanager
 def waiting(ranks: Sequence[int], group: str) -> Iterator[None]:
-    """A block in which this process waits for others, all of which run it as often."""
+    """A block in which this process waits for these ranks of the group. All of them must run it equally often."""
     here = watch
     if here is not None:
         here.wait_for(ranks, group)
@@ -309,10 +313,10 @@ def waiting(ranks: Sequence[int], group: str) -> Iterator[None]:
 
 
 def tell_failure(error: BaseException) -> bool:
-    """Say why an exception ends this process, and let the others know. False where Python's own words are to say it.
+    """Print why an exception ends this process, and tell the others. False: let Python print it.
 
-    The process that failed first is the one to be heard: its peers only lost their connection to it. Where nobody reads
-    what they write, all end well.
+    The process that failed first matters: its peers only lost their connection to it. If nobody reads the output, all end
+    with status 0.
     """
     here, frames = watch, [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     if here is None:
@@ -332,7 +336,7 @@ def tell_failure(error: BaseException) -> bool:
     if isinstance(error, KeyboardInterrupt):
         tell(f"process {here.rank} was interrupted in {place(frames)}")
         return True
-    return getattr(error, "told_by", here.rank) != here.rank  # the other process says the same
+    return getattr(error, "told_by", here.rank) != here.rank  # True: another process prints the same
 
 
 def _is_lost_connection(error: BaseException, frames: Sequence[FrameType]) -> bool:
@@ -341,4 +345,4 @@ def _is_lost_connection(error: BaseException, frames: Sequence[FrameType]) -> bo
     if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in lost):
         return False
     file = next((frame.f_code.co_filename for frame in frames), "")
-    return file.startswith((PACKAGE, TORCH)) or "inductor" in file  # the last is compiled code
+    return file.startswith((PACKAGE, TORCH)) or "inductor" in file  # "inductor": compiled code

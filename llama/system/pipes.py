@@ -1,4 +1,4 @@
-"""Standard streams as a shell may leave them: closed (`<&-`, `>&-`), or with nobody at the other end (`| head`)."""
+"""Copes with standard streams as a shell may leave them: closed (`<&-`, `>&-`), or with no reader (`| head`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import select
 import sys
 from collections.abc import Iterator
 
-nobody_reads = False  # since when stdout goes nowhere
+nobody_reads = False  # True once stdout leads to /dev/null
 
 
 def open_closed_streams() -> None:
-    """Open as /dev/null what is closed. The next file that is opened would take its number, and be written to."""
+    """Open closed streams as /dev/null. The next file that is opened would take their numbers, and be written to."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -20,11 +20,11 @@ def open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115, as long as the process
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115, stays open until the process ends
 
 
 def lost_reader() -> bool:
-    """Whether nobody reads stdout any more. Then it goes nowhere from now on: Python would fail on it once more at its end."""
+    """Whether nobody reads stdout any more. If so, it leads to /dev/null from now on: Python would fail on it at its end."""
     global nobody_reads
     try:
         number = sys.stdout.fileno()
@@ -52,7 +52,7 @@ def reader_may_leave() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_the_shell_left_them() -> Iterator[None]:
-    """A whole program: its standard streams may be closed, and nobody need read what it prints."""
+    """A block for a whole program: its standard streams may be closed, and may have no reader."""
     open_closed_streams()
     with reader_may_leave():
         yield

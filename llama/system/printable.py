@@ -1,4 +1,4 @@
-"""What may be printed. Text of a model, and names in files and folders, must not steer a terminal or hide what they say."""
+"""Makes text safe to print: a model's text and the names of files must not steer a terminal or hide what they say."""
 
 from __future__ import annotations
 
@@ -21,26 +21,31 @@ def harmless(text: str) -> str:
 
 
 def printable(text: str, stream: Optional[TextIO] = None) -> str:
-    """What to print of a text on a stream, stdout if not given: a terminal gets it harmless, a pipe or file as it is."""
+    """The text as a stream is to get it (stdout if not given): a terminal harmless, a pipe or file unchanged."""
     stream = sys.stdout if stream is None else stream
     return harmless(text) if stream.isatty() else text
 
 
 def escaped(text: str) -> str:
-    """A name, or a message that has names in it: what does not print is written as Python writes it, as \\x1b."""
+    """A name, or a message with names in it, on one line: characters that do not print become Python's escapes, as \\x1b."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shortened(value: Any, most: int = 80) -> str:
-    """Some value of a caller or a file in an error, whatever it is."""
+    """Any value of a caller or a file, as an error message shows it: its `repr`, escaped, in up to `most` characters."""
     try:
         big = isinstance(value, int) and value.bit_length() > 4096
         text = f"a {value.bit_length()}-bit number" if big else escaped(repr(value))
     except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of lists, inside
         text = f"a {type(value).__name__}"
+    return cut(text, most)
+
+
+def cut(text: str, most: int) -> str:
+    """Up to `most` characters of a text; "…" stands for the rest."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def json_line(value: Any) -> str:
-    """JSON of a value on one line: other scripts as they are, what steers a terminal as JSON's escapes."""
+    """JSON of a value on one line. Letters of all scripts stay; characters that steer a terminal become JSON's escapes."""
     return STEERING.sub(lambda found: json.dumps(found[0])[1:-1], json.dumps(value, ensure_ascii=False))

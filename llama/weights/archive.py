@@ -1,9 +1,8 @@
 """A .pth file of torch.save -> its tensors, mapped: a zip archive of one pickle and the numbers of each tensor.
 
-It is not left to torch.load, which makes whatever the pickle asks for (tensors on other devices and without numbers, sparse
-ones, parts that reach into their neighbours' numbers), and which some pickles keep busy for minutes. Here the pickle is read
-as a list of words, of which those are known that say a flat dictionary of tensors. None of them runs code, and each costs the
-same, whatever it is about.
+torch.load would make whatever the pickle asks for (tensors on other devices and without numbers, sparse ones, parts that
+reach into their neighbours' numbers), and some pickles keep it busy for minutes. This file reads the pickle word by word, and
+knows only the words that describe a flat dictionary of tensors. None of them runs code, and each costs the same.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ import torch
 from ..system.files import check_file
 from ..system.printable import shortened
 
-PICKLE_BYTES = 2**20  # the most that the index of a .pth file may have; 70B's has 0.1 MB. Its reading takes a second at most
-# Parts of up to this size are compared with their checksums: norms and scales, whose numbers matter most. To read the
-# matrices for it would take a minute where mapping them takes none.
+PICKLE_BYTES = 2**20  # largest pickle of a .pth file; 70B's has 0.1 MB. Reading it takes a second at most
+# Largest part that is compared with its checksum: norms and scales, whose numbers matter most. Reading the matrices too would
+# take a minute; mapping them takes no time.
 CHECKED_BYTES = 2**18
-DESCRIPTOR = b"PK\x07\x08"  # after the data, where sizes were not known before it
+DESCRIPTOR = b"PK\x07\x08"  # begins a record after the data, if the writer did not know the sizes before
 
 DTYPES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -42,34 +41,34 @@ MARK = object()
 
 
 class Foreign(Exception):
-    """The pickle asks for something else than tensors."""
+    """The pickle asks for something other than tensors."""
 
 
 class Part(NamedTuple):
-    """Where a part of the archive has its bytes."""
+    """The bytes of a part of the archive."""
 
     start: int
     size: int
 
 
 class Name(NamedTuple):
-    """Something of a module, which the pickle names and nobody imports."""
+    """A function or class that the pickle names. It is never imported."""
 
     module: str
     name: str
 
 
 class Numbers(NamedTuple):
-    """A storage: what its part holds, as bytes of this dtype."""
+    """A storage: the mapped bytes of a part, as numbers of this dtype."""
 
     bytes: Any
     dtype: torch.dtype
 
 
 def read_archive(path: Path) -> Any:
-    """What was given to torch.save, with its tensors mapped into memory, if it is a dictionary or so of tensors.
+    """The object that was given to torch.save, usually a dictionary of tensors, with its tensors mapped into memory.
 
-    `Foreign` where it is something else; ValueError or almost any other error where the archive is damaged.
+    `Foreign` if it holds anything but tensors; ValueError or almost any other error if the archive is damaged.
     """
     check_file(path)
     parts, index = read_directory(path)
@@ -88,11 +87,11 @@ def read_archive(path: Path) -> Any:
 
 
 def read_directory(path: Path) -> tuple[dict[str, Part], str]:
-    """The parts of a .pth file by their names, and the name of its pickle. ValueError (or one of zipfile's errors) where
+    """The parts of a .pth file by their names, and the name of its pickle. ValueError (or one of zipfile's errors) if
     the directory is damaged.
 
-    A wrong bit in a directory or header would move a tensor by some bytes, silently. So every part must lie where both
-    say, the parts must fill the file, and all but large ones must have their checksum.
+    A wrong bit in a directory or header would move a tensor by some bytes, silently. So every part must lie at the place
+    that both state, the parts must fill the file, and all but large ones must match their checksum.
     """
     parts: dict[str, Part] = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -131,14 +130,14 @@ def read_directory(path: Path) -> tuple[dict[str, Part], str]:
 
 
 def _text(value: Any) -> str:
-    """Nothing else is compared or shown: with tuples of tuples of tuples either takes as long as a file wants."""
+    """The value, a str. Only that is compared or shown: for deeply nested tuples either takes as long as a file wants."""
     if not isinstance(value, str):
         raise Foreign(f"it has a {type(value).__name__} for a name")
     return value
 
 
 class _Reader:
-    """A stack machine for the few words of pickles in which tensors are said."""
+    """A stack machine for the few words of pickles that describe tensors."""
 
     def __init__(self, whole: torch.UntypedStorage, parts: dict[str, Part]) -> None:
         self.whole, self.parts = whole, parts
@@ -148,6 +147,7 @@ class _Reader:
         self.storages: dict[str, Any] = {}
 
     def read(self, pickled: bytes) -> Any:
+        """The object that the pickle describes. Use a reader for one pickle."""
         stack, memo = self.stack, self.memo
         for opcode, arg, _ in pickletools.genops(pickled):
             word = opcode.name
@@ -188,7 +188,7 @@ class _Reader:
             elif word == "REDUCE":
                 stack[-2:] = [self._call(*stack[-2:])]
             elif word == "BUILD":
-                stack.pop()  # what hangs on a dictionary besides its items: versions of modules
+                stack.pop()  # attributes of a dictionary: versions of modules
             elif word == "STOP":
                 break
             elif word not in ("PROTO", "FRAME"):
@@ -199,7 +199,7 @@ class _Reader:
         return value
 
     def _marked(self) -> list[Any]:
-        """Takes what lies above the last mark, and the mark."""
+        """Take the items above the last mark off the stack, and the mark."""
         at = len(self.stack) - 1
         while self.stack[at] is not MARK:
             at -= 1
@@ -217,7 +217,7 @@ class _Reader:
             target[key] = value
 
     def _storage(self, kind: str, dtype: Any, key: str, location: str, count: int) -> Numbers:
-        """The numbers of a part. Where they were when they were saved, `location`, does not count."""
+        """The numbers of a part. `location`, the device that they were saved from, does not matter."""
         if _text(kind) != "storage" or not isinstance(dtype, Name) or dtype.name not in DTYPES:
             raise Foreign(f"it holds {shortened(getattr(dtype, 'name', '?'))}")
         if _text(key) not in self.parts:
@@ -248,7 +248,7 @@ class _Reader:
         self, numbers: Numbers, offset: int, shape: Any, stride: Any, grad: bool, hooks: Any, marks: Any = None, *,
         dtype: Optional[Name] = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Of numbers that lie in the storage. grad and hooks are of a training that has ended."""
+        """A tensor over a storage. grad and hooks belong to a training that has ended."""
         kind = numbers.dtype if dtype is None else getattr(torch, dtype.name, None)
         if not isinstance(kind, torch.dtype):
             raise Foreign(f"it holds {shortened('.'.join(dtype or ()))}")

@@ -1,7 +1,7 @@
-"""Files -> this rank's weights: a `Checkpoint`, which is a folder of either format, onto any number of ranks.
+"""Files -> this rank's weights: fills a model from a `Checkpoint`, a folder of either format, on any number of ranks.
 
 Files are mapped, not read: a tensor that is used whole and in its own dtype on a CPU stays in the mapping, and of all
-others each rank copies its own slices only.
+others each rank copies only its own slices.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ from .staging import Job, Sender, run_jobs
 
 class Checkpoint(Protocol):
     """The weights of a folder as full matrices under Meta's names, whatever files they lie in. `shard_dim` is the dimension
-    that a layer's matrix is cut along, None for a tensor that every process has whole."""
+    that a layer's matrix is cut along, None for a tensor that every process holds whole."""
 
     format: str  # "Meta" or "Hugging Face"
     config: str  # the name of the file that `args` come from
     folder: Path
     paths: list[Path]  # the files of weights
     mapped: MappedFiles
-    args: ModelArgs  # as stored, without limits; vocab_size is -1 where the tokenizer is to tell it
+    args: ModelArgs  # the stored shape, without limits; vocab_size is -1 if only the tokenizer tells it
     tied: bool  # whether the embedding is the output matrix too
-    quantization: Optional[Quantization]  # what the matrices are stored as
-    dtype: torch.dtype  # of the embedding
-    dtypes: dict[str, torch.dtype]
-    tables: dict[str, torch.dtype]  # tensors beside the weights, which are computed here
+    quantization: Optional[Quantization]  # the stored kind of numbers; None: not quantized
+    dtype: torch.dtype  # the embedding's
+    dtypes: dict[str, torch.dtype]  # name of a weight -> dtype
+    tables: dict[str, torch.dtype]  # the same for tensors that this library computes itself
 
     def leave_out_ids(self, pieces: int) -> bool:
-        """Whether ids from `pieces` on can be left out: if so, from now on `shape`, `parts` and `read` end before them."""
+        """Whether ids from `pieces` on can be left out. If so, `shape`, `parts` and `read` end before them from now on."""
 
     def missing_shards(self, width: int) -> int:
         """How many more shards like those that are here would make the embedding `width` wide; 0 if none would."""
 
     def check_copies(self, name: str) -> None:
-        """ValueError where a tensor that every file has whole is not the same in all: they are of different models."""
+        """ValueError if a tensor that every file has whole is not the same in all: they are of different models."""
 
     def shape(self, name: str, shard_dim: Optional[int]) -> list[int]:
         """The shape of the full matrix."""
 
     def parts(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> list[torch.Tensor]:
         """Entries start … stop of the full matrix along `shard_dim` (all of a tensor that is not cut), as views of the
-        mapping, in order along `shard_dim`. All dimensions of a part but the last are rows."""
+        mapping, in order along `shard_dim`. All dimensions of a part but the last count rows."""
 
     def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
         """The same entries as one tensor, which may be a view of the mapping."""
 
 
 def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
-    """Map the weights of a folder in either format, and read what model they are of. Copies no weight.
+    """Map the weights of a folder in either format, and read the shape of their model. Copies no weight.
 
-    A folder with both formats is Meta's. ValueError where it has neither, or is damaged, or is of a model that is not
-    computed here.
+    A folder with both formats counts as Meta's. ValueError if it has neither, is damaged, or holds a model that this
+    library does not compute.
     """
     if not os.path.isdir(ckpt_dir):
         raise ValueError(
@@ -85,9 +85,10 @@ def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
 
 
 def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
-    """The checkpoint's args with as many ids as the tokenizer has pieces.
+    """The checkpoint's args with vocab_size=pieces, the tokenizer's.
 
-    If it has more, they are left out of it with a warning where its format allows that. Any other difference is a ValueError.
+    If the checkpoint has more ids and its format allows it, they are left out, with a warning. Any other difference is a
+    ValueError.
     """
     stated = checkpoint.args.vocab_size
     if stated > pieces and checkpoint.leave_out_ids(pieces):
@@ -106,7 +107,7 @@ def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
 
 
 def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
-    """Of every parameter: the shape of the full matrix, the dimension it is cut along, and how many ranks share a part."""
+    """For every parameter: the shape of the full matrix, the dimension it is cut along, and how many ranks hold a part."""
     ranks = group_size(model_parallel_group())
     plan = {}
     for prefix, module in model.named_modules():
@@ -119,21 +120,21 @@ def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
 
 
 def choose_quantization(checkpoint: Checkpoint, quantize: Optional[str]) -> Optional[Quantization]:
-    """`quantize`, or else what the checkpoint is stored as. ValueError where it is stored as another kind."""
+    """`quantize`, or else the checkpoint's own kind of numbers. ValueError if that is another quantized kind."""
     chosen, stored = None if quantize is None else Quantization(quantize), checkpoint.quantization
     if chosen is not None and stored is not None and chosen.kind != stored.kind:
         raise ValueError(
-            f"{checkpoint.folder} is stored as {stored.kind}, so it cannot be had as {chosen.kind}; "
+            f"{checkpoint.folder} is already {stored.kind} and cannot become {chosen.kind}; "
             "leave quantize out, or take the folder with the original weights"
         )
     return stored or chosen
 
 
 def prepare(model: Transformer, checkpoint: Checkpoint, quantize: Optional[str] = None) -> Optional[Quantization]:
-    """Make a model on the meta device ready for `fill`: check the weights, and give its layers the form they are to have.
+    """Make a model on the meta device ready for `fill`: check the weights, and put quantized layers in, if needed.
 
-    quantize: "int8" or "int4", or None for what the checkpoint is stored as. Returns what the model is then. ValueError
-    where the weights do not fit the model, or are stored as another kind, or the processes cannot share the groups.
+    quantize: "int8" or "int4", or None for the checkpoint's own kind. Returns the model's kind. ValueError if the weights
+    do not fit the model, or are of another quantized kind, or the processes cannot share the groups.
     """
     quantization = choose_quantization(checkpoint, quantize)
     if checkpoint.quantization is None:
@@ -146,7 +147,7 @@ def prepare(model: Transformer, checkpoint: Checkpoint, quantize: Optional[str] 
 
 
 def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
-    """ValueError, with all that does not fit, unless every parameter is filled from one name, and every name is used."""
+    """ValueError, which lists all problems, unless the checkpoint's names, shapes and stored dtypes are the model's."""
     plan, names = cut(model), checkpoint.dtypes.keys()
     problems = [f"{name} is missing" for name in plan if name not in names]
     problems += [f"{name} is unexpected" for name in sorted(names - plan.keys())]
@@ -176,18 +177,19 @@ def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
 
 
 def quantized_layers(model: Transformer) -> dict[str, Quantized]:
+    """Name -> layer, for each quantized layer of a model."""
     return {prefix: module for prefix, module in model.named_modules() if isinstance(module, Quantized)}
 
 
 def quantized(
     checkpoint: Checkpoint, prefix: str, layer: Quantized, start: int, stop: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Entries start … stop along its `shard_dim` of a layer's full matrix, read and rounded some rows at a time, as the
-    layer stores them."""
+    """The stored tensors of a layer, by name, for entries start … stop along its `shard_dim`: read and rounded some rows at a
+    time."""
     name = f"{prefix}.weight"
     dim = layer.shard_dim
     maxima = None
-    if layer.kind == "int8" and dim == 1:  # a scale belongs to the full row, of which this is a part
+    if layer.kind == "int8" and dim == 1:  # a scale belongs to the full row, and this is a part of it
         columns, part = checkpoint.shape(name, dim)[1], stop - start
         pieces = (checkpoint.read(name, dim, i, i + part) for i in range(0, columns, part))
         maxima = torch.stack([_released_maxima(piece, checkpoint) for piece in pieces]).amax(0).to(device)
@@ -204,7 +206,7 @@ def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tenso
 
 
 def check_scales(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """ValueError where scales or zeros (of the host; other tensors pass) are not what rounding makes of numbers."""
+    """ValueError if scales or zeros, on the host, are none that rounding makes of numbers. Other tensors pass."""
     kind = name.rpartition(".")[2]
     if kind in ("scales", "zeros"):
         least, most = (x.item() for x in tensor.aminmax())
@@ -216,9 +218,9 @@ def check_scales(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> Non
 
 
 def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model that was built on the meta device, and that `prepare` passed, its weights, and make its cache.
+    """Give a model on the meta device, which `prepare` has passed, its weights and its cache on `device`.
 
-    ValueError where the files are written to meanwhile, or scales are wrong."""
+    ValueError if the files are written to meanwhile, or scales are wrong."""
     if device_kind(device) == "cpu":
         _fill_on_host(model, checkpoint, dtype)
     else:
@@ -228,22 +230,23 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
 
 
 def _progress(tensors: int) -> Any:
-    """Shown after a second and a half, and only on a terminal of the rank that speaks."""
+    """A bar that appears after a second and a half, on the first process, and only on a terminal."""
     quiet = None if is_first_process() else True
     return tqdm(total=tensors, desc="Loading", unit="tensor", delay=1.5, leave=False, disable=quiet)
 
 
 class Part(NamedTuple):
-    """What this rank reads of one tensor of the checkpoint: entries start … stop along `dim`."""
+    """This rank's part of one tensor of the checkpoint: entries start … stop along `dim`."""
 
     name: str
     dim: Optional[int]
     start: int
     stop: int
-    layer: Optional[Quantized]  # that rounds what is read. Its other tensors have no parts of their own
+    layer: Optional[Quantized]  # rounds the weight, if given; its other tensors then have no parts of their own
 
     @property
     def prefix(self) -> str:
+        """The name of the layer that the tensor belongs to."""
         return self.name.rpartition(".")[0]
 
 
@@ -259,7 +262,7 @@ def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
             continue
         size = 0 if dim is None else shape[dim] * copies // ranks
         if layer is not None and dim == 1:
-            size = layer.in_features // ranks  # of the numbers, of which a byte may hold two
+            size = layer.in_features // ranks  # counts numbers; `shape` counts bytes, which may hold two
         parts.append(Part(name, dim, rank // copies * size, (rank // copies + 1) * size, layer))
     return parts
 
@@ -273,7 +276,7 @@ def _fill_on_device(model: Transformer, checkpoint: Checkpoint, device: torch.de
 
 
 def _jobs(model: Transformer, checkpoint: Checkpoint) -> list[Job]:
-    """For each part of the checkpoint: bring it into the weights that the model has on a device."""
+    """A job for each part of the checkpoint, which brings it into the weights that the model has on a device."""
     weights = dict(model.named_parameters())
     jobs: list[Job] = []
     for part in _parts(model, checkpoint):
@@ -289,12 +292,12 @@ def _copy_part(checkpoint: Checkpoint, part: Part, weight: torch.Tensor, sender:
     for tensor in stored:
         check_scales(part.name, tensor, checkpoint)
     for rows, piece in sender.pieces(stored, part.dim):
-        weight[rows].copy_(piece)  # which converts it, on the device
+        weight[rows].copy_(piece)  # the device converts it
 
 
 def _round_part(checkpoint: Checkpoint, part: Part, layer: Quantized, sender: Sender) -> None:
     start, stop, columns = part.start, part.stop, slice(None)
-    if layer.kind == "int8" and part.dim == 1:  # a scale belongs to the full row, so that is sent
+    if layer.kind == "int8" and part.dim == 1:  # a scale belongs to the full row, so all of it is sent
         start, stop, columns = 0, layer.in_features, slice(part.start, part.stop)
     weights = {name: tensor.detach() for name, tensor in layer.named_parameters(recurse=False)}
     for rows, piece in sender.pieces(checkpoint.parts(part.name, part.dim, start, stop), part.dim):
@@ -303,7 +306,7 @@ def _round_part(checkpoint: Checkpoint, part: Part, layer: Quantized, sender: Se
 
 
 def _fill_on_host(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """On a CPU, a tensor that needs no change stays in the mapping."""
+    """Fill a model on a CPU. A tensor that needs no change stays in the mapping."""
     layers = quantized_layers(model)
     weights: dict[str, torch.Tensor] = {}
     any_mapped = False
@@ -316,9 +319,9 @@ def _fill_on_host(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype
                 continue
             weights[part.name], is_mapped = _read_on_host(checkpoint, part, None if part.prefix in layers else dtype)
             any_mapped = any_mapped or is_mapped
-    # The names are right: `check_weights` saw them. Layers that were rounded have theirs already.
+    # `check_weights` has seen the names. Layers that were rounded have their tensors already.
     model.load_state_dict(weights, strict=all(part.layer is None for part in parts), assign=True)
-    weights.clear()  # what is packed next is to be freed
+    weights.clear()  # no other reference keeps the tensors that are packed next
     if checkpoint.quantization is not None:
         for layer in layers.values():
             for tensor in layer.pack(dtype):
@@ -336,13 +339,13 @@ def _round_on_host(checkpoint: Checkpoint, part: Part, layer: Quantized, dtype: 
     for kind in made:
         check_scales(f"{part.prefix}.{kind}", made[kind], checkpoint)
     layer.load_state_dict(made, assign=True)
-    del made  # what is packed next is to be freed
-    layer.pack(dtype)  # at once, to free the tensors that were packed
+    del made  # no other reference keeps the tensors that are packed next
+    layer.pack(dtype)
     return_freed()
 
 
 def _read_on_host(checkpoint: Checkpoint, part: Part, dtype: Optional[torch.dtype]) -> tuple[torch.Tensor, bool]:
-    """The tensor in `dtype`, as it is stored if that is None; and whether it needed no change, and lies in the mapping."""
+    """The tensor in `dtype` (None: the stored one), and whether it needed no change and lies in the mapping."""
     stored = checkpoint.read(part.name, part.dim, part.start, part.stop)
     check_scales(part.name, stored, checkpoint)
     if dtype in (None, stored.dtype) and stored.is_contiguous():

@@ -1,4 +1,4 @@
-"""What tells two files of weights apart without reading them whole: so can the processes see whether all load the same."""
+"""Tells files of weights apart without reading them whole, so that processes can see whether all load the same."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-# The ends hold what a format knows of its tensors: names and shapes, and in .pth files a checksum of each. The blocks between
-# are for formats without checksums: a fine-tune changes nearly every number.
+# The ends hold a format's names and shapes, and in .pth files a checksum of each tensor. The blocks between are for formats
+# without checksums: a fine-tune changes nearly every number.
 END_BYTES = 256 * 1024
 BLOCKS, BLOCK_BYTES = 64, 4096
 
 
 def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
-    """Of each file, by its name: its size and a digest of parts of it; of a small file, of all."""
+    """Name -> `fingerprint`, for each file."""
     return {path.name: fingerprint(path) for path in paths}
 
 
 def fingerprint(path: Path) -> str:
+    """The size of a file, and a digest of parts of it; of all of it, if it is small."""
     size = path.stat().st_size
     if size <= 2 * END_BYTES + BLOCKS * BLOCK_BYTES:
         places = [(0, size)]

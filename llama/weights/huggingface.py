@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json <-> ModelArgs, their names and row order <-> Meta's, safetensors read slice by slice."""
+"""Hugging Face folders: config.json -> ModelArgs, their names and row order <-> Meta's, safetensors read slice by slice."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ NAMES = {
 }
 _META_NAMES = {theirs: meta for meta, theirs in NAMES.items()}
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows the two formats order differently
+ROTATED = ("attention.wq.weight", "attention.wk.weight")  # the two formats order their rows differently
 
-# What config.json may hold: its key, the key of ModelArgs, and the numbers allowed.
+# The numbers of config.json: its key, the field of ModelArgs, and what is allowed.
 _CONFIG = [
     ("hidden_size", "dim", Number(int, 1, 2**20, True)),
     ("num_hidden_layers", "n_layers", Number(int, 1, 1000, True)),
@@ -53,7 +53,7 @@ LLAMA_3 = "this is a Llama 3 model, with another tokenizer and chat format; this
 
 
 def other_name(name: str, names: Mapping[str, str]) -> Optional[str]:
-    """One format's name of a tensor in the other's; None for a name that the table has not."""
+    """A tensor's name in the other format, by `names`; None for a name that is not in it."""
     layer = re.search(r"\blayers\.(0|[1-9]\d{0,5})\.", name)
     pattern = name.replace(layer[0], "layers.N.") if layer else name
     if not pattern.endswith(".weight") or pattern.removesuffix(".weight") not in names:
@@ -74,13 +74,13 @@ def to_hf_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 def read_config(folder: Path) -> tuple[ModelArgs, bool]:
     """config.json as `ModelArgs` (without limits), and whether the embedding is the output matrix too.
 
-    ValueError, with every reason in one message, where it describes something that is not computed here.
+    ValueError, with every reason in one message, if it describes a model that this library does not compute.
     """
     path = folder / "config.json"
     if not is_there(path) and is_there(folder / "adapter_config.json"):
         raise ValueError(f"{path} is missing; {ADAPTER}")
     config = read_json(path, "a config.json has a few hundred bytes")
-    rope: dict[str, Any] = {}  # where the versions of transformers put what concerns the positions
+    rope: dict[str, Any] = {}  # the settings of positions; each version of transformers has its place for them
     for key in ("rope_scaling", "rope_parameters"):
         part = config.get(key) or {}
         rope.update(part if isinstance(part, dict) else {"rope_type": part})
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> tuple[ModelArgs, bool]:
         raise ValueError(f"{path} describes a model that cannot be run here: {'; '.join(problems)}")
     found = {name: values[key] for key, name, _ in _CONFIG if values.get(key) is not None}
     if "norm_eps" not in found:
-        found["norm_eps"] = 1e-6  # transformers' default, and not Meta's
+        found["norm_eps"] = 1e-6  # transformers' default; Meta's differs
     if found.get("head_dim") == found["dim"] / found["n_heads"]:
         del found["head_dim"]
     return ModelArgs(**found), config.get("tie_word_embeddings") is True
@@ -117,7 +117,7 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
         problems.append(f"hidden_act={shortened(config['hidden_act'])}, but only 'silu' is computed")
     if (quantized := config.get("quantization_config")) is not None:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
-        problems.append(f"its weights are quantised ({shortened(method)}); take the folder with the original ones")
+        problems.append(f"its weights are quantized ({shortened(method)}); take the folder with the original ones")
     if config.get("tie_word_embeddings") not in (None, True, False):
         problems.append(f"tie_word_embeddings={shortened(config['tie_word_embeddings'])} is neither true nor false")
     if config.get("vocab_size") == LLAMA_3_VOCABULARY:
@@ -126,7 +126,10 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
 
 
 def find_parts(folder: Path) -> tuple[list[Path], Optional[dict[str, str]]]:
-    """The safetensors files of a folder, and the index that says which tensor is in which (None: one file without index)."""
+    """The safetensors files of a folder, and its index, name -> file (None: one file without index).
+
+    ValueError if a file or the index is missing or wrong.
+    """
     if is_there(folder / "model.safetensors"):
         return [folder / "model.safetensors"], None
     path = folder / "model.safetensors.index.json"
@@ -150,7 +153,7 @@ def find_parts(folder: Path) -> tuple[list[Path], Optional[dict[str, str]]]:
 
 
 def map_part(path: Path) -> Any:
-    """A safetensors file, mapped. ValueError where it is damaged."""
+    """A safetensors file, mapped. ValueError if it is damaged."""
     check_file(path)
     try:
         return safe_open(path, framework="pt", device="cpu").__enter__()
@@ -162,8 +165,8 @@ def map_part(path: Path) -> Any:
 
 
 class HuggingFaceCheckpoint:
-    """The mapped weights of a Hugging Face folder, seen as Meta's: their names, and their order of rows. See
-    `checkpoint.Checkpoint`."""
+    """The mapped weights of a Hugging Face folder, under Meta's names and in Meta's order of rows. It is a
+    `checkpoint.Checkpoint`, which documents its methods."""
 
     format = "Hugging Face"
     config = "config.json"
@@ -172,11 +175,11 @@ class HuggingFaceCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.args, self.tied = read_config(folder)
-        self.ids = self.args.vocab_size  # rows of the embedding and of the output beyond these do not count
+        self.ids = self.args.vocab_size  # rows of the embedding and the output that count
         self.paths, index = find_parts(folder)
         self.mapped = MappedFiles(self.paths)
         self._parts: dict[str, Any] = {}  # Meta's name -> the open file that has it
-        self._theirs: dict[str, str] = {}
+        self._theirs: dict[str, str] = {}  # Meta's name -> theirs
         for path in self.paths:
             part = map_part(path)
             found = set(part.keys())
@@ -186,7 +189,7 @@ class HuggingFaceCheckpoint:
                     f"{path} and model.safetensors.index.json disagree about {listed(sorted(found ^ named))}; download again"
                 )
             for theirs in found:
-                if not theirs.endswith("rotary_emb.inv_freq"):  # a table that old folders carry and that is computed here
+                if not theirs.endswith("rotary_emb.inv_freq"):  # old folders carry this table, which is computed here
                     name = other_name(theirs, _META_NAMES) or repr(theirs)
                     self._parts[name], self._theirs[name] = part, theirs
         if self.tied and "tok_embeddings.weight" in self._parts:
@@ -209,7 +212,7 @@ class HuggingFaceCheckpoint:
         )
 
     def leave_out_ids(self, pieces: int) -> bool:
-        """Fine-tunes have rows for ids that no tokenizer has a piece for: padding, and tokens that were added later."""
+        """Fine-tunes have rows for ids without a piece: padding, and tokens that were added later."""
         self.ids = pieces
         return True
 
@@ -226,7 +229,7 @@ class HuggingFaceCheckpoint:
         return shape
 
     def parts(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> list[torch.Tensor]:
-        """A list of one; rows of q and k as (heads, D/2, 2, columns)."""
+        """One part; for q and k it is (heads, D/2, 2, columns)."""
         if shard_dim == 1 or not name.endswith(ROTATED):
             return [self.read(name, shard_dim, start, stop)]
         half = self.args.head_size // 2
@@ -235,7 +238,7 @@ class HuggingFaceCheckpoint:
         return [rows.view(-1, 2, half, rows.shape[-1]).transpose(1, 2)]
 
     def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
-        """A view of the mapping where rows keep their order."""
+        """A view of the mapping, except for rows of q and k, which are put in order."""
         weight = self._parts[name].get_slice(self._theirs[name])
         rows = self.shape(name, shard_dim)[0]
         if shard_dim == 1:
@@ -243,7 +246,7 @@ class HuggingFaceCheckpoint:
         low, high = (start, stop) if shard_dim == 0 else (0, rows)
         if not name.endswith(ROTATED):
             return weight[low:high]
-        head = self.args.head_size  # whole heads are read, and their rows then put in order
+        head = self.args.head_size  # whole heads are read, because their rows are interleaved
         first, last = low // head * head, -(-high // head) * head
         mapped = weight[first:last]
         ordered = to_meta_rows(mapped, head)

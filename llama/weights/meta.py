@@ -1,4 +1,4 @@
-"""Meta's folders: params.json -> ModelArgs, and consolidated.NN.pth, mapped and seen as the matrices they are cut from."""
+"""Meta's folders: params.json -> ModelArgs; consolidated.NN.pth, mapped -> the full matrices that they are parts of."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..system.printable import escaped, shortened
 from .archive import Foreign, read_archive
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY
 
-IGNORED = {"rope.freqs"}  # a table that Meta's files carry and that is computed here
+IGNORED = {"rope.freqs"}  # Meta's files carry this table, which is computed here
 
-# What params.json may hold. The last two are not Meta's: converted models may need them.
+# The numbers of params.json. The last two are not Meta's: converted models may need them.
 PARAMS = {
     "dim": Number(int, 1, 2**20, required=True),
     "n_layers": Number(int, 1, 1000, required=True),
@@ -34,9 +34,9 @@ PARAMS = {
 
 
 def read_params(ckpt_dir: Path) -> ModelArgs:
-    """params.json as `ModelArgs`, without limits; vocab_size is -1 where the tokenizer is to tell it.
+    """params.json as `ModelArgs`, without limits; vocab_size is -1 if only the tokenizer tells it.
 
-    ValueError where it is missing, no JSON object, or has keys or values that Llama 2 has not.
+    ValueError if it is missing, no JSON object, or has keys or values that no Llama 2 has.
     """
     path = ckpt_dir / "params.json"
     params = read_json(path, "a params.json has a few hundred bytes")
@@ -50,9 +50,9 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
 
 
 def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
-    """What params.json says about the numbers of the matrices, {"kind": "int8"} or {"kind": "int4", "group_size": 32}.
+    """The entry "quantization" of params.json, {"kind": "int8"} or {"kind": "int4", "group_size": 32}; None without one.
 
-    None where it says nothing. ValueError where it says something else.
+    ValueError for any other value.
     """
     path = ckpt_dir / "params.json"
     stated = read_json(path, "a params.json has a few hundred bytes").get("quantization")
@@ -70,7 +70,7 @@ def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
-    """consolidated.00.pth, consolidated.01.pth, … ValueError where there is none, or one of the sequence is missing."""
+    """consolidated.00.pth, consolidated.01.pth, … ValueError if there is none, or one of the sequence is missing."""
     found = sorted(p.name for p in ckpt_dir.glob("consolidated.*.pth") if re.fullmatch(r"consolidated\.\d+\.pth", p.name))
     if not found:
         raise ValueError(
@@ -84,7 +84,8 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 
 
 def map_shard(path: Path, quantized: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of one .pth file, mapped into memory. Nothing in it is run. ValueError where it is damaged."""
+    """The tensors of one .pth file, by name, mapped into memory. Nothing in it is run. ValueError if it is damaged, or holds
+    other things or other dtypes. quantized: int8 and uint8 are allowed."""
     check_file(path)
     try:
         tensors = read_archive(path)
@@ -108,7 +109,7 @@ def map_shard(path: Path, quantized: bool = False) -> dict[str, torch.Tensor]:
 
 
 class MetaCheckpoint:
-    """The mapped shards of one folder, seen as the full matrices that they were cut from. See `checkpoint.Checkpoint`."""
+    """The mapped shards of a folder as full matrices. It is a `checkpoint.Checkpoint`, which documents its methods."""
 
     format = "Meta"
     config = "params.json"
@@ -139,7 +140,7 @@ class MetaCheckpoint:
         self._refuse_doubles()
 
     def _refuse_doubles(self) -> None:
-        """A shard copied over another has all the right names and shapes. One row of a matrix that is cut tells."""
+        """ValueError if a shard was copied over another: names and shapes are right, but a row of a cut matrix is the same."""
         rows = [shard["tok_embeddings.weight"][:1] for shard in self.shards]
         for i, row in enumerate(rows):
             for j in range(i):
@@ -165,7 +166,7 @@ class MetaCheckpoint:
             raise ValueError(f"the shards in {self.folder} have different {name}; they are not shards of one model")
 
     def parts(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> list[torch.Tensor]:
-        """In the order of the shards.
+        """The parts in the order of the shards.
 
         4 shards on 2 ranks: rank 1 asks for the second half, which is shards 2 and 3. 2 shards on 4 ranks: rank 1 asks
         for the second quarter, which is the second half of shard 0.
@@ -182,7 +183,7 @@ class MetaCheckpoint:
         return parts
 
     def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
-        """A view of the mapping if one shard has all of it."""
+        """A view of the mapping if one shard has all of it, or else a copy."""
         parts = self.parts(name, shard_dim, start, stop)
         if shard_dim is None or len(parts) == 1:
             return parts[0]

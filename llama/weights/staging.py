@@ -1,5 +1,5 @@
-"""Weights from mapped files onto a device. On a GPU a few threads copy pieces into pinned memory and send them on; the device
-converts and rounds them, and nothing waits for anything but a buffer that is still being sent."""
+"""Brings weights from mapped files onto a device. For a GPU a few threads copy pieces into pinned memory and send them on; the
+device converts and rounds them, and a thread waits only for a buffer that is still being sent."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..system.files import COPY_BYTES, MappedFiles
 
 # One thread takes pages from the page cache at 2 to 4 GB/s, so several are needed to keep a GPU's 12 to 50 GB/s busy.
 LOADERS = 4
-# A thread has two buffers of this size: it fills one while the other is being sent. Each piece costs some 0.1 ms of Python.
+# The size of each of a thread's two buffers: it fills one while the other is being sent. A piece costs some 0.1 ms of Python.
 STAGED_BYTES = 8 * 2**20
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that numpy has too, by size
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> a dtype that numpy has too
 
 
 class Cancelled(Exception):
-    """Raised in the other threads after one has failed. Nobody sees it."""
+    """Ends the other threads after one has failed. No caller sees it."""
 
 
 class Sender:
-    """Reads mapped tensors in pieces. This one leaves the pieces on the host, and `copy_` to bring them to the device."""
+    """Reads mapped tensors in pieces. This class leaves them on the host; the job's `copy_` brings them to the device."""
 
     nbytes = COPY_BYTES
 
@@ -35,9 +35,9 @@ class Sender:
         self.cancelled = False
 
     def pieces(self, parts: Sequence[torch.Tensor], dim: Optional[int]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """A tensor that lies in the files as `parts`, in order along `dim` -> which rows of it, and those rows, in its dtype.
+        """A tensor that lies in the files as `parts`, in order along `dim` -> which rows, and those rows, in its dtype.
 
-        A part may have more dimensions than the tensor: all but the last are rows. The pages of each piece are released
+        A part may have more dimensions than the tensor: all but the last count rows. The pages of each piece are released
         when the next is asked for.
         """
         first = 0
@@ -56,12 +56,12 @@ class Sender:
                     self.mapped.release(part)
 
     def send(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Parts side by side (along their last dimension), as one tensor."""
+        """One tensor of parts side by side (along their last dimension)."""
         return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
 class PinnedSender(Sender):
-    """Sends pieces to a GPU through two pinned buffers, on a stream of its own, without waiting for the piece before."""
+    """Sends pieces to a GPU through two pinned buffers, on its own stream, without waiting for the piece before."""
 
     nbytes = STAGED_BYTES
 
@@ -77,6 +77,7 @@ class PinnedSender(Sender):
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def send(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`Sender.send`, on the GPU: the tensor is still on its way there on `stream`."""
         self.turn = turn = 1 - self.turn
         if (sent := self.sent[turn]) is not None:
             sent.synchronize()
@@ -88,7 +89,7 @@ class PinnedSender(Sender):
         pinned = self.buffers[turn][:nbytes].view(dtype).view(shape)
         bits = _BITS[dtype.itemsize]
         for part, place in zip(parts, pinned.split(widths, dim=-1)):
-            # By numpy, in this thread alone: torch would share out each copy to a team of threads for each of our threads.
+            # numpy copies in this thread alone. torch would give each of our threads a team of threads for it.
             place.view(bits).numpy()[...] = part.view(bits).numpy()
         arrived = pinned.to(self.device, non_blocking=True)
         self.sent[turn] = event = torch.cuda.Event(blocking=True)
@@ -102,7 +103,7 @@ Job = Callable[[Sender], Any]
 def run_jobs(jobs: Sequence[Job], device: torch.device, mapped: MappedFiles) -> Iterator[None]:
     """Run every job with a sender: on a GPU in LOADERS threads, on other devices in this one. Yields after each job.
 
-    The first error ends all of them, and is raised as it is; so does whatever is raised between two jobs, as by Ctrl-C.
+    The first error ends all jobs and is raised unchanged; so does an exception between two jobs, as by Ctrl-C.
     """
     if device_kind(device) != "cuda":
         sender = Sender(device, mapped)
@@ -114,11 +115,11 @@ def run_jobs(jobs: Sequence[Job], device: torch.device, mapped: MappedFiles) -> 
         senders = [PinnedSender(device, mapped) for _ in range(min(LOADERS, len(jobs)))]
     try:
         yield from _in_threads(jobs, senders)
-    finally:  # after an error too: what is still being sent must not arrive in memory that has another owner by then
+    finally:  # after an error too: a piece must not arrive in memory that has another owner by then
         with current(device):
             for sender in senders:
                 sender.stream.synchronize()
-            torch.cuda.empty_cache()  # blocks of the senders' streams, which no other stream can use
+            torch.cuda.empty_cache()  # frees blocks of the senders' streams, which no other stream can use
 
 
 def _in_threads(jobs: Sequence[Job], senders: Sequence[PinnedSender]) -> Iterator[None]:

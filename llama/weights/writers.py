@@ -1,4 +1,4 @@
-"""The two files of weights, written tensor by tensor: what torch.save and safetensors write, which want all of them at once."""
+"""Writes .pth and safetensors files tensor by tensor; torch.save and safetensors need all tensors at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALIGNMENT = 64  # alignment of a tensor's first byte in a .pth file, as in torch
 
 
 class Entry(NamedTuple):
-    """A tensor of a file to write. `read` makes it when its turn comes; `done` lets go of it."""
+    """A tensor of a file to write. `read` makes it when its turn comes; `done` gets it afterwards, to free it."""
 
     name: str
     dtype: torch.dtype
@@ -38,9 +38,11 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """The bytes that it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def write(self, file: Any) -> None:
+        """Append the tensor's bytes to an open file."""
         tensor = self.read()
         file.write(tensor.to(self.dtype).contiguous().flatten().view(torch.uint8).numpy())
         self.done(tensor)
@@ -64,7 +66,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], progress: Any) -> No
 
 
 class _Stored(NamedTuple):
-    """What torch.save writes in place of a tensor's numbers: where in the archive they are."""
+    """Stands for a tensor in the pickle, as torch.save writes it: its numbers are in another part of the archive."""
 
     entry: Entry
     key: str
@@ -75,6 +77,8 @@ class _Stored(NamedTuple):
 
 
 class _Numbers:
+    """Stands for the storage of a tensor."""
+
     def __init__(self, stored: _Stored) -> None:
         self.stored = stored
 
@@ -97,7 +101,7 @@ def write_pth(path: Path, entries: Sequence[Entry], progress: Any) -> None:
         for i, entry in enumerate(entries):
             info = zipfile.ZipInfo(f"archive/data/{i}")
             info.file_size = entry.nbytes
-            large = entry.nbytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule for 20 bytes more of header
+            large = entry.nbytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule; the header is then 20 bytes longer
             header = raw.tell() + 30 + len(info.filename) + 20 * large + 4
             padding = -header % ALIGNMENT
             info.extra = struct.pack("<HH", 0x4246, padding) + bytes(padding)
