@@ -357,6 +357,40 @@ def _gated(gate, up):
 
 
 @triton.jit
+def _add_int8(sums, offset, words, pairs, bits, DTYPE: tl.constexpr):
+    """`_one` for int8: sums plus v x, and offset plus 1.5 x, of the columns in a row's words."""
+    a, b = tl.split(pairs.reshape(offset.shape[0], 2))
+    x0, x1, x2, x3 = _left(a, DTYPE), _right(a, DTYPE), _left(b, DTYPE), _right(b, DTYPE)
+    offset += 1.5 * ((x0 + x1) + (x2 + x3))
+    sums += _whole(words, 0, bits) * x0[None, :]
+    sums += _whole(words, 1, bits) * x1[None, :]
+    sums += _whole(words, 2, bits) * x2[None, :]
+    sums += _whole(words, 3, bits) * x3[None, :]
+    return sums, offset
+
+
+@triton.jit
+def _int4_sums(words, pairs, bits, DTYPE: tl.constexpr):
+    """`_one` for int4, sums over each word: (n - 8) x / 16 (ROWS, WORDS); x of left columns, 16 x of right ones (WORDS,)."""
+    ac, bd = tl.split(pairs.reshape(words.shape[1], 2, 2))
+    a, c = tl.split(ac)
+    b, d = tl.split(bd)
+    # The left columns are the upper halves of the bytes; the lower halves count 16 times less.
+    x0, x2, x4, x6 = _left(a, DTYPE), _left(b, DTYPE), _left(c, DTYPE), _left(d, DTYPE)
+    x1, x3, x5, x7 = _right(a, DTYPE) * 16, _right(b, DTYPE) * 16, _right(c, DTYPE) * 16, _right(d, DTYPE) * 16
+    left, right = (x0 + x2) + (x4 + x6), (x1 + x3) + (x5 + x7)
+    s = _upper(words, 0, bits) * x0[None, :] - (1.5 * left + 1.03125 * right)[None, :]  # 1 and 8 / 16, 1 and 8 / 256
+    s += _upper(words, 1, bits) * x2[None, :]
+    s += _upper(words, 2, bits) * x4[None, :]
+    s += _upper(words, 3, bits) * x6[None, :]
+    s += _lower(words, 0, bits) * x1[None, :]
+    s += _lower(words, 1, bits) * x3[None, :]
+    s += _lower(words, 2, bits) * x5[None, :]
+    s += _lower(words, 3, bits) * x7[None, :]
+    return s, left, right
+
+
+@triton.jit
 def _one(
     x, weight, scales, zeros, out, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
@@ -392,29 +426,9 @@ def _one(
             sums += _left(w, DTYPE) * _left(p, DTYPE)[None, :]
             sums += _right(w, DTYPE) * _right(p, DTYPE)[None, :]
         elif KIND == 8:
-            a, b = tl.split(p.reshape(WORDS, 2))
-            x0, x1, x2, x3 = _left(a, DTYPE), _right(a, DTYPE), _left(b, DTYPE), _right(b, DTYPE)
-            offset += 1.5 * ((x0 + x1) + (x2 + x3))
-            sums += _whole(w, 0, bits) * x0[None, :]
-            sums += _whole(w, 1, bits) * x1[None, :]
-            sums += _whole(w, 2, bits) * x2[None, :]
-            sums += _whole(w, 3, bits) * x3[None, :]
+            sums, offset = _add_int8(sums, offset, w, p, bits, DTYPE)
         else:
-            ac, bd = tl.split(p.reshape(WORDS, 2, 2))
-            a, c = tl.split(ac)
-            b, d = tl.split(bd)
-            # The left columns are the upper halves of the bytes; the lower halves count 16 times less.
-            x0, x2, x4, x6 = _left(a, DTYPE), _left(b, DTYPE), _left(c, DTYPE), _left(d, DTYPE)
-            x1, x3, x5, x7 = _right(a, DTYPE) * 16, _right(b, DTYPE) * 16, _right(c, DTYPE) * 16, _right(d, DTYPE) * 16
-            left, right = (x0 + x2) + (x4 + x6), (x1 + x3) + (x5 + x7)
-            s = _upper(w, 0, bits) * x0[None, :] - (1.5 * left + 1.03125 * right)[None, :]  # 1 and 8 / 16, 1 and 8 / 256
-            s += _upper(w, 1, bits) * x2[None, :]
-            s += _upper(w, 2, bits) * x4[None, :]
-            s += _upper(w, 3, bits) * x6[None, :]
-            s += _lower(w, 0, bits) * x1[None, :]
-            s += _lower(w, 1, bits) * x3[None, :]
-            s += _lower(w, 2, bits) * x5[None, :]
-            s += _lower(w, 3, bits) * x7[None, :]
+            s, left, right = _int4_sums(w, p, bits, DTYPE)
             group = (k * PER_WORD + chunk * CHUNK) // GROUP
             known = (group < K // GROUP)[None, :]
             places = (row - first)[:, None] * (K // GROUP) + group[None, :]
