@@ -1,4 +1,4 @@
-"""Who uses a model's cache: one user at a time, from whatever thread or `Llama`, each for a step or for a whole call."""
+"""Gives a model's cache to one user at a time, from any thread or `Llama`, for a step or for a whole call."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _USES: weakref.WeakSet[CacheUse] = weakref.WeakSet()
 
 
 class CacheUse:
-    """Belongs to one model, as its cache does.
+    """The use of one model's cache.
 
-    A user holds `lock` while it steps, so that others wait; between its steps they may run. It is told first (`give_way`),
-    so that it can keep aside what it needs to go on.
+    A user holds `lock` while it steps, so that others wait; between its steps they may run. Before that its `give_way` is
+    called, so that it can save what it needs to go on.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.calls = 0  # calls of the model by somebody other than the user: they write to its cache
-        self.called = False  # set by compiled code, which cannot count without being compiled anew
-        self.columns = 0  # upper bound of the columns that the user has written to
+        self.calls = 0  # calls of the model by others than the user, which write to its cache
+        self.called = False  # set by compiled code: counting would compile it anew
+        self.columns = 0  # upper bound of the columns that the user has written
         self._stream: Any = None  # the GPU stream that the last turn was queued on
         self._slot0: list[int] = []
         self._state: Any = None
@@ -49,8 +49,8 @@ class CacheUse:
 
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
-        """A step of one user, or several; others wait. RuntimeError in the middle of another turn, or where somebody else
-        called the model in the middle of this one."""
+        """A block of one or more steps of one user; others wait. RuntimeError within another turn, or if somebody else called
+        the model within this one."""
         with self.lock:
             if self._stepping:
                 raise RuntimeError(PAST_THE_STEP)
@@ -66,14 +66,14 @@ class CacheUse:
                 raise RuntimeError(PAST_THE_STEP)
 
     def _follow(self, stream: Any) -> None:
-        """What the last turn queued on a GPU may still run, on another stream."""
+        """Wait for the work of the last turn, which may still run on another stream of the GPU."""
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)
         self._stream = stream
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """One call of the model: a part of the user's step, or somebody else's, which waits for steps to end."""
+        """A block of one call of the model: a part of the user's step, or another's call, which waits for steps to end."""
         with self.lock:
             self.calls += not self._stepping or self._depth > 0
             self._depth += 1
@@ -83,7 +83,8 @@ class CacheUse:
                 self._depth -= 1
 
     def take(self, user: Any, state: Any = None) -> None:
-        """The cache is this user's from now on, or nobody's (None); what it held is forgotten. state: of the weights."""
+        """Give the cache to this user, or to nobody (None); its contents are forgotten. state: that of the weights, for
+        `remembered`."""
         before = self._user()
         if before is not None and before is not user:
             before.give_way()
@@ -96,11 +97,11 @@ class CacheUse:
         return self._user() is user and self._calls_then == self.calls
 
     def remember(self, ids: Sequence[int]) -> None:
-        """Slot 0 holds the keys and values of these ids."""
+        """Note that slot 0 holds the keys and values of these ids."""
         self._slot0 = list(ids)
 
     def remembered(self, prompt: Sequence[int], state: Callable[[], Any]) -> int:
-        """How many of a prompt's ids slot 0 holds already, made by the weights as they are; the last one runs in any case."""
+        """How many first ids of a prompt slot 0 holds already, from weights in this state. The last id never counts."""
         if not self._slot0 or self._calls_then != self.calls or self._state is None or self._state != state():
             return 0
         different = (i for i, (a, b) in enumerate(zip(self._slot0, prompt[:-1])) if a != b)
@@ -108,7 +109,7 @@ class CacheUse:
 
 
 def _in_forked_child() -> None:
-    """The threads that held locks are not there."""
+    """Make new locks: the threads that held the old ones are not there."""
     for use in list(_USES):
         use.lock, use._stepping, use._depth = threading.RLock(), False, 0
 

@@ -1,4 +1,4 @@
-"""How much memory a model needs on each process, what this machine has free, and what would make it fit."""
+"""Estimates the memory that a model needs on each process, finds what is free, and says what would make it fit."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from .layers.rounding import KINDS, Quantization
 from .model import ModelArgs, process_counts
 from .runtime import device_kind
 
-# What a GPU takes beside tensors. cuBLAS has a workspace (torch's: 32 MiB on Hopper, less before) for each stream that
+# A GPU needs memory beside tensors. cuBLAS has a workspace (torch's: 32 MiB on Hopper, less before) for each stream that
 # multiplies: the one that reads prompts, and the one that graphs are recorded on.
 WORKSPACE_BYTES = 32 * 2**20
 STREAMS = 2
 KERNEL_BYTES = 192 * 2**20  # CUDA brings the code of torch's and cuBLAS's kernels to the GPU when they are first called
-NCCL_BYTES = 768 * 2**20  # of each process: a few MiB for each channel, peer and protocol, for the model's group and all's
-# A recorded step keeps its logits, in the model's dtype and in float32, for itself. There are graphs for one row, and for 2, 4,
-# 8 … rows, which add up to twice the last.
+NCCL_BYTES = 768 * 2**20  # each process has a few MiB for each channel, peer and protocol, for the model's group and for all
+# A recorded step keeps its logits in the model's dtype and in float32. There are graphs for one row, and for 2, 4, 8 … rows,
+# which add up to twice the last.
 GRAPH_LOGITS = 2 * 2
 HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A model as it is to lie on devices: max_batch_size rows of max_seq_len tokens, and weights in `dtype`."""
+    """A model and where it will lie, with a cache of max_batch_size rows of max_seq_len tokens, and weights in `dtype`."""
 
     args: ModelArgs
     dtype: torch.dtype
-    processes: int = 1  # that share one copy of the model
+    processes: int = 1  # how many share one copy of the model
     device: torch.device = HOST
-    sharers: int = 1  # how many of the processes use this device's memory (on a CPU, all of a machine)
+    sharers: int = 1  # how many processes use this device's memory (on a CPU, all of a machine)
     quantization: Optional[Quantization] = None
 
     def keeps_groups_whole(self) -> bool:
         """Whether no group of quantized numbers would be cut by the processes."""
-        rows = self.args.n_heads * self.args.head_size, self.args.ffn_width  # of the matrices cut along them, wo and w2
-        return self.quantization is None or all(self.quantization.shares(row, self.processes) for row in rows)
+        cut = self.args.n_heads * self.args.head_size, self.args.ffn_width  # columns of wo and w2, which are cut along them
+        return self.quantization is None or all(self.quantization.shares(columns, self.processes) for columns in cut)
 
 
 class Need(NamedTuple):
@@ -49,11 +49,12 @@ class Need(NamedTuple):
 
     weights: int
     cache: int
-    temporary: int  # the most that a prefill of the whole cache holds at once
-    overhead: int = 0  # on a GPU: workspaces, code, recorded steps, buffers of the collectives
+    temporary: int  # peak of a prefill of the whole cache
+    overhead: int = 0  # workspaces, code, recorded steps and buffers of the collectives on a GPU
 
     @property
     def resident(self) -> int:
+        """The bytes that stay as long as the model."""
         return self.weights + self.cache + self.overhead
 
     def __str__(self) -> str:
@@ -64,12 +65,12 @@ class Need(NamedTuple):
 
 
 def estimate(placement: Placement) -> Need:
-    """What each process needs. On a GPU that is more than tensors."""
+    """The memory that each process needs."""
     args, processes, quantization = placement.args, placement.processes, placement.quantization
     size = placement.dtype.itemsize
 
     def matrix(rows: int, columns: int, parts: int = 1) -> int:
-        """Bytes of rows x columns, of which the full matrix has so many side by side."""
+        """Bytes of this rank's rows x columns; the full matrix is `parts` such blocks wide."""
         return quantization.nbytes(rows, columns, columns * parts) if quantization else size * rows * columns
 
     queries = args.n_heads * args.head_size // processes
@@ -98,9 +99,9 @@ def _overhead(args: ModelArgs, processes: int) -> int:
 
 
 def free_bytes(device: torch.device) -> Optional[int]:
-    """What this process may still allocate on the device; None if the system does not tell."""
+    """Bytes that this process can still allocate on the device; None if the system does not tell."""
     if device_kind(device) == "cuda":
-        # What torch keeps of freed tensors is free for new ones.
+        # torch keeps the memory of freed tensors for new ones.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     if device_kind(device) == "mps":
@@ -109,7 +110,7 @@ def free_bytes(device: torch.device) -> Optional[int]:
 
 
 def _free_host_bytes(root: Path) -> Optional[int]:
-    """MemAvailable, or what the tightest control group (of either version) leaves, whichever is less."""
+    """The least of MemAvailable and what each control group (of either version) leaves."""
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return None
@@ -126,7 +127,7 @@ def _free_host_bytes(root: Path) -> Optional[int]:
 
 
 def _free_in_group(folder: Path) -> Optional[int]:
-    """A group's limit less what its processes hold; files in its page cache can go. None without a limit."""
+    """A group's limit minus the memory in use; files in its page cache do not count. None without a limit."""
     try:
         if (folder / "memory.max").exists():
             limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
@@ -143,13 +144,14 @@ def _free_in_group(folder: Path) -> Optional[int]:
 
 
 def return_freed() -> None:
-    """Have glibc hand back what it keeps of freed memory: as much as a third of a quantised model lies between the pieces
-    that loading lets go. Does nothing elsewhere."""
+    """Have glibc give freed memory back to the system. Up to a third of a quantized model is such memory, because loading
+    frees many pieces. Does nothing without glibc."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def gigabytes(nbytes: float) -> str:
+    """nbytes in GB, MB or KB (powers of 1000), with one digit after the point."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if nbytes >= size / 10:
             return f"{nbytes / size:.1f} {unit}"
@@ -171,7 +173,7 @@ def check_fits(placement: Placement) -> None:
 
 
 def way_out(placement: Placement, free: int, working: bool = False) -> str:
-    """Which single changes make weights and cache (and with `working` the temporary) fit `free` bytes."""
+    """The single changes that make weights and cache (and with `working` the temporary) fit `free` bytes, for a message."""
 
     def fits(changed: Placement) -> bool:
         need = estimate(changed)
@@ -181,11 +183,11 @@ def way_out(placement: Placement, free: int, working: bool = False) -> str:
     for choices in _other_forms(placement):
         good = [words for words, changed in choices.items() if changed.keeps_groups_whole() and fits(changed)]
         ways += good[:1]
-    return f"{' or '.join(ways)} would fit" if ways else "nothing that can be changed makes it fit here"
+    return f"{' or '.join(ways)} would fit" if ways else "no single change would make it fit here"
 
 
 def _largest_that_fits(name: str, placement: Placement, fits: Callable[[Placement], bool]) -> list[str]:
-    """The best smaller value of a limit of the cache, if there is one."""
+    """The largest value of this limit of the cache that fits, as a list of one setting, or none."""
     low, high = 0, getattr(placement.args, name) - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -195,7 +197,7 @@ def _largest_that_fits(name: str, placement: Placement, fits: Callable[[Placemen
 
 
 def _other_forms(placement: Placement) -> Iterator[dict[str, Placement]]:
-    """For each kind of change its choices, the mildest first: what to ask for, and what the placement is then."""
+    """For each kind of change, its choices with the mildest first: the words for a message -> the placement."""
     if placement.dtype == torch.float32:
         yield {"dtype='bfloat16'": replace(placement, dtype=torch.bfloat16)}
     if (kind := device_kind(placement.device)) != "mps":
@@ -208,7 +210,7 @@ def _other_forms(placement: Placement) -> Iterator[dict[str, Placement]]:
 
 @contextmanager
 def explained(placement: Placement) -> Iterator[None]:
-    """Where the model's memory runs out while it works, say what it needs and what would make it fit."""
+    """A block that works on the model: if memory runs out, the error says what is needed and what would make it fit."""
     try:
         yield
     except RuntimeError as error:

@@ -3,7 +3,7 @@
 Letters in shapes:
     B  rows of the batch                        H  query heads on this rank
     S  new tokens of each row                   K  key/value heads on this rank
-    T  cache columns that are looked at         D  size of a head
+    T  cache columns that are read              D  size of a head
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from .system.checks import whole
 from .system.files import MappedFiles
 from .system.printable import shortened
 
-# torch's fused attention on CPUs makes zeros of a row whose scores are all NaN if they do not fill a vector register, which
-# holds up to 16, and no mask is added to them. A mask that hides nothing costs less there than any other way to notice.
+# Without a mask, torch's fused attention on CPUs turns NaN scores into zeros if they do not fill a vector register, which holds
+# up to 16. With fewer columns it gets a mask that hides nothing: no other way keeps NaN as cheaply.
 NAN_COLUMNS = 16
 
 
@@ -68,14 +68,17 @@ class ModelArgs:
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads."""
         return self.n_kv_heads or self.n_heads
 
     @property
     def head_size(self) -> int:
+        """Numbers of a query, key or value."""
         return self.head_dim or self.dim // self.n_heads
 
     @property
     def ffn_width(self) -> int:
+        """Inner width of the feed-forward layers."""
         return self.ffn_dim or feed_forward_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
 
@@ -90,7 +93,7 @@ def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Op
 def process_counts(args: ModelArgs) -> list[int]:
     """The model-parallel sizes that share this model's heads and matrices evenly, smallest first.
 
-    More processes than key/value heads: neighbours have the same one, so that 4 heads on 8 processes go 0 0 1 1 2 2 3 3.
+    With more processes than key/value heads, neighbours hold the same one: 4 heads on 8 processes lie 0 0 1 1 2 2 3 3.
     """
     shared = (args.n_heads, args.dim, args.vocab_size, args.ffn_width)
     heads = args.kv_heads
@@ -100,8 +103,7 @@ def process_counts(args: ModelArgs) -> list[int]:
 
 
 def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -> None:
-    """Refuse, with a ValueError, a shape that cannot be built or cannot be shared by that many processes. source: the folder
-    that it was read from."""
+    """ValueError for a shape that cannot be built, or not be shared by `processes`. source: the folder that it is from."""
     problem = ""
     if args.vocab_size < 1:
         problem = f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer"
@@ -133,6 +135,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Meta's way, with the steps that people patch."""
         return self._norm(x.float()).type_as(x) * self.weight
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +143,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 
-# Meta's functions, and what the model computes the same with: `rotate` and `attend`.
+# Meta's functions. The model itself computes the same with `rotate` and `attend`.
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> torch.Tensor:
@@ -158,7 +161,7 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn each adjacent pair (2j, 2j+1) of (B, S, H, D) by its angle, in float32; the dtypes of the inputs come back."""
+    """Turn each adjacent pair (2j, 2j+1) of (B, S, H, D) by its angle, in float32. The results have the inputs' dtypes."""
 
     def turn(x: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -175,7 +178,7 @@ def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """`apply_rotary_emb` for one tensor: x (B, S, H, D), rotary (1 or B, S, 1, D/2, 2) float32 of cosines and sines.
 
-    Compiled graphs have no complex numbers; where nothing is compiled they are three times as fast.
+    Complex numbers are three times as fast, but compiled graphs have none.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
@@ -190,9 +193,9 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 def hides_infinity(q: torch.Tensor) -> bool:
     """Whether infinite queries q (B, S, H, D) and their keys are to become NaN, so that the logits show them.
 
-    Attention takes a score of -infinity for a key that is not to be seen, and goes on. float16 overflows from 65504 on; in
-    other dtypes only weights that are not finite lead there, of which each prompt tells, in fused attention on CPUs only so.
-    A step on a GPU would get another launch.
+    Attention would take a score of -infinity for a hidden key. float16 overflows from 65504 on; in other dtypes only weights
+    that are not finite lead there, which each prompt shows; on CPUs, whose attention is fused, only if they become NaN. A step
+    on a GPU is left alone, because it would take another launch.
     """
     on_cpu, several = device_kind(q) == "cpu", q.shape[1] > 1
     return (on_cpu and several) or (q.dtype == torch.float16 and (on_cpu or several))
@@ -201,8 +204,8 @@ def hides_infinity(q: torch.Tensor) -> bool:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool) -> torch.Tensor:
     """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
 
-    q (B, S, H, D); k, v (B, T, K, D); mask (1 or B, S, T), True where a query sees a key; causal: the queries are the last
-    S of T places, and each sees the keys up to its own. -> (B, S, H * D)
+    q (B, S, H, D); k, v (B, T, K, D); mask (1 or B, S, T), True for a key that a query sees; causal: the queries are the
+    last S of T positions, and each sees the keys up to its own. -> (B, S, H * D)
     """
     B, S, H, D = q.shape
     T, K = k.shape[1:3]
@@ -215,14 +218,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
         causal = causal and S == T and seen is None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=K != H)
         return out.transpose(1, 2).reshape(B, S, H * D)
-    # One query: the heads of a group stand in as the queries, so that every key is read once.
+    # For one query, the heads of a group take the place of the queries, so that every key is read once.
     q = q.view(B, K, H // K, D)
     mask = None if mask is None else mask[:, None]
     if device_kind(q) == "cpu" and AMX:
         if mask is None and T < NAN_COLUMNS:
             mask = torch.ones(1, 1, 1, T, dtype=torch.bool, device=q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, S, H * D)
-    # Fused attention takes five times as long here, on one query: on GPUs it leaves most of them idle.
+    # Fused attention takes five times as long for one query: it leaves most of a GPU idle.
     scores = (q @ k.transpose(2, 3)) / math.sqrt(D)  # (B, K, H/K, T)
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf)
@@ -234,18 +237,18 @@ def _attend_on_gpu(
 ) -> torch.Tensor:
     """`attend` for several queries: q (B, S, H, D); k, v (B, K, T, D); mask (1 or B, 1, S, T) or None -> (B, S, H * D)"""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.bias import causal_lower_right  # brings in torch's compiler: a second, for who needs it only
+    from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes a second
 
     B, S, H, D = q.shape
     K, T = k.shape[1:3]
     q = q.transpose(1, 2)
     flash = q.dtype != torch.float32 and (mask is None or causal) and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if K != H and not flash:  # only flash attention shares heads; the form with all scores in memory would take its place
+    if K != H and not flash:  # only flash attention shares heads; else a form with all scores in memory would run
         k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
     seen: Any = mask
     if causal and S < T:
-        seen = causal_lower_right(S, T)  # the same mask under a name that flash attention knows
-    # By name and without cuDNN's, which makes a plan for each new length of prompts.
+        seen = causal_lower_right(S, T)  # the same mask, in a form that flash attention knows
+    # cuDNN's backend is left out: it makes a plan for each new length of prompts.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and S == T, enable_gqa=K != H and flash)
     return out.transpose(1, 2).reshape(B, S, H * D)
@@ -253,26 +256,26 @@ def _attend_on_gpu(
 
 @dataclass
 class Window:
-    """Where a step's new tokens stand, and what they see. The same for every layer."""
+    """The places of a step's new tokens, and the keys that they see. The same for every layer."""
 
-    slots: torch.Tensor  # (B, 1) int64: the rows of the cache that belong to the rows of the batch
+    slots: torch.Tensor  # (B, 1) int64: the cache row of each row of the batch
     positions: torch.Tensor  # (1 or B, S) int64
     rotary: torch.Tensor  # (1 or B, S, 1, D/2, 2) float32
-    keys: Optional[tuple[Any, slice]]  # what to read of the cache; None: the new tokens see only each other
+    keys: Optional[tuple[Union[slice, torch.Tensor], slice]]  # cache rows and columns to read; None: only the new keys
     mask: Optional[torch.Tensor]  # (1 or B, S, T) bool
-    causal: bool = False  # the rows stand at the same place, and their S tokens are the last of the T columns
+    causal: bool = False  # the rows stand at one position, and their S tokens are the last of the T columns
 
 
 class Attention(nn.Module):
     """Attention with rotary positions over a cache of keys (stored rotated) and values.
 
-    cache_k, cache_v: (max_batch_size, max_seq_len, K, D), a row for each slot; in memory each head's keys lie together.
+    cache_k, cache_v: (max_batch_size, max_seq_len, K, D), a row for each slot. In memory each head's keys lie together.
     """
 
     cache_k: torch.Tensor
     cache_v: torch.Tensor
-    fused: Optional[torch.Tensor]  # wq, wk and wv in one matrix, where `Transformer.fuse` made it
-    joined: Optional[Quantized] = None  # the same of quantized layers; hidden from `modules()`, which has its parts
+    fused: Optional[torch.Tensor]  # one matrix of wq, wk and wv, if `Transformer.fuse` made it
+    joined: Optional[Quantized] = None  # one layer of quantized ones; hidden from `modules()`, which has its parts
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -292,15 +295,16 @@ class Attention(nn.Module):
         self.allocate_cache(self.wq.weight.device, self.wq.weight.dtype)
 
     def allocate_cache(self, device: torch.device, dtype: torch.dtype) -> None:
-        rows, columns, heads, size = self.cache_shape
+        """Make new caches, full of zeros."""
+        slots, columns, heads, size = self.cache_shape
         for name in ("cache_k", "cache_v"):
-            # A column more than is shown: then no span of columns is contiguous, and one compiled graph serves all.
-            cache = torch.zeros(rows, heads, columns + 1, size, device=device, dtype=dtype)[:, :, :-1].transpose(1, 2)
+            # One hidden column: then no span of columns is contiguous, and one compiled graph serves all.
+            cache = torch.zeros(slots, heads, columns + 1, size, device=device, dtype=dtype)[:, :, :-1].transpose(1, 2)
             self.register_buffer(name, cache, persistent=False)
 
     def forward(self, x: torch.Tensor, start_pos: int, freqs_cis: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
-        """Meta's way: x (B, S, dim), of rows that all stand at start_pos; freqs_cis complex64 (S, D/2), their rotations;
-        mask None or added to the scores, (S, start_pos + S) -> (B, S, dim)."""
+        """Meta's way, for rows that all stand at start_pos: x (B, S, dim); freqs_cis complex64 (S, D/2), their rotations;
+        mask None or (S, start_pos + S), added to the scores -> (B, S, dim)."""
         B, S, _ = x.shape
         xq, xk, xv = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
@@ -311,7 +315,7 @@ class Attention(nn.Module):
             self.fit_cache(xk)
             self.cache_k[:B, start_pos:end] = xk
             self.cache_v[:B, start_pos:end] = xv
-        # The new keys themselves where gradients may be wanted: what the cache holds has none.
+        # The new keys and values are taken from x, not from the cache, which has no gradients.
         before = slice(0, start_pos)
         keys, values = (torch.cat((c[:B, before], x), 1) for c, x in ((self.cache_k, xk), (self.cache_v, xv)))
         keys, values = (repeat_kv(x, self.n_rep).transpose(1, 2) for x in (keys, values))  # (B, H, T, D)
@@ -322,7 +326,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).reshape(B, S, -1))
 
     def fit_cache(self, keys: torch.Tensor) -> None:
-        """Let the cache have the dtype and device of the keys that come."""
+        """Move the cache to the dtype and device of new keys."""
         if self.cache_k.dtype != keys.dtype or self.cache_k.device != keys.device:
             held = self.cache_k, self.cache_v
             self.allocate_cache(keys.device, keys.dtype)
@@ -335,7 +339,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (B, S, H or K, D)
         q, k = rotate(q, window.rotary), rotate(k, window.rotary)
         if hides_infinity(q):
-            q, k = q.add_(q, alpha=0), k.add_(k, alpha=0)  # x + 0 x, which is NaN for an infinite x
+            q, k = q.add_(q, alpha=0), k.add_(k, alpha=0)  # x + 0 x is NaN for an infinite x
         with torch.no_grad():
             self.fit_cache(k)
             self.cache_k[window.slots, window.positions] = k
@@ -348,7 +352,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x). (..., dim) -> (..., dim)"""
 
-    fused: Optional[torch.Tensor]  # w1 and w3 in one matrix, where `Transformer.fuse` made it
+    fused: Optional[torch.Tensor]  # one matrix of w1 and w3, if `Transformer.fuse` made it
     joined: Optional[Quantized] = None  # see `Attention`
 
     def __init__(
@@ -368,17 +372,20 @@ class FeedForward(nn.Module):
         self.register_buffer("fused", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Meta's way."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """`forward`, with one product for w1 and w3 where they lie in one matrix."""
+        """The fast way, with one product for w1 and w3 if they lie in one matrix."""
         gate, up = products(x, self.joined or self.fused, (self.w1, self.w3), any_order=True)
         if torch.is_grad_enabled():
             return self.w2(F.silu(gate) * up)
-        return self.w2(F.silu(gate, inplace=True).mul_(up))  # these are the largest tensors of a pass: no more of them
+        return self.w2(F.silu(gate, inplace=True).mul_(up))  # in place: these are the largest tensors of a pass
 
 
 class TransformerBlock(nn.Module):
+    """Attention and a feed-forward layer, each after a norm and added to its input. (B, S, dim) -> (B, S, dim)"""
+
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
         self.layer_id = layer_id
@@ -391,21 +398,21 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
     def forward(self, x: torch.Tensor, start_pos: int, freqs_cis: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
-        """For the arguments see `Attention.forward`."""
+        """Meta's way. `Attention.forward` says what the arguments are."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
     def run(self, x: torch.Tensor, window: Window) -> torch.Tensor:
-        """The fast way: no module is called as one, so hooks and replaced parts would not run. See `Transformer.as_built`."""
+        """The fast way: it calls no module, so hooks and replaced parts would not run. See `Transformer.as_built`."""
         h = x + self.attention.run(self.attention_norm.run(x), window)
         return h + self.feed_forward.run(self.ffn_norm.run(h))
 
 
 class Transformer(nn.Module):
-    """The decoder. Raises ValueError for a shape that the processes at hand cannot share.
+    """The decoder. ValueError for a shape that this launcher's processes cannot share.
 
     freqs_cis: complex64 (2 * max_seq_len, D / 2), Meta's table of rotations. It follows the model to a device, never to a
-    dtype; a table that somebody puts in its place counts from then on.
+    dtype. The model uses a table that is put in its place.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -425,17 +432,17 @@ class Transformer(nn.Module):
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
         args = self.params
-        if device_kind(device) == "meta":  # nothing to compute; and doing so would import torch's compiler
+        if device_kind(device) == "meta":  # computing there would only import torch's compiler
             return torch.empty(2 * args.max_seq_len, args.head_size // 2, dtype=torch.complex64, device=device)
         with torch.device("cpu"):
             table = precompute_freqs_cis(args.head_size, 2 * args.max_seq_len, args.rope_theta)
-        # Through pinned memory the host need not wait for a GPU.
+        # Pinned memory spares the host a wait for the GPU.
         return table.pin_memory().to(device, non_blocking=True) if device_kind(device) == "cuda" else table.to(device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Transformer:
         fused = [module for module, _ in self._fusable() if module.fused is not None or module.joined is not None]
         for module in fused:
-            module.fused = vars(module)["joined"] = None  # what moves is its parts
+            module.fused = vars(module)["joined"] = None  # only its parts move
         super()._apply(fn, recurse)
         if fused:
             self.fuse()
@@ -444,7 +451,7 @@ class Transformer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_watch": None, "files": None}  # what is copied lies in no file
+        return {**vars(self), "_watch": None, "files": None}  # a copy lies in no file
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -452,21 +459,21 @@ class Transformer(nn.Module):
 
     @property
     def as_built(self) -> bool:
-        """Whether nothing was put in, patched or hooked since the model was made: then the fast ways compute the same."""
+        """Whether nothing was replaced, patched or hooked since the model was made: then the fast ways compute the same."""
         ours = type(self).forward is FORWARD and "forward" not in vars(self)
         return ours and self._watch.sees_no_change(self)
 
     def fuse(self, make: Make = torch.cat) -> None:
-        """Let wq, wk and wv share one matrix, and w1 and w3 another: two products of a block in place of five.
+        """Let wq, wk and wv share one matrix, and w1 and w3 another: a block then has two products in place of five.
 
-        For weights that are this process's own: those that lie in a mapped file would be copied. make: see `parallel.join`.
+        Do not call it for weights in a mapped file: they would be copied. make: see `parallel.join`.
         """
         for module, layers in self._fusable():
             module.fused = fuse(layers, make)
-            vars(module)["joined"] = join_quantized(layers, make)  # past nn.Module, which would make it a child
+            vars(module)["joined"] = join_quantized(layers, make)  # setattr would make it a child module
 
     def keep_fused(self) -> None:
-        """Fuse anew where somebody has put other weights into the layers since."""
+        """Fuse the layers again whose weights were replaced."""
         for module, layers in self._fusable():
             if module.fused is not None and not is_fused(module.fused, layers):
                 module.fused = fuse(layers)
@@ -475,7 +482,8 @@ class Transformer(nn.Module):
                 vars(module)["joined"] = join_quantized(layers)
 
     def _fusable(self) -> Iterator[tuple[Union[Attention, FeedForward], list[Any]]]:
-        for layer in self.layers:  # not `modules()`, whose walk costs a small model 3 % of each step
+        """Each attention and feed-forward, with its layers that have the same input."""
+        for layer in self.layers:  # `modules()` would cost a small model 3 % of each step
             attention, feed_forward = getattr(layer, "attention", None), getattr(layer, "feed_forward", None)
             if isinstance(attention, Attention):
                 yield attention, [attention.wq, attention.wk, attention.wv]
@@ -483,8 +491,8 @@ class Transformer(nn.Module):
                 yield feed_forward, [feed_forward.w1, feed_forward.w3]
 
     def allocate_weights(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Give a model on the meta device weights on another, without numbers yet, joined as `fuse` joins them. Quantized
-        layers keep their dtypes."""
+        """Move the weights of a model from the meta device to another, without numbers yet, and fuse them. Quantized layers
+        keep their dtypes."""
         stored = {id(p) for module in self.modules() if isinstance(module, Quantized) for p in module.parameters(recurse=False)}
 
         def empty(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -498,12 +506,13 @@ class Transformer(nn.Module):
                     setattr(module, name, nn.Parameter(empty([p]), requires_grad=p.requires_grad))
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Make everything that is not a weight: empty caches and the rotary table."""
+        """Make all tensors that are not weights: empty caches and the rotary table."""
         for attention in self.attentions():
             attention.allocate_cache(device, dtype)
         self.freqs_cis = self._rotations(device)
 
     def attentions(self) -> Iterator[Attention]:
+        """All attention layers, those in replaced parts too."""
         return (module for module in self.modules() if isinstance(module, Attention))
 
     def forward(
@@ -514,7 +523,7 @@ class Transformer(nn.Module):
         slots: Optional[torch.Tensor] = None,
         span: Optional[int] = None,
     ) -> torch.Tensor:
-        """Logits of the tokens that follow: float32 (B, S, vocab_size). For the arguments see `hidden_states`."""
+        """Logits of the next tokens: float32 (B, S, vocab_size). `hidden_states` says what the arguments are."""
         return self.output(self.hidden_states(tokens, start_pos, slots=slots, span=span)).float()
 
     def hidden_states(
@@ -526,12 +535,13 @@ class Transformer(nn.Module):
         span: Optional[int] = None,
         layers: int = -1,
     ) -> torch.Tensor:
-        """What `output` turns into logits, (B, S, dim) in the model's dtype; the new keys and values enter the cache.
+        """The states that `output` turns into logits, (B, S, dim) in the model's dtype. New keys and values enter the cache.
 
         tokens (B, S) int64. start_pos: the position of every row's first new token; an int (Meta's), or int64 (B,), one
-        for each row. slots int64 (B,): the cache rows that the batch rows own; 0 … B-1 if not given. span: how many
-        cache columns to look at, at least every start_pos + S; given, it spares a look at the positions on the device.
-        layers: run so many blocks, and no last norm; all if negative.
+        for each row. slots int64 (B,): the cache rows of the batch rows; by default 0 … B-1. span, for a tensor of
+        start_pos: how many cache columns to read, at least its maximum + S; without it the host must wait for that maximum.
+        layers: how many blocks to run, without the last norm; negative: all. ValueError for tokens that are no ids, and for
+        rows and positions that the cache has no room for.
         """
         if torch.compiler.is_compiling():  # compiled code cannot take locks
             self.cache_use.called = True
@@ -571,13 +581,13 @@ class Transformer(nn.Module):
         return self.norm(h) if layers < 0 else h
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """ValueError for what are no ids. On a GPU none are looked for outside the vocabulary: that would wait for it."""
+        """(B, S) -> (B, S, dim). ValueError if they are no ids. On a GPU only dtype and shape are checked, without a wait."""
         if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             shape = tuple(getattr(tokens, "shape", ()))
             told = f"{type(tokens).__name__} of {getattr(tokens, 'dtype', None)} and shape {shape}"
             raise ValueError(f"tokens must be ids in an int64 tensor of shape (batch, positions), not a {told}")
         try:
-            # Meta's build makes a script's new tensors lie on the GPU. Ours leaves torch's defaults alone, so they may not.
+            # A script's tensors may lie on the CPU: unlike Meta's build, ours does not make the GPU torch's default.
             return self.tok_embeddings(tokens.to(getattr(self.tok_embeddings, "weight", tokens).device))
         except IndexError as error:
             most = self.vocab_size - 1
@@ -586,7 +596,7 @@ class Transformer(nn.Module):
             raise
 
     def _only_position(self, tokens: torch.Tensor, start_pos: Union[int, torch.Tensor], slots: Optional[torch.Tensor]) -> int:
-        """Where all rows stand. ValueError if they stand at several places, or in slots of their own: Meta's way has one."""
+        """The position of all rows. ValueError if they have several, or slots of their own: Meta's way has one position."""
         B, S = tokens.shape
         starts = set(start_pos.tolist()) if isinstance(start_pos, torch.Tensor) else {index(start_pos)}
         if len(starts) > 1 or (slots is not None and slots.tolist() != list(range(B))):
@@ -598,6 +608,7 @@ class Transformer(nn.Module):
         return starts.pop()
 
     def _check_room(self, rows: int, first: int, end: int) -> None:
+        """ValueError unless the cache has room for `rows` rows and for positions first … end - 1."""
         if first < 0:
             raise ValueError(f"start_pos is {first}; the first position is 0")
         if self.params.max_batch_size < rows or self.params.max_seq_len < end:
@@ -609,12 +620,12 @@ class Transformer(nn.Module):
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor, rotations: torch.Tensor
     ) -> torch.Tensor:
-        """One token of each row, row i in slot i: what runs depends on the shapes alone, so that it can become one graph.
+        """One token of each row, row i in slot i. The operators depend on the shapes alone, so that they can become one graph.
 
         tokens, positions int64 (B,); columns: 0 … T-1 as int64 (T,), T above every position; rotations: `freqs_cis` as
         real numbers, (max_seq_len, D/2, 2). -> logits float32 (B, vocab_size)
         """
-        B, T = tokens.shape[0], columns.shape[0]  # not len(), which would fix them in a graph
+        B, T = tokens.shape[0], columns.shape[0]  # len() would fix them in a graph
         window = Window(
             slots=torch.arange(B, device=tokens.device)[:, None],
             positions=positions[:, None],
@@ -634,27 +645,49 @@ class Transformer(nn.Module):
         slots: Optional[torch.Tensor],
         span: Optional[int],
     ) -> Window:
+        """`hidden_states` says what the arguments are."""
+        if isinstance(start_pos, torch.Tensor):
+            return self._window_apart(tokens, start_pos, slots, span)
+        return self._window_together(tokens, index(start_pos), slots)
+
+    def _window_together(self, tokens: torch.Tensor, start: int, slots: Optional[torch.Tensor]) -> Window:
+        """The window of rows that all stand at one position."""
         B, S = tokens.shape
-        device = tokens.device
-        if not isinstance(start_pos, torch.Tensor):
-            start_pos = index(start_pos)
-        first = start_pos if isinstance(start_pos, int) else 0
-        if span is None:
-            span = S + (first if isinstance(start_pos, int) else int(start_pos.max()))
-            first = first if isinstance(start_pos, int) else int(start_pos.min())
-        fresh = isinstance(start_pos, int) and start_pos == 0
-        self._check_room(B, first, span)
-        offsets = torch.arange(S, device=device)
-        positions = (start_pos + offsets)[None] if isinstance(start_pos, int) else start_pos[:, None] + offsets
-        mask = None
-        needed = 1 < S < NAN_COLUMNS and device_kind(device) == "cpu"
-        if needed or (not fresh and (S > 1 or not isinstance(start_pos, int))):
-            mask = torch.arange(span, device=device) <= positions[:, :, None]
-        rows = torch.arange(B, device=device) if slots is None else slots
-        keys = None if fresh else (slice(0, B) if slots is None else slots, slice(0, span))
-        rotary = torch.view_as_real(self.freqs_cis)[positions][:, :, None]
-        causal = S > 1 and isinstance(start_pos, int) and span == start_pos + S
-        return Window(rows[:, None], positions, rotary, keys, mask, causal)
+        end = start + S
+        self._check_room(B, start, end)
+        positions = torch.arange(start, end, device=tokens.device)[None]
+        written, read = _cache_rows(B, slots, tokens.device)
+        keys = (read, slice(0, end)) if start > 0 else None
+        is_short = S < NAN_COLUMNS and device_kind(tokens) == "cpu"
+        mask = _up_to(positions, end) if S > 1 and (keys is not None or is_short) else None
+        return Window(written, positions, self._rotary(positions), keys, mask, causal=S > 1)
+
+    def _window_apart(
+        self, tokens: torch.Tensor, starts: torch.Tensor, slots: Optional[torch.Tensor], span: Optional[int]
+    ) -> Window:
+        """The window of rows that stand at positions of their own: starts int64 (B,). Waits for the device without a span."""
+        B, S = tokens.shape
+        first, end = (int(starts.min()), int(starts.max()) + S) if span is None else (0, span)
+        self._check_room(B, first, end)
+        positions = starts[:, None] + torch.arange(S, device=tokens.device)
+        written, read = _cache_rows(B, slots, tokens.device)
+        return Window(written, positions, self._rotary(positions), (read, slice(0, end)), _up_to(positions, end))
+
+    def _rotary(self, positions: torch.Tensor) -> torch.Tensor:
+        """(1 or B, S) -> float32 (1 or B, S, 1, D/2, 2)"""
+        return torch.view_as_real(self.freqs_cis)[positions][:, :, None]
+
+
+def _cache_rows(B: int, slots: Optional[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Union[slice, torch.Tensor]]:
+    """The cache rows of a batch: int64 (B, 1) to write to, and an index to read with, which copies nothing without `slots`."""
+    if slots is None:
+        return torch.arange(B, device=device)[:, None], slice(0, B)
+    return slots[:, None], slots
+
+
+def _up_to(positions: torch.Tensor, end: int) -> torch.Tensor:
+    """The mask that shows each position (1 or B, S) the columns up to it: bool (1 or B, S, end)."""
+    return torch.arange(end, device=positions.device) <= positions[:, :, None]
 
 
 FORWARD = Transformer.forward

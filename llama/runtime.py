@@ -1,6 +1,6 @@
-"""Where this process runs: torchrun's variables, or none -> device, dtype, process group, threads, quiet ranks, a clean end.
+"""Sets up this process: torchrun's variables, or none -> device, dtype, process group, threads, quiet ranks, a clean end.
 
-Only this file and `launch` read the environment. One process that torchrun did not start needs no process group: it gets none,
+Only this file and `launch` read the environment. A process that torchrun did not start needs no process group and gets none,
 so it opens no port and leaves nothing to clean up. `shutdown` undoes what `start` did; it also runs at exit.
 """
 
@@ -36,25 +36,25 @@ from .system.printable import shortened
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# Kinds of devices that are to be treated as another kind: the tests' emulated GPU is one of "cuda".
+# Device types that count as another kind: the tests' emulated GPU counts as "cuda".
 ALIASES: dict[str, str] = {}
 
 
 def device_kind(place: Union[torch.Tensor, torch.device]) -> str:
-    """ "cpu", "cuda", "mps" or "meta": what a tensor lies on, or a device is. The only place that asks."""
+    """The kind of a device, or of the one that a tensor lies on: "cpu", "cuda", "mps" or "meta". No other place asks."""
     device = place.device if isinstance(place, torch.Tensor) else place
     return ALIASES.get(device.type, device.type)
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Within the block a GPU is the thread's current one, which streams, events and Triton's kernels belong to."""
+    """A block in which a GPU is the thread's current one: streams, events and Triton's kernels belong to that."""
     return torch.cuda.device(device) if device_kind(device) == "cuda" else nullcontext()
 
 
 def to_device(values: Any, device: torch.device, out: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """A tensor of the host, or a list of whole numbers, on a device (in `out`, if given).
+    """Copy a tensor of the host, or a list of whole numbers (as int64), to a device (into `out`, if given).
 
-    On a GPU they pass through pinned memory, so that the host does not wait.
+    On the way to a GPU they pass through pinned memory, so that the host does not wait.
     """
     host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.long, device="cpu")
     on_gpu = device_kind(device) == "cuda"
@@ -62,7 +62,7 @@ def to_device(values: Any, device: torch.device, out: Optional[torch.Tensor] = N
     return host.to(device, non_blocking=on_gpu) if out is None else out.copy_(host, non_blocking=on_gpu)
 
 
-# Where fairscale keeps its groups, which are torch's until the process group is left, whatever becomes of these names.
+# fairscale's variables for its groups. Setting them to None does not end the groups: they are torch's.
 FAIRSCALE_GROUPS = tuple(f"_{kind}" for kind in (
     "MODEL_PARALLEL_GROUP", "DATA_PARALLEL_GROUP", "PIPELINE_PARALLEL_GROUP", "PIPELINE_PARALLEL_RANKS"
 ))  # fmt: skip
@@ -74,19 +74,19 @@ TIME_LIMIT = timedelta(hours=6)
 
 @dataclass
 class _Started:
-    """What `start` changed in this process, so that `shutdown` can change it back."""
+    """The changes that `start` made in this process, for `shutdown` to undo."""
 
     store: Optional[Store] = None  # belongs to the process group that was joined
-    world: Optional[dist.ProcessGroup] = None  # the process group that there was then, the caller's own or this one
+    world: Optional[dist.ProcessGroup] = None  # the process group at that time, the caller's own or this one
     watch: Optional[peers.Watch] = None
     model_parallel: bool = False
-    groups: dict[int, dict[str, Any]] = field(default_factory=dict)  # fairscale's, by the processes that share a model
+    groups: dict[int, dict[str, Any]] = field(default_factory=dict)  # model-parallel size -> fairscale's variables
     at_exit: bool = False
     threads: Optional[int] = None
     stdout: Optional[TextIO] = None
-    silence: Optional[TextIO] = None  # what stands in for it
+    silence: Optional[TextIO] = None  # stands in for it
     excepthook: Optional[Any] = None
-    gpus: list[torch.device] = field(default_factory=list)  # the ones that were computed on
+    gpus: list[torch.device] = field(default_factory=list)  # the ones that this process has computed on
 
 
 _started = _Started()
@@ -95,8 +95,8 @@ _started = _Started()
 def start(device: Union[str, torch.device, None] = None, model_parallel_size: Optional[int] = None) -> torch.device:
     """Join the other processes of the launcher, if there are any, and return the device that this one computes on.
 
-    A process group, or fairscale's groups, that the caller made before are used as they are. ValueError if the
-    device is not there, or is another process's, or `model_parallel_size` does not fit the number of processes.
+    A process group, or fairscale's groups, that the caller made before are used unchanged. ValueError if the device is
+    missing, or is another process's, or `model_parallel_size` does not fit the number of processes.
     """
     launch = Launch.read()
     if launch.by_launcher:
@@ -125,7 +125,7 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
 
 
 def chosen_device() -> torch.device:
-    """What this process computes on, as of the last `start`."""
+    """The device of the last `start`."""
     return _started.gpus[-1] if _started.gpus and torch.cuda.is_initialized() else torch.device("cpu")
 
 
@@ -145,7 +145,7 @@ def _model_parallel_size(wanted: Optional[int], world_size: int) -> int:
 
 
 def choose_device(device: Union[str, torch.device, None], launch: Launch) -> torch.device:
-    """`device`, or else the best that is there for this process. ValueError if it is not there."""
+    """`device`, or else the best one for this process. ValueError if it is not there."""
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"
@@ -177,31 +177,32 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
 
 
 def machine() -> str:
-    """This machine's name, and on Linux when it was started: all machines of some clusters are called "localhost"."""
+    """This machine's name, and on Linux the id of its boot: on some clusters every machine is called "localhost"."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return platform.node() + (" " + boot.read_text().strip() if boot.exists() else "")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a process computes, and with how many others; or what keeps it from it."""
+    """The device of a process and its model-parallel size; or the problem that keeps it from computing."""
 
     machine: str = ""
     kind: str = ""
     uuid: str = ""  # empty for a CPU
-    size: int = 0
+    size: int = 0  # model_parallel_size
     problem: str = ""
 
     @staticmethod
     def of(device: torch.device, size: int) -> _Place:
+        """This process's place."""
         kind = device_kind(device)
         uuid = str(torch.cuda.get_device_properties(device.index).uuid) if kind == "cuda" else ""
         return _Place(machine(), kind, uuid, size)
 
 
 def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
-    """A collective. ValueError on all processes where one has a problem, or one computes on a GPU and another does not, or two
-    on the same GPU, or they make other groups: their first collective would wait for ever, or fail inside NCCL."""
+    """A collective. ValueError on all processes if one has a problem, if not all compute on the same kind of device, if two
+    have the same GPU, or if sizes differ: their first collective would wait for ever, or fail inside NCCL."""
     places: list[_Place] = [mine] * dist.get_world_size()
     with peers.waiting(range(len(places)), "start"):
         dist.all_gather_object(places, mine)
@@ -227,13 +228,13 @@ def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
 
 
 def memory_sharers(device: torch.device) -> int:
-    """How many of the launcher's processes allocate from this device's memory: on a CPU, all those of this machine."""
+    """How many of the launcher's processes use this device's memory: on a CPU, all those of this machine."""
     return Launch.read().local_world_size if device_kind(device) == "cpu" else 1
 
 
 def _join(launch: Launch) -> None:
     global _joined
-    if not _started.at_exit:  # also if the group is the caller's: graphs must go before it does
+    if not _started.at_exit:  # also for the caller's own group: graphs must be freed before it ends
         atexit.register(shutdown)
         _started.at_exit = True
     if _started.watch is not None and dist.is_initialized() and _started.world is dist.group.WORLD:
@@ -249,15 +250,15 @@ def _join(launch: Launch) -> None:
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        # Both where there are GPUs: a later build may be for the CPU.
+        # With GPUs both are joined: a later build may be for the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and peers.is_refused(address):
-            raise RuntimeError(peers.GONE)  # while this process was still importing: it would wait for minutes
+            raise RuntimeError(peers.GONE)  # torchrun ended while this process was importing; rendezvous would wait for minutes
         with peers.waiting((), address):
             store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        # A connection of its own: on the other one, a process that waits would hold up its signs of life.
+        # The signs have a connection of their own: on the other one they would wait while this process waits.
         watch.publish(PrefixStore(f"llama/{_joined}", store.clone()))
-        # Keys of its own: a store that outlives a group, as that of torchrun's agent does, still has the old group's addresses.
+        # The group has keys of its own: a store that outlives a group, as torchrun's does, still has the old group's addresses.
         store = PrefixStore(f"llama/{_joined}/group", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIME_LIMIT)
     except RuntimeError as error:
@@ -273,7 +274,7 @@ def _default_store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-_joined = 0  # how often this process has joined a group; as often as the others
+_joined = 0  # how often this process has joined a group; the same on all processes
 
 
 def _make_groups(model_parallel_size: int) -> None:
@@ -284,7 +285,7 @@ def _make_groups(model_parallel_size: int) -> None:
                 f"model_parallel_size is {model_parallel_size}; pass the same number, or destroy those groups first"
             )
         mpu.destroy_model_parallel()
-        # Groups of an earlier build come back as they were: their models may live, and each group keeps a thread busy.
+        # An earlier build's groups of this size are used again: its model may live, and each group keeps a thread busy.
         vars(mpu).update(_started.groups.get(model_parallel_size, {}))
     if not mpu.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines
@@ -296,7 +297,7 @@ def _make_groups(model_parallel_size: int) -> None:
 
 
 def _share_cores(device: torch.device, local_world_size: int) -> None:
-    """torchrun sets OMP_NUM_THREADS=1 for several processes; on a CPU that would leave most cores idle."""
+    """Divide the cores among the processes. torchrun sets OMP_NUM_THREADS=1, which would leave most cores idle on a CPU."""
     if device_kind(device) == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1" and _started.threads is None:
         _started.threads = torch.get_num_threads()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -304,6 +305,7 @@ def _share_cores(device: torch.device, local_world_size: int) -> None:
 
 
 def _quieten(rank: int) -> None:
+    """Let one process print, and one of those that fail together say why."""
     if _started.excepthook is None:
         _started.excepthook = sys.excepthook
         sys.excepthook = _report
@@ -318,9 +320,9 @@ def _report(kind: type[BaseException], error: BaseException, trace: Optional[Tra
 
 
 def cache_folder() -> Path:
-    """Where compiled steps are kept: $LLAMA_CACHE, or llama in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
+    """The folder of compiled steps: $LLAMA_CACHE, or llama in the user's cache folder ($XDG_CACHE_HOME, ~/.cache).
 
-    ValueError if that is below the home of a user who has none.
+    ValueError if it is below an unknown home.
     """
     named = os.environ.get("LLAMA_CACHE")
     folder = named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llama"
@@ -347,7 +349,7 @@ def inductor_cache(make_folder: Callable[[Path], None]) -> Iterator[None]:
 
 
 def compiler_environment(folder: Path) -> dict[str, str]:
-    """For a process that compiles in `folder`: all its files are there, and it takes no part in what torchrun started."""
+    """The environment of a process that compiles: all its files are in `folder`, and it joins no process group."""
     begins, ends = ("MASTER_", "TORCHELASTIC_"), ("RANK", "WORLD_SIZE")
     kept = {name: value for name, value in os.environ.items() if not (name.startswith(begins) or name.endswith(ends))}
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP", "TORCHINDUCTOR_CACHE_DIR"), str(folder))
@@ -355,44 +357,44 @@ def compiler_environment(folder: Path) -> dict[str, str]:
 
 
 def processor() -> str:
-    """What this machine's processor can do, as far as compiled code depends on it."""
+    """The abilities of this machine's processor, as far as compiled code depends on them."""
     abilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     listed = Path("/proc/cpuinfo")
-    if not abilities and listed.exists():  # the first processor's
+    if not abilities and listed.exists():  # the flags of the first processor
         abilities = dict.fromkeys(re.findall(r"^(?:flags|Features)\s*:(.*)", listed.read_text(), flags=re.MULTILINE)[:1])
     return repr((platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(abilities.items())))
 
 
-_first: list[Callable[[], Optional[Callable[[], object]]]] = []  # what `release_first` was given, or references to it
+_first: list[Callable[[], Optional[Callable[[], object]]]] = []  # references to the callbacks of `release_first`
 
 
 def release_first(callback: Callable[[], object]) -> None:
-    """Have each `shutdown` call this before it destroys the process group, and before what was given earlier.
+    """Have each `shutdown` call this before it destroys the process group; the latest callback comes first.
 
-    It is for what holds NCCL's communicators, such as CUDA graphs: NCCL waits for ever for a graph with one of its
-    collectives (pytorch issue 115388). A bound method is held weakly, so that it keeps no model alive.
+    It is for owners of CUDA graphs and the like: NCCL waits for ever for a graph with one of its collectives (pytorch issue
+    115388). A bound method is held weakly, so that it keeps no model alive.
     """
     reference = weakref.WeakMethod(callback) if isinstance(callback, MethodType) else lambda: callback
     _first[:] = [known for known in _first if known() is not None] + [reference]
 
 
 def has_failed() -> bool:
-    """Whether an exception ends this process. Then it must not wait for its GPU: a collective there may never end."""
+    """Whether an exception ends this process. If so, it must not wait for its GPU: a collective there may never end."""
     return getattr(sys, "last_value", None) is not None
 
 
 def shutdown() -> None:
-    """Leave the process group that `start` joined, and give back stdout, threads and the exception hook.
+    """Leave the process group that `start` joined, and restore stdout, threads and the exception hook.
 
-    Call it on every process. Models built over several processes cannot run afterwards; a new `build` can. What a callback
-    of `release_first` raises is raised at the end.
+    Call it on every process. Models built over several processes cannot run afterwards; a new `build` can. The first error of
+    a callback of `release_first` is raised at the end.
     """
     global _started
     started, _started = _started, _Started()
     failed = has_failed()
     steps = [callback for known in reversed(_first) if (callback := known()) is not None]
     if not failed and torch.cuda.is_initialized():
-        # A graph lets go of NCCL only when the GPU has ended its last replay.
+        # NCCL is free of a graph only when the GPU has ended its last replay.
         steps += [partial(torch.cuda.synchronize, gpu) for gpu in started.gpus]
     errors: list[Exception] = []
     for step in steps:
@@ -429,8 +431,8 @@ def shutdown() -> None:
 def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, device: torch.device) -> torch.dtype:
     """`wanted`, or else the checkpoint's own dtype, or the other 16-bit dtype if the device is slow or unable in that one.
 
-    float16 in place of bfloat16 where the device cannot compute in that. bfloat16 in place of float16 on an x86 processor,
-    which reads prompts up to twenty times as fast in it; Llama 2's weights, trained in bfloat16, lose nothing.
+    float16 replaces bfloat16 if the device cannot compute in that. bfloat16 replaces float16 on an x86 processor, which reads
+    prompts up to twenty times as fast in it; Llama 2's weights, trained in bfloat16, lose nothing. ValueError for other dtypes.
     """
     if wanted is None:
         if stored == torch.float16 and device_kind(device) == "cpu" and platform.machine() in ("x86_64", "AMD64"):

@@ -132,7 +132,7 @@ def test_what_would_make_it_fit() -> None:
     assert advice(16e9, small, torch.float32) == (
         "dtype='bfloat16' or 2 processes, 1 on each machine or quantize='int8' would fit"
     )
-    assert advice(4e9, small, torch.bfloat16, 1, torch.device("mps")) == "nothing that can be changed makes it fit here"
+    assert advice(4e9, small, torch.bfloat16, 1, torch.device("mps")) == "no single change would make it fit here"
     assert "16 processes, 2 on each machine" in advice(24e9, SEVENTY, torch.bfloat16, 2, CPU, 2)
 
 

@@ -105,6 +105,15 @@ def test_chunks_equal_one_pass(chunks: tuple[int, ...]) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("start", "end"), [(0, 5), (0, 20), (5, 6), (5, 9)])
+def test_a_longer_span_shows_rows_at_one_position_nothing_more(start: int, end: int) -> None:
+    """A single token once saw all columns of the span, and a prompt was refused for having fewer keys than the mask."""
+    model = build()
+    tokens = torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(4))
+    whole = model(tokens, 0)
+    torch.testing.assert_close(model(tokens[:, start:end], start, span=22), whole[:, start:end], atol=1e-4, rtol=0)
+
+
 def test_the_cache_refuses_what_it_has_no_room_for() -> None:
     model = build()
     with pytest.raises(ValueError, match="5 rows up to position 1 do not fit.*max_batch_size=4"):
