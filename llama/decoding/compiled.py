@@ -1,8 +1,8 @@
-"""The decode step as one graph: what `Transformer.step` computes, without what Python and torch add to it.
+"""The decode step as one graph: computes `Transformer.step` without the time that Python and torch add to it.
 
-Two forms. `Packaged`, for one process on a CPU: compiled ahead of time (AOTInductor), kept in a folder, loaded from there in
-milliseconds. `Recorded`, for GPUs and for several processes: static buffers, on a GPU a CUDA graph over them. Its kernels are
-those of `gpu_step`, or torch's own, or Inductor's.
+There are two forms. `Packaged`, for one process on a CPU, is compiled ahead of time (AOTInductor), kept in a folder, and loaded
+from there in milliseconds. `Recorded`, for GPUs and for several processes, has static buffers, and on a GPU a CUDA graph over
+them. Its kernels are those of `gpu_step`, or torch's own, or Inductor's.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from . import compiler, gpu_step, packages
 
 LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; larger ones are powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
-PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find what is freed later
-# A package is of their code.
+PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find memory freed later
+# A package depends on the code of these files.
 SOURCES = ("model.py", "layers/parallel.py", "layers/products.py", "decoding/compiler.py", "decoding/compiled.py")
 
 
 def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Packaged, Recorded]]:
-    """The form that suits where the model is, or None: then the step runs op by op.
+    """The form for the model's device, or None: then the step runs op by op.
 
-    wanted: True compiles; None compiles nothing, but uses what an earlier run has compiled (and records on a GPU, which
-    takes no time to speak of); False does neither.
+    wanted: True compiles; None compiles nothing, but uses an earlier run's packages (and records on a GPU, which takes hardly
+    any time); False does neither.
     """
     device = model.norm.weight.device
     kind = runtime.device_kind(device)
@@ -62,27 +62,29 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
             say("The decode step is not compiled: on a CPU quantized weights have a form that a package cannot take")
         return None
     if any(part.eps != model.params.norm_eps for part in model.modules() if isinstance(part, RMSNorm)):
-        return None  # a package has that number in it
+        return None  # a package contains norm_eps
     try:
         packaged = Packaged(model)
         return packaged if packaged.prepare(bool(wanted)) else None
-    except Exception as error:  # no compiler, a full disk, an operator that it does not know, a file that is not believed
+    except Exception as error:  # no compiler, a full disk, an unknown operator, a file that is refused
         say(f"The decode step is not compiled, and runs as it is: {reason(error)}")
         return None
 
 
 def reason(error: Exception) -> str:
+    """The first line of an error's message, or its class."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def say(line: str) -> None:
+    """Print a line, if this is the first process."""
     if is_first_process():
         print(printable(line))
 
 
 def code_key(model: Transformer) -> str:
-    """Stands for all that compiled code depends on."""
+    """A digest of all that compiled code depends on."""
     device = model.norm.weight.device
     on_gpu = runtime.device_kind(device) == "cuda"
     place = torch.cuda.get_device_name(device) if on_gpu else (runtime.processor(), torch.get_num_threads())
@@ -92,21 +94,22 @@ def code_key(model: Transformer) -> str:
 
 
 def described(model: Transformer) -> dict[str, Any]:
-    """What a compiled step is told of the tensors that it will get: see `compiler.make`."""
+    """The names and shapes of a compiled step's tensors, for `compiler.make`."""
     named = named_tensors(model).items()
     tensors = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.stride()) for name, t in named]
     return {"tensors": tensors, "rotations": tuple(rotations(model).shape)}
 
 
 def marker(model: Transformer) -> Path:
-    """A file that says that Inductor has compiled this model's step here before, and kept it beside."""
+    """The file that says that Inductor has compiled this model's step before, and kept it in the same folder."""
     return runtime.cache_folder() / f"{code_key(model)}.inductor"
 
 
 def is_marked(model: Transformer) -> bool:
+    """Whether the model's `marker` is there."""
     try:
         return marker(model).exists()
-    except (OSError, ValueError):  # no home, or one that is closed to this user
+    except (OSError, ValueError):  # an unknown home, or one that this user cannot read
         return False
 
 
@@ -132,7 +135,7 @@ class Packaged:
             self._paths[True] = folder / f"{stem}-several.pt2"
 
     def prepare(self, wanted: bool) -> bool:
-        """Load the packages. wanted: make those that are not there, or are no good. -> whether all are loaded now"""
+        """Load the packages. wanted: make those that are missing or refused. -> whether all are loaded now"""
         absent: dict[bool, Path] = {}
         if wanted:
             packages.make_folder(runtime.cache_folder())
@@ -154,7 +157,7 @@ class Packaged:
         """Make packages, side by side, and load them."""
         began = time.perf_counter()
         say("Compiling the decode step, once for this model's shape and this machine; it takes a minute or more …")
-        quiet = None if is_first_process() else True  # None: where nobody looks on
+        quiet = None if is_first_process() else True  # None: quiet unless stderr is a terminal
         with (
             packages.workspace(runtime.cache_folder()) as work,
             tqdm(desc="Compiling", bar_format="{desc}: {elapsed}", leave=False, disable=quiet) as bar,
@@ -175,13 +178,13 @@ class Packaged:
                 say(f"Compiled in {time.perf_counter() - began:.0f} seconds, and kept as {path}")
 
     def refresh(self) -> None:
-        """Look up the weights and caches again: they may have been replaced since the last call."""
+        """Look up the weights and caches, which may have been replaced since the last call."""
         for attention in self.model.attentions():
             attention.fit_cache(self.model.norm.weight)  # autocast may have left it in another dtype
         self._tensors = list(named_tensors(self.model).values())
 
     def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """As `Transformer.step`."""
+        """`Transformer.step`: tokens int64 (B,), their positions -> logits float32 (B, V)."""
         at = torch.tensor(positions)
         columns = self._columns[: max(2, max(positions) + 1)]
         runner = self._runners[len(positions) > 1]
@@ -190,23 +193,23 @@ class Packaged:
 
 
 def named_tensors(model: Transformer) -> dict[str, torch.Tensor]:
-    """All that a step reads and writes: the weights and the caches."""
+    """The tensors that a step reads and writes: the weights and the caches."""
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to run the step; those that fail make place for the next."""
+    """One way to run the step. If it fails, the next one runs."""
 
-    kind: str  # what a line says that the step is not, where this way fails
+    kind: str  # the words for it in the line that says that it failed
     step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # signature of `Transformer.step`
     captured: bool  # whether it is captured in a CUDA graph
-    whole_cache: bool = False  # it finds out itself how much of the cache is to be read, so that one recording is enough
+    whole_cache: bool = False  # the kernels find out how much of the cache to read, so that one recording is enough
 
 
 @dataclass
 class _Recording:
-    """A step over buffers of its own. All that a graph reads beside the model is here: a graph keeps no tensor alive."""
+    """A step over buffers of its own. A graph keeps no tensor alive, so all that it reads beside the model is here."""
 
     tokens: torch.Tensor  # (bucket,)
     positions: torch.Tensor  # (bucket,)
@@ -217,28 +220,29 @@ class _Recording:
     proven: dict[int, int] = field(default_factory=dict)  # bits of the span -> replays that were compared with the plain step
 
     def is_due(self, span: int) -> bool:
-        """Whether a replay is to be compared: the first ones, and the first of each span that is twice as long."""
+        """Whether to compare this replay: the first ones, and the first one with each length of the span in bits."""
         done = self.proven.get(span.bit_length(), 0)
         self.proven[span.bit_length()] = done + 1
         return sum(self.proven.values()) <= PROOFS or not done
 
     def run(self, way: _Way) -> None:
+        """Run the step, or record it within a capture."""
         self.logits = way.step(self.tokens, self.positions, self.columns, self.rotations)
 
 
 class Recorded:
     """The step over static buffers: one recording for each bucket of rows and columns.
 
-    Rows above those that run are filled up: they write to column 0 of slots that nobody owns. On a GPU a recording is a
-    CUDA graph; elsewhere it is run again, so its shapes are the same everywhere. What is drawn from the logits is not part
-    of it: options change from call to call, and a graph for each would have to be recorded.
+    A bucket's rows beyond those that run are padding: they write to column 0 of slots that nobody owns. On a GPU a recording
+    is a CUDA graph; elsewhere it is run again, so the shapes are the same everywhere. Sampling is not part of it: its options
+    change from call to call, and each would need a graph of its own.
 
-    The first replays of every CUDA graph are compared with the plain step. Where they differ, a line says so, and the next
-    way runs: a GPU on which something is wrong must not answer wrongly in silence.
+    The first replays of every CUDA graph are compared with the plain step. If they differ, a line says so, and the next way
+    runs: a faulty GPU must not answer wrongly in silence.
     """
 
     def __init__(self, model: Transformer, backend: Optional[str] = None) -> None:
-        """backend: of torch.compile for the step, None to leave it to torch's own kernels."""
+        """backend: torch.compile's for the step; None: do not compile it."""
         self.model = model
         self.device = model.norm.weight.device
         captures = runtime.device_kind(self.device) == "cuda"
@@ -246,7 +250,7 @@ class Recorded:
         if backend is not None:
             options: Any = None
             if backend == "inductor" and captures:
-                options = {"coordinate_descent_tuning": True}  # also makes sums of products of one row; sums read faster
+                options = {"coordinate_descent_tuning": True}  # also turns products of one row into sums, which read faster
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
             self._ways.insert(0, _Way("compiled", step, captures))
@@ -262,38 +266,38 @@ class Recorded:
         if captures:
             with runtime.current(self.device):
                 self._pool = torch.cuda.graph_pool_handle()
-                # One for all captures: cuBLAS keeps 32 MiB for each stream that it has multiplied on.
+                # All captures share a stream: cuBLAS keeps 32 MiB for each one that it has multiplied on.
                 self._stream = torch.cuda.Stream(self.device)
             if model.output.group is not None:
                 runtime.release_first(self.clear)
 
     def buckets(self, rows: int, span: int) -> tuple[int, int]:
-        """How many rows, and columns of the cache, to record for: the next powers of two, within the cache."""
+        """The rows, and the columns of the cache, of the recording to use: the next powers of two, within the cache."""
         args = self.model.params
         columns = args.max_seq_len if self._ways[0].whole_cache else max(LEAST_COLUMNS, 1 << (span - 1).bit_length())
         return min(1 << (rows - 1).bit_length(), args.max_batch_size), min(columns, args.max_seq_len)
 
     def clear(self) -> None:
-        """Let all recordings go. Those that hold collectives must go before their process group does."""
+        """Free all recordings. Those with collectives must be freed before their process group ends."""
         for recording in self._recordings.values():
             if recording.graph is not None:
                 recording.graph.reset()
                 recording.graph, recording.proven = None, {}
         self._recordings.clear()
-        if self._captures:  # torch refuses to record into a pool again whose graphs have all gone
+        if self._captures:  # torch refuses to record into a pool without graphs that had some
             with runtime.current(self.device):
                 self._pool = torch.cuda.graph_pool_handle()
 
     def refresh(self) -> None:
-        """Forget recordings of weights, caches or rotations that have been replaced since."""
+        """Free the recordings if weights, caches or rotations have been replaced since."""
         tensors = (*named_tensors(self.model).values(), self.model.freqs_cis)
         places = tuple(t.data_ptr() for t in tensors)
         if places != self._places:
             self.clear()
-        self._places, self._kept = places, tensors  # kept: whoever replaces one while a graph runs does not free it
+        self._places, self._kept = places, tensors  # keeps a tensor that is replaced while a graph runs
 
     def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """As `Transformer.step`; the logits are valid until the next call."""
+        """`Transformer.step`: tokens int64 (B,), their positions -> logits float32 (B, V), valid until the next call."""
         rows = len(positions)
         key = self.buckets(rows, max(positions) + 1)
         with runtime.current(self.device):
@@ -308,7 +312,7 @@ class Recorded:
             if recording.graph is None:
                 recording.run(way)
             else:
-                # The plain step first: what stays in the cache is the replay's, so that a call gives the same ids again.
+                # The replay comes last, and its keys and values stay in the cache: so equal calls give equal ids.
                 expected = self._plain(recording, rows) if recording.is_due(max(positions) + 1) else None
                 recording.graph.replay()
                 if expected is not None and not self._are_near(recording, rows, expected):
@@ -326,13 +330,13 @@ class Recorded:
         return _Recording(tokens, positions, columns, rotations(self.model))
 
     def _prepare(self, recording: _Recording) -> None:
-        """Compile and capture, as the first way has it; where that fails, on any process, as the next one has it."""
+        """Compile and capture in the first way; if that fails on any process, in the next one."""
         while (way := self._ways[0]).captured or way.kind == "compiled":
             problem: Optional[Exception] = None
             try:
                 with _compiling() if way.kind == "compiled" else nullcontext():
                     self._record(recording, way)
-                if way.whole_cache and proven.attend.refused:  # plain attention would read all of the cache in each step
+                if way.whole_cache and proven.attend.refused:  # plain attention would read the whole cache in each step
                     raise RuntimeError("the kernel of attention is not used here")
             except Exception as error:  # whatever a compiler, a capture or a lack of memory may raise
                 problem = error
@@ -340,32 +344,32 @@ class Recorded:
                 break
             self._fail("another process failed" if problem is None else reason(problem), keep=recording)
         if self._ways[0].kind == "compiled" and self.backend == "inductor":
-            with suppress(OSError, ValueError):  # without it, the next run compiles only where it is asked to
+            with suppress(OSError, ValueError):  # without a marker, the next run compiles only on request
                 packages.make_folder(runtime.cache_folder())
                 marker(self.model).touch()
 
     def _record(self, recording: _Recording, way: _Way) -> None:
-        """The inputs are in place already: the runs before the capture write what the step is to write."""
+        """Capture the step. Its inputs are in place: the runs before the capture write the right keys and values."""
         if not way.captured:
             recording.run(way)
             return
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            for _ in range(2):  # compiles, and lets libraries allocate what they need, before anything is recorded
+            for _ in range(2):  # compilers run, and libraries allocate their memory, before the capture
                 recording.run(way)
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Of this thread only: NCCL's watchdog looks at its own events meanwhile.
+        # "thread_local" allows NCCL's watchdog to look at its events meanwhile.
         with (
-            torch.cuda.stream(current),  # comes back to it also where torch.cuda.graph fails half way
+            torch.cuda.stream(current),  # makes it current again, even if torch.cuda.graph fails half way
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             recording.run(way)
         recording.graph = graph
 
     def _fail(self, why: str, keep: Optional[_Recording] = None) -> None:
-        """Go on with the next way, and forget what was recorded in this one."""
+        """Go on with the next way, and free the recordings of this one."""
         assert len(self._ways) > 1  # the plain step has nothing to fall back to
         say(f"The decode step is not {self._ways.pop(0).kind}, and runs as it is: {why}")
         self.clear()
@@ -374,12 +378,12 @@ class Recorded:
             self._recordings[len(keep.tokens), len(keep.columns)] = keep
 
     def _plain(self, recording: _Recording, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits that the plain step gives, and the keys and values that it writes."""
+        """The logits of the plain step, and the keys and values that it writes."""
         logits = self.model.step(recording.tokens, recording.positions, recording.columns, recording.rotations)
         return logits[:rows], self._written(recording, rows)
 
     def _are_near(self, recording: _Recording, rows: int, expected: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        """Whether the last replay gave, and wrote, the same."""
+        """Whether the last replay's logits, keys and values are near to these."""
         found = recording.logits[:rows], self._written(recording, rows)
         tolerance = STEP_TOLERANCE[self.model.norm.weight.dtype]
         near = all(vectors_are_near(a, b, tolerance) for a, b in zip(found, expected))
@@ -394,6 +398,6 @@ class Recorded:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Each number of rows is compiled anew, more often than torch expects."""
+    """A block in which torch compiles the step: once for each number of rows, which is more often than torch expects."""
     with runtime.inductor_cache(packages.make_folder), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
         yield

@@ -1,7 +1,7 @@
-"""The decode step compiled ahead of time (AOTInductor), in a process of its own: what crashes or is killed there ends no
-caller. This file is both ends of it, the caller's (`started`, `wait`) and the process's own.
+"""Compiles the decode step ahead of time (AOTInductor), in a process of its own: a crash there ends no caller. This file has
+both ends, the caller's (`started`, `wait`) and the process's own.
 
-It gets names and shapes, never numbers: a model of any size is compiled in the memory of a small one.
+The process gets names and shapes, never numbers: a model of any size is compiled in the memory of a small one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Modules are looked for where the caller looks for them, and not in the folder that it happens to be in.
+# Modules are looked for on the caller's path, and not in the current folder.
 BOOT = "import sys; sys.path[:] = sys.argv[3:]; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
 REQUEST, MADE = "request.json", "step.pt2"  # file names in the folder of a compilation
 LATE = 0.2  # seconds after which the process notices that its caller has ended
@@ -27,9 +27,9 @@ LATE = 0.2  # seconds after which the process notices that its caller has ended
 
 @contextmanager
 def started(request: dict[str, Any], folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Begin a compilation; at the end of the block it has ended, with all that it started.
+    """A block with a compilation in the background. At the block's end its process is killed, with all that it started.
 
-    request: see `make`. folder: a new one in one of the caller's. RuntimeError if there is no Python to start.
+    request: see `make`. folder: a new one, in a folder of the caller's. RuntimeError if there is no Python to start.
     """
     if "python" not in Path(sys.executable or "").name.lower():
         raise RuntimeError(f"sys.executable is {sys.executable!r}, and not a Python that can compile in a process of its own")
@@ -37,10 +37,10 @@ def started(request: dict[str, Any], folder: Path, environment: dict[str, str]) 
     (folder / REQUEST).write_text(json.dumps({**request, "caller": os.getpid()}), encoding="utf-8")
     paths = [path for path in sys.path if isinstance(path, str)]
     command = [sys.executable, "-W", "ignore", "-c", BOOT, __file__, str(folder), *paths]
-    theirs, ours = os.pipe()  # ends when this process does
+    theirs, ours = os.pipe()  # the system closes it when this process ends
     process = None
     try:
-        # A group of its own, so that Ctrl-C reaches this process alone, which ends that group whatever runs in it.
+        # A new session: Ctrl-C reaches only this process, which then kills the whole group.
         process = subprocess.Popen(
             command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             encoding="utf-8", errors="replace",
@@ -64,7 +64,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def wait(process: subprocess.Popen[str], bar: Any) -> None:
-    """Wait for the end of a compilation, with a bar that is drawn anew each second. RuntimeError says why it failed."""
+    """Wait for the end of a compilation, and redraw the bar each second. RuntimeError says why it failed."""
     while True:
         try:
             output, _ = process.communicate(timeout=1)
@@ -85,7 +85,7 @@ def make(request: dict[str, Any], folder: Path) -> None:
     """Compile `Transformer.step` into folder / MADE.
 
     request: "args", the fields of `ModelArgs`; "tensors", the name, shape, dtype and strides of each weight and cache;
-    "rotations", the shape of their table; "several", whether for several rows or for one; "threads".
+    "rotations", the shape of their table; "several", whether it is for several rows or for one; "threads".
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -103,18 +103,18 @@ def make(request: dict[str, Any], folder: Path) -> None:
             for name, shape, dtype, strides in request["tensors"]
         }
         T = torch.export.Dim("T", min=2, max=args.max_seq_len)
-        # Neither example has a size that something else has too: the export would take the two for the same.
+        # No other size equals an example's size: the export would take the two for the same.
         count, columns = (min(3, args.max_batch_size) if request["several"] else 1), args.max_seq_len - 1
         rows = {0: torch.export.Dim("B", min=2, max=args.max_batch_size)} if count == 3 else None
         tokens, positions = (torch.zeros(count, dtype=torch.long) for _ in range(2))
         inputs = (tensors, tokens, positions, torch.arange(columns), torch.empty(request["rotations"]))
     for name in tensors:
-        if name.endswith(".fused"):  # a part that the model has only where it was joined
+        if name.endswith(".fused"):  # a new model has none
             model.get_submodule(name.removesuffix(".fused")).fused = torch.empty(0, device="meta")
     shapes = (dict.fromkeys(tensors), rows, rows, {0: T}, None)
     settings = torch._inductor.config.aot_inductor
     if hasattr(settings, "precompile_headers"):
-        settings.precompile_headers = False  # they take as long as two packages gain by them
+        settings.precompile_headers = False  # precompiling them takes as long as it saves for two packages
     with torch.no_grad():
         program = torch.export.export(_step_of(model), inputs, dynamic_shapes=shapes, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / MADE))
@@ -134,7 +134,7 @@ def _step_of(model: Any) -> Any:
 
     bound = Bound()
 
-    class Step(torch.nn.Module):  # without a submodule: the model's tensors are no constants of the graph
+    class Step(torch.nn.Module):  # has no submodule: the model's tensors must not become constants of the graph
         def forward(
             self,
             tensors: dict[str, torch.Tensor],
@@ -150,8 +150,8 @@ def _step_of(model: Any) -> Any:
 
 
 def _watch(caller: int, folder: Path) -> None:
-    """End this process, and the C++ compiler that it started, once the caller has ended, however it did; and remove what the
-    caller would have removed."""
+    """Once the caller has ended, however it did, end this process and the C++ compiler that it started, and remove the folder
+    that the caller would have removed."""
     if hasattr(os, "killpg"):
         while not select.select([sys.stdin], [], [], LATE)[0] and os.getppid() == caller:
             pass
@@ -160,7 +160,7 @@ def _watch(caller: int, folder: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The line that says most: of a C++ compiler's many, its first error."""
+    """The most helpful line of a message: a C++ compiler's first error, or else the first line."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "error: " in line), lines[0])
 

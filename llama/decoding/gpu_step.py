@@ -1,6 +1,6 @@
 """`Transformer.step` on a GPU: nine launches a layer for one row, up to eleven for more, in place of twenty-eight.
 
-It reads the model's tensors itself and calls no module, so it is taken only while the model is as it was built.
+It reads the model's tensors itself and calls no module, so it is used only while the model is as it was built.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from ..model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlo
 LAYERS = (ParallelEmbedding, ColumnParallelLinear, RowParallelLinear)
 OURS = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, torch.nn.ModuleList, *LAYERS)
 
-
-CUBLAS_ROWS = 17  # rows of activations; from here on cuBLAS multiplies with plain weights
+CUBLAS_ROWS = 17  # rows of activations from which on cuBLAS multiplies with plain weights
 
 
 def suits(model: Transformer) -> bool:
-    """Whether the model is made of the modules that are known here, with joined matrices, on a GPU that has the kernels."""
+    """Whether the model has only modules that are known here, with joined matrices, on a GPU that has the kernels."""
     ours = all(type(module) in OURS or isinstance(module, Quantized) for module in model.modules())
     blocks = [module for module in model.modules() if isinstance(module, (Attention, FeedForward))]
     return ours and all(_joined(block) is not None for block in blocks) and proven.usable(model.norm.weight)
@@ -35,10 +34,10 @@ def suits(model: Transformer) -> bool:
 def step(
     model: Transformer, tokens: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor, rotations: torch.Tensor
 ) -> torch.Tensor:
-    """As `Transformer.step`; `columns` is not needed, since the positions tell how much of the cache is read."""
+    """`Transformer.step`, but without need of `columns`: the positions tell how much of the cache to read."""
     group = model.output.group
     h = model.tok_embeddings(tokens)  # (B, dim)
-    delta: Optional[torch.Tensor] = None  # what is to be added to it
+    delta: Optional[torch.Tensor] = None  # the next summand of h
     for layer in cast(Iterable[TransformerBlock], model.layers):
         attention, feed_forward = layer.attention, layer.feed_forward
         h, x = proven.add_norm(h, delta, layer.attention_norm.weight, layer.attention_norm.eps)
@@ -54,7 +53,7 @@ def step(
 
 
 def _joined(block: Union[Attention, FeedForward]) -> Any:
-    """One matrix of all that the block multiplies its input with."""
+    """One matrix of all layers that have the block's input."""
     return block.joined or block.fused
 
 

@@ -1,7 +1,7 @@
 """Meta's loop: the rows of a batch stand at one column, and every step calls `model.forward(tokens, start_pos)`.
 
-For models into which somebody has put something, which runs only so. Prompts longer than the shortest are read a token at a
-time beside the answers of the others, as in Meta's release; rows that have ended are stepped until the last one has.
+It serves models with replaced, patched or hooked parts, which run only in this way. As in Meta's release, prompts longer than
+the shortest are read a token at a time beside the answers of the others, and rows that have ended are stepped to the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .engine import prompt_logprobs
 
 
 def steps(batch: Batch) -> Iterator[list[Step]]:
-    """What the batch's requests decide, as many at a time as the cache has rows."""
+    """The steps of the batch's requests, max_batch_size of them at a time."""
     size = batch.engine.model.params.max_batch_size
     requests = list(enumerate(batch.requests))
     for first in range(0, len(requests), size):
@@ -40,7 +40,7 @@ def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[lis
                 targets = tokens[row, start + 1 : min(end + 1, len(prompt))]
                 scores[row].append(prompt_logprobs(logits[row, : len(targets)], targets))
         batch.rows = rows
-        chosen = batch.choose(logits[:, -1])  # chosen for every row: draws must not depend on which rows have ended
+        chosen = batch.choose(logits[:, -1])  # for every row: draws must not depend on which rows have ended
         deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in batch.cancelled]
         for i in deciding:
             if rows[i].fresh:

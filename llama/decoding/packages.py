@@ -1,7 +1,7 @@
-"""The folder in which compiled steps are kept: who may write there, and whether a package is whole.
+"""Keeps compiled steps in a folder: checks who can write there, and whether a package is whole.
 
-What lies there is run as machine code. So nobody but this user (or root) may be able to change it, and each package ends in a
-checksum; what is loaded is a private copy of the bytes that were checked.
+Packages are run as machine code. So only this user (or root) may be able to change them, and each ends in a checksum. The bytes
+that were checked are copied to a private folder, and loaded from there.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ except ImportError:  # Windows
 DIGITS = 64  # length of the SHA-256 at a package's end, in hexadecimal digits
 MOST_BYTES = 2**30  # largest package that is read; those of 7B have about 30 MB
 PREFIX = "tmp-"  # begins the names of temporary folders
-LOCK = ".lock"  # held by whoever has such a folder
-# A link is not followed, and a pipe that lies there is not waited for.
+LOCK = ".lock"  # locked by each process that has such a folder
+# No link is followed, and no pipe waited for.
 FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, for this user alone whatever the umask says. ValueError if it is not safe."""
+    """Make a folder, and those above it, for this user alone, whatever the umask is. ValueError if others can change it."""
     for place in (*reversed(folder.parents), folder):
         if not place.exists():
             place.mkdir(mode=0o700, exist_ok=True)
@@ -45,10 +45,10 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError if somebody else can put other files into a folder, or another folder in its place.
+    """ValueError if somebody else can put files into a folder, or another folder in its place.
 
-    Folders above it may be like /tmp: there all can write, but nobody can rename what is another's. On Windows, where
-    files have lists of rights and no mode, nothing is checked: there the user's own folders are closed to others.
+    Folders above it may be like /tmp: all can write there, but nobody can rename another's files. On Windows nothing is
+    checked: files have lists of rights and no mode, and a user's own folders are closed to others.
     """
     place = folder.resolve()
     if not place.is_dir():
@@ -71,7 +71,7 @@ def _check_owner(path: Path, status: os.stat_result) -> None:
 
 
 def _others_write(status: os.stat_result) -> bool:
-    """Whether somebody else may. The group may be the user's alone, as many systems make one for each user."""
+    """Whether somebody else can write. A group that has only this user, as many systems make one for each, is allowed."""
     if not hasattr(os, "geteuid"):
         return False
     if status.st_mode & stat.S_IWGRP:
@@ -85,8 +85,8 @@ def _others_write(status: os.stat_result) -> bool:
 
 
 def read(path: Path) -> dict[str, bytes]:
-    """What the loader needs of a package: see `_parts`. ValueError if it could be somebody else's, or is not what `keep`
-    wrote."""
+    """The `_parts` of a package. ValueError if somebody else could have written it, or its checksum is wrong; OSError if it
+    cannot be read."""
     check_folder(path.parent)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | FLAGS)) as file:
@@ -108,7 +108,7 @@ def read(path: Path) -> dict[str, bytes]:
 
 
 def _parts(content: bytes) -> dict[str, bytes]:
-    """By their endings: the shared object, and the file that names the operators of ours that it calls, if it calls any."""
+    """Ending -> bytes, of the shared object and, if it calls operators of ours, of the file that names them."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         ends = {name: end for name in archive.namelist() for end in (".so", ".wrapper.json") if name.endswith(end)}
         if [*ends.values()].count(".so") != 1:
@@ -117,24 +117,24 @@ def _parts(content: bytes) -> dict[str, bytes]:
 
 
 def _digest(path: Path, content: bytes) -> bytes:
-    """Of the name too, which says what the package is for."""
+    """A digest of the content and of the name, which says what the package is for."""
     return hashlib.sha256(path.name.encode() + content).hexdigest().encode()
 
 
 def load(path: Path) -> Any:
-    """What runs a package; its `run` takes and returns a list of tensors. Errors as `read`, and OSError, RuntimeError."""
+    """The runner of a package: its `run` takes and returns a list of tensors. Raises the errors of `read`, and RuntimeError."""
     parts = read(path)
     with workspace(path.parent) as folder:
         for end, part in parts.items():
             _write(folder / f"step{end}", part)
-        # Not the archive, whose loader would extract it to a folder that stays as long as the process lives.
+        # The archive's own loader would extract it to a folder that stays until the process ends.
         return torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "step.so"), 1)
 
 
 def keep(made: Path, path: Path, folder: Path) -> None:
     """Put an archive of AOTInductor under its name, whole or not at all. folder: a `workspace` beside it."""
     content = made.read_bytes()
-    _parts(content)  # an error here, and not with a good checksum from now on
+    _parts(content)  # raises now, before a bad archive gets a good checksum
     sealed = folder / path.name
     _write(sealed, content + _digest(path, content))
     os.replace(sealed, path)
@@ -147,7 +147,7 @@ def _write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A new folder that is this process's own, in `folder`, or among the system's temporary ones where that is read-only."""
+    """A block with a new folder for this process alone, in `folder`, or in the system's temporary one if that is read-only."""
     writable = os.access(folder, os.W_OK)
     with (
         _in_use(folder) if writable and fcntl is not None else nullcontext(),
@@ -159,8 +159,8 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _in_use(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees however a process ends. Whoever has it alone removes what killed
-    processes have left."""
+    """A block that holds the folder's lock, which the system frees however a process ends. A process that has it alone removes
+    the folders of killed processes."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | FLAGS, 0o600)
     try:
         with suppress(OSError):  # a network disk without locks
