@@ -25,8 +25,8 @@ _USES: weakref.WeakSet[CacheUse] = weakref.WeakSet()
 class CacheUse:
     """The use of one model's cache.
 
-    A user holds `lock` while it steps, so that others wait; between its steps they may run. Before that its `give_way` is
-    called, so that it can save what it needs to go on.
+    A user holds `lock` while it steps, so that others wait. They may run between its steps, after a call of its `give_way`,
+    in which it saves what it needs to go on.
     """
 
     def __init__(self) -> None:

@@ -103,7 +103,7 @@ def process_counts(args: ModelArgs) -> list[int]:
 
 
 def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -> None:
-    """ValueError for a shape that cannot be built, or not be shared by `processes`. source: the folder that it is from."""
+    """ValueError for a shape that cannot be built, or be shared by `processes`. source: the folder that it comes from."""
     problem = ""
     if args.vocab_size < 1:
         problem = f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer"
@@ -191,11 +191,11 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 
 
 def hides_infinity(q: torch.Tensor) -> bool:
-    """Whether infinite queries q (B, S, H, D) and their keys are to become NaN, so that the logits show them.
+    """Whether to turn infinite queries q (B, S, H, D) and their keys into NaN, so that the logits show them.
 
     Attention would take a score of -infinity for a hidden key. float16 overflows from 65504 on; in other dtypes only weights
-    that are not finite lead there, which each prompt shows; on CPUs, whose attention is fused, only if they become NaN. A step
-    on a GPU is left alone, because it would take another launch.
+    that are not finite lead there. Every prompt shows those; with fused attention on CPUs it does only thanks to this NaN. A
+    step on a GPU is left alone, because it would take another launch.
     """
     on_cpu, several = device_kind(q) == "cpu", q.shape[1] > 1
     return (on_cpu and several) or (q.dtype == torch.float16 and (on_cpu or several))

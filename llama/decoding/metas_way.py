@@ -40,7 +40,7 @@ def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[lis
                 targets = tokens[row, start + 1 : min(end + 1, len(prompt))]
                 scores[row].append(prompt_logprobs(logits[row, : len(targets)], targets))
         batch.rows = rows
-        chosen = batch.choose(logits[:, -1])  # for every row: draws must not depend on which rows have ended
+        chosen = batch.choose(logits[:, -1])  # every row takes part: draws must not depend on which rows have ended
         deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in batch.cancelled]
         for i in deciding:
             if rows[i].fresh:

@@ -15,8 +15,8 @@ from ..runtime import device_kind
 # on other processors they are far from it.
 AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
-# W Xᵀ is faster than X Wᵀ there for up to FEW rows of x; also for up to MANY, if the result need not be put in order and W
-# has at least WIDE rows and columns.
+# With AMX, W Xᵀ is faster than X Wᵀ for up to FEW rows of x; also for up to MANY, if the result need not be put in order and
+# W has at least WIDE rows and columns.
 FEW, MANY, WIDE = 128, 640, 2048
 
 # Most columns of W that Inductor's own loop sums in a compiled step of one row. For more it writes another loop.
@@ -26,7 +26,7 @@ SUMMED = 4096
 def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> torch.Tensor:
     """x Wᵀ: x (..., in_features), weight (out_features, in_features) -> (..., out_features).
 
-    any_order: the result may lie in memory feature by feature, if that is faster. Elementwise operations do not mind.
+    any_order: the result may lie in memory feature by feature, if that is faster. It makes no difference to elementwise operations.
     """
     if device_kind(x) != "cpu" or x.dtype != torch.bfloat16 or weight.dtype != x.dtype:  # autocast: two dtypes
         return F.linear(to_memory(x), weight)

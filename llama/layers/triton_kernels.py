@@ -35,9 +35,9 @@ class Tiles(NamedTuple):
 
 
 # Block sizes: the best over the matrices of Llama 2 7B on an H200 (benchmarks/gpu.py --part tune).
-# For one activation row: small programs, so that the last ones end together; each loads all of its rows at once.
+# One activation row takes small programs, so that the last ones end together; each loads all of its rows at once.
 ONE = {16: Tiles(4, 1024, 2), 8: Tiles(4, 1024, 2, 2), 4: Tiles(8, 4096, 4, 2)}
-# For several activation rows, on tensor cores.
+# Several activation rows are multiplied on tensor cores.
 SEVERAL = {16: Tiles(32, 256, 4, 4, 2), 8: Tiles(32, 256, 4, 3, 2), 4: Tiles(16, 256, 2, 3, 8)}
 MOST_SHARES = 8  # most programs that share the columns of a row
 DOT_ROWS = 16  # least rows that tl.dot takes; fewer activation rows or query heads are padded

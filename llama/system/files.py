@@ -36,7 +36,7 @@ class Number(NamedTuple):
     required: bool = False
 
     def problem(self, key: str, values: Mapping[str, Any]) -> list[str]:
-        """What is wrong with values[key]: one line for a message, or none."""
+        """The problem with values[key], as a list of one line for a message, or of none."""
         value = values.get(key)
         if value is None:
             return [f"missing key {key!r}" if key not in values else f"{key}=None is not {self}"] * self.required

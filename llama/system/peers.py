@@ -47,7 +47,7 @@ NOT_THE_USERS = (PACKAGE, TORCH, *map(sysconfig.get_path, ("stdlib", "purelib", 
 
 @dataclass
 class Sign:
-    """What one process tells the others about itself."""
+    """One process's message to the others about itself."""
 
     beat: int = 0  # counts up while it lives
     meeting: str = ""  # group and count of the collective that it waits in; empty: it is elsewhere
