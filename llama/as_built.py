@@ -18,18 +18,18 @@ class Originals:
 
     def __init__(self, methods: Mapping[type, Sequence[str]], namespace: Mapping[str, Any], functions: Sequence[str]) -> None:
         """namespace: that of the module in which the functions are looked up."""
-        self.kinds = frozenset(methods)
+        self.classes = frozenset(methods)
         self._names = dict(methods)
-        self._methods = [(kind, name, getattr(kind, name)) for kind, names in methods.items() for name in names]
+        self._methods = [(cls, name, getattr(cls, name)) for cls, names in methods.items() for name in names]
         self._namespace, self._functions = namespace, [(name, namespace[name]) for name in functions]
 
-    def names_of(self, kind: type) -> Sequence[str]:
+    def names_of(self, cls: type) -> Sequence[str]:
         """The methods of a class that people replace."""
-        return self._names.get(kind, ())
+        return self._names.get(cls, ())
 
     def are_in_place(self) -> bool:
         """Whether no class or module was patched."""
-        return all(getattr(kind, name) is method for kind, name, method in self._methods) and all(
+        return all(getattr(cls, name) is method for cls, name, method in self._methods) and all(
             self._namespace[name] is function for name, function in self._functions
         )
 
@@ -39,11 +39,11 @@ class Watch:
 
     def __init__(self, originals: Originals) -> None:
         self._originals = originals
-        # Lists over all parts of the model: parts[i] is families[i][names[i]], of class kinds[i].
+        # Lists over all parts of the model: parts[i] is families[i][names[i]], of type classes[i].
         self._families: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._parts: list[nn.Module] = []
-        self._kinds: list[type] = []
+        self._classes: list[type] = []
         self._attributes: list[tuple[str, dict[str, Any]]] = []  # a name that may be patched, and its part's attributes
         self._hooks: list[Any] = []
         self._known = False
@@ -54,7 +54,7 @@ class Watch:
         Takes 0.1 ms for the 388 parts of a 7B model, thanks to loops in C.
         """
         there = self._parts and all(map(is_, map(dict.get, self._families, self._names), self._parts))
-        if not there or not all(map(is_, map(type, self._parts), self._kinds)):
+        if not there or not all(map(is_, map(type, self._parts), self._classes)):
             self._survey(model)
         return (
             self._known
@@ -71,8 +71,8 @@ class Watch:
         parts = [part for part in model.modules() if part is not model]
         links = [(m._modules, name, child) for m in (model, *parts) for name, child in m._modules.items() if child is not None]
         self._families, self._names, self._parts = ([link[i] for link in links] for i in range(3))  # type: ignore[assignment]
-        self._kinds = list(map(type, self._parts))
+        self._classes = list(map(type, self._parts))
         self._attributes = [(name, vars(part)) for part in parts for name in self._originals.names_of(type(part))]
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        self._hooks = [getattr(m, kind) for m in (model, *parts) for kind in kinds]
-        self._known = set(self._kinds) <= self._originals.kinds
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self._hooks = [getattr(m, name) for m in (model, *parts) for name in hooks]
+        self._known = set(self._classes) <= self._originals.classes

@@ -26,7 +26,7 @@ SUMMED = 4096
 def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> torch.Tensor:
     """x Wᵀ: x (..., in_features), weight (out_features, in_features) -> (..., out_features).
 
-    any_order: the result may lie in memory feature by feature, if that is faster. It makes no difference to elementwise operations.
+    any_order: the result may lie in memory feature by feature, if that is faster; elementwise operations are as fast on it.
     """
     if device_kind(x) != "cpu" or x.dtype != torch.bfloat16 or weight.dtype != x.dtype:  # autocast: two dtypes
         return F.linear(to_memory(x), weight)

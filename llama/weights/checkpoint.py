@@ -207,10 +207,10 @@ def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tenso
 
 def check_scales(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
     """ValueError if scales or zeros, on the host, are none that rounding makes of numbers. Other tensors pass."""
-    kind = name.rpartition(".")[2]
-    if kind in ("scales", "zeros"):
+    what = name.rpartition(".")[2]
+    if what in ("scales", "zeros"):
         least, most = (x.item() for x in tensor.aminmax())
-        if not (math.isfinite(least) and math.isfinite(most) and (least > 0 or kind == "zeros")):
+        if not (math.isfinite(least) and math.isfinite(most) and (least > 0 or what == "zeros")):
             raise ValueError(
                 f"{checkpoint.folder}: {name} goes from {least} to {most}; scales are finite and above 0, and zeros finite: "
                 "the file is damaged, or the weights that were rounded have NaN or infinity in them"
@@ -256,9 +256,9 @@ def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
     to_round = quantized_layers(model) if checkpoint.quantization is None else {}
     parts = []
     for name, (shape, dim, copies) in cut(model).items():
-        prefix, _, kind = name.rpartition(".")
+        prefix, _, what = name.rpartition(".")
         layer = to_round.get(prefix)
-        if layer is not None and kind != "weight":
+        if layer is not None and what != "weight":
             continue
         size = 0 if dim is None else shape[dim] * copies // ranks
         if layer is not None and dim == 1:
@@ -336,8 +336,8 @@ def _fill_on_host(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype
 
 def _round_on_host(checkpoint: Checkpoint, part: Part, layer: Quantized, dtype: torch.dtype) -> None:
     made = quantized(checkpoint, part.prefix, layer, part.start, part.stop, torch.device("cpu"))
-    for kind in made:
-        check_scales(f"{part.prefix}.{kind}", made[kind], checkpoint)
+    for what in made:
+        check_scales(f"{part.prefix}.{what}", made[what], checkpoint)
     layer.load_state_dict(made, assign=True)
     del made  # no other reference keeps the tensors that are packed next
     layer.pack(dtype)
