@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch.distributed as dist
 
 from ..system import peers
-from ..system.printable import cut
+from ..system.printable import clipped
 from .parallel import Group, all_alike, gather_objects, members
 
 SHOWN = 60  # characters of a value that an error shows
@@ -88,7 +88,7 @@ def _difference(told: Mapping[int, tuple[dict[str, str], str]]) -> str:
             if (their_value := theirs.get(name, value)) != value:
                 alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(value, their_value)))
                 at = alike - 12 if alike > 24 and len(value) > SHOWN else 0
-                here, there = (("…" if at else "") + cut(text[at:], SHOWN) for text in (value, their_value))
+                here, there = (("…" if at else "") + clipped(text[at:], SHOWN) for text in (value, their_value))
                 words.append(f"{name} is {here} on process {first}, but {there} on process {rank}")
     if calls:
         return (

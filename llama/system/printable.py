@@ -38,10 +38,10 @@ def shortened(value: Any, most: int = 80) -> str:
         text = f"a {value.bit_length()}-bit number" if big else escaped(repr(value))
     except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of lists, inside
         text = f"a {type(value).__name__}"
-    return cut(text, most)
+    return clipped(text, most)
 
 
-def cut(text: str, most: int) -> str:
+def clipped(text: str, most: int) -> str:
     """Up to `most` characters of a text; "…" stands for the rest."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
