@@ -83,7 +83,16 @@ DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(Sampling)},
     **{"max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (), "seed": None, "draft": None},
 }
-SETTABLE = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "stop_ids", "draft")]  # at a terminal
+TOLD = {  # what the options of an answer say of themselves at a terminal
+    "temperature": "0 takes the best id; above it ids are drawn, the more freely the higher it is",
+    "top_p": "draw from the fewest best ids whose mass exceeds this, from 0 to 1, which keeps all",
+    "top_k": "draw from so many best ids; 0 from all",
+    "min_p": "draw from ids that are at least this share as probable as the best, from 0 to 1",
+    "repetition_penalty": "makes ids less probable that were there before, from 1e-10 to 1e10; 1 does nothing",
+    "max_gen_len": "tokens of an answer at most; as many as there is room for if not given",
+    "stop": "a text that ends the answer before it comes; several as a JSON list",
+}
+SETTABLE = [*TOLD, "seed"]  # at a terminal
 IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed")]  # in a line of jobs
 
 

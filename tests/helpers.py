@@ -14,6 +14,7 @@ from conftest import ROOT
 from forks import Ended
 
 from llama import Llama
+from llama.commands import cli
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 NOISE = ("OMP_NUM_THREADS", "*****", "NOTE: Redirects are currently not supported")
@@ -25,6 +26,11 @@ def environment() -> dict[str, str]:
 
 def run(command: list[str], cwd: Path = ROOT, seconds: int = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=seconds, check=False)
+
+
+def command(name: str, *places: str, **options: Any) -> None:
+    """A command of `python -m llama`, in this process."""
+    cli.run([name, *places, *(f"--{option}={value}" for option, value in options.items())])
 
 
 def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMS, ROOT
-from helpers import NOISE, TORCHRUN, run
+from helpers import NOISE, TORCHRUN, command, run
 
 from llama import Llama, ModelArgs
 from llama.commands import bench
@@ -71,7 +71,7 @@ def test_bench_under_torchrun(flags: list[str]) -> None:
 
 def test_bench_in_words(flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "READ_BYTES", 2**20)
-    bench.bench(flags[1], flags[3], prompt_tokens=4, new_tokens=2)
+    command("bench", flags[1], flags[3], prompt_tokens=4, new_tokens=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{flags[1]}: float32 on cpu, 1 process, ")
     assert [line.split()[0] for line in lines[1:7]] == ["load", "prefill", "first", "decode", "weights", "memory"]
@@ -91,7 +91,7 @@ def test_bench_in_words(flags: list[str], capsys: pytest.CaptureFixture[str], mo
 def test_bench_refuses_before_it_works(options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it measured"))
     with pytest.raises(ValueError, match=said):
-        bench.bench(**options)
+        command("bench", **options)
 
 
 def test_a_timed_run_is_greedy_and_passes_eos(tiny: Path, tokenizer_path: str) -> None:

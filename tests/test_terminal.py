@@ -17,19 +17,15 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, shared
-from helpers import TORCHRUN, environment
+from helpers import TORCHRUN, command, environment
 from workers import Pool
 
 from llama import Llama
 from llama.chat import UNSAFE_ERROR
-from llama.commands import cli, console, jobs, terminal
-from llama.commands.conversation import COMMANDS, Conversation
+from llama.commands import console, jobs
+from llama.commands.conversation import SPOKEN, Conversation
 
-PROGRAM = """
-import fire
-from llama.commands import terminal
-fire.Fire({name: getattr(terminal, name) for name in ("chat", "complete", "tokenize", "score")})
-"""
+PROGRAM = "from llama.commands import cli\ncli.main()\n"
 # The pseudo-terminal becomes the one that Ctrl-C of this process comes from, 40 lines of 100 characters.
 AT_A_TERMINAL = (
     """
@@ -68,7 +64,7 @@ def test_replies_are_all_that_stdout_has(llama: Llama, capsys: pytest.CaptureFix
     assert re.search(r"last reply  8 tokens, [\d.]+ a second; the first after [\d.]+ s", err)
     used = sum(len(turn["ids"]) for turn in conversation.session.turns)
     assert f"context     {used} of 512 tokens ({used / 512:.0%}), 1 turn\n" in err
-    assert all(f"\n{name}" in "\n" + err for name in COMMANDS)
+    assert all(f"\n{name}" in "\n" + err for name in SPOKEN)
 
 
 def test_undo_retry_clear(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,12 +297,12 @@ def test_without_prompt_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
     with pytest.raises(ValueError, match="a chat at the terminal needs prompt_toolkit; pip install"):
-        terminal.chat("nowhere")
+        command("chat", "nowhere")
 
 
 def test_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pipe(monkeypatch, "Who are\\\nyou?\r\n/undo\n/nope\nThe 狗\n/quit\nnot read\n".encode())
-    terminal.chat(temperature=0, max_gen_len=4, device="cpu")
+    command("chat", temperature=0, max_gen_len=4, device="cpu")
     out, err = capsys.readouterr()
     assert out.count("\n") == 2
     assert "took back: Who are\nyou?\n" in err
@@ -314,10 +310,10 @@ def test_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "Loaded in" in err
     pipe(monkeypatch, b"\xff\n")
     with pytest.raises(ValueError, match="line 1 of the pipe is not UTF-8"):
-        terminal.chat(device="cpu")
+        command("chat", device="cpu")
     pipe(monkeypatch, b"")
     with pytest.raises(ValueError, match="top_p=-1 must be"):
-        terminal.chat(top_p=-1, device="cpu")
+        command("chat", top_p=-1, device="cpu")
 
 
 def test_under_torchrun(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,10 +345,10 @@ def test_complete(llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     prompt = "Once upon a time\nthere"
     (expected,) = llama.text_completion([prompt], temperature=0, max_gen_len=9)
     (tmp_path / "7").write_text(prompt + "\n")
-    terminal.complete(prompt, temperature=0, max_gen_len=9, device="cpu")
-    terminal.complete(file=str(tmp_path / "7"), temperature=0, max_gen_len=9, device="cpu")
+    command("complete", prompt, temperature=0, max_gen_len=9, device="cpu")
+    command("complete", file=str(tmp_path / "7"), temperature=0, max_gen_len=9, device="cpu")
     pipe(monkeypatch, prompt.encode() + b"\r\n")
-    terminal.complete(temperature=0, max_gen_len=9, device="cpu", echo=True)
+    command("complete", temperature=0, max_gen_len=9, device="cpu", echo=True)
     text = expected["generation"]
     whole = llama.text_completion([prompt], temperature=0, max_gen_len=9, echo=True)[0]["generation"]
     assert capsys.readouterr().out == f"{text}\n{text}\n{whole}\n"
@@ -371,46 +367,12 @@ def test_complete_refuses(arguments: dict[str, Any], message: str, monkeypatch: 
     pipe(monkeypatch, b"")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with pytest.raises(ValueError, match=re.escape(message)):
-        terminal.complete(**arguments)
+        command("complete", **arguments)
 
 
-@pytest.mark.parametrize(
-    ("command", "left"),
-    [
-        ("complete a b c", "b c"),  # once "--jsonl brings its own prompts"
-        ("complete hi --temprature 0 --max_gen_len 1 --device cpu", "--temprature"),  # once told after the completion
-        ("tokenize a b c", "b c"),
-        ("tokenize a --bso --eos", "--bso"),
-        ("score a b 3 --device cpu", "b 3"),
-        ("chat --device cpu --sytem x", "--sytem"),
-        ("info llama/demo --dtpye bfloat16", "--dtpye"),
-        ("convert nowhere x hf 1 float32 x int8 more", "more"),
-        ("bench --device cpu --new_tokens 2 --bach_size 2", "--bach_size"),
-    ],
-)
-def test_what_a_command_does_not_take(
-    command: str, left: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One line says so, before any work."""
-    pipe(monkeypatch, b"")
-    monkeypatch.setattr(sys, "argv", ["llama", *command.split()])
-    with pytest.raises(SystemExit, match="1"):
-        cli.main()
-    name, told = command.split()[0], capsys.readouterr()
-    assert told.out == ""
-    assert told.err == (
-        f"llama: {name} does not take '{left}'; put a text with spaces in quotes, and see llama {name} --help for the flags\n"
-    )
-
-
-def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Text stays text where fire would make numbers and tuples of it, and a reader that leaves early is no error."""
-    monkeypatch.setattr(sys, "argv", ["llama", "tokenize", "42,1", "--json"])
-    cli.main()
-    assert json.loads(capsys.readouterr().out)["text"] == "42,1"
-    command = [sys.executable, "-W", "error", "-c", PROGRAM]
+def test_a_reader_that_leaves_early_is_no_error() -> None:
     with subprocess.Popen(
-        [*command, "complete", "1985", "--stop", "[x", "--seed", "3"],
+        [sys.executable, "-W", "error", "-c", PROGRAM, "complete", "1985", "--stop", "[x", "--seed", "3"],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -447,7 +409,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def answer(source: Path, out: Path, **more: Any) -> list[dict[str, Any]]:
-    terminal.complete(jsonl=str(source), out=str(out), **{"max_gen_len": 6, "device": "cpu", "max_batch_size": 2, **more})
+    command("complete", jsonl=str(source), out=str(out), **{"max_gen_len": 6, "device": "cpu", "max_batch_size": 2, **more})
     return [json.loads(line) for line in out.read_bytes().splitlines()]
 
 
@@ -462,7 +424,7 @@ def test_jsonl(source: Path, tmp_path: Path, llama: Llama, capsysbinary: pytest.
     [goes_on] = llama.chat_completion([LINES[6]["messages"]], 0, max_gen_len=6, continue_final_message=True)
     assert lines[6]["generation"] == goes_on["generation"]
     assert {line["finish_reason"] for line in lines} == {"length", "stop"}
-    terminal.complete(jsonl=str(source), max_gen_len=6, device="cpu")
+    command("complete", jsonl=str(source), max_gen_len=6, device="cpu")
     assert capsysbinary.readouterr().out == (tmp_path / "out.jsonl").read_bytes()
 
 
@@ -617,7 +579,7 @@ def test_jsonl_names_the_bad_line_before_any_work(line: str, message: str, tmp_p
 
 
 def on_a_rank(source: Path, out: Path) -> None:
-    terminal.complete(jsonl=str(source), out=str(out), max_gen_len=6, device="cpu", model_parallel_size=2)
+    command("complete", jsonl=str(source), out=str(out), max_gen_len=6, device="cpu", model_parallel_size=2)
 
 
 def test_jsonl_on_many_processes(pool: Pool, source: Path, tmp_path: Path) -> None:
@@ -633,7 +595,7 @@ def test_jsonl_on_many_processes(pool: Pool, source: Path, tmp_path: Path) -> No
 def test_tokenize(capsys: pytest.CaptureFixture[str]) -> None:
     """The experiment's: pieces that the vocabulary lacks are shown as they stand in the text."""
     path = str(shared("tokenizers/experiment/tokenizer.model"))
-    terminal.tokenize("测试一下,看看什么情况", tokenizer_path=path)
+    command("tokenize", "测试一下,看看什么情况", tokenizer_path=path)
     *table, ids, decoded = capsys.readouterr().out.splitlines()
     assert [line.split() for line in table[:5]] == [["1", "<s>"], ["4", "▁"], ["0", "测试"], ["11", "一"], ["141", "下"]]
     assert ids == "11 ids: 1 4 0 11 141 3 76 76 0 317 310"
@@ -645,36 +607,37 @@ def test_tokenize_other_ways(
 ) -> None:
     ids = llama.tokenizer.encode("The dog\n", bos=False, eos=True)
     (tmp_path / "text").write_text("The dog\n\n")
-    terminal.tokenize(file=str(tmp_path / "text"), bos=False, eos=True, json=True)
+    command("tokenize", file=str(tmp_path / "text"), bos=False, eos=True, json=True)
     shown = json.loads(capsys.readouterr().out)
     assert shown["ids"] == ids
     assert shown["text"] == "The dog\n"
     assert shown["pieces"][-1] == "</s>"
-    for given in (ids, ",".join(map(str, ids)), str(ids), tuple(ids)):
-        terminal.tokenize(ids=given)
+    for given in (",".join(map(str, ids)), ids, tuple(ids), " ".join(map(str, ids))):
+        command("tokenize", ids=given)
         assert capsys.readouterr().out.endswith('they decode to "The dog\\n"\n')
-    with pytest.raises(ValueError, match="ids='x' must be numbers"):
-        terminal.tokenize(ids="x")
+    for wrong in ("x", "True", "[True, 5]", "1.5"):  # True was once read as 1
+        with pytest.raises(ValueError, match=re.escape(f"ids='{wrong}' must be numbers")):
+            command("tokenize", ids=wrong)
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        terminal.tokenize(ids="-1")
+        command("tokenize", ids="-1")
     with pytest.raises(ValueError, match="not both"):
-        terminal.tokenize("a", ids="1")
+        command("tokenize", "a", ids="1")
     pipe(monkeypatch, b"caf\xe9")
     with pytest.raises(ValueError, match="the pipe is not UTF-8 at byte 3"):
-        terminal.tokenize()
+        command("tokenize")
 
 
 def test_score(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     [expected] = llama.score(["Once upon a\ttime"])
-    terminal.score("Once upon a\ttime", json=True, device="cpu")
+    command("score", "Once upon a\ttime", json=True, device="cpu")
     assert json.loads(capsys.readouterr().out) == expected
-    terminal.score("Once upon a\ttime", device="cpu")
+    command("score", "Once upon a\ttime", device="cpu")
     header, *rows, last = capsys.readouterr().out.splitlines()
     assert header.split() == ["ln", "p", "p", "token"]
     assert [float(row.split()[0]) for row in rows] == pytest.approx(expected["logprobs"][1:], abs=5e-4)
     assert "".join(json.loads(row[18:]) for row in rows) == "Once upon a\ttime"
     assert last == f"perplexity {expected['perplexity']:.4g} over {len(rows)} tokens"
-    terminal.score("", json=True, device="cpu")
+    command("score", "", json=True, device="cpu")
     assert json.loads(capsys.readouterr().out)["perplexity"] is None
 
 
@@ -689,6 +652,4 @@ def test_what_the_model_says_does_not_steer_the_terminal(monkeypatch: pytest.Mon
 
 
 def test_it_reads_no_environment() -> None:
-    assert "environ" not in "".join(
-        (ROOT / f"llama/commands/{name}.py").read_text() for name in ("terminal", "conversation", "console", "jobs")
-    )
+    assert "environ" not in "".join(path.read_text() for path in (ROOT / "llama/commands").glob("*.py"))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json as jsonlib
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,48 +22,35 @@ from ..runtime import Launch, device_kind
 from ..system.checks import whole_number
 from ..system.printable import printable
 from ..tokenizer import user_path
+from .arguments import Command, Option, a_number, build, some_of_model, truth
 
 READ_BYTES = 2**28  # more than a core's share of the caches holds, yet touched in a fraction of a second
 TRIES = 5
 REPEATS = 3
 
 
-def bench(
-    ckpt_dir: Optional[str] = None,
-    tokenizer_path: Optional[str] = None,
-    prompt_tokens: Optional[int] = None,
-    new_tokens: int = 64,
-    batch_size: int = 1,
-    quantize: Optional[str] = None,
-    compile: Optional[bool] = None,
-    device: Optional[str] = None,
-    dtype: Optional[str] = None,
-    json: bool = False,
-) -> None:
-    """Measure load, prefill, first token and decode of a checkpoint (the demo model if not given) on this machine.
+def bench(args: Namespace) -> None:
+    """Measure load, prefill, first token and decode of a checkpoint on this machine.
 
-    prompt_tokens: 480 if not given, or what the demo model has room for. new_tokens: that each of the batch_size prompts
-    is continued by, whatever they are. quantize, compile, device, dtype: as `Llama.build` has them. json: one object
-    in place of the text. Medians of 3 runs after one that is not counted. Under torchrun, bytes and rates are one process's.
+    The prompts are made up, and continued whatever comes. Figures are medians of 3 runs after one that is not counted. Under
+    torchrun, bytes and rates are one process's.
     """
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "compile": compile}
-    new_tokens = whole_number("new_tokens", new_tokens, 2)  # one comes with the prompt; decode is timed on the others
-    batch_size = whole_number("batch_size", batch_size, 1)
+    new_tokens = whole_number("new_tokens", args.new_tokens, 2)  # one comes with the prompt; decode is timed on the others
+    batch_size = whole_number("batch_size", args.batch_size, 1)
+    prompt_tokens = args.prompt_tokens
     if prompt_tokens is None:
-        prompt_tokens = 480 if ckpt_dir is not None else max(1, min(480, DEMO_POSITIONS - new_tokens))
+        prompt_tokens = 480 if args.ckpt_dir is not None else max(1, min(480, DEMO_POSITIONS - new_tokens))
     prompt_tokens = whole_number("prompt_tokens", prompt_tokens, 1)
     began = time.perf_counter()
-    # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
-    with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():
-        llama = Llama.build(ckpt_dir, tokenizer_path, prompt_tokens + new_tokens, batch_size, **options)
+    llama = build(args, max_seq_len=prompt_tokens + new_tokens, max_batch_size=batch_size)
     report = {
-        "checkpoint": str(DEMO if ckpt_dir is None else user_path(ckpt_dir)),
-        "quantize": quantize,
-        "compile": compile,
+        "checkpoint": str(DEMO if args.ckpt_dir is None else user_path(args.ckpt_dir)),
+        "quantize": args.quantize,
+        "compile": args.compile,
         "load_s": time.perf_counter() - began,
         **measure(llama, prompt_tokens, new_tokens, batch_size),
     }
-    print(jsonlib.dumps(report) if json else printable(_text(report)), flush=True)
+    print(jsonlib.dumps(report) if args.json else printable(_in_words(report)), flush=True)
 
 
 def measure(llama: Llama, prompt_tokens: int, new_tokens: int, batch_size: int) -> dict[str, Any]:
@@ -97,26 +83,38 @@ def measure(llama: Llama, prompt_tokens: int, new_tokens: int, batch_size: int) 
     }
 
 
-def _text(report: dict[str, Any]) -> str:
-    r, rows = report, report["batch_size"]
-    form = "".join(f", {r['quantize']}" * (r["quantize"] is not None)) + ", compiled" * (r["compile"] is True)
+def _in_words(report: Mapping[str, Any]) -> str:
+    r, rows, step = report, report["batch_size"], f"{report['step_s'] * 1e3:.2f} ms a step"
     each = " on each process" if r["processes"] > 1 else ""
+    together, apart = (f" of {rows} prompts together", f" in each of {rows} prompts") if rows > 1 else ("", "")
     kind = "plain reads" if r["device"] == "cpu" else "copies"
-    threads = f", {r['threads']} thread{'s' * (r['threads'] != 1)}" if r["device"] == "cpu" else ""
-    many = f" of {rows} prompts together" if rows > 1 else ""
     lines = [
-        f"{r['checkpoint']}: {r['dtype']}{form} on {r['device']}, {r['processes']} process"
-        f"{'es' * (r['processes'] > 1)}{threads}{' each' * bool(each and threads)}",
+        f"{r['checkpoint']}: {_form(r)} on {_place(r)}",
         f"  load      {r['load_s']:.2f} s",
-        f"  prefill   {r['prefill_tok_s']:.1f} tok/s ({r['prompt_tokens']} tokens{f' in each of {rows} prompts' * (rows > 1)})",
+        f"  prefill   {r['prefill_tok_s']:.1f} tok/s ({r['prompt_tokens']} tokens{apart})",
         f"  first     {r['first_token_s']:.4f} s to the first token",
-        f"  decode    {r['decode_tok_s']:.2f} tok/s{many} ({r['step_s'] * 1e3:.2f} ms a step, {r['new_tokens']} new tokens)",
+        f"  decode    {r['decode_tok_s']:.2f} tok/s{together} ({step}, {r['new_tokens']} new tokens)",
         f"  weights   {memory.gigabytes(r['weights_bytes'])} a step{each}, {r['weights_GB_s']:.1f} GB/s",
         f"  memory    {r['memory_GB_s']:.1f} GB/s in {kind}{each}: decode takes {r['share_of_memory_rate']:.0%} of that",
     ]
     if r["fits_cache"]:
         lines.append("            (the weights fit this processor's largest cache, so more than 100% is possible)")
     return "\n".join(lines)
+
+
+def _form(report: Mapping[str, Any]) -> str:
+    """How it computes: "bfloat16, int8, compiled"."""
+    compiled = "compiled" if report["compile"] is True else None
+    return ", ".join(word for word in (report["dtype"], report["quantize"], compiled) if word is not None)
+
+
+def _place(report: Mapping[str, Any]) -> str:
+    """Where it computes: "cpu, 2 processes, 4 threads each"."""
+    processes, threads = report["processes"], report["threads"]
+    place = f"{report['device']}, {processes} process{'es' * (processes > 1)}"
+    if report["device"] == "cpu":
+        place += f", {threads} thread{'s' * (threads != 1)}" + " each" * (processes > 1)
+    return place
 
 
 def make_prompts(batch_size: int, length: int, vocab_size: int) -> list[list[int]]:
@@ -204,3 +202,14 @@ def largest_cache() -> int:
         if number.isdecimal() and unit in "KMG":
             sizes.append(int(number) * 1024 ** ("KMG".index(unit) + 1))
     return max(sizes, default=0)
+
+
+COMMANDS = {"bench": Command(bench, ["ckpt_dir", "tokenizer_path"], {
+    "what is run": {
+        "prompt_tokens": Option(a_number, None, "tokens of a prompt; 480, or what the demo model has room for, if not given"),
+        "new_tokens": Option(a_number, 64, "tokens that each prompt is continued by"),
+        "batch_size": Option(a_number, 1, "prompts that run side by side"),
+        "json": Option(truth, False, "print one JSON object in place of the text"),
+    },
+    "the model": some_of_model("ckpt_dir", "tokenizer_path", "device", "dtype", "quantize", "compile"),
+})}  # fmt: skip

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union, cast
 
@@ -172,12 +171,12 @@ def given_text(text: Optional[str], file: Optional[str], what: str) -> str:
     if text is not None and file is not None:
         raise ValueError(f"give the {what} or --file, not both")
     if text is not None:
-        return str(text)
+        return text
     if Launch.read().rank > 0:
         return ""
     if file is None and sys.stdin.isatty():
         raise ValueError(f"no {what}; give one in quotes, --file FILE, or a pipe")
-    path = None if file is None else user_path(file)
+    path = None if file in (None, "-") else user_path(file)
     data = sys.stdin.buffer.read() if path is None else read_file(path)
     try:
         decoded = data.decode("utf-8-sig")
@@ -198,10 +197,16 @@ def texts(value: str) -> Union[str, list[str]]:
     return value
 
 
-def numbers_in(ids: Union[str, int, Sequence[int]]) -> list[int]:
-    """Ids as fire or a caller gives them: 5, (1, 306), [1, 306], or the text "1 306"."""
-    parts = re.split(r"[\s,]+", ids.strip("[]() ")) if isinstance(ids, str) else [ids] if isinstance(ids, int) else ids
+def number(value: str) -> Union[int, float]:
     try:
-        return [int(part) if isinstance(part, str) else index(part) for part in parts if part != ""]
-    except (ValueError, TypeError) as error:
+        return int(value)
+    except ValueError:
+        return float(value)
+
+
+def numbers_in(ids: str) -> list[int]:
+    """Ids as people write them: 1,306 or "1 306" or [1, 306]."""
+    try:
+        return [int(part) for part in re.split(r"[\s,]+", str(ids).strip("[]() ")) if part]
+    except ValueError as error:
         raise ValueError(f"ids={shortened(ids)} must be numbers, such as 1,306,4658") from error

@@ -15,7 +15,7 @@ from ..layers.parallel import is_first_process
 from ..options import DEFAULTS, SETTABLE
 from ..session import ContextFull
 from ..tokenizer import user_path
-from .console import Read, complain, note, on_first, say, texts
+from .console import Read, complain, note, number, on_first, say, texts
 
 SETTINGS = {name: DEFAULTS[name] for name in SETTABLE}  # what /set knows, and what `/set NAME none` makes of them
 
@@ -220,18 +220,16 @@ class Conversation:
         raise EOFError
 
 
-COMMANDS = [f"/{name.removeprefix('do_')}" for name in vars(Conversation) if name.startswith("do_")]
+SPOKEN = [f"/{name.removeprefix('do_')}" for name in vars(Conversation) if name.startswith("do_")]
 
 
 def _setting(name: str, value: str) -> Any:
     if name == "stop":
         return texts(value)
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            pass
-    raise ValueError(f"{name} is a number, not {value}")
+    try:
+        return number(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is a number, not {value}") from error
 
 
 def _path(text: str) -> Path:

@@ -1,0 +1,182 @@
+"""The command line: the options of the commands, in groups that they share, and how words become values."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from difflib import get_close_matches
+from typing import Any, NamedTuple, NoReturn, Optional
+
+from ..generation import Llama
+from ..options import DEFAULTS, TOLD, parse_options
+from ..runtime import Launch
+from ..system.printable import shortened
+from .console import number, texts
+
+REQUIRED = object()  # the default of an option that has to be given
+TRUTHS = {"true": True, "false": False, "1": True, "0": False, "none": None}
+OPTION = re.compile(
+    r"(?:--|-(?=[A-Za-z]))([^\s=]+)(?:=(.*))?", re.DOTALL
+)  # a text that begins with a dash has spaces, or digits
+
+
+class Option(NamedTuple):
+    """An option of a command. read: makes its value of a word; `truth` for a flag, which is given as --NAME or --noNAME."""
+
+    read: Callable[[str], Any]
+    default: Any
+    told: str
+
+
+class Command(NamedTuple):
+    """A command. options: by name, in groups as its help shows them. places: those that may be given without their names."""
+
+    work: Callable[[Namespace], None]
+    places: Sequence[str]
+    groups: Mapping[str, Mapping[str, Option]]
+
+    @property
+    def options(self) -> dict[str, Option]:
+        return {name: option for group in self.groups.values() for name, option in group.items()}
+
+
+def truth(word: str) -> Optional[bool]:
+    if word.lower() not in TRUTHS:
+        raise ArgumentTypeError(f"{shortened(word)} must be True or False")
+    return TRUTHS[word.lower()]
+
+
+def a_number(word: str) -> Any:
+    try:
+        return None if word == "None" else number(word)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{shortened(word)} is not a number") from error
+
+
+def a_name(word: str) -> Optional[str]:
+    return None if word == "None" else word
+
+
+MODEL = {
+    "ckpt_dir": Option(str, None, "the folder of the checkpoint; the demo model if not given"),
+    "tokenizer_path": Option(str, None, "its tokenizer.model; the one in that folder or in the folder above if not given"),
+    "max_seq_len": Option(
+        a_number, None, "tokens of a prompt and its answer that there is room for; 2048 if not given, 512 for the demo model"
+    ),
+    "max_batch_size": Option(a_number, 1, "prompts that run side by side"),
+    "model_parallel_size": Option(a_number, None, "processes that share one copy of the model; all if not given"),
+    "seed": Option(a_number, 1, "seed of the draws"),
+    "device": Option(a_name, None, "cuda, mps or cpu; the first of these that is there if not given"),
+    "dtype": Option(a_name, None, "float32, bfloat16 or float16; the checkpoint's own if not given"),
+    "quantize": Option(a_name, None, "int8 or int4 rounds the matrices while they are loaded; as stored if not given"),
+    "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
+}
+ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told) for name, told in TOLD.items()}
+
+
+def some_of_model(*names: str) -> dict[str, Option]:
+    return {name: MODEL[name] for name in names}
+
+
+def build(args: Namespace, **changed: Any) -> Llama:
+    """The model that the options ask for. What `build` prints goes to stderr."""
+    given = {name: getattr(args, name) for name in MODEL if name in args} | changed
+    # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
+    with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():
+        return Llama.build(**given)
+
+
+def answers(args: Namespace) -> dict[str, Any]:
+    """The options of answers, checked before any work."""
+    given = {name: getattr(args, name) for name in ANSWERS}
+    parse_options(given, prompts=1, vocab_size=1, max_seq_len=1)  # none of them has ids
+    return given
+
+
+class Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog.split()[-1]}: {message}")
+
+
+def understand(commands: Mapping[str, Command], words: Sequence[str]) -> Callable[[], None]:
+    """What a command line asks for, ready to run. ValueError if it is wrong; nothing is loaded before that is known."""
+    whole = Parser(prog="llama", allow_abbrev=False, description="What can be done with a checkpoint from a terminal.")
+    several = whole.add_subparsers(metavar="COMMAND", title="commands (llama COMMAND --help shows the options of one)")
+    name, *rest = words or ["--help"]
+    parsers = {name: _add_parser(several, name, command) for name, command in commands.items()}
+    if name in ("-h", "--help"):
+        return whole.print_help
+    if name not in commands:
+        raise ValueError(f"there is no command {shortened(name)}{_nearest(name, commands)}; there are {', '.join(commands)}")
+    given = _given(name, commands[name], rest)
+    if given is None:
+        return parsers[name].print_help
+    # One word for an option and its value, so that a value may begin with a dash.
+    args = parsers[name].parse_args([f"--{option}={value}" for option, value in given.items()])
+    return lambda: commands[name].work(args)
+
+
+def _add_parser(several: Any, name: str, command: Command) -> ArgumentParser:
+    told = " ".join((command.work.__doc__ or "").split())
+    places = " ".join(p.upper() if command.options[p].default is REQUIRED else f"[{p.upper()}]" for p in command.places)
+    usage = f"llama {name} {places} [--OPTION VALUE …]"
+    parser: ArgumentParser = several.add_parser(
+        name, allow_abbrev=False, usage=usage, help=told.partition(". ")[0].rstrip("."), description=told
+    )
+    for title, options in command.groups.items():
+        group = parser.add_argument_group(title)
+        for option, (read, default, line) in options.items():
+            form: dict[str, Any] = {"nargs": "?", "metavar": "True|False"} if read is truth else {}
+            if default is REQUIRED:
+                form |= {"required": True}
+            elif default is not None:
+                line += f" (default: {default})"
+                form |= {"default": default}
+            group.add_argument(f"--{option}", type=read, help=line, **form)
+    return parser
+
+
+def _given(name: str, command: Command, words: Sequence[str]) -> Optional[dict[str, str]]:
+    """The word that each option was given; None where help is asked for. Dashes in a name are underscores."""
+    options, given, loose, left = command.options, dict[str, str](), list[str](), deque(words)
+    flags = {option for option in options if options[option].read is truth}
+    while left:
+        word = left.popleft()
+        if word == "--":  # the rest is no options
+            loose += left
+            break
+        if (found := OPTION.fullmatch(word)) is None:
+            loose += [word] * (word != "-")  # stdin, which is read if nothing is given
+            continue
+        option, value = found[1].replace("-", "_"), found[2]
+        if option in ("h", "help"):
+            return None
+        if (denied := re.sub("^no_?", "", option)) in flags - {option} and value is None:
+            option, value = denied, "False"
+        if option not in options:
+            near = _nearest(option, [*options, *(f"no{flag}" for flag in flags)], "--")
+            told = f"{name} does not take {shortened(word)}{near}; see llama {name} --help for the options"
+            raise ValueError(f"{told}, and write -- before a text that begins with a dash")
+        if value is None:
+            follows = bool(left) and left[0] != "--" and OPTION.fullmatch(left[0]) is None
+            if option in flags:
+                value = left.popleft() if follows and left[0].lower() in ("true", "false") else "True"
+            elif follows:
+                value = left.popleft()
+            else:
+                raise ValueError(f"{name}: --{option} needs a value; for one that looks like an option write --{option}=VALUE")
+        given[option] = value
+    free = [place for place in command.places if place not in given]
+    if more := loose[len(free) :]:
+        told = f"{name} does not take {shortened(' '.join(more))}; put a text with spaces in quotes"
+        raise ValueError(f"{told}, and see llama {name} --help for the options")
+    return given | dict(zip(free, loose))
+
+
+def _nearest(name: str, names: Collection[str], dashes: str = "") -> str:
+    near = [known for known in names if known.startswith(name)] or get_close_matches(name, names)
+    return f" (did you mean {dashes}{near[0]}?)" if near else ""

@@ -1,0 +1,123 @@
+"""The commands on a folder of weights: info says what it holds and what that needs to run, convert writes another."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from .. import memory, runtime
+from ..model import check_args, process_counts
+from ..system.checks import whole_number
+from ..system.printable import escaped
+from ..tokenizer import Tokenizer, find_tokenizer, user_path
+from ..weights.checkpoint import Checkpoint, choose_quantization, fit_vocabulary, open_checkpoint
+from .arguments import MODEL, REQUIRED, Command, Option, a_name, a_number, some_of_model
+from .convert import convert as convert_checkpoint
+
+
+def info(args: Namespace) -> None:
+    """Say what model a checkpoint folder holds, on how many processes it runs, and what memory it needs. Loads nothing."""
+    for name in ("max_batch_size", "max_seq_len", "processes"):
+        whole_number(name, getattr(args, name), 1)
+    checkpoint = open_checkpoint(user_path(args.ckpt_dir))
+    stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
+    path = find_tokenizer(checkpoint.folder, args.tokenizer_path)
+    tokenizer = Tokenizer(str(path)) if path else None
+    model = fit_vocabulary(checkpoint, tokenizer.n_words if tokenizer else rows)
+    model = replace(model, max_batch_size=args.max_batch_size, max_seq_len=args.max_seq_len)
+    check_args(model, args.processes)
+    device = runtime.choose_device(args.device, runtime.Launch.read())
+    dtype = runtime.choose_dtype(args.dtype, stored, device)
+    sharers = args.processes if runtime.device_kind(device) == "cpu" else 1
+    quantization = choose_quantization(checkpoint, args.quantize)
+    placement = memory.Placement(model, dtype, args.processes, device, sharers, quantization)
+    files = f"{len(checkpoint.paths)} file{'s' * (len(checkpoint.paths) > 1)}"
+    print(f"{escaped(str(checkpoint.folder))}: {checkpoint.format} format, {files} of weights")
+    for label, line in {**_holds(checkpoint, placement, path, tokenizer), **_needs(placement)}.items():
+        print(f"  {label:12}{line}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _holds(
+    checkpoint: Checkpoint, placement: memory.Placement, path: Optional[Path], tokenizer: Optional[Tokenizer]
+) -> dict[str, str]:
+    """What is in the folder."""
+    args, stored = placement.args, checkpoint.quantization
+    model = (
+        f"{args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, {args.kv_heads} key/value "
+        f"heads, feed-forward {args.ffn_width}, {args.vocab_size} ids, rotary base {args.rope_theta:g}"
+    )
+    parameters = memory.estimate(memory.Placement(args, torch.int8)).weights
+    nbytes = memory.estimate(memory.Placement(args, checkpoint.dtype, quantization=stored)).weights
+    pieces = "none here or in the folder above; pass --tokenizer_path"
+    if tokenizer:
+        pieces = f"{escaped(str(path))}: {tokenizer.n_words} pieces, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}"
+    return {
+        "model": model + ", one matrix for embedding and output" * checkpoint.tied,
+        "parameters": f"{parameters:,} in {stored.kind if stored else _name(checkpoint.dtype)}, {memory.gigabytes(nbytes)}",
+        "tokenizer": pieces,
+        "processes": ", ".join(map(str, process_counts(args))),
+    }
+
+
+def _needs(placement: memory.Placement) -> dict[str, str]:
+    """What it takes to run it, beside what is free."""
+    args, processes, device = placement.args, placement.processes, placement.device
+    need, free = memory.estimate(placement), memory.free_bytes(device)
+    form = f", matrices in {placement.quantization.kind}" if placement.quantization else ""
+    if free is None:
+        told = f"{device} does not tell"
+    elif need.resident * placement.sharers <= free:
+        told = f"{memory.gigabytes(free)} on {device}: it fits"
+    else:
+        told = f"{memory.gigabytes(free)} on {device}: it does not fit; {memory.way_out(placement, free)}"
+    return {
+        "memory": f"{processes} process{'es' * (processes > 1)}, max_batch_size={args.max_batch_size}, "
+        f"max_seq_len={args.max_seq_len}, dtype={_name(placement.dtype)}{form}; on each process:",
+        "": f"{need}, and up to {memory.gigabytes(need.temporary)} while prompts are read",
+        "free": told,
+    }
+
+
+def convert(args: Namespace) -> None:
+    """Write the checkpoint folder SRC as a new folder DST in the other format, or with other shards, or in another dtype."""
+    source, target = user_path(args.src), user_path(args.dst)
+    tokenizer = find_tokenizer(source, args.tokenizer_path)
+    dtype = None if args.dtype is None else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
+    convert_checkpoint(source, target, args.to, args.shards, dtype, tokenizer, args.quantize)
+    if tokenizer is None and args.to == "hf":
+        told = f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path"
+        print(escaped(told), file=sys.stderr)
+    print(escaped(f"{target} is written"))
+
+
+COMMANDS = {
+    "convert": Command(convert, ["src", "dst", "to", "shards", "dtype", "tokenizer_path", "quantize"], {
+        "what is written": {
+            "src": Option(str, REQUIRED, "the folder that is read"),
+            "dst": Option(str, REQUIRED, "the folder that is made"),
+            "to": Option(str, REQUIRED, "hf (safetensors, for transformers) or meta (consolidated.NN.pth)"),
+            "shards": Option(a_number, 1, "files of Meta's format"),
+            "dtype": Option(a_name, None, "float32, bfloat16 or float16; each weight's own if not given"),
+            "tokenizer_path": Option(str, None, "the tokenizer.model to copy; the one in SRC or above it if not given"),
+            "quantize": Option(a_name, None, "int8 or int4, in Meta's format: a half or a quarter of the bytes, quick to load"),
+        },
+    }),
+    "info": Command(info, ["ckpt_dir"], {
+        "the checkpoint": {"ckpt_dir": Option(str, REQUIRED, "its folder"), **some_of_model("tokenizer_path")},
+        "how it is to run": {
+            "max_batch_size": MODEL["max_batch_size"]._replace(default=4),
+            "max_seq_len": Option(a_number, 2048, "tokens of a prompt and its answer that there is room for"),
+            "processes": Option(a_number, 1, "processes that share it"),
+            **some_of_model("device", "dtype", "quantize"),
+        },
+    }),
+}  # fmt: skip

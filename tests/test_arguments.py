@@ -1,0 +1,159 @@
+"""The command line: words become options, texts stay texts, and what is wrong is told before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from argparse import Namespace
+from typing import Any
+
+import pytest
+
+from llama import Llama
+from llama.commands import cli
+from llama.commands.arguments import REQUIRED, understand
+from llama.options import DEFAULTS, TOLD
+
+
+def read(words: list[str]) -> dict[str, Any]:
+    """The options that a command line gives, by name; those without a value are left out."""
+    seen: list[Namespace] = []
+    understand({name: command._replace(work=seen.append) for name, command in cli.COMMANDS.items()}, words)()
+    return {name: value for name, value in vars(seen[0]).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "1985", "None", "[x]", "(1, 2)", "{}", "True", "'a'", "a=b", "-5", "- a list", "", "é\n"]
+)
+def test_text_stays_text(text: str) -> None:
+    """As a place, after a name and behind an equals sign. Python literals were once read as such: 1e5 as 100000.0."""
+    for name, option in (("complete", "prompt"), ("tokenize", "text"), ("chat", "system"), ("info", "ckpt_dir")):
+        assert read([name, f"--{option}", text])[option] == text
+        assert read([name, f"--{option}={text}"])[option] == text
+        if option != "system":
+            assert read([name, text])[option] == text
+    assert read(["convert", text, text, "hf"]) == {"src": text, "dst": text, "to": "hf", "shards": 1}
+    assert read(["complete", "x", "--stop", text])["stop"] == text
+
+
+def test_folders_are_called_what_they_are_called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("1e3", "['x']", "1_0", "[x]"):
+        monkeypatch.setattr(sys, "argv", ["llama", "info", folder])
+        with pytest.raises(SystemExit, match="1"):
+            cli.main()
+        assert capsys.readouterr().err.startswith(f"llama: no checkpoint folder at {folder}; ")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--top-p .5 -top_k=3", {"top_p": 0.5, "top_k": 3}),
+        ("--min_p -1e-3 --seed -5", {"min_p": -0.001, "seed": -5}),
+        ("--temperature 1 --seed=0x10", "'0x10' is not a number"),
+        ("--max_gen_len None --max_seq_len 9 --dtype None", {"max_seq_len": 9}),
+        ("--seed 1 --seed 2", {"seed": 2}),
+        ("--compile --echo", {"compile": True, "echo": True}),
+        ("--nocompile --noecho", {"compile": False, "echo": False}),
+        ("--no-compile --echo False", {"compile": False, "echo": False}),
+        ("--compile=False --echo=1", {"compile": False, "echo": True}),
+        ("--compile None --echo", "complete does not take 'None'; put a text with spaces in quotes"),
+        ("--compile=None", {}),
+        ("--compile=maybe", "'maybe' must be True or False"),
+        ('--stop ["a","b"]', {"stop": ["a", "b"]}),
+        ("--seed x", "argument --seed: 'x' is not a number"),
+        ("--seed", "complete: --seed needs a value"),
+        ("--dtype --seed 3", "complete: --dtype needs a value; for one that looks like an option write --dtype=VALUE"),
+        ("--dtype=--seed", {"dtype": "--seed"}),
+    ],
+)
+def test_options(line: str, expected: Any) -> None:
+    words = ["complete", "x", *line.split()]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            read(words)
+    else:
+        assert read(words) == {**read(["complete", "x"]), **expected}
+
+
+def test_places() -> None:
+    assert read(["tokenize", "--json", "hi"])["text"] == "hi"  # once the value of --json
+    assert read(["complete", "--", "--echo"])["prompt"] == "--echo"
+    assert read(["convert", "--dst", "b", "a", "meta", "2"]) == {"src": "a", "dst": "b", "to": "meta", "shards": 2}
+    assert "prompt" not in read(["complete", "-"])  # stdin
+    assert read(["complete", "--file", "-"])["file"] == "-"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("complete a b c", "complete does not take 'b c'; put a text with spaces in quotes"),  # once "--jsonl brings its own"
+        (
+            "complete hi --temprature 0 --max_gen_len 1",
+            "complete does not take '--temprature' (did you mean --temperature?); see",
+        ),
+        ("complete hi --temp 0", "complete does not take '--temp' (did you mean --temperature?)"),  # no abbreviations
+        ("complete hi --nocompil", "complete does not take '--nocompil' (did you mean --nocompile?)"),
+        ("complete --noecho=True", "complete does not take '--noecho=True' (did you mean --noecho?)"),
+        ("complete --top_p:0.5", "complete does not take '--top_p:0.5' (did you mean --top_p?)"),
+        (
+            "complete -hello",
+            "complete does not take '-hello'; see llama complete --help for the options, and write -- before a text",
+        ),
+        ("complete hi --\x1b[2J", r"complete does not take '--\x1b[2J'; see llama complete --help for the options"),
+        ("tokenize a b c", "tokenize does not take 'b c'"),
+        ("tokenize a --bso --eos", "tokenize does not take '--bso' (did you mean --bos?)"),
+        ("score a b 3 --device cpu", "score does not take 'b 3'"),
+        ("chat --device cpu --sytem x", "chat does not take '--sytem' (did you mean --system?)"),
+        ("info llama/demo --dtpye bfloat16", "info does not take '--dtpye' (did you mean --dtype?)"),
+        ("convert nowhere x hf 1 float32 x int8 more", "convert does not take 'more'"),
+        ("convert a", "convert: the following arguments are required: --dst, --to"),
+        ("bench --device cpu --new_tokens 2 --bach_size 2", "bench does not take '--bach_size' (did you mean --batch_size?)"),
+        ("complet hi", "there is no command 'complet' (did you mean complete?); there are chat, complete, "),
+        ("\x1b[2J", r"there is no command '\x1b[2J'; there are chat, "),
+        ("complete hi --top_p 2", "top_p=2 must be at most 1, which keeps all ids"),
+        ("chat --max_gen_len 1.5", "max_gen_len=1.5 must be a whole number of 0 or more"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_loaded(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, with status 1."""
+    monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("it loaded"))
+    monkeypatch.setattr(sys, "argv", ["llama", *line.split(" ")])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"llama: {message}")
+    assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_has_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its line and its default, and whatever else is given or missing."""
+    cli.run([name, "--help", "--nope"] if name == "chat" else [name, "-h"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"usage: llama {name} ")
+    for option, (_, default, told) in cli.COMMANDS[name].options.items():
+        told += "" if default in (None, REQUIRED) else f" (default: {default})"
+        assert re.search(rf" --{option} \S+ {re.escape(told)}", shown), option
+
+
+def test_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"]):
+        cli.run(words)
+        shown = capsys.readouterr().out
+        assert all(f"\n    {name} " in shown for name in cli.COMMANDS)
+
+
+def test_options_of_answers_are_those_of_python() -> None:
+    given = read(["complete", "x"])
+    assert {name: given.get(name) for name in TOLD} == {name: DEFAULTS[name] for name in TOLD}
+    assert set(TOLD) == set(DEFAULTS) - {"logprobs", "logit_bias", "stop_ids", "seed", "draft"}
+
+
+def test_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["llama", "tokenize", "42,1", "--json"])
+    cli.main()
+    assert json.loads(capsys.readouterr().out)["text"] == "42,1"
