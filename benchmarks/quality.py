@@ -2,43 +2,50 @@
 
     python benchmarks/quality.py --text tinystories-2MiB.txt [--ckpt_dir stories260K/] [--stories 100]
 
-Each story is scored with `Llama.score`, from BOS on; every twentieth story of the text is held out, as for the demo model's
-card. int4 is shown with plain rounding and with the rounding that `quantize` uses, for groups of 32 and 64.
+Each story is scored with `Llama.score` in float32, from BOS on; every twentieth story of the text is held out, as for the
+demo model's card. The matrices get the numbers that `quantize=` gives them. int4 is shown with plain rounding and with the
+rounding that `quantize` uses, for groups of 32 and 64.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import sys
 from pathlib import Path
 from typing import Optional
 
 import fire
+import torch
 
 from llama import Llama
-from llama.layers import int4, rounding
+from llama.layers.rounding import REFINEMENTS, Quantization, dequantized, pairs, row_maxima, to_int4, to_int8
 from llama.system.files import check_file
-from llama.weights import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 from data import read_stories
 
-# A name, the kind, the size of a group, the rounds of refinement.
-FORMS = [
-    ("int8", "int8", 64, 0),
+INT8 = Quantization("int8")
+FORMS = [  # a name, the numbers, the rounds of refinement
+    ("int8", INT8, 0),
     *(
-        (f"int4, groups of {group}{', plain' if not rounds else ''}", "int4", group, rounds)
+        (f"int4, groups of {group}{'' if refinements else ', plain'}", Quantization("int4", group), refinements)
         for group in (64, 32)
-        for rounds in (0, rounding.REFINEMENTS)
+        for refinements in (0, REFINEMENTS)
     ),
 ]
 
 
-def perplexity(ckpt_dir: Optional[str], stories: list[str], **options: str) -> float:
-    with contextlib.redirect_stdout(io.StringIO()):
-        llama = Llama.build(ckpt_dir, max_seq_len=512, max_batch_size=8, device="cpu", **options)  # type: ignore[arg-type]
+def rounded(weight: torch.Tensor, quantization: Quantization, refinements: int) -> torch.Tensor:
+    """float32 (rows, columns) -> the same matrix as its stored numbers say it."""
+    group = quantization.group(weight.shape[1])
+    if group is None:
+        numbers, scales = to_int8(weight, row_maxima(weight))
+        return numbers * scales[:, None]
+    numbers, *scales_and_zeros = to_int4(weight, group, refinements)
+    return dequantized(pairs(numbers), *scales_and_zeros, torch.float32)
+
+
+def perplexity(llama: Llama, stories: list[str]) -> float:
     scores = [logprob for score in llama.score(stories) for logprob in score["logprobs"][1:]]
     return math.exp(-sum(scores) / len(scores))
 
@@ -46,15 +53,17 @@ def perplexity(ckpt_dir: Optional[str], stories: list[str], **options: str) -> f
 def main(text: str, ckpt_dir: Optional[str] = None, stories: int = 100) -> None:
     check_file(Path(text))
     held_out = read_stories(Path(text))[1][:stories]
+    llama = Llama.build(ckpt_dir, max_seq_len=512, max_batch_size=8, device="cpu", dtype="float32")
     print(f"{len(held_out)} held-out stories, {ckpt_dir or 'the demo model'}")
-    whole = perplexity(ckpt_dir, held_out)
+    whole = perplexity(llama, held_out)
     print(f"{'as stored':30s}{whole:9.4f}")
-    to_int4 = int4.to_int4
-    for name, kind, group, refinements in FORMS:
-        form = rounding.Quantization(kind, group)
-        checkpoint.Quantization = lambda kind, form=form: form  # type: ignore[assignment,misc]
-        int4.to_int4 = lambda w, g, refinements=refinements: to_int4(w, g, refinements)  # type: ignore[assignment]
-        value = perplexity(ckpt_dir, held_out, quantize=kind)
+    stored = {name: weight.clone() for name, weight in llama.model.state_dict().items()}
+    matrices = [name for name, weight in stored.items() if weight.ndim == 2 and name != "tok_embeddings.weight"]
+    for name, quantization, refinements in FORMS:
+        forms = {matrix: INT8 if matrix == "output.weight" else quantization for matrix in matrices}
+        changed = {matrix: rounded(stored[matrix], form, refinements) for matrix, form in forms.items()}
+        llama.model.load_state_dict(stored | changed)
+        value = perplexity(llama, held_out)
         print(f"{name:30s}{value:9.4f}  {100 * (value / whole - 1):+.2f} %", flush=True)
 
 
