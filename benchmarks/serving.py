@@ -71,7 +71,7 @@ def chat(llama: Llama, repeats: int) -> dict[str, Any]:
         tokens = sum(len(turn["ids"]) for turn in session.turns)
         for name, times in waits.items():
             if name == "forgotten_s":
-                llama._engine.take(None)
+                llama.generate([[1]] * llama.model.params.max_batch_size, 1, 0)  # takes every slot
             times.append(timed(lambda: next(session.send("And how does it end?", max_gen_len=1)))[0])  # noqa: B023
             session.undo()
     return {"history_tokens": tokens, **{name: round(statistics.median(times), 4) for name, times in waits.items()}}

@@ -90,6 +90,12 @@ def write_twin(folder: Path, change: dict[str, Any], dtype: torch.dtype = torch.
     return folder
 
 
+def forget(llama: Llama) -> None:
+    """Let the model be called by somebody who does not ask: what its cache holds is not gone on from."""
+    with torch.inference_mode():
+        llama.model(torch.tensor([[1]]), 0)
+
+
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1, 20], [1, 8, 30, 31]]
 COLUMNS = 128  # of the caches
 

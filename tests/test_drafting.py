@@ -9,6 +9,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from conftest import random_weights, shared, write_checkpoint
+from helpers import forget
 from workers import Pool
 
 from llama import Llama
@@ -282,7 +283,7 @@ def test_a_chat(tiny_model: Counting) -> None:
     drafted, plain = (tiny_model.llama.chat(temperature=0, max_gen_len=60, draft=draft) for draft in (True, False))
     for message in ("the little dog", "and then?", "the little dog"):
         assert drafted.ask(message) == plain.ask(message)
-        tiny_model.llama._engine.take(None)
+        forget(tiny_model.llama)
     assert drafted.turns == plain.turns
 
 

@@ -11,6 +11,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from chat_files import fuzz
+from helpers import forget
 
 from llama import Llama
 from llama.chat import DialogError, encode_dialog
@@ -36,11 +37,17 @@ def columns(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
+def asked(llama: Llama, message: str, system: Optional[str]) -> list[int]:
+    """The ids of a first message."""
+    first: Any = [] if system is None else [{"role": "system", "content": system}]
+    return encode_dialog([*first, {"role": "user", "content": message}], llama.tokenizer)
+
+
 def from_the_start(llama: Llama, session: Any, count: int) -> list[int]:
     """The last reply's ids, from one greedy call over all ids before it."""
     [*_, last] = session.turns
     before = [i for turn in session.turns[:-1] for i in turn["ids"]]
-    prompt = before + session._encode(last["user"], None if len(session.turns) > 1 else session.system)
+    prompt = before + asked(llama, last["user"], None if len(session.turns) > 1 else session.system)
     return llama.generate([prompt], count, 0)[0][0]
 
 
@@ -49,13 +56,13 @@ def test_turns_are_what_they_are_from_the_start(llama: Llama, columns: list[int]
     for i, message in enumerate(("the little dog", "where did it go?", "and then?", "你好")):
         text = "".join(chunk["text"] for chunk in session.send(message))
         assert session.turns[-1]["assistant"] == text.strip()
-        own = session._encode(message, None if i else "be kind")
+        own = asked(llama, message, None if i else "be kind")
         # Only what is new: the last reply's last id, its EOS, and this message.
         assert columns[-1] <= len(own) + 2
         replied = session.turns[-1]["ids"][len(own) : -1]
         assert replied == from_the_start(llama, session, 12)
         columns.clear()
-        llama._engine.take(None)  # from_the_start used the cache; bring back what the session had there
+        forget(llama)  # from_the_start used the cache; bring back what the session had there
         list(llama.continue_ids([i for t in session.turns for i in t["ids"]][:-1], max_gen_len=0))
     assert [m["role"] for m in session.dialog] == ["system", *["user", "assistant"] * 4]
     assert session.room == 512 - sum(len(t["ids"]) for t in session.turns)
@@ -83,7 +90,7 @@ def test_a_reply_left_early_is_kept_as_far_as_it_was_read(llama: Llama) -> None:
     assert session.turns[0]["assistant"] == text.strip()
     again = llama.chat(temperature=0, max_gen_len=30)
     again.turns = [dict(turn) for turn in session.turns]  # type: ignore[misc]
-    llama._engine.take(None)
+    forget(llama)
     fresh = again.ask("more")
     assert session.ask("more") == fresh
 
@@ -372,7 +379,7 @@ def test_a_full_context_says_what_to_drop(llama: Llama) -> None:
     session.drop(full.value.drop)
     assert len(session.turns) == turns - full.value.drop
     # The system message now stands in the turn that has become the first.
-    first = session._encode("the little dog found a red ball " * 2, "be kind")
+    first = asked(llama, "the little dog found a red ball " * 2, "be kind")
     assert session.turns[0]["ids"][: len(first)] == first
     assert session.ask("the little dog found a red ball " * 2)
     with pytest.raises(ContextFull, match="the message is .* tokens too long for max_seq_len=512; shorten it"):
@@ -386,14 +393,14 @@ def test_a_context_is_full_to_the_token(system: Optional[str], llama: Llama) -> 
     session.ask("the little dog")
     session.ask("a red ball")
     first, second = (len(turn["ids"]) for turn in session.turns)
-    least = len(session._encode("", None))  # each digit is a token
+    least = len(asked(llama, "", None))  # each digit is a token
     digits = session.room - 1 - least
-    assert len(session._encode("7" * digits, None)) == session.room - 1
+    assert len(asked(llama, "7" * digits, None)) == session.room - 1
     other = session.fork()
     assert [chunk["finish_reason"] for chunk in other.send("7" * digits)] == ["length"]
     assert other.room == -1  # its EOS would not fit, and need not
     # The system message moves to the turn that becomes the first, and at last to the message: its ids are never freed.
-    to_turn, to_message = (len(session._encode(t, system)) - len(session._encode(t, None)) for t in ("a red ball", "77"))
+    to_turn, to_message = (len(asked(llama, t, system)) - len(asked(llama, t, None)) for t in ("a red ball", "77"))
     one, two = first - to_turn, first + second - to_message
     for more, drop in ((1, 1), (one, 1), (one + 1, 2), (two, 2)):
         with pytest.raises(ContextFull, match=rf"of 512 tokens is full: {more} are missing; drop\({drop}\)") as full:

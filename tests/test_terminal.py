@@ -513,12 +513,12 @@ def test_jsonl_takes_up_as_many_lines_as_there_are_jobs(tmp_path: Path) -> None:
 def test_the_history_has_a_place_in_a_new_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     for _ in range(2):
-        path = console._history()
+        path = console.history_file()
         assert path is not None
         assert path.exists()
         assert path.parent.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(Path, "home", lambda: path / "a file")
-    assert console._history() is None
+    assert console.history_file() is None
 
 
 def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None:

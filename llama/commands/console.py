@@ -90,7 +90,7 @@ def typed_lines(commands: Sequence[str]) -> Read:
         raise ValueError(
             'a chat at the terminal needs prompt_toolkit; pip install "prompt_toolkit>=3.0.53", or send messages by a pipe'
         ) from error
-    path = _history()
+    path = history_file()
     prompt: PromptSession[str] = PromptSession(
         history=FileHistory(str(path)) if path else InMemoryHistory(),
         completer=WordCompleter(commands, sentence=True),
@@ -134,7 +134,7 @@ def _keys() -> Any:
     return keys
 
 
-def _history() -> Optional[Path]:
+def history_file() -> Optional[Path]:
     """The file of what was typed, for this user only; None where there is no place for it."""
     state = {"darwin": "Library/Application Support", "win32": "AppData/Local"}.get(sys.platform, ".local/state")
     try:
