@@ -496,6 +496,7 @@ def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:
 
     with out.open("wb") as file:
         jobs.write(lines(), 3, 0, file)
+    assert out.read_text() == '{"id": 0}\n{"id": 1}\n{"id": 2}\n'
     jobs.write(iter([{"id": 3}]), 1, 0, None)  # on a process that only computes
 
 
