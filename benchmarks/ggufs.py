@@ -1,6 +1,6 @@
-"""llama.cpp's file format: any checkpoint that the library reads as GGUF, and GGUF quantised by llama.cpp.
+"""llama.cpp's file format: any checkpoint that the library reads as GGUF, and GGUF quantized by llama.cpp.
 
-python ggufs.py SOURCE TARGET Q8_0 THREADS    quantises in a process of its own, which may crash
+python ggufs.py SOURCE TARGET Q8_0 THREADS    quantizes in a process of its own, which may crash
 """
 
 from __future__ import annotations
@@ -87,18 +87,18 @@ def write_gguf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) 
     part.rename(target)
 
 
-def quantise(source: Path, target: Path, form: str, threads: int) -> None:
+def quantize(source: Path, target: Path, form: str, threads: int) -> None:
     """`source` with all matrices in Q8_0 or Q4_0. RuntimeError where llama.cpp does not manage it."""
     part = target.with_name(target.name + ".part")
     command = [sys.executable, __file__, str(source), str(part), form, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()[-1:]
-        raise RuntimeError(f"llama.cpp did not quantise {source} to {form}: exit status {done.returncode} {''.join(said)}")
+        raise RuntimeError(f"llama.cpp did not quantize {source} to {form}: exit status {done.returncode} {''.join(said)}")
     part.rename(target)
 
 
-def _quantise(source: str, target: str, form: str, threads: str) -> int:
+def _quantize(source: str, target: str, form: str, threads: str) -> int:
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
@@ -116,4 +116,4 @@ def step_bytes(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_quantise(*sys.argv[1:]))
+    sys.exit(_quantize(*sys.argv[1:]))

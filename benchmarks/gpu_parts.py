@@ -62,7 +62,7 @@ PUBLISHED = {
 def random_model(
     place: Place, args: ModelArgs, quantize: Optional[str] = None, dtype: torch.dtype = torch.bfloat16
 ) -> Transformer:
-    """Made on the device, without a file. The stored numbers of quantised weights are drawn, not rounded."""
+    """Made on the device, without a file. The stored numbers of quantized weights are drawn, not rounded."""
     with torch.device("meta"):
         model = Transformer(args)
     if quantize is not None:

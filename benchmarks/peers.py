@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from checkpoints import SHAPES, random_checkpoint
 from children import System
-from ggufs import quantise, step_bytes, write_gguf
+from ggufs import quantize, step_bytes, write_gguf
 from tasks import Profile
 
 from llama import ModelArgs
@@ -69,7 +69,7 @@ def find_source(shape: str, ckpt_dir: Optional[str]) -> Path:
 
 
 def ours(setting: Setting, modes: list[str], compiled: bool) -> list[System]:
-    """Each mode, and each again compiled: on a CPU only what can be, which quantised weights cannot."""
+    """Each mode, and each again compiled: on a CPU only what can be, which quantized weights cannot."""
     systems = []
     for compile in (None, True) if compiled else (None,):
         for mode in modes:
@@ -117,7 +117,7 @@ def _llama_cpp(setting: Setting, notes: list[str]) -> list[System]:
             if not path.exists() and path == whole:
                 write_gguf(setting.source, whole)
             elif not path.exists():
-                quantise(whole, path, name, torch.get_num_threads())
+                quantize(whole, path, name, torch.get_num_threads())
         except RuntimeError as error:
             notes.append(str(error))
             continue

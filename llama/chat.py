@@ -25,11 +25,11 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 class DialogError(ValueError, AssertionError):
-    """A dialog that the format has no words for. An AssertionError too, since that is what Meta's release raises."""
+    """A dialog that the format cannot express. It is an AssertionError too, because Meta's release raises that."""
 
 
 def check_messages(dialog: Sequence[Message]) -> None:
-    """Raise a DialogError unless `dialog` is a list of messages, from whomever."""
+    """Raise a DialogError unless `dialog` is a list of messages, whatever their roles."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise DialogError(f"a dialog is a list of messages, not {type(dialog).__name__}")
     for i, message in enumerate(dialog):
@@ -40,7 +40,8 @@ def check_messages(dialog: Sequence[Message]) -> None:
 
 
 def check_dialog(dialog: Sequence[Message], begun: bool = False) -> None:
-    """Raise a DialogError unless `dialog` is [system,] user, assistant, user, … user; with `begun`, … user, assistant."""
+    """Raise a DialogError unless `dialog` is [system,] user, assistant, user, … user. begun: it ends with an assistant's
+    message."""
     check_messages(dialog)
     first = 1 if dialog and dialog[0]["role"] == "system" else 0
     if len(dialog) == first:
@@ -63,17 +64,17 @@ def is_unsafe(dialog: Sequence[Message]) -> bool:
 
 
 def encode_turn(user: str, assistant: str, tokenizer: Tokenizer, system: Optional[str] = None) -> list[int]:
-    """The ids of a turn that is over, between BOS and EOS. The two messages are stripped."""
+    """The ids of a finished turn, between BOS and EOS. The two messages are stripped."""
     return tokenizer.encode(f"{_asked(user, system)} {assistant.strip()} ", bos=True, eos=True)
 
 
 def encode_dialog(dialog: Sequence[Message], tokenizer: Tokenizer, begun: bool = False) -> list[int]:
-    """The prompt's ids: every turn is encoded by itself, between BOS and EOS; the last one is left open for the reply.
+    """The prompt's ids. Every turn is encoded by itself, between BOS and EOS; the last one is left open for the reply.
 
         <s> "[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST] {assistant} " </s> <s> "[INST] {user} [/INST]"
 
     The system message becomes part of the first user message, and the two are stripped as one text. begun: the dialog ends
-    with the beginning of the reply, which is stripped on its left only: what follows is written behind its last character.
+    with the beginning of the reply, which is stripped on its left only, so that the reply goes on behind its last character.
     DialogError for a dialog that is empty, system-only, out of turn, or not made of messages.
     """
     check_dialog(dialog, begun)

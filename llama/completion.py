@@ -26,7 +26,7 @@ class CompletionPrediction(TypedDict, total=False):
     """`tokens` and `logprobs` are there if logprobs was asked for: one string and one number for each id; the strings,
     joined, are `generation`. `top_logprobs` are there if logprobs=N: the N best at each place.
 
-    finish_reason: "stop" at EOS, a stop string or a stop id; "length" at max_gen_len; "context" where the cache is full.
+    finish_reason: "stop" at EOS, a stop string or a stop id; "length" at max_gen_len; "context" if the cache is full.
     """
 
     generation: str
@@ -49,7 +49,7 @@ class ChatPrediction(TypedDict, total=False):
 class Chunk(TypedDict, total=False):
     """What a stream has decided anew for the prompt `index`. The texts of a prompt, joined, are its `generation`.
 
-    tokens: the new ids, including those whose text is still held back. logprobs, top_logprobs: where asked for, one
+    tokens: the new ids, including those whose text is still held back. logprobs, top_logprobs: if asked for, one
     entry for each id. finish_reason: None until the prompt's last chunk.
     """
 
@@ -62,7 +62,7 @@ class Chunk(TypedDict, total=False):
 
 
 class Completions:
-    """Chunks of the prompts that a batch runs, as it decides them. To be iterated over once, or in part."""
+    """Chunks of the prompts that a batch runs, as it decides them. It can be iterated over once, and be left early."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Completions:
         echo: bool,
         begun: Sequence[Sequence[int]] = (),
     ) -> None:
-        """begun: for each prompt the ids at its end whose text its new text goes on from; none if not given."""
+        """begun: for each prompt the ids at its end that begin the reply; empty if no prompt has such ids."""
         self.tokenizer, self.batch = tokenizer, batch
         self.streams = [TextStream(tokenizer, stops) for _ in batch.requests]
         self.waiting = [self._chunk(i) for i in range(len(batch.requests))]
@@ -130,6 +130,7 @@ class Score(TypedDict):
 
 
 def perplexity(logprobs: list[float]) -> float:
+    """exp of minus the mean of all but the first, which is BOS's; nan if there is no other."""
     return math.exp(-sum(logprobs[1:]) / (len(logprobs) - 1)) if len(logprobs) > 1 else math.nan
 
 
@@ -162,7 +163,7 @@ def _prediction(tokenizer: Tokenizer, whole: Chunk, begun: Sequence[int]) -> Com
     if "logprobs" in whole:
         texts = split(tokenizer, [*begun, *whole["tokens"]])[len(begun) :]
         room = len(whole["text"])
-        if sum(map(len, texts)) > room:  # a stop string was cut off: what was behind the cut goes, ids and all
+        if sum(map(len, texts)) > room:  # a stop string was cut off: drop the texts and ids behind the cut
             kept = []
             for text in texts:
                 if room <= 0:
@@ -178,7 +179,7 @@ def _prediction(tokenizer: Tokenizer, whole: Chunk, begun: Sequence[int]) -> Com
 
 
 def shown(chunks: Iterable[Chunk], batch: Batch) -> Iterator[Chunk]:
-    """The chunks as they are, with a bar on the terminal of the first process where many prompts take long."""
+    """The chunks unchanged, with a progress bar on the first process's terminal while prompts wait for a slot."""
     count = len(batch.requests)
     many = count > batch.lanes and is_first_process()
     with tqdm(total=count, unit="prompt", delay=2, leave=False, disable=None if many else True) as bar:
@@ -188,7 +189,7 @@ def shown(chunks: Iterable[Chunk], batch: Batch) -> Iterator[Chunk]:
 
 
 def chat_prediction(completion: Optional[CompletionPrediction], logprobs: Union[bool, int]) -> ChatPrediction:
-    """A completion as the assistant's message; the refusal where there is none, since the dialog was unsafe."""
+    """A completion as the assistant's message. None stands for an unsafe dialog, and gives the refusal."""
     if completion is None:
         completion = CompletionPrediction(generation=UNSAFE_ERROR, finish_reason="stop")
         if logprobs:
@@ -203,7 +204,8 @@ def chat_prediction(completion: Optional[CompletionPrediction], logprobs: Union[
 
 
 def chat_chunks(chunks: Iterable[Chunk], safe: Sequence[int], count: int) -> Iterator[Chunk]:
-    """Chunks of the safe ones of `count` dialogs, by their places among all; the refusals of the others come first."""
+    """Chunks of `count` dialogs. First come the refusals of unsafe ones, then `chunks`, numbered anew by `safe`: the index
+    of each safe dialog among all."""
     for i in sorted(set(range(count)) - set(safe)):
         yield Chunk(index=i, text=UNSAFE_ERROR, tokens=[], finish_reason="stop")
     for chunk in chunks:

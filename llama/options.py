@@ -18,10 +18,10 @@ class Options(TypedDict, total=False):
 
     stop: a string or several; the text ends before the first that comes up, also across ids. stop_ids: ids that end a
     text as EOS does. seed: of one call, or one for each prompt; a prompt with a seed gives the same text whatever else
-    is in the batch and whatever ran before. top_k, min_p, repetition_penalty, logit_bias: see `Sampling`. draft: where one
-    prompt runs alone at temperature 0, verify several ids in a pass that the text itself suggests. If not given, so it is
-    done in float32 on a CPU, where it changes no id; True asks for it elsewhere too, where rounding may decide otherwise
-    between ids that are equally good.
+    is in the batch and whatever ran before. top_k, min_p, repetition_penalty, logit_bias: see `Sampling`. draft: if one
+    prompt runs alone at temperature 0, verify in one pass several ids that the text itself suggests. If not given, this is
+    done in float32 on a CPU, where it changes no id; True asks for it elsewhere too, where rounding may choose another of
+    equally good ids.
     """
 
     stop: Union[str, Sequence[str], None]
@@ -35,8 +35,8 @@ class Options(TypedDict, total=False):
 
 
 class Prompts(NamedTuple):
-    """Prompts as ids. begun: for each prompt the ids at its end whose text its new text goes on from, if any prompt has
-    some. places: where each stands among the dialogs that were passed, of which unsafe ones are not run."""
+    """Prompts as ids. begun: for each prompt the ids at its end that begin the reply; empty if no prompt has such ids.
+    places: the index of each prompt among the dialogs that were passed; unsafe dialogs are not run."""
 
     ids: Sequence[Sequence[int]]
     begun: Sequence[Sequence[int]] = ()
@@ -45,8 +45,8 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """A call as it was made, before it is checked. prompts: makes the prompts, and raises where they are wrong: it is called
-    once, where the processes compare what they were given. options: Meta's arguments and `Options` by name. reuse: go on
+    """A call as it was made, before it is checked. prompts: makes the prompts, and raises if they are wrong; it is called
+    once, when the processes compare what they were given. options: Meta's arguments and `Options` by name. reuse: go on
     from what the cache holds."""
 
     prompts: Callable[[], Prompts]
@@ -57,10 +57,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Choice:
-    """Meta's arguments and `Options`, checked. The prompts have seeds of their own, or the call has one, or neither."""
+    """Meta's arguments and `Options`, checked. Either the prompts have seeds, or the call has one, or neither."""
 
     sampling: Sampling
-    length: int  # ids that may follow a prompt
+    length: int  # the most ids that may follow a prompt
     scored: bool
     alternatives: int
     stops: tuple[str, ...]
@@ -70,7 +70,7 @@ class Choice:
     draft: Optional[bool]
 
     def values(self) -> dict[str, Any]:
-        """By the names of the options, in one form for one meaning: stops and stop_ids may come as sets."""
+        """The options by name. What means the same looks the same: stop and stop_ids, which may come as sets, are sorted."""
         seeds = self.seed if self.seed is not None else self.seeds
         own = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids)), "seed": seeds, "draft": self.draft}
         logprobs = self.alternatives or self.scored
@@ -83,7 +83,7 @@ DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(Sampling)},
     **{"max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (), "seed": None, "draft": None},
 }
-TOLD = {  # what the options of an answer say of themselves at a terminal
+TOLD = {  # the line that the terminal's help has for each option of an answer
     "temperature": "0 takes the best id; above it ids are drawn, the more freely the higher it is",
     "top_p": "draw from the fewest best ids whose mass exceeds this, from 0 to 1, which keeps all",
     "top_k": "draw from so many best ids; 0 from all",
@@ -92,12 +92,12 @@ TOLD = {  # what the options of an answer say of themselves at a terminal
     "max_gen_len": "tokens of an answer at most; as many as there is room for if not given",
     "stop": "a text that ends the answer before it comes; several as a JSON list",
 }
-SETTABLE = [*TOLD, "seed"]  # at a terminal
-IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed")]  # in a line of jobs
+SETTABLE = [*TOLD, "seed"]  # by /set in a chat
+IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed")]  # keys of a line of --jsonl
 
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
-    """The parts of a list of texts, ids or seeds. What can be gone over once only would be empty for the next call."""
+    """The parts of a list of texts, ids or seeds. An iterator is refused, since it would be empty at the next call."""
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Collection):
         raise ValueError(f"{name}={shortened(value)} must be {what}, in a list")
     try:
@@ -107,7 +107,7 @@ def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
 
 
 def stop_strings(stop: Any) -> tuple[str, ...]:
-    """The option `stop`: none, one or several texts."""
+    """The texts of the option `stop`, which may be None, one text or several."""
     stops = () if stop is None else (stop,) if isinstance(stop, str) else _several("stop", stop, "texts")
     if not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError(f"stop={shortened(stop)} must be texts that are not empty")
@@ -115,7 +115,7 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
 
 
 def _seeds(given: Any, prompts: int) -> tuple[Optional[int], tuple[Optional[int], ...]]:
-    """The option `seed`: of the call, and of each prompt."""
+    """The option `seed` as (the call's seed, the seed of each prompt)."""
     is_one = given is None or whole(given) is not None or not isinstance(given, Collection) or isinstance(given, (str, Set))
     told = (given,) if is_one else _several("seed", given, "a whole number, or one for each prompt")
     if not is_one and len(told) != prompts:
@@ -142,7 +142,7 @@ def parse_options(given: Mapping[str, Any], prompts: int, vocab_size: int, max_s
     if draft is not None and not isinstance(draft, bool):
         raise ValueError(f"draft={shortened(draft)} must be True, False or None")
     sampling = Sampling(**{name: given[name] for name in SAMPLING_OPTIONS if name in given})
-    sampling.bias(vocab_size, torch.device("cpu"))  # checks it
+    sampling.bias(vocab_size, torch.device("cpu"))  # raises if the bias is wrong
     return Choice(
         sampling,
         max_seq_len - 1 if length is None else whole_number("max_gen_len", length, 0),

@@ -15,13 +15,13 @@ from .system.files import is_there, read_file
 
 logger = getLogger(__name__)
 
-MODEL_BYTES = 2**26  # the most that a tokenizer.model may have; Llama 2's has half a million
+MODEL_BYTES = 2**26  # a larger tokenizer.model is refused; Llama 2's has half a million bytes
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8, or not yet, decode to
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # bytes that are not UTF-8, or not yet whole, decode to this
 
 
 def user_path(path: Union[str, PathLike[str]]) -> Path:
-    """A path as a user gives it. A folder that is called 7 may come as a number from the command line."""
+    """A path as a user gives it. fire, which reads the examples' flags, makes a number of a folder that is called 7."""
     try:
         return Path(str(path)).expanduser()
     except RuntimeError as error:
@@ -29,9 +29,9 @@ def user_path(path: Union[str, PathLike[str]]) -> Path:
 
 
 def find_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Optional[Path]:
-    """The path that was given, or the checkpoint's tokenizer.model, None if there is none.
+    """The path that was given, or the checkpoint's tokenizer.model; None if there is no such file.
 
-    Meta's layout has one beside the folders of all models, others have one in each.
+    Meta's layout has one file beside the folders of all models; other layouts have one in each folder.
     """
     if given is not None:
         return user_path(given)
@@ -40,7 +40,7 @@ def find_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
 
 
 def need_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Path:
-    """As `find_tokenizer`. ValueError if there is none."""
+    """As `find_tokenizer`, but ValueError if there is no such file."""
     if path := find_tokenizer(ckpt_dir, given):
         return path
     if not ckpt_dir.is_dir():
@@ -51,7 +51,7 @@ def need_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
 class Tokenizer:
     """A SentencePiece model. pad_id is -1 for Llama 2: it has no padding piece.
 
-    ValueError where `model_path` is missing or no SentencePiece model.
+    ValueError if `model_path` is missing, or is not a SentencePiece model.
     """
 
     def __init__(self, model_path: str) -> None:
@@ -63,7 +63,7 @@ class Tokenizer:
         try:
             self.sp_model.LoadFromSerializedProto(model)
             self.n_words: int = self.sp_model.vocab_size()
-            self.sp_model.DecodeIds(list(range(self.n_words)))  # all at once, to find the piece that is no text
+            self.sp_model.DecodeIds(list(range(self.n_words)))  # fails if the text of a piece is damaged
         except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a SentencePiece model, or damaged; pass the path of a tokenizer.model") from error
         self.bos_id: int = self.sp_model.bos_id()
@@ -77,17 +77,17 @@ class Tokenizer:
         logger.info("%s: %d pieces, BOS %d, EOS %d", path, self.n_words, self.bos_id, self.eos_id)
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`. Text never becomes a control id: `</s>` in it is five ordinary characters or so."""
+        """The ids of `s`. Text never becomes a control id: `</s>` in it is read as ordinary characters."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {type(s).__name__}")
         try:
             ids: list[int] = self.sp_model.EncodeAsIds(s)
-        except RuntimeError as error:  # halves of surrogate pairs
+        except RuntimeError as error:  # half of a surrogate pair
             raise ValueError(f"{s!r} has characters that UTF-8 cannot encode") from error
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Union[int, Sequence[int]]) -> str:
-        """The text of one id or of many. The space that SentencePiece puts before a text goes; control ids are silent."""
+        """The text of one id or of many. SentencePiece's space before a text is dropped; control ids give no text."""
         ids = [t] if isinstance(t, int) else [int(i) for i in t]
         for i in ids:
             if not 0 <= i < self.n_words:
@@ -106,7 +106,7 @@ class Tokenizer:
 
     @cached_property
     def _anchor(self) -> int:
-        """A piece to decode before others, so that they are not at the start, where a space would be dropped."""
+        """The id of a piece to decode before others: at the start of a text their space would be dropped."""
         for i in range(self.n_words):
             piece: str = self.sp_model.IdToPiece(i)
             if not (self.sp_model.IsControl(i) or self.sp_model.IsUnknown(i) or self.sp_model.IsByte(i)) and "▁" not in piece:
@@ -115,7 +115,7 @@ class Tokenizer:
 
 
 def split(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    """`Tokenizer.split`, also for a tokenizer of somebody's own that has Meta's methods only."""
+    """`Tokenizer.split`, also for a user's own tokenizer, which has only Meta's methods."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.split(ids)
     stream = StreamDecoder(tokenizer)
@@ -126,7 +126,7 @@ def split(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
 
 
 def is_control(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether an id has no text. Of a tokenizer of somebody's own BOS and EOS are known."""
+    """Whether an id has no text. Of a user's own tokenizer only BOS and EOS are known."""
     if isinstance(tokenizer, Tokenizer):
         return bool(tokenizer.sp_model.IsControl(token))
     return token in (tokenizer.bos_id, tokenizer.eos_id)
@@ -135,8 +135,8 @@ def is_control(tokenizer: Tokenizer, token: int) -> bool:
 class StreamDecoder:
     """Text from ids as they come. The strings that `add` and `finish` return, joined, are `decode` of all ids.
 
-    Nothing that may still change is given out: a character whose bytes have not all come waits for them. For a tokenizer
-    of somebody's own, with Meta's methods only, all ids are decoded anew with each.
+    Text that may still change is held back: a character waits until all its bytes have come. A user's own tokenizer, which
+    has only Meta's methods, decodes all ids again for each new one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -146,6 +146,7 @@ class StreamDecoder:
         self._given: Optional[str] = None if isinstance(tokenizer, Tokenizer) else ""  # text of all ids so far
 
     def add(self, token: int) -> str:
+        """The text that is certain with this id, and was not before."""
         self._waiting.append(token)
         if self._given is not None:
             text = self.tokenizer.decode(self._waiting)
@@ -176,9 +177,9 @@ class StreamDecoder:
 
 
 class TextStream:
-    """The text of ids as they come, up to the first of some stop strings, which is left out.
+    """The text of ids as they come, up to the first stop string, which is left out.
 
-    What may be the beginning of a stop string is held back until more is known.
+    Text that may be the beginning of a stop string is held back until more is known.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
@@ -188,13 +189,15 @@ class TextStream:
         self._held = ""
 
     def add(self, token: int) -> str:
+        """The text that is certain with this id; none once a stop string has come."""
         return self._release(self._decoder.add(token))
 
     def prime(self, tokens: Iterable[int]) -> str:
-        """The text of an echoed prompt, in which stop strings do not count."""
+        """Take an echoed prompt's ids, and return their text. Stop strings in it do not count."""
         return "".join(self._decoder.add(token) for token in tokens)
 
     def finish(self) -> str:
+        """What is still held back."""
         text = self._release(self._decoder.finish())
         held, self._held = self._held, ""
         return text + held

@@ -200,7 +200,7 @@ TENSORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "meta": (lambda t: t.to("meta"), "it holds 'torch._utils._rebuild_meta_tensor_no_storage'"),
     "sparse": (lambda t: t.to_sparse(), "it holds "),
     "nested": (lambda t: torch.nested.nested_tensor([t]), "it holds 'torch._utils._rebuild_nested_tensor'"),
-    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "it holds "),
+    "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "it holds "),
     "subclass": (lambda t: t.as_subclass(Sub), "it holds "),
     "complex": (lambda t: t.to(torch.complex64), "wq.weight is torch.complex64"),
     "conjugate": (lambda t: torch.conj(t.to(torch.complex64)), "negative or conjugate"),

@@ -298,7 +298,7 @@ def test_product_int4(form: Any, dtype: torch.dtype, gated: bool, B: int, N: int
     x = numbers(B, K, dtype=dtype) + 2
     y = form.product_int4(x, pairs(n), scales, zeros, gated)
     assert y.shape == (B, N)
-    # The dequantised weights are rounded too.
+    # The dequantized weights are rounded too.
     close(y, references(x, weight, gated), 5 if gated else 2)
     close(y, kernels.product_int4(x, pairs(n), scales, zeros, gated), 6 if gated else 3)
 

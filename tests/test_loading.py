@@ -131,7 +131,7 @@ def _quantization(model: Transformer) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_joined_quantised_layers_are_the_layers(
+def test_joined_quantized_layers_are_the_layers(
     kind: str, tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same product; joined anew after somebody put other numbers into one of them, and after `.to()`."""

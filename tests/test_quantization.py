@@ -454,7 +454,7 @@ print(kb("VmHWM") - before, kb("RssAnon"))
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_loading_holds_no_full_precision(kind: str, tmp_path: Path, tiny: Path, tokenizer_path: str) -> None:
-    """A model of 170 MB in float32, of which 162 are matrices, takes what it has quantised and little more."""
+    """A model of 170 MB in float32, of which 162 are matrices, takes what it has quantized and little more."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc/self/status")
     params = {"dim": 1024, "n_layers": 3, "n_heads": 8, "multiple_of": 64}

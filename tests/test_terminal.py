@@ -141,7 +141,7 @@ def test_set(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     assert "top_p is a number, not x" in err
     assert "temperature=-1 must be" in err
     assert "max_gen_len=1.5 must be" in err
-    assert "/set stop needs a value, or none" in err
+    assert '/set stop needs a value (or the word "none" for the default)' in err
     assert "unknown option speed; there are temperature, " in err
     options = conversation.session.options
     assert (options["top_k"], options["temperature"], options["max_gen_len"], options["stop"]) == (5, 0, None, ["a b", "["])

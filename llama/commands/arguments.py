@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
-from typing import Any, NamedTuple, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn, Optional, Union
 
 from ..generation import Llama
 from ..options import DEFAULTS, TOLD, parse_options
@@ -19,13 +19,13 @@ from .console import number, texts
 
 REQUIRED = object()  # the default of an option that has to be given
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "none": None}
-OPTION = re.compile(
-    r"(?:--|-(?=[A-Za-z]))([^\s=]+)(?:=(.*))?", re.DOTALL
-)  # a text that begins with a dash has spaces, or digits
+# A name and a value. "-5" and "- a list" are texts.
+OPTION = re.compile(r"(?:--|-(?=[A-Za-z]))([^\s=]+)(?:=(.*))?", re.DOTALL)
 
 
 class Option(NamedTuple):
-    """An option of a command. read: makes its value of a word; `truth` for a flag, which is given as --NAME or --noNAME."""
+    """An option of a command. read: turns a word into the value; a flag, which needs no word, has `truth`. told: its line in
+    the help."""
 
     read: Callable[[str], Any]
     default: Any
@@ -33,7 +33,8 @@ class Option(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command. options: by name, in groups as its help shows them. places: those that may be given without their names."""
+    """A command. work: its docstring is its help. places: the options whose names may be left out, in this order. groups: all
+    options by name, under the titles that the help gives them."""
 
     work: Callable[[Namespace], None]
     places: Sequence[str]
@@ -45,12 +46,14 @@ class Command(NamedTuple):
 
 
 def truth(word: str) -> Optional[bool]:
+    """True, False, or None for what is not decided."""
     if word.lower() not in TRUTHS:
         raise ArgumentTypeError(f"{shortened(word)} must be True or False")
     return TRUTHS[word.lower()]
 
 
-def a_number(word: str) -> Any:
+def a_number(word: str) -> Union[int, float, None]:
+    """A number; None in place of it means that it is not given."""
     try:
         return None if word == "None" else number(word)
     except ValueError as error:
@@ -58,6 +61,7 @@ def a_number(word: str) -> Any:
 
 
 def a_name(word: str) -> Optional[str]:
+    """A word out of a list; None in place of it means that it is not given."""
     return None if word == "None" else word
 
 
@@ -79,6 +83,7 @@ ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], t
 
 
 def some_of_model(*names: str) -> dict[str, Option]:
+    """Options of `MODEL`, by name."""
     return {name: MODEL[name] for name in names}
 
 
@@ -93,17 +98,19 @@ def build(args: Namespace, **changed: Any) -> Llama:
 def answers(args: Namespace) -> dict[str, Any]:
     """The options of answers, checked before any work."""
     given = {name: getattr(args, name) for name in ANSWERS}
-    parse_options(given, prompts=1, vocab_size=1, max_seq_len=1)  # none of them has ids
+    parse_options(given, prompts=1, vocab_size=1, max_seq_len=1)  # any size will do: none of them names ids
     return given
 
 
 class Parser(ArgumentParser):
+    """An ArgumentParser that raises ValueError, and leaves it to `main` to print it."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog.split()[-1]}: {message}")
 
 
 def understand(commands: Mapping[str, Command], words: Sequence[str]) -> Callable[[], None]:
-    """What a command line asks for, ready to run. ValueError if it is wrong; nothing is loaded before that is known."""
+    """What a command line asks for, ready to run. ValueError if it is wrong. Nothing is loaded here."""
     whole = Parser(prog="llama", allow_abbrev=False, description="What can be done with a checkpoint from a terminal.")
     several = whole.add_subparsers(metavar="COMMAND", title="commands (llama COMMAND --help shows the options of one)")
     name, *rest = words or ["--help"]
@@ -141,16 +148,17 @@ def _add_parser(several: Any, name: str, command: Command) -> ArgumentParser:
 
 
 def _given(name: str, command: Command, words: Sequence[str]) -> Optional[dict[str, str]]:
-    """The word that each option was given; None where help is asked for. Dashes in a name are underscores."""
+    """The word that each option was given, or None if help is asked for. A dash in a name is read as an underscore."""
     options, given, loose, left = command.options, dict[str, str](), list[str](), deque(words)
     flags = {option for option in options if options[option].read is truth}
     while left:
         word = left.popleft()
-        if word == "--":  # the rest is no options
+        if word == "--":  # only texts follow
             loose += left
             break
         if (found := OPTION.fullmatch(word)) is None:
-            loose += [word] * (word != "-")  # stdin, which is read if nothing is given
+            if word != "-":  # stands for stdin, which is read if there is no text
+                loose.append(word)
             continue
         option, value = found[1].replace("-", "_"), found[2]
         if option in ("h", "help"):

@@ -24,7 +24,7 @@ from ..system.printable import printable
 from ..tokenizer import user_path
 from .arguments import Command, Option, a_number, build, some_of_model, truth
 
-READ_BYTES = 2**28  # more than a core's share of the caches holds, yet touched in a fraction of a second
+READ_BYTES = 2**28  # too many for a core's share of the caches, yet read in a fraction of a second
 TRIES = 5
 REPEATS = 3
 
@@ -56,7 +56,7 @@ def bench(args: Namespace) -> None:
 def measure(llama: Llama, prompt_tokens: int, new_tokens: int, batch_size: int) -> dict[str, Any]:
     """Medians over REPEATS runs, and the machine's read rate. All processes call it together."""
     weight, rows = llama.model.norm.weight, make_prompts(batch_size, prompt_tokens, llama.model.vocab_size)
-    from_first_process(None)  # processes that share a memory read it at the same time, as in a step
+    from_first_process(None)  # all start together: processes that share a memory read it at the same time, as in a step
     limit = read_rate(weight.device)
     timed_run(llama, rows, new_tokens)
     runs = [timed_run(llama, rows, new_tokens) for _ in range(REPEATS)]
@@ -118,7 +118,7 @@ def _place(report: Mapping[str, Any]) -> str:
 
 
 def make_prompts(batch_size: int, length: int, vocab_size: int) -> list[list[int]]:
-    """Prompts of BOS and ids that differ, past the special ones."""
+    """Prompts of BOS and then ids that vary, none of them special."""
     special = min(3, vocab_size - 1)
     return [
         [min(1, vocab_size - 1), *(special + (7 * i + 31 * row) % (vocab_size - special) for i in range(length - 1))]
@@ -127,8 +127,8 @@ def make_prompts(batch_size: int, length: int, vocab_size: int) -> list[list[int
 
 
 def timed_run(llama: Llama, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, Optional[float], list[int]]:
-    """Greedy, past any EOS: seconds to the first token, mean seconds of each step after it (None if there is none), and
-    the first row's new ids. The prompts are of equal length and not more than the cache has rows."""
+    """Greedy, past any EOS: seconds to the first token, mean seconds of each later step (None for one new token), and the
+    first row's new ids. The prompts have one length, and there are at most max_batch_size of them."""
     requests = [Request(list(prompt), new_tokens) for prompt in prompts]
     ids: list[int] = []
     moments = []
@@ -136,30 +136,30 @@ def timed_run(llama: Llama, prompts: Sequence[Sequence[int]], new_tokens: int) -
     for count, step in enumerate(Batch(llama._engine, requests, Sampling(temperature=0), frozenset(), draft=False), start=1):
         if step.index == 0 and step.token is not None:
             ids.append(step.token)
-        if count % len(prompts) == 0:  # the ids are on the host, so the device has done its work
+        if count % len(prompts) == 0:  # the ids have reached the host, so the device has finished
             moments.append(time.perf_counter())
     steps = len(moments) - 1
     return moments[0] - began, (moments[-1] - moments[0]) / steps if steps else None, ids
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that each decode step reads on this process: all but the embedding, of which it takes a few rows."""
+    """Bytes of weights that each decode step reads on this process: all but the embedding, whose rows are few."""
     return sum(
         tensor.nbytes
         for module in model.modules()
         if module is not model.tok_embeddings
         for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         for name, tensor in tensors
-        if not name.startswith("cache_") and name != "fused"  # whose parts are the layers' weights
+        if not name.startswith("cache_") and name != "fused"  # its parts are the layers' weights, which are counted
     )
 
 
 def read_rate(device: torch.device, nbytes: int = READ_BYTES) -> float:
-    """Bytes a second that this process reads from ordinary memory with all its threads; on other devices than the CPU,
-    bytes read and written a second by a copy. The best of a few operators, each one's median of TRIES."""
+    """Bytes a second that this process reads from memory with all its threads; on other devices than the CPU, bytes a second
+    that a copy reads and writes. The best of a few operators; for each, the median of TRIES."""
     free = memory.free_bytes(device)
     nbytes = nbytes if free is None else max(2**20, min(nbytes, free // 4))
-    numbers = torch.ones(nbytes // 8 * 2, dtype=torch.float32, device=device)  # an even number; ones touch every page
+    numbers = torch.ones(nbytes // 8 * 2, dtype=torch.float32, device=device)  # an even count; writing ones touches every page
     if device_kind(device) != "cpu":
         target = torch.empty_like(numbers)
         return 2 * numbers.nbytes / _seconds(lambda: target.copy_(numbers), device)
@@ -181,7 +181,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple
 
 @torch.inference_mode()
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Median of TRIES, after one that is not counted."""
+    """The median of TRIES runs, after one that is not counted."""
 
     def once() -> float:
         began = time.perf_counter()
@@ -195,7 +195,7 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def largest_cache() -> int:
-    """Bytes of the first processor's largest cache; 0 where the system does not tell."""
+    """Bytes of the first processor's largest cache; 0 if the system does not tell."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         number, unit = path.read_text().strip()[:-1], path.read_text().strip()[-1:]

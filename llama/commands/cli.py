@@ -35,5 +35,5 @@ def main() -> None:
 def _is_first() -> bool:
     try:
         return runtime.Launch.read().rank == 0
-    except ValueError:  # this is what went wrong
+    except ValueError:  # torchrun's variables are what is wrong
         return True

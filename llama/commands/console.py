@@ -1,7 +1,7 @@
 """How the commands read and speak.
 
-stdout has the model's words and nothing else; the program's own go to stderr. Where torchrun started several processes, the
-first one reads, and tells the others what it read: all of them run the same lines, and one is heard.
+stdout has only the model's words; the program's own go to stderr. If torchrun started several processes, the first one reads,
+and tells the others what it read; all of them run the same lines, and the first one prints.
 """
 
 from __future__ import annotations
@@ -31,35 +31,37 @@ Read = Callable[[Callable[[], str]], Optional[str]]
 
 
 def say(text: str) -> None:
-    """To stdout at once."""
+    """Write to stdout at once."""
     sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
+    """Tell the user something, on stderr."""
     _tell(text, "2")
 
 
 def complain(text: str) -> None:
+    """Tell the user an error, on one line of stderr."""
     _tell(escaped(" ".join(text.split())), "31")
 
 
 def _tell(text: str, color: str) -> None:
-    """Words of the program's own, from one process, in color where there is somebody to see it."""
+    """Print on stderr, from the first process, in color at a terminal."""
     if is_first_process():
         text = harmless(text)
         print(f"\x1b[{color}m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def quoted(text: str, *, quotes: bool = False) -> str:
-    """On one line, whatever it holds."""
+    """A text on one line, with JSON's escapes."""
     line = json_line(text)
     return line if quotes else line[1:-1].replace('\\"', '"')
 
 
 @contextmanager
 def pipe_may_close() -> Iterator[None]:
-    """`… | head` is no error; and what the terminal has no characters for is none either."""
+    """A block that prints. `… | head` is no error, and neither is a character that the terminal lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     with reader_may_leave():
@@ -67,7 +69,7 @@ def pipe_may_close() -> Iterator[None]:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """What the first process makes of it, on every process; a ValueError or OSError there is a ValueError on all."""
+    """The result of `work` on the first process, on all; its ValueError or OSError is a ValueError on all."""
     outcome: Any = None
     if is_first_process():
         try:
@@ -81,7 +83,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def typed_lines(commands: Sequence[str]) -> Read:
-    """Reads messages at the terminal, with a history that outlives the program."""
+    """Read messages at the terminal, with a history that outlives the program."""
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
@@ -104,7 +106,7 @@ def typed_lines(commands: Sequence[str]) -> Read:
         while True:
             try:
                 return prompt.prompt("> ", bottom_toolbar=f" {below()}")
-            except KeyboardInterrupt:  # a new line to type, as in a shell
+            except KeyboardInterrupt:  # begin a new line, as a shell does
                 continue
             except EOFError:
                 return None
@@ -113,7 +115,7 @@ def typed_lines(commands: Sequence[str]) -> Read:
 
 
 def _keys() -> Any:
-    """Enter sends, unless the line ends with a backslash; Esc Enter never does. (prompt_toolkit has it the other way.)"""
+    """Enter sends, unless the line ends with a backslash; Esc Enter begins a line. (prompt_toolkit does the reverse.)"""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -135,7 +137,7 @@ def _keys() -> Any:
 
 
 def history_file() -> Optional[Path]:
-    """The file of what was typed, for this user only; None where there is no place for it."""
+    """The file of what was typed, which only this user may read; None if there is no place for it."""
     state = {"darwin": "Library/Application Support", "win32": "AppData/Local"}.get(sys.platform, ".local/state")
     try:
         path = Path.home() / state / "llama" / "history"
@@ -147,6 +149,7 @@ def history_file() -> Optional[Path]:
 
 
 def piped_lines() -> Read:
+    """Read messages from stdin; a backslash at the end of a line joins it to the next."""
     lines = _decoded(sys.stdin.buffer)
 
     def read(_: Callable[[], str]) -> Optional[str]:
@@ -167,7 +170,7 @@ def _decoded(file: Any) -> Iterator[str]:
 
 
 def given_text(text: Optional[str], file: Optional[str], what: str) -> str:
-    """The text that a command works on. Only the first process reads files and pipes; the others get theirs later."""
+    """The text that a command works on. Only the first process reads files and pipes; the others get "" here."""
     if text is not None and file is not None:
         raise ValueError(f"give the {what} or --file, not both")
     if text is not None:
@@ -182,7 +185,7 @@ def given_text(text: Optional[str], file: Optional[str], what: str) -> str:
         decoded = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path or 'the pipe'} is not UTF-8 at byte {error.start}") from error
-    return decoded.removesuffix("\n").removesuffix("\r")  # which editors and echo put there
+    return decoded.removesuffix("\n").removesuffix("\r")  # editors and echo put a line end there
 
 
 def texts(value: str) -> Union[str, list[str]]:
@@ -198,6 +201,7 @@ def texts(value: str) -> Union[str, list[str]]:
 
 
 def number(value: str) -> Union[int, float]:
+    """ValueError if it is not a number."""
     try:
         return int(value)
     except ValueError:

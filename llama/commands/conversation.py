@@ -17,25 +17,25 @@ from ..session import ContextFull
 from ..tokenizer import user_path
 from .console import Read, complain, note, number, on_first, say, texts
 
-SETTINGS = {name: DEFAULTS[name] for name in SETTABLE}  # what /set knows, and what `/set NAME none` makes of them
+SETTINGS = {name: DEFAULTS[name] for name in SETTABLE}  # what /set knows, with the values that `/set NAME none` gives
 
 
 class Conversation:
-    """What can be typed into `chat`. A method `do_x` is the command /x, its docstring what /help says about it.
+    """What can be typed into `chat`. A method `do_x` is the command /x, and its docstring is the line that /help shows.
 
-    Runs on every process alike; what touches the outside (reading, files) is done by the first.
+    It runs alike on every process; only the first one reads what is typed, and touches files.
     """
 
     def __init__(self, session: Any) -> None:
         self.session = session
-        self.refused: Optional[str] = None  # the message that did not fit, which /drop makes room for
+        self.refused: Optional[str] = None  # the message that did not fit; /drop makes room for it
         self.last: Optional[str] = None  # what /stats says about the last reply
 
     def run(self, read: Optional[Read]) -> None:
+        """Obey lines until they end. read: None on processes other than the first."""
         interactive = on_first(lambda: sys.stdin.isatty())
         if interactive:
             note("Type a message. /help lists the commands; Ctrl-C stops a reply; Ctrl-D ends.")
-        # read is None where another process reads.
         while (line := on_first(lambda: read(lambda: self.context) if read else None)) is not None:
             try:
                 if line.strip():
@@ -49,6 +49,7 @@ class Conversation:
                     raise SystemExit(130) from None
 
     def obey(self, line: str) -> None:
+        """Run a command, or answer a message."""
         if not line.startswith("/"):
             return self.reply(line)
         name, argument = re.findall(r"(?s)/(\S*)\s*(.*)", line)[0]
@@ -62,7 +63,7 @@ class Conversation:
         try:
             chunks = self.session.send(message)
         except ContextFull as error:
-            # Only where dropping turns helps does the message offer it.
+            # The message offers this only if dropping turns helps.
             offer = f"drop({error.drop})"
             self.refused = message if offer in str(error) else None
             told = str(error).replace(f"{offer} forgets", "/drop sends the message again and forgets")
@@ -71,8 +72,8 @@ class Conversation:
         self.show(chunks)
 
     def show(self, reply: Iterator[Chunk], goes_on: bool = False) -> None:
-        """A reply as it comes, without the spaces before it; or what is new of one that goes on."""
-        # A generator, which has to be closed where it is left early: only then is the turn kept.
+        """Print a reply as it comes, without the spaces before it. goes_on: it is more of an earlier reply."""
+        # A generator keeps the turn when it is closed, also if it is left early.
         chunks = cast("Generator[Chunk, None, None]", reply)
         count, waited, reason, began = 0, 0.0, None, time.perf_counter()
         shown = goes_on
@@ -99,10 +100,12 @@ class Conversation:
 
     @property
     def limit(self) -> int:
+        """The tokens that there is room for."""
         return cast(int, self.session.llama.model.params.max_seq_len)
 
     @property
     def context(self) -> str:
+        """How much of the room is used, in words."""
         used = min(self.limit, self.limit - self.session.room)
         return f"{used} of {self.limit} tokens ({used / self.limit:.0%})"
 
@@ -115,7 +118,7 @@ class Conversation:
         )
 
     def do_system(self, text: str) -> None:
-        """/system [TEXT]  show the system message, or say what it shall be, - for none (before the first turn)"""
+        """/system [TEXT]  show or set the system message; - removes it (only before the first turn)"""
         if text:
             if self.session.turns:
                 raise ValueError("the system message belongs to the first turn; /clear before changing it")
@@ -136,11 +139,11 @@ class Conversation:
         try:
             self.reply(turn["user"])
         finally:
-            if len(self.session.turns) == left:  # there was no other reply
+            if len(self.session.turns) == left:  # no other reply has come
                 self.session.turns.append(turn)
 
     def do_continue(self, beginning: str) -> None:
-        """/continue [BEGINNING]  let the last reply go on; BEGINNING takes its place first"""
+        """/continue [BEGINNING]  let the last reply go on, or replace it by BEGINNING and let that go on"""
         if beginning and self.session.turns:
             self.session.turns = [*self.session.turns[:-1], {**self.session.turns[-1], "assistant": beginning}]
         self.show(self.session.continue_reply(), goes_on=True)
@@ -152,7 +155,7 @@ class Conversation:
         note("all forgotten")
 
     def do_drop(self, text: str) -> None:
-        """/drop [N]  forget the N oldest turns, or as many as a message needs that did not fit; then send that again"""
+        """/drop [N]  forget the N oldest turns, or as many as the message needs that did not fit; then send it again"""
         if text and not (text.isdecimal() and int(text)):
             raise ValueError(f"/drop {text}: it takes how many turns to forget, 1 or more")
         message, self.refused = self.refused, None
@@ -167,7 +170,7 @@ class Conversation:
 
     def _needed(self, message: str) -> int:
         try:
-            self.session.send(message)  # runs nothing until it is iterated over
+            self.session.send(message)  # computes nothing before it is iterated over
         except ContextFull as error:
             return error.drop
         return 0
@@ -187,7 +190,7 @@ class Conversation:
             return self.session.system, self.session.turns
 
         system, turns = on_first(read)
-        if not is_first_process():  # which has them; the others may not even see the file
+        if not is_first_process():  # the first one has read them; the others may not see the file
             self.session.clear()
             self.session.system, self.session.turns = system, turns
         self.refused = None
@@ -209,7 +212,7 @@ class Conversation:
             if name not in SETTINGS:
                 raise ValueError(f"unknown option {name}; there are {', '.join(SETTINGS)}")
             if not value:
-                raise ValueError(f"/set {name} needs a value, or none")
+                raise ValueError(f'/set {name} needs a value (or the word "none" for the default)')
             changed = {**options, name: SETTINGS[name] if value[0] == "none" else _setting(name, value[0])}
             self.session.llama.check_options(changed)
             options[name] = changed[name]

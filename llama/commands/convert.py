@@ -1,7 +1,7 @@
-"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype, or quantised.
+"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype, or quantized.
 
-Tensor by tensor: at no time is there more than one of them in memory. Everything goes into a folder with another name,
-config last, which is renamed at the very end; what is interrupted leaves nothing that looks whole.
+At no time is more than one tensor in memory. Everything is written into a folder with another name, the config last, and that
+folder is renamed at the very end; an interrupted run leaves nothing that looks whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..weights.checkpoint import Checkpoint, cut, fit_vocabulary, open_checkpoin
 from ..weights.huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from ..weights.writers import Entry, write_pth, write_safetensors
 
-PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder has no more, unless one tensor has
+PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder is no larger, unless a single tensor is
 
 
 def convert(
@@ -43,9 +43,10 @@ def convert(
 ) -> None:
     """Write the checkpoint `source` into the new folder `target`, to="meta" (with `shards`) or "hf".
 
-    dtype: of all weights, each its own if not given. tokenizer_path: copied too; a Hugging Face folder needs it. quantize:
-    "int8" or "int4", for the matrices of Meta's format; as they are if not given, and then dtype is not theirs. ValueError
-    where an argument or the source is not right, the target exists, or the disk has too little room; then nothing is written.
+    dtype: of all weights; each keeps its own if not given. tokenizer_path: is copied too; a Hugging Face folder needs it.
+    quantize: "int8" or "int4" for the matrices of Meta's format; if not given, quantized matrices stay as they are, whatever
+    `dtype` says. ValueError if an argument or the source is wrong, the target exists, or the disk has too little room; then
+    nothing is written.
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to={to!r} must be 'meta' or 'hf'")
@@ -85,7 +86,7 @@ def _full_args(checkpoint: Checkpoint, tokenizer: Optional[Tokenizer]) -> ModelA
 
 @contextmanager
 def _new_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """A folder beside `target` to write into. It becomes `target` if all went well, and is removed if not."""
+    """A folder beside `target` to write into. It becomes `target` if the block succeeds, and is removed if it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
@@ -105,7 +106,7 @@ def _new_folder(target: Path, nbytes: int) -> Iterator[Path]:
 def _meta_files(
     checkpoint: Checkpoint, model: Transformer, shards: int, dtype: Optional[torch.dtype]
 ) -> dict[str, list[Entry]]:
-    """consolidated.NN.pth: shard i has the i-th part of every matrix, along the dimension that its layer is cut."""
+    """consolidated.NN.pth: shard i has the i-th part of every matrix, along the dimension in which its layer is cut."""
     kv_heads = model.params.kv_heads
     shards = whole_number("shards", shards, 1)
     check_args(model.params, shards)
@@ -136,7 +137,7 @@ def _meta_files(
 
 
 class _Rounded:
-    """The tensors of one layer's part at a time, rounded when the first of them is asked for."""
+    """The rounded tensors of one part of a layer at a time. They are made when the first of them is read."""
 
     def __init__(self, checkpoint: Checkpoint, layers: dict[str, Quantized], shards: int) -> None:
         self.checkpoint, self.layers, self.shards = checkpoint, layers, shards
@@ -159,7 +160,7 @@ class _Rounded:
 
 
 def _hf_files(checkpoint: Checkpoint, model: Transformer, dtype: Optional[torch.dtype]) -> dict[str, list[Entry]]:
-    """model.safetensors, or as many parts as PART_BYTES asks for."""
+    """model.safetensors, or several files of at most PART_BYTES."""
     parts: list[list[Entry]] = [[]]
     for name, (shape, dim, _) in cut(model).items():
         read = _reader(checkpoint, name, dim, 0, 0 if dim is None else shape[dim])
@@ -191,10 +192,10 @@ def _in_hf_order(read: Callable[[], torch.Tensor], head_dim: int, checkpoint: Ch
 
 
 def meta_params(args: ModelArgs) -> dict[str, Any]:
-    """params.json. A feed-forward width that was stated outright becomes a multiple and a multiplier that give it."""
+    """params.json. If the feed-forward width was given, a multiple and a multiplier are found that give it by Meta's rule."""
     multiple_of, multiplier = args.multiple_of, args.ffn_dim_multiplier
     if args.ffn_dim is not None:
-        exact = (args.ffn_dim + 0.5) / int(8 * args.dim / 3)  # which the rule rounds down
+        exact = (args.ffn_dim + 0.5) / int(8 * args.dim / 3)  # the rule rounds its product down
         rules = [(2**power, factor) for factor in (None, 1.3) for power in range(12, -1, -1)] + [(1, exact)]
         multiple_of, multiplier = next(r for r in rules if feed_forward_width(4 * args.dim, *r) == args.ffn_dim)
     params = {
@@ -207,7 +208,7 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
 
 
 def quantization_params(quantization: Optional[Quantization]) -> dict[str, Any]:
-    """What params.json says of the matrices' numbers."""
+    """The entry of params.json for quantized matrices."""
     if quantization is None:
         return {}
     group = {"group_size": quantization.group_size} if quantization.kind == "int4" else {}
@@ -242,9 +243,9 @@ def _write_hf_config(
 
 
 def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json: the same pieces and ids for transformers, which needs nothing else then.
+    """tokenizer.json: the same pieces and ids, for transformers, which then needs no other file.
 
-    SentencePiece joins the two neighbours whose piece scores best; there, a list of pairs says which come first.
+    SentencePiece joins the two neighbours whose piece scores best; tokenizer.json lists the pairs in that order.
     """
     model = tokenizer.sp_model
     pieces = [model.IdToPiece(i) for i in range(tokenizer.n_words)]
@@ -256,7 +257,7 @@ def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         splits = ((pieces[i][:at], pieces[i][at:]) for at in range(1, len(pieces[i])))
         merges += sorted((s for s in splits if s[0] in ids and s[1] in ids), key=lambda s: (ids[s[0]], ids[s[1]]))
     spaces: list[dict[str, Any]] = []
-    if model.EncodeAsIds("a  b") == model.EncodeAsIds("a b"):  # not Llama's, whose vocabulary has runs of spaces
+    if model.EncodeAsIds("a  b") == model.EncodeAsIds("a b"):  # not Llama's: its vocabulary has runs of spaces
         spaces = [{"type": "Strip", "strip_left": True, "strip_right": True},
                   {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]  # fmt: skip
     begin = {"SpecialToken": {"id": pieces[tokenizer.bos_id], "type_id": 0}}

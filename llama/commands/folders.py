@@ -49,7 +49,7 @@ def _name(dtype: torch.dtype) -> str:
 def _holds(
     checkpoint: Checkpoint, placement: memory.Placement, path: Optional[Path], tokenizer: Optional[Tokenizer]
 ) -> dict[str, str]:
-    """What is in the folder."""
+    """What is in the folder: a line for each label."""
     args, stored = placement.args, checkpoint.quantization
     model = (
         f"{args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, {args.kv_heads} key/value "
@@ -69,7 +69,7 @@ def _holds(
 
 
 def _needs(placement: memory.Placement) -> dict[str, str]:
-    """What it takes to run it, beside what is free."""
+    """The memory that it takes, and what is free."""
     args, processes, device = placement.args, placement.processes, placement.device
     need, free = memory.estimate(placement), memory.free_bytes(device)
     form = f", matrices in {placement.quantization.kind}" if placement.quantization else ""

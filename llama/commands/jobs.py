@@ -1,4 +1,4 @@
-"""Long lists of prompts as JSON lines: checked before any work, written as they come, taken up again where they were left."""
+"""Long lists of prompts as JSON lines: checked before any work, answered in order, and resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..generation import Llama
 
 KEYS = ("prompt", "messages", "continue_final_message", "id", "seed", *IN_JSON)
-PER_SLOT = 8  # lines for each slot in one call: more keep the slots busy, fewer bring results sooner
+PER_SLOT = 8  # lines for each slot in one call; more lines keep the slots busy, fewer bring results sooner
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Job:
     is_begun: bool  # the messages end with the beginning of the reply
     seed: int
     options: dict[str, Any]
-    extra: dict[str, Any]  # what goes into the output as it is: the id
+    extra: dict[str, Any]  # is copied into the output: the id
 
     @property
     def digest(self) -> str:
-        """What the output says about the input, so that a later run knows whether it is the same."""
+        """A fingerprint for the output, so that a later run knows whether its input is the same."""
         told = [self.prompt, self.is_chat, self.seed, self.options, self.extra, *[True] * self.is_begun]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_jobs(path: Path, options: Mapping[str, Any], seed: int) -> list[Job]:
-    """The input's lines; empty ones are passed over. ValueError names the first line that is not right.
+    """The input's lines, without empty ones. ValueError names the first line that is wrong.
 
-    options: for lines that do not say otherwise. Line n draws with seed + n if it has no seed of its own, so its text
+    options: what holds for a line that does not set them itself. Line n draws with seed + n if it has no seed, so its text
     depends neither on the lines around it nor on where an earlier run was interrupted.
     """
     seed = whole_number("seed", seed, 0, 2**62, "from 0 to 2**62")
@@ -82,9 +82,9 @@ def _read_job(number: int, line: Any, options: Mapping[str, Any], seed: int) -> 
 
 
 def finished(path: Path, jobs: list[Job]) -> tuple[int, int]:
-    """(lines, bytes) of an earlier run's output that stand; what comes behind is half a line.
+    """(lines, bytes) of an earlier run's output that are whole; half a line may follow them.
 
-    ValueError where its lines do not belong to these jobs.
+    ValueError if these lines do not belong to these jobs.
     """
     data = read_file(path) if is_there(path) else b""
     size = data.rfind(b"\n") + 1
@@ -103,7 +103,7 @@ def finished(path: Path, jobs: list[Job]) -> tuple[int, int]:
 
 
 def check_jobs(llama: Llama, jobs: list[Job], path: Path) -> None:
-    """What only the model can tell: whether prompts fit, and options are in range. ValueError names the line."""
+    """Check what only the model can tell: whether prompts fit, and options are in range. ValueError names the line."""
     limit = llama.model.params.max_seq_len
     good: list[dict[str, Any]] = []
     for job in jobs:
@@ -126,7 +126,7 @@ def check_jobs(llama: Llama, jobs: list[Job], path: Path) -> None:
 
 
 def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    """The output's lines, in order. Every process iterates, and each copy of the model does its share."""
+    """The output's lines, in order. Every process must iterate; each copy of the model does its share."""
     size = PER_SLOT * llama.model.params.max_batch_size * replica()[1]
     for _, alike in groupby(jobs, key=lambda job: (job.is_chat, job.is_begun, job.options)):
         group = list(alike)
@@ -135,10 +135,10 @@ def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
 
 
 def _answer(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    """One call, for jobs of one kind with the same options."""
+    """The results of one call, for jobs of one kind with the same options."""
     prompts, options = [job.prompt for job in jobs], jobs[0].options
     if jobs[0].is_chat:
-        # Refused dialogs run nothing, and so take no seed.
+        # A refused dialog is not run, so it needs no seed.
         seeds = [job.seed for job in jobs if not is_unsafe(job.prompt)]
         begun = jobs[0].is_begun
         replies: list[Any] = list(llama.chat_completion(prompts, seed=seeds, continue_final_message=begun, **options))
@@ -149,7 +149,7 @@ def _answer(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
 
 
 def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: Optional[BinaryIO]) -> None:
-    """Write what comes, each line at once, with a bar on a terminal. out: None on processes that only compute."""
+    """Write each line as soon as it comes, and show a progress bar at a terminal. out: None on processes that only compute."""
     with tqdm(total=total, initial=done, unit="line", disable=None if is_first_process() else True) as bar:
         for line in lines:
             if out is not None:
@@ -159,7 +159,7 @@ def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: Optional[
 
 
 def open_output(path: Path, size: int) -> BinaryIO:
-    """To go on behind what stands."""
+    """Open the output to go on behind its first `size` bytes; the rest is cut off."""
     file = path.open("r+b" if path.exists() else "wb")
     file.truncate(size)
     file.seek(size)

@@ -24,7 +24,7 @@ def chat(args: Namespace) -> None:
     Ctrl-C stops a reply; if torchrun started several processes, it ends them all.
     """
     options, read = answers(args), None
-    if Launch.read().rank == 0:  # before a long load, since what it needs may be missing
+    if Launch.read().rank == 0:  # before a long load: prompt_toolkit may be missing
         read = typed_lines(SPOKEN) if sys.stdin.isatty() else piped_lines()
     session = build(args).chat(args.system, **options)
     with pipe_may_close():
@@ -48,7 +48,7 @@ def complete(args: Namespace) -> None:
     text = given_text(args.prompt, args.file, "prompt")
     llama = build(args, max_batch_size=1 if args.max_batch_size is None else args.max_batch_size)
     with pipe_may_close():
-        # Every process has to have the text, which only the first could read.
+        # Every process needs the text; only the first could read it.
         last = ""
         for chunk in llama.stream_text([on_first(lambda: text)], echo=args.echo, **options):
             last = chunk["text"] or last
@@ -61,7 +61,7 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
     todo: list[jobs.Job] = []
     done, file = 0, None
     with pipe_may_close(), ExitStack() as opened:
-        if Launch.read().rank == 0:  # before a long load; the others are told after it
+        if Launch.read().rank == 0:  # before a long load, after which the others are told
             if out is not None and out.exists() and out.samefile(source):
                 raise ValueError(f"--out {out} is the input itself; name another file")
             todo = jobs.read_jobs(source, options, args.seed)
@@ -89,12 +89,12 @@ def tokenize(args: Namespace) -> None:
         if text is not None or args.file is not None:
             raise ValueError("give a text or --ids, not both")
         numbers = numbers_in(args.ids)
-        decoded = tokenizer.decode(numbers)  # checks them
+        decoded = tokenizer.decode(numbers)  # raises for ids that are not there
         pieces = [tokenizer.sp_model.IdToPiece(i) for i in numbers]
     else:
         text = given_text(text, args.file, "text")
         numbers = tokenizer.encode(text, args.bos, args.eos)
-        # As they stand in the text, where IdToPiece would say <unk>.
+        # Pieces as the text has them; IdToPiece would give <unk> for those that the vocabulary lacks.
         inner = tokenizer.sp_model.EncodeAsPieces(text)
         pieces = ["<s>"] * args.bos + inner + ["</s>"] * args.eos
         decoded = tokenizer.decode(numbers)
