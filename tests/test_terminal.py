@@ -23,7 +23,7 @@ from workers import Pool
 from llama import Llama
 from llama.chat import UNSAFE_ERROR
 from llama.commands import console, jobs
-from llama.commands.conversation import SPOKEN, Conversation
+from llama.commands.conversation import COMMANDS, Conversation
 
 PROGRAM = "from llama.commands import cli\ncli.main()\n"
 # The pseudo-terminal becomes the one that Ctrl-C of this process comes from, 40 lines of 100 characters.
@@ -64,7 +64,7 @@ def test_replies_are_all_that_stdout_has(llama: Llama, capsys: pytest.CaptureFix
     assert re.search(r"last reply  8 tokens, [\d.]+ a second; the first after [\d.]+ s", err)
     used = sum(len(turn["ids"]) for turn in conversation.session.turns)
     assert f"context     {used} of 512 tokens ({used / 512:.0%}), 1 turn\n" in err
-    assert all(f"\n{name}" in "\n" + err for name in SPOKEN)
+    assert all(f"\n{name}" in "\n" + err for name in COMMANDS)
 
 
 def test_undo_retry_clear(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,41 +148,49 @@ def _add_parser(several: Any, name: str, command: Command) -> ArgumentParser:
 
 
 def _given(name: str, command: Command, words: Sequence[str]) -> Optional[dict[str, str]]:
-    """The word that each option was given, or None if help is asked for. A dash in a name is read as an underscore."""
-    options, given, loose, left = command.options, dict[str, str](), list[str](), deque(words)
-    flags = {option for option in options if options[option].read is truth}
+    """The word that each option was given, or None if help is asked for."""
+    given, loose, left = dict[str, str](), list[str](), deque(words)
     while left:
         word = left.popleft()
         if word == "--":  # only texts follow
             loose += left
             break
-        if (found := OPTION.fullmatch(word)) is None:
-            if word != "-":  # stands for stdin, which is read if there is no text
-                loose.append(word)
-            continue
-        option, value = found[1].replace("-", "_"), found[2]
-        if option in ("h", "help"):
+        if word in ("-h", "--help"):
             return None
-        if (denied := re.sub("^no_?", "", option)) in flags - {option} and value is None:
-            option, value = denied, "False"
-        if option not in options:
-            near = _nearest(option, [*options, *(f"no{flag}" for flag in flags)], "--")
-            told = f"{name} does not take {shortened(word)}{near}; see llama {name} --help for the options"
-            raise ValueError(f"{told}, and write -- before a text that begins with a dash")
-        if value is None:
-            follows = bool(left) and left[0] != "--" and OPTION.fullmatch(left[0]) is None
-            if option in flags:
-                value = left.popleft() if follows and left[0].lower() in ("true", "false") else "True"
-            elif follows:
-                value = left.popleft()
-            else:
-                raise ValueError(f"{name}: --{option} needs a value; for one that looks like an option write --{option}=VALUE")
-        given[option] = value
-    free = [place for place in command.places if place not in given]
-    if more := loose[len(free) :]:
+        if found := OPTION.fullmatch(word):
+            option, value = _named(name, command.options, found)
+            given[option] = _next(name, option, command.options[option], left) if value is None else value
+        elif word != "-":  # stands for stdin, which is read if there is no text
+            loose.append(word)
+    places = [place for place in command.places if place not in given]
+    if more := loose[len(places) :]:
         told = f"{name} does not take {shortened(' '.join(more))}; put a text with spaces in quotes"
         raise ValueError(f"{told}, and see llama {name} --help for the options")
-    return given | dict(zip(free, loose))
+    return given | dict(zip(places, loose))
+
+
+def _named(name: str, options: Mapping[str, Option], found: re.Match[str]) -> tuple[str, Optional[str]]:
+    """The option that a word names, and the value in it: "--top-k=5" is top_k and "5", "--noecho" is echo and "False"."""
+    option, value = found[1].replace("-", "_"), found[2]
+    denied = {form: flag for flag in options if options[flag].read is truth for form in (f"no{flag}", f"no_{flag}")}
+    if option in denied and value is None:
+        return denied[option], "False"
+    if option not in options:
+        told = (
+            f"{name} does not take {shortened(found[0])}{_nearest(option, [*options, *denied], '--')}; see llama {name} --help"
+        )
+        raise ValueError(f"{told} for the options, and write -- before a text that begins with a dash")
+    return option, value
+
+
+def _next(name: str, option: str, kind: Option, left: deque[str]) -> str:
+    """The value of an option that has none in its own word: the next word, or "True" for a flag."""
+    follows = bool(left) and left[0] != "--" and OPTION.fullmatch(left[0]) is None
+    if kind.read is truth:
+        return left.popleft() if follows and left[0].lower() in ("true", "false") else "True"
+    if not follows:
+        raise ValueError(f"{name}: --{option} needs a value; for one that looks like an option write --{option}=VALUE")
+    return left.popleft()
 
 
 def _nearest(name: str, names: Collection[str], dashes: str = "") -> str:

@@ -223,7 +223,7 @@ class Conversation:
         raise EOFError
 
 
-SPOKEN = [f"/{name.removeprefix('do_')}" for name in vars(Conversation) if name.startswith("do_")]
+COMMANDS = [f"/{name.removeprefix('do_')}" for name in vars(Conversation) if name.startswith("do_")]
 
 
 def _setting(name: str, value: str) -> Any:

@@ -12,10 +12,9 @@ from ..generation import DEMO
 from ..runtime import Launch
 from ..system.printable import json_line
 from ..tokenizer import Tokenizer, need_tokenizer, user_path
-from . import jobs
+from . import conversation, jobs
 from .arguments import ANSWERS, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
 from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say, typed_lines
-from .conversation import SPOKEN, Conversation
 
 
 def chat(args: Namespace) -> None:
@@ -25,10 +24,10 @@ def chat(args: Namespace) -> None:
     """
     options, read = answers(args), None
     if Launch.read().rank == 0:  # before a long load: prompt_toolkit may be missing
-        read = typed_lines(SPOKEN) if sys.stdin.isatty() else piped_lines()
+        read = typed_lines(conversation.COMMANDS) if sys.stdin.isatty() else piped_lines()
     session = build(args).chat(args.system, **options)
     with pipe_may_close():
-        Conversation(session).run(read)
+        conversation.Conversation(session).run(read)
 
 
 def complete(args: Namespace) -> None:
