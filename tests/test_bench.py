@@ -15,7 +15,9 @@ from helpers import NOISE, TORCHRUN, command, run
 
 from llama import Llama, ModelArgs
 from llama.commands import bench
+from llama.layers.rounding import REFINEMENTS, Quantization
 from llama.model import feed_forward_width
+from llama.weights.checkpoint import quantized_layers
 
 WIDTH = feed_forward_width(4 * 64, 32, None)
 LAYER = 64 * (64 + 32 + 32 + 64) + 3 * 64 * WIDTH  # elements of its matrices: wq, wk, wv, wo; w1, w2, w3
@@ -243,6 +245,21 @@ def test_compare_refuses_before_it_works(arguments: dict[str, Any], said: str, m
     monkeypatch.setattr(compare, "load", lambda *_: pytest.fail("it loaded"))
     with pytest.raises(ValueError, match=said):
         compare.main(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quality_rounds_as_quantize_does(kind: str, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    from quality import rounded
+
+    plain, model = (
+        Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu", quantize=quantize).model for quantize in (None, kind)
+    )
+    layers = quantized_layers(model)
+    assert len(layers) == 2 * 7 + 1
+    for name, layer in layers.items():
+        weight = rounded(plain.get_parameter(f"{name}.weight"), Quantization(layer.kind), REFINEMENTS)
+        torch.testing.assert_close(layer(torch.eye(weight.shape[1])), weight.T, atol=1e-5, rtol=1e-5)
 
 
 def needs(*modules: str) -> None:
