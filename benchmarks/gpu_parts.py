@@ -33,9 +33,11 @@ from gpu_kernels import FORMS, ROOT, ROWS, Cases, Place, about, kernels, place, 
 from llama import Llama, ModelArgs, Tokenizer, Transformer, memory, runtime
 from llama.commands import bench
 from llama.decoding import compiled, gpu_step
-from llama.decoding.batching import Batch, Request
+from llama.decoding.calls import Call
 from llama.decoding.compiled import Recorded
 from llama.decoding.engine import Engine
+from llama.decoding.requests import Request
+from llama.decoding.rows import Source
 from llama.decoding.sampling import Sampling
 from llama.generation import DEMO, DEMO_POSITIONS
 from llama.layers.quantization import quantize_layers
@@ -134,8 +136,10 @@ def kind(llama: Llama) -> str:
 def followed(llama: Llama, prompts: list[list[int]], new: int, temperature: float = 0.0, **options: Any) -> list[list[int]]:
     """The new ids of each prompt, past any EOS."""
     ids: list[list[int]] = [[] for _ in prompts]
-    requests = [Request(list(prompt), new) for prompt in prompts]
-    for step in Batch(llama._engine, requests, Sampling(temperature=temperature), frozenset(), draft=False, **options):
+    llama.forget()
+    sampling = Sampling(temperature=temperature)
+    requests = [Request(list(prompt), new, sampling, draft=False, **options) for prompt in prompts]
+    for step in Call(llama._scheduler, requests, Source(len(requests))):
         if step.token is not None:
             ids[step.index].append(step.token)
     return ids
@@ -237,9 +241,10 @@ def waits(place: Place) -> Cases:
         prompts = bench.make_prompts(rows, 12, llama.model.vocab_size)
         for _ in range(2):  # the first records, and compares its first replays
             steps, first = collections.Counter[str](), collections.Counter[str]()
-            requests = [Request(list(prompt), new, i if seeded else None) for i, prompt in enumerate(prompts)]
+            llama.forget()
+            requests = [Request(list(p), new, sampling, i if seeded else None, **options) for i, p in enumerate(prompts)]
             with Waits(place) as counter:
-                for i, _ in enumerate(Batch(llama._engine, requests, sampling, frozenset(), draft=False, **options)):
+                for i, _ in enumerate(Call(llama._scheduler, requests, Source(len(requests)))):
                     if i == 0:
                         first = counter.take()
                 steps = counter.take()

@@ -42,7 +42,7 @@ class Watch:
         # Lists over all parts of the model: parts[i] is families[i][names[i]], of type classes[i].
         self._families: list[dict[str, Any]] = []
         self._names: list[str] = []
-        self._parts: list[nn.Module] = []
+        self.parts: list[nn.Module] = []
         self._classes: list[type] = []
         self._attributes: list[tuple[str, dict[str, Any]]] = []  # a name that may be patched, and its part's attributes
         self._hooks: list[Any] = []
@@ -53,8 +53,8 @@ class Watch:
 
         Takes 0.1 ms for the 388 parts of a 7B model, thanks to loops in C.
         """
-        there = self._parts and all(map(is_, map(dict.get, self._families, self._names), self._parts))
-        if not there or not all(map(is_, map(type, self._parts), self._classes)):
+        there = self.parts and all(map(is_, map(dict.get, self._families, self._names), self.parts))
+        if not there or not all(map(is_, map(type, self.parts), self._classes)):
             self._survey(model)
         return (
             self._known
@@ -70,8 +70,8 @@ class Watch:
         """List the model's parts anew."""
         parts = [part for part in model.modules() if part is not model]
         links = [(m._modules, name, child) for m in (model, *parts) for name, child in m._modules.items() if child is not None]
-        self._families, self._names, self._parts = ([link[i] for link in links] for i in range(3))  # type: ignore[assignment]
-        self._classes = list(map(type, self._parts))
+        self._families, self._names, self.parts = ([link[i] for link in links] for i in range(3))  # type: ignore[assignment]
+        self._classes = list(map(type, self.parts))
         self._attributes = [(name, vars(part)) for part in parts for name in self._originals.names_of(type(part))]
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         self._hooks = [getattr(m, name) for m in (model, *parts) for name in hooks]

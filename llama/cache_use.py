@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,18 +25,15 @@ _USES: weakref.WeakSet[CacheUse] = weakref.WeakSet()
 class CacheUse:
     """The use of one model's cache.
 
-    A user holds `lock` while it steps, so that others wait. They may run between its steps, after a call of its `give_way`,
-    in which it saves what it needs to go on.
+    A user holds `lock` while it steps, so that others wait. They may run between its steps, and `is_of` tells it so.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.calls = 0  # calls of the model by others than the user, which write to its cache
         self.called = False  # set by compiled code: counting would compile it anew
-        self.columns = 0  # upper bound of the columns that the user has written
+        self.columns: list[int] = []  # how many columns of each slot are to be kept
         self._stream: Any = None  # the GPU stream that the last turn was queued on
-        self._slot0: list[int] = []
-        self._state: Any = None
         self._user: Callable[[], Any] = lambda: None
         self._calls_then = 0
         self._stepping = False
@@ -76,42 +73,29 @@ class CacheUse:
         """A block of one call of the model: a part of the user's step, or another's call, which waits for steps to end."""
         with self.lock:
             self.calls += not self._stepping or self._depth > 0
-            self._depth += 1
             try:
+                self._depth += 1
                 yield
             finally:
                 self._depth -= 1
 
-    def take(self, user: Any, state: Any = None) -> None:
-        """Give the cache to this user, or to nobody (None); its contents are forgotten. state: that of the weights, for
-        `remembered`."""
-        before = self._user()
-        if before is not None and before is not user:
-            before.give_way()
+    def take(self, user: Any) -> bool:
+        """The cache is this user's from now on, or nobody's (None). -> whether it was already, and nobody wrote to it since"""
+        kept = user is not None and self.is_of(user)
         self._user = (lambda: None) if user is None else weakref.ref(user)  # a user holds its model already
-        self._calls_then, self.columns = self.calls, 0
-        self._slot0, self._state = [], state
+        self._calls_then = self.calls
+        return kept
 
     def is_of(self, user: Any) -> bool:
         """Whether the cache is as this user's steps left it."""
         return self._user() is user and self._calls_then == self.calls
 
-    def remember(self, ids: Sequence[int]) -> None:
-        """Note that slot 0 holds the keys and values of these ids."""
-        self._slot0 = list(ids)
-
-    def remembered(self, prompt: Sequence[int], state: Callable[[], Any]) -> int:
-        """How many first ids of a prompt slot 0 holds already, from weights in this state. The last id never counts."""
-        if not self._slot0 or self._calls_then != self.calls or self._state is None or self._state != state():
-            return 0
-        different = (i for i, (a, b) in enumerate(zip(self._slot0, prompt[:-1])) if a != b)
-        return next(different, min(len(self._slot0), len(prompt) - 1))
-
 
 def _in_forked_child() -> None:
-    """Make new locks: the threads that held the old ones are not there."""
+    """Make new locks: the threads that held the old ones are not there, and may have been in the middle of a step."""
     for use in list(_USES):
         use.lock, use._stepping, use._depth = threading.RLock(), False, 0
+        use.calls += 1
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

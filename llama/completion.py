@@ -9,7 +9,8 @@ from typing import Optional, TypedDict, Union
 from tqdm import tqdm
 
 from .chat import UNSAFE_ERROR, Message
-from .decoding.batching import Batch, FinishReason
+from .decoding.calls import Call
+from .decoding.requests import FinishReason
 from .layers.parallel import is_first_process
 from .tokenizer import TextStream, Tokenizer, split
 
@@ -50,7 +51,8 @@ class Chunk(TypedDict, total=False):
     """What a stream has decided anew for the prompt `index`. The texts of a prompt, joined, are its `generation`.
 
     tokens: the new ids, including those whose text is still held back. logprobs, top_logprobs: if asked for, one
-    entry for each id. finish_reason: None until the prompt's last chunk.
+    entry for each id. finish_reason: None until the prompt's last chunk, which also has cached_tokens: how many of the
+    prompt's ids were not read, since the cache held them.
     """
 
     index: int
@@ -59,26 +61,27 @@ class Chunk(TypedDict, total=False):
     logprobs: list[float]
     top_logprobs: list[list[Alternative]]
     finish_reason: Optional[FinishReason]
+    cached_tokens: int
 
 
 class Completions:
-    """Chunks of the prompts that a batch runs, as it decides them. It can be iterated over once, and be left early."""
+    """Chunks of the prompts of a call, as they are decided. It can be iterated over once, and be left early."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        batch: Batch,
+        call: Call,
         *,
         stops: Sequence[str],
         echo: bool,
         begun: Sequence[Sequence[int]] = (),
     ) -> None:
         """begun: for each prompt the ids at its end that begin the reply; empty if no prompt has such ids."""
-        self.tokenizer, self.batch = tokenizer, batch
-        self.streams = [TextStream(tokenizer, stops) for _ in batch.requests]
-        self.waiting = [self._chunk(i) for i in range(len(batch.requests))]
+        self.tokenizer, self.call = tokenizer, call
+        self.streams = [TextStream(tokenizer, stops) for _ in call.requests]
+        self.waiting = [self._chunk(i) for i in range(len(call.requests))]
         if echo:
-            for chunk, stream, request in zip(self.waiting, self.streams, batch.requests):
+            for chunk, stream, request in zip(self.waiting, self.streams, call.requests):
                 chunk["text"] = stream.prime(request.prompt)
                 chunk["tokens"] += request.prompt
         for stream, ids in zip(self.streams, begun):
@@ -86,32 +89,34 @@ class Completions:
 
     def _chunk(self, index: int) -> Chunk:
         chunk = Chunk(index=index, text="", tokens=[], finish_reason=None)
-        if self.batch.scored:
+        if self.call.scored:
             chunk["logprobs"] = []
-        if self.batch.alternatives:
+        if self.call.alternatives:
             chunk["top_logprobs"] = []
         return chunk
 
     def __iter__(self) -> Iterator[Chunk]:
-        for step in self.batch:
+        for step in self.call:
             chunk, stream = self.waiting[step.index], self.streams[step.index]
             if step.prompt_logprobs is not None:
                 chunk["logprobs"] += step.prompt_logprobs
-                if self.batch.alternatives:
+                if self.call.alternatives:
                     chunk["top_logprobs"] += [[] for _ in step.prompt_logprobs]
             if step.token is not None:
                 chunk["text"] += stream.add(step.token)
                 chunk["tokens"].append(step.token)
-                if self.batch.scored:
+                if self.call.scored:
                     chunk["logprobs"].append(step.logprob)
-                if self.batch.alternatives:
+                if self.call.alternatives:
                     chunk["top_logprobs"].append([self._alternative(*best) for best in step.alternatives])
             chunk["finish_reason"] = step.finish_reason
             if step.finish_reason:
                 chunk["text"] += stream.finish()
             if stream.stopped:
-                self.batch.cancel(step.index)
+                self.call.cancel(step.index)
                 chunk["finish_reason"] = "stop"
+            if chunk["finish_reason"]:
+                chunk["cached_tokens"] = self.call.cached[step.index]
             if chunk["text"] or chunk["finish_reason"]:
                 self.waiting[step.index] = self._chunk(step.index)
                 yield chunk
@@ -178,10 +183,10 @@ def _prediction(tokenizer: Tokenizer, whole: Chunk, begun: Sequence[int]) -> Com
     return prediction
 
 
-def shown(chunks: Iterable[Chunk], batch: Batch) -> Iterator[Chunk]:
+def shown(chunks: Iterable[Chunk], call: Call) -> Iterator[Chunk]:
     """The chunks unchanged, with a progress bar on the first process's terminal while prompts wait for a slot."""
-    count = len(batch.requests)
-    many = count > batch.lanes and is_first_process()
+    count = len(call.requests)
+    many = count > call.lanes and is_first_process()
     with tqdm(total=count, unit="prompt", delay=2, leave=False, disable=None if many else True) as bar:
         for chunk in chunks:
             bar.update(chunk["finish_reason"] is not None)

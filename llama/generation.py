@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,10 +43,12 @@ from .completion import (
     shown,
     window_starts,
 )
-from .decoding import metas_way
-from .decoding.batching import Batch, FinishReason, Request, check_prompts
+from .decoding.calls import Call
 from .decoding.engine import Engine
+from .decoding.requests import LEAST_SHARED, FinishReason, Request, check_prompts
+from .decoding.rows import Source
 from .decoding.sampling import sample_top_p
+from .decoding.scheduler import Scheduler
 from .layers.agreement import keep_pace, together
 from .layers.parallel import (
     all_agree,
@@ -168,30 +170,37 @@ class Llama:
         self._compile = compile
         output = getattr(model, "output", None)
         self._group = getattr(output, "group", None)  # the processes that share this model
-        self._engine_of_model = Engine(model, compile)
+        self._scheduler_of_model = self._new_scheduler()
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(Engine(self.model, self._compile), self._group)
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
-        """Held by a thread, it lets none of the other threads' calls in between several of its own."""
+        """Held by a thread, no other thread steps: whatever runs beside its calls runs in their steps."""
         return self._engine.lock
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_engine_of_model"}  # a copy makes its own
+        return {name: value for name, value in vars(self).items() if name != "_scheduler_of_model"}  # a copy makes its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._engine_of_model = Engine(self.model, self._compile)
+        self._scheduler_of_model = self._new_scheduler()
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        """The scheduler of the model that is now in `model`: somebody may have put another one there."""
+        if self._scheduler_of_model.engine.model is not self.model:
+            self._scheduler_of_model = self._new_scheduler()
+        return self._scheduler_of_model
 
     @property
     def _engine(self) -> Engine:
-        """The engine of the model that is now in `model`: somebody may have put another one there."""
-        if self._engine_of_model.model is not self.model:
-            self._engine_of_model = Engine(self.model, self._compile)
-        return self._engine_of_model
+        return self._scheduler.engine
 
-    @_engine.setter
-    def _engine(self, engine: Engine) -> None:
-        self._engine_of_model = engine
+    def forget(self) -> None:
+        """Forget what the cache holds of earlier prompts: the next ones are read from their first id on."""
+        self._scheduler.forget()
 
     def __repr__(self) -> str:
         params, weight = self.model.params, self.model.norm.weight
@@ -230,12 +239,12 @@ class Llama:
                 )
             return Prompts(prompt_tokens)
 
-        with self.lock:
-            options = _given(temperature, top_p, max_gen_len, bool(logprobs))
-            batch = self._start(Asked(prompts, options, echo)).batch
-            tokens = [list(request.prompt) if echo else [] for request in batch.requests]
-            scores: list[list[float]] = [[] for _ in batch.requests]
-            for step in batch:
+        options = _given(temperature, top_p, max_gen_len, bool(logprobs))
+        call = self._start(Asked(prompts, options, echo)).call
+        tokens = [list(request.prompt) if echo else [] for request in call.requests]
+        scores: list[list[float]] = [[] for _ in call.requests]
+        with self._undisturbed(call):
+            for step in call:
                 scores[step.index] += step.prompt_logprobs or []
                 if step.token is not None:
                     tokens[step.index].append(step.token)
@@ -251,11 +260,11 @@ class Llama:
         logprobs: Union[bool, int] = False,
         echo: bool = False,
         **options: Unpack[Options],
-    ) -> Batch:
+    ) -> Call:
         """`generate` for any number of prompts, step by step: iterate over it for a `Step` at a time. It may be left at any
         time, and its `cancel(index)` ends one prompt. For the arguments and errors see `text_completion`."""
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
-        return self._stepwise(Asked(lambda: Prompts(prompt_tokens), given, echo)).batch
+        return self._start(Asked(lambda: Prompts(prompt_tokens), given, echo), streams=True).call
 
     def text_completion(
         self,
@@ -320,7 +329,7 @@ class Llama:
         else:
             prompts, completions = self._by_generate(asked)
         replies = dict(zip(prompts.places, completions))
-        return [chat_prediction(replies.get(i), logprobs) for i in range(len(dialogs))]
+        return [chat_prediction(replies.get(i), logprobs) for i in range(len(dialogs) * options.get("n", 1))]
 
     def stream_chat(
         self,
@@ -337,7 +346,7 @@ class Llama:
         """`chat_completion` as it is decided. The replies to unsafe dialogs come first."""
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
         prompts, chunks = self._stream(Asked(lambda: self._encode_dialogs(dialogs, on_unsafe, continue_final_message), given))
-        return chat_chunks(chunks, prompts.places, len(dialogs))
+        return chat_chunks(chunks, prompts.places, len(dialogs) * options.get("n", 1))
 
     def chat(self, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> ChatSession:
         """A conversation that remembers: each turn runs only what is new. For the arguments see `ChatSession`."""
@@ -360,11 +369,12 @@ class Llama:
         would otherwise begin without one.
         """
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
-        return self._stream(Asked(lambda: Prompts([prompt], [begun]), given, reuse=True))[1]
+        return self._stream(Asked(lambda: Prompts([prompt], [begun]), given, continues=True))[1]
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """ValueError unless a completion of one prompt would take them."""
-        parse_options(options, 1, self.model.vocab_size, self.model.params.max_seq_len)
+        """ValueError unless a completion of one prompt would take them, with one answer."""
+        if parse_options(options, 1, self.model.vocab_size, self.model.params.max_seq_len).n > 1:
+            raise ValueError(f"n={options['n']}: here a prompt has one answer; text_completion and chat_completion take n")
 
     def score(self, texts: Sequence[str], *, stride: Optional[int] = None) -> list[Score]:
         """How probable the model finds each text, token by token, with BOS in front.
@@ -383,9 +393,9 @@ class Llama:
             windows.extend((i, at) for i, row in enumerate(ids) for at in window_starts(len(row), size, stride))
             return Prompts([ids[i][at : at + size] for i, at in windows])
 
-        with self.lock:
-            batch = self._start(Asked(prompts, _given(0, 1, 0, True), echo=True)).batch
-            parts = {step.index: step.prompt_logprobs or [] for step in batch}
+        call = self._start(Asked(prompts, _given(0, 1, 0, True), echo=True)).call
+        with self._undisturbed(call):
+            parts = {step.index: step.prompt_logprobs or [] for step in call}
         scores: list[list[float]] = [[] for _ in ids]
         for window, (i, at) in enumerate(windows):
             scores[i] += parts[window][len(scores[i]) - at :]
@@ -413,15 +423,15 @@ class Llama:
             agreement.values = {"prompts": prompts, "layer": layer, "pooling": pooling}
         vectors = []
         with self._engine.turn():
-            self._engine.take(None)
+            slot = self._scheduler.lend_slot()
             for prompt in prompts:
-                chunks = [hidden[0].float() for _, hidden, _ in self._engine.prefill([prompt], [0], layers=layer)]
+                chunks = [hidden[0].float() for _, hidden, _ in self._engine.prefill([prompt], [slot], layers=layer)]
                 vectors.append(torch.cat(chunks).mean(0) if pooling == "mean" else chunks[-1][-1])
             if not vectors:
                 return torch.empty(0, self.model.params.dim, dtype=torch.float32, device=self._engine.device)
             stacked = torch.stack(vectors)
             if not all(finite := stacked.isfinite().all(-1).tolist()):
-                raise self._engine.not_finite(finite.index(False), "hidden states")
+                raise self._engine.not_finite(finite.index(False), "hidden states", slot)
         return stacked
 
     @property
@@ -475,17 +485,26 @@ class Llama:
         begun = [ids[len(encode_dialog(dialogs[i][:-1], self.tokenizer)) :] for i, ids in zip(safe, prompts)]
         return Prompts(prompts, begun, safe)
 
-    def _start(self, asked: Asked, share: tuple[int, int] = (0, 1)) -> Running:
-        """A batch of this replica's share (which, of how many) of the prompts. All is checked, on every process alike,
-        before anything runs."""
+    def _start(self, asked: Asked, share: tuple[int, int] = (0, 1), *, streams: bool = False) -> Running:
+        """A call of this replica's share (which, of how many) of the prompts. All is checked, on every process alike, before
+        anything runs. streams: see `Call`."""
         which, replicas = share
-        with together(self._group, everyone=replicas > 1) as agreement:
+        with self.lock if self._group is not None else nullcontext(), together(self._group, everyone=replicas > 1) as agreement:
             self._engine.check_files()
             prompts = asked.prompts()
             ids = check_prompts(prompts.ids, self.model.params)
             choice = parse_options(asked.options, len(ids), self.model.vocab_size, self.model.params.max_seq_len)
             agreement.values = {"prompts": ids, "echo": bool(asked.echo), **choice.values()}
-        requests = [Request(prompt, choice.length, seed) for prompt, seed in zip(ids, choice.seeds)][which::replicas]
+            if self._group is not None:  # rows that run on one process alone would be waited for by no other
+                agreement.values = {**agreement.values, "streams under way": self._scheduler.running}
+        prompts = prompts._replace(ids=ids).times(choice.n)
+        ends = frozenset({self.tokenizer.eos_id, *choice.stop_ids})
+        least = 1 if asked.continues else LEAST_SHARED
+        options = (choice.scored, choice.alternatives, choice.scored and asked.echo, choice.draft)
+        requests = [
+            Request(prompt, choice.length, choice.sampling, seed, ends, *options, least_shared=least)
+            for prompt, seed in zip(map(list, prompts.ids), choice.seeds)
+        ][which::replicas]
         generator, seed, device = None, choice.seed, self._engine.device
         if seed is None and choice.sampling.temperature > 0:
             broadcast_random_state(device, self._group)
@@ -493,45 +512,35 @@ class Llama:
                 seed = int(torch.randint(2**62, (), device=device))
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed + which)
-        batch = Batch(
-            self._engine,
-            requests,
-            choice.sampling,
-            frozenset({self.tokenizer.eos_id, *choice.stop_ids}),
-            logprobs=choice.scored,
-            alternatives=choice.alternatives,
-            score_prompts=choice.scored and asked.echo,
-            reuse=asked.reuse,
-            draft=choice.draft,
-            generator=generator,
-            draw=None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
-            plainly=metas_way.steps,
-            changed=not all_agree(self._engine.is_as_built, self._group),
+        source = Source(
+            min(len(requests), self.model.params.max_batch_size),
+            generator,
+            None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
         )
-        return Running(batch, choice, prompts)
+        plainly = not all_agree(self._engine.is_as_built, self._group)
+        pace = partial(keep_pace, self._group) if streams else lambda: None
+        call = Call(self._scheduler, requests, source, streams=streams, plainly=plainly, before_step=pace)
+        return Running(call, choice, prompts)
 
-    def _stepwise(self, asked: Asked) -> Running:
-        """As `_start`, for those who may leave it between two steps."""
-        with self.lock:
-            running = self._start(asked)
-        running.batch.before_step = partial(keep_pace, self._group)
-        return running
+    def _undisturbed(self, call: Call) -> AbstractContextManager[Any]:
+        """For a call that is run to its end: others wait, if the model does not let their steps in between."""
+        return self.lock if call.plainly or self._group is not None else nullcontext()
 
     def _stream(self, asked: Asked) -> tuple[Prompts, Iterator[Chunk]]:
         if self._replaced_generate:
             raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
-        batch, choice, prompts = self._stepwise(asked)
-        chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=asked.echo, begun=prompts.begun)
+        call, choice, prompts = self._start(asked, streams=True)
+        chunks = Completions(self.tokenizer, call, stops=choice.stops, echo=asked.echo, begun=prompts.begun)
         return prompts, iter(chunks)
 
     def _complete(self, asked: Asked) -> tuple[Prompts, list[CompletionPrediction]]:
         """Drain the stream of this replica's share of the prompts, and put all shares together."""
         which, replicas = replica() if self._replicated else (0, 1)
-        with self.lock:
-            batch, choice, prompts = self._start(asked, (which, replicas))
-            begun = prompts.begun[which::replicas]
-            chunks = Completions(self.tokenizer, batch, stops=choice.stops, echo=asked.echo, begun=begun)
-            mine = predictions(self.tokenizer, shown(chunks, batch), len(batch.requests), begun)
+        call, choice, prompts = self._start(asked, (which, replicas))
+        begun = prompts.begun[which::replicas]
+        with self._undisturbed(call):
+            chunks = Completions(self.tokenizer, call, stops=choice.stops, echo=asked.echo, begun=begun)
+            mine = predictions(self.tokenizer, shown(chunks, call), len(call.requests), begun)
             shares = gather_from_replicas(mine) if replicas > 1 else [mine]
         whole = [CompletionPrediction() for part in shares for _ in part]
         for other, part in enumerate(shares):
@@ -545,9 +554,9 @@ class Llama:
 
 
 class Running(NamedTuple):
-    """A call that was checked, and the batch that runs it."""
+    """A call that was checked."""
 
-    batch: Batch
+    call: Call
     choice: Choice
     prompts: Prompts
 

@@ -463,6 +463,12 @@ class Transformer(nn.Module):
         ours = type(self).forward is FORWARD and "forward" not in vars(self)
         return ours and self._watch.sees_no_change(self)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """All modules in it: as `modules()`, which takes longer to find them."""
+        self._watch.sees_no_change(self)
+        return self._watch.parts
+
     def fuse(self, make: Make = torch.cat) -> None:
         """Let wq, wk and wv share one matrix, and w1 and w3 another: a block then has two products in place of five.
 

@@ -18,10 +18,11 @@ class Options(TypedDict, total=False):
 
     stop: a string or several; the text ends before the first that comes up, also across ids. stop_ids: ids that end a
     text as EOS does. seed: of one call, or one for each prompt; a prompt with a seed gives the same text whatever else
-    is in the batch and whatever ran before. top_k, min_p, repetition_penalty, logit_bias: see `Sampling`. draft: if one
+    is in the batch and whatever ran before. top_k, min_p, the penalties, logit_bias: see `Sampling`. draft: if one
     prompt runs alone at temperature 0, verify in one pass several ids that the text itself suggests. If not given, this is
     done in float32 on a CPU, where it changes no id; True asks for it elsewhere too, where rounding may choose another of
-    equally good ids.
+    equally good ids. n: answers to each prompt, which is read once: those of prompt i are the results n * i to n * i + n - 1;
+    the k-th draws with the prompt's seed + k, if it has one.
     """
 
     stop: Union[str, Sequence[str], None]
@@ -30,8 +31,11 @@ class Options(TypedDict, total=False):
     top_k: int
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     logit_bias: Optional[Mapping[int, float]]
     draft: Optional[bool]
+    n: int
 
 
 class Prompts(NamedTuple):
@@ -42,17 +46,26 @@ class Prompts(NamedTuple):
     begun: Sequence[Sequence[int]] = ()
     places: Sequence[int] = ()
 
+    def times(self, n: int) -> Prompts:
+        """Each prompt n times in a row."""
+        return Prompts(
+            [ids for ids in self.ids for _ in range(n)],
+            [ids for ids in self.begun for _ in range(n)],
+            [n * place + k for place in self.places for k in range(n)],
+        )
+
 
 @dataclass(frozen=True)
 class Asked:
     """A call as it was made, before it is checked. prompts: makes the prompts, and raises if they are wrong; it is called
-    once, when the processes compare what they were given. options: Meta's arguments and `Options` by name. reuse: go on
-    from what the cache holds."""
+    once, when the processes compare what they were given. options: Meta's arguments and `Options` by name. continues: the
+    prompt goes on from what is likely to be in the cache.
+    """
 
     prompts: Callable[[], Prompts]
     options: Mapping[str, Any]
     echo: bool = False
-    reuse: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,14 +78,21 @@ class Choice:
     alternatives: int
     stops: tuple[str, ...]
     stop_ids: tuple[int, ...]
-    seeds: tuple[Optional[int], ...]  # one for each prompt
+    seeds: tuple[Optional[int], ...]  # one for each answer
     seed: Optional[int]
     draft: Optional[bool]
+    n: int  # answers to each prompt
 
     def values(self) -> dict[str, Any]:
         """The options by name. What means the same looks the same: stop and stop_ids, which may come as sets, are sorted."""
         seeds = self.seed if self.seed is not None else self.seeds
-        own = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids)), "seed": seeds, "draft": self.draft}
+        own = {
+            "stop": sorted(set(self.stops)),
+            "stop_ids": sorted(set(self.stop_ids)),
+            "seed": seeds,
+            "draft": self.draft,
+            "n": self.n,
+        }
         logprobs = self.alternatives or self.scored
         return {"max_gen_len": self.length, "logprobs": logprobs, **vars(self.sampling), **own}
 
@@ -81,7 +101,7 @@ METAS_OPTIONS = ("temperature", "top_p", "max_gen_len", "logprobs")
 SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
 DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(Sampling)},
-    **{"max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (), "seed": None, "draft": None},
+    **{"max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (), "seed": None, "draft": None, "n": 1},
 }
 TOLD = {  # the line that the terminal's help has for each option of an answer
     "temperature": "0 takes the best id; above it ids are drawn, the more freely the higher it is",
@@ -89,11 +109,13 @@ TOLD = {  # the line that the terminal's help has for each option of an answer
     "top_k": "draw from so many best ids; 0 from all",
     "min_p": "draw from ids that are at least this share as probable as the best, from 0 to 1",
     "repetition_penalty": "makes ids less probable that were there before, from 1e-10 to 1e10; 1 does nothing",
+    "presence_penalty": "taken once from the logits of ids that were generated; 0 does nothing",
+    "frequency_penalty": "taken from the logits of ids that were generated, for each time; 0 does nothing",
     "max_gen_len": "tokens of an answer at most; as many as there is room for if not given",
     "stop": "a text that ends the answer before it comes; several as a JSON list",
 }
 SETTABLE = [*TOLD, "seed"]  # by /set in a chat
-IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed")]  # keys of a line of --jsonl
+IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")]  # keys of a line of --jsonl
 
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
@@ -141,6 +163,7 @@ def parse_options(given: Mapping[str, Any], prompts: int, vocab_size: int, max_s
     draft = given.get("draft")
     if draft is not None and not isinstance(draft, bool):
         raise ValueError(f"draft={shortened(draft)} must be True, False or None")
+    n = whole_number("n", given.get("n", 1), 1)
     sampling = Sampling(**{name: given[name] for name in SAMPLING_OPTIONS if name in given})
     sampling.bias(vocab_size, torch.device("cpu"))  # raises if the bias is wrong
     return Choice(
@@ -150,7 +173,8 @@ def parse_options(given: Mapping[str, Any], prompts: int, vocab_size: int, max_s
         alternatives,
         stop_strings(given.get("stop")),
         tuple(i for i in stop_ids if i is not None),
-        seeds,
+        tuple(None if seed is None else seed + k for seed in seeds for k in range(n)),
         seed,
         draft,
+        n,
     )

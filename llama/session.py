@@ -75,7 +75,7 @@ class ChatSession:
 
     What is true are the texts in `turns`: they may be changed, deleted, appended. A turn's ids are made from them, and kept
     as long as they say the same, so that a reply stays as it was generated and each turn runs only what is new: the ids of
-    the turns before are in the cache, unless something else ran in between.
+    the turns before are in the cache, as long as no other prompts needed their place.
     """
 
     def __init__(self, llama: Talker, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional, Union
 
 import pytest
@@ -15,6 +17,10 @@ from forks import Ended
 
 from llama import Llama
 from llama.commands import cli
+from llama.decoding.choosing import Chooser
+from llama.decoding.requests import Request
+from llama.decoding.rows import Row, Source
+from llama.decoding.sampling import Sampling
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 NOISE = ("OMP_NUM_THREADS", "*****", "NOTE: Redirects are currently not supported")
@@ -41,6 +47,19 @@ def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:
     lines = result.stdout.splitlines()
     assert sum(line.startswith("Loaded in ") for line in lines) == 1
     return "\n".join(line for line in lines if not line.startswith("Loaded in "))
+
+
+def chosen(logits: torch.Tensor, sampling: Sampling, prompt: Sequence[int] = (), new: Sequence[int] = ()) -> torch.Tensor:
+    """The next ids of rows with these logits (N, V), options, prompts and new ids, drawn from the global generator."""
+    params = SimpleNamespace(vocab_size=logits.shape[-1])
+    chooser = Chooser(SimpleNamespace(device=logits.device, model=SimpleNamespace(params=params)))  # type: ignore[arg-type]
+    source = Source(len(logits))
+    rows = [Row(Request(list(prompt), 9, sampling), i, source, None, lane=i) for i in range(len(logits))]
+    for row in rows:
+        chooser.admit(row)
+    for token in new:
+        chooser.count(torch.full((len(logits),), token), rows)
+    return chooser.choose(logits, rows)
 
 
 def run_golden(folder: str, cases: dict[str, Any], model_parallel_size: int, device: str = "cpu") -> dict[str, Any]:
@@ -88,12 +107,6 @@ def write_twin(folder: Path, change: dict[str, Any], dtype: torch.dtype = torch.
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **change})).to(dtype)
     model.save_pretrained(folder, **options)
     return folder
-
-
-def forget(llama: Llama) -> None:
-    """Let the model be called by somebody who does not ask: what its cache holds is not gone on from."""
-    with torch.inference_mode():
-        llama.model(torch.tensor([[1]]), 0)
 
 
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1, 20], [1, 8, 30, 31]]

@@ -35,7 +35,8 @@ SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 # The test files of each file that has none of its own name, or whose behaviour others test as well.
 TESTS = {
     "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts",
-    "batching": "generation streams drafting",
+    "calls": "scheduler threads", "choosing": "scheduler streams sampling", "held": "scheduler", "pace": "scheduler",
+    "requests": "generation", "rows": "scheduler streams", "scheduler": "scheduler streams threads", "verifying": "drafting",
     "cache_use": "own_parts", "checks": "options sampling", "cli": "terminal", "compiler": "packages",
     "console": "terminal", "conversation": "terminal",
     "completion": "streams options", "engine": "streams", "fingerprint": "peers", "gpu_step": "emulated_cuda",

@@ -9,12 +9,12 @@ from typing import Any, Optional
 import pytest
 import torch
 from conftest import random_weights, shared, write_checkpoint
-from helpers import forget
 from workers import Pool
 
 from llama import Llama
-from llama.decoding.batching import CLEAR, Batch
+from llama.decoding.calls import Call
 from llama.decoding.drafting import COST, LONGEST, Drafter
+from llama.decoding.verifying import CLEAR, Verifier
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -243,7 +243,7 @@ def test_stop_strings_cancel_inside_a_pass(tiny_model: Counting) -> None:
         assert both[1]["finish_reason"] == "stop"
 
 
-def running(llama: Llama, count: int = 120) -> Batch:
+def running(llama: Llama, count: int = 120) -> Call:
     return llama.steps([[1, 20, 30]], 0, 1, count)
 
 
@@ -269,7 +269,8 @@ def test_left_or_taken_between_the_steps_of_a_pass(tiny_model: Counting) -> None
             tokens.append(step.token)
             if len(tokens) == count:
                 break
-        assert llama.model.cache_use._slot0 == [1, 20, 30, *plain[: count - 1]]
+        held = [1, 20, 30, *plain[: count - 1]]
+        assert any(ids[: len(held)] == held for ids in llama._scheduler.held.ids)
         rest = [i for chunk in llama.continue_ids([1, 20, 30, *tokens], 0, 1, 20) for i in chunk["tokens"]]
         assert rest == plain[count : count + 20]
         older = iter(running(llama))
@@ -283,7 +284,7 @@ def test_a_chat(tiny_model: Counting) -> None:
     drafted, plain = (tiny_model.llama.chat(temperature=0, max_gen_len=60, draft=draft) for draft in (True, False))
     for message in ("the little dog", "and then?", "the little dog"):
         assert drafted.ask(message) == plain.ask(message)
-        forget(tiny_model.llama)
+        tiny_model.llama.forget()
     assert drafted.turns == plain.turns
 
 
@@ -306,7 +307,7 @@ def test_a_near_tie_is_left_to_single_steps(tiny_model: Counting, monkeypatch: p
     assert swapped
     assert drafted == plain
     # What drafts had left in the cache is run again as well, so that it is to the bit as if there had been none.
-    monkeypatch.setattr(Batch, "_is_clear", lambda _, logits: torch.zeros(len(logits), dtype=torch.bool))
+    monkeypatch.setattr(Verifier, "_is_clear", lambda _, logits, row: torch.zeros(len(logits), dtype=torch.bool))
     assert tiny_model.ids([1, 20, 30], 120, True)[0] == plain
     keys = [attention.cache_k[0, :122].clone() for attention in tiny_model.llama.model.attentions()]
     tiny_model.ids([1, 20, 30], 120, False)

@@ -221,6 +221,7 @@ def test_a_step_waits_for_nothing_but_its_ids(
     llama = build(tiny, tokenizer_path, dtype=form[0], quantize=form[1])
     llama.tokenizer.eos_id = -1
     for _ in range(2):  # the first records, and proves what it recorded
+        llama.forget()
         machine.waits.clear()
         llama.text_completion(TEXTS[:4], max_gen_len=30, **options)
     waits = {line: n for line, n in machine.waits.items() if not line.startswith("event at engine.py")}

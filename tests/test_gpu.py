@@ -17,8 +17,10 @@ from helpers import check_golden, run_golden
 from llama import Llama
 from llama.commands import bench
 from llama.decoding import gpu_step
-from llama.decoding.batching import Batch, Request
+from llama.decoding.calls import Call
 from llama.decoding.compiled import Recorded
+from llama.decoding.requests import Request
+from llama.decoding.rows import Source
 from llama.decoding.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -101,8 +103,9 @@ def test_no_step_waits_for_the_device(options: dict[str, Any], logprobs: bool) -
     sampling = Sampling(**{"temperature": 0.0, **options})
 
     def steps() -> Iterator[Any]:
-        requests = [Request(prompt, 24) for prompt in bench.make_prompts(3, 9, llama.model.vocab_size)]
-        return iter(Batch(llama._engine, requests, sampling, frozenset(), draft=False, logprobs=logprobs))
+        prompts = bench.make_prompts(3, 9, llama.model.vocab_size)
+        llama.forget()
+        return iter(Call(llama._scheduler, [Request(p, 24, sampling, logprobs=logprobs) for p in prompts], Source(3)))
 
     for _ in steps():  # records
         pass

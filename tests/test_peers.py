@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Optional
 
@@ -99,13 +100,23 @@ def test_fingerprints(tmp_path: Path) -> None:
 def call_alike_but(folder: str, tokenizer_path: str, calls: tuple[str, str]) -> Any:
     """calls: methods with their arguments, of the odd rank and of the others."""
     llama = Llama.build(folder, tokenizer_path, 32, 2, device="cpu")
-    outcome = told(lambda: eval(calls[dist.get_rank() != ODD], {"llama": llama, "leave_early": leave_early}))
+    outcome = told(lambda: eval(calls[dist.get_rank() != ODD], {**globals(), "llama": llama}))
     return outcome, llama.generate([[1, 5, 6]], 3, 0)[0]
 
 
 def leave_early(llama: Llama) -> list[dict[str, Any]]:
     next(llama.stream_text(["Once upon"], temperature=0, max_gen_len=9))
     return llama.text_completion(["He"], max_gen_len=2, temperature=0)
+
+
+def call_beside(llama: Llama, leaves: bool) -> list[dict[str, Any]]:
+    """A call beside a stream that is open, or was left."""
+    stream: Any = llama.stream_text(["Once upon"], temperature=0, max_gen_len=9)
+    with closing(stream):
+        next(stream)
+        if leaves:
+            stream.close()
+        return llama.text_completion(["He"], max_gen_len=2, temperature=0)
 
 
 FORMS = "stop=('a',), stop_ids={8: 1, 7: 2}.keys()"
@@ -128,6 +139,7 @@ COMPLETE = "llama.text_completion(['Once'], max_gen_len=3, temperature=0, {})"
             "leave_early(llama)", "[*llama.stream_text(['Once upon'], temperature=0, max_gen_len=9)]",
             "process 0 goes on with a stream (<string>, line 1), but process 2 calls text_completion (test_peers.py, line ",
         ),
+        ("call_beside(llama, True)", "call_beside(llama, False)", "streams under way is [[1, "),
     ],
 )  # fmt: skip
 def test_calls_that_differ(odd: str, usual: str, message: Optional[str], tiny: Path, tokenizer_path: str, pool: Pool) -> None:

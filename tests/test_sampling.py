@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import chosen
 
 from llama.decoding.sampling import Sampling, exponential_noise, multinomial_no_sync, sample_top_p
-from llama.decoding.sampling import next_token as choose
 
 CPU = torch.device("cpu")
 
 
 def next_token(logits: torch.Tensor, temperature: float, top_p: float, **options: Any) -> torch.Tensor:
-    return choose(logits, Sampling(temperature, top_p, **options), exponential_noise(*logits.shape, CPU))
+    return chosen(logits, Sampling(temperature, top_p, **options))
 
 
 PROBS = torch.tensor([[0.15, 0.5, 0.05, 0.3]])

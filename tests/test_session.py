@@ -11,7 +11,6 @@ from typing import Any, Optional
 import pytest
 import torch
 from chat_files import fuzz
-from helpers import forget
 
 from llama import Llama
 from llama.chat import DialogError, encode_dialog
@@ -62,7 +61,7 @@ def test_turns_are_what_they_are_from_the_start(llama: Llama, columns: list[int]
         replied = session.turns[-1]["ids"][len(own) : -1]
         assert replied == from_the_start(llama, session, 12)
         columns.clear()
-        forget(llama)  # from_the_start used the cache; bring back what the session had there
+        llama.forget()  # from_the_start used the cache; bring back what the session had there
         list(llama.continue_ids([i for t in session.turns for i in t["ids"]][:-1], max_gen_len=0))
     assert [m["role"] for m in session.dialog] == ["system", *["user", "assistant"] * 4]
     assert session.room == 512 - sum(len(t["ids"]) for t in session.turns)
@@ -90,7 +89,7 @@ def test_a_reply_left_early_is_kept_as_far_as_it_was_read(llama: Llama) -> None:
     assert session.turns[0]["assistant"] == text.strip()
     again = llama.chat(temperature=0, max_gen_len=30)
     again.turns = [dict(turn) for turn in session.turns]  # type: ignore[misc]
-    forget(llama)
+    llama.forget()
     fresh = again.ask("more")
     assert session.ask("more") == fresh
 

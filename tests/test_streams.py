@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import golden, shared
+from helpers import chosen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from workers import Pool
@@ -20,7 +21,7 @@ from workers import Pool
 from llama import Llama, Tokenizer, completion
 from llama.chat import SPECIAL_TAGS, DialogError, encode_dialog
 from llama.completion import window_starts
-from llama.decoding.sampling import Sampling, exponential_noise, next_token
+from llama.decoding.sampling import Sampling
 from llama.tokenizer import TextStream
 
 WORDS = "the little dog found a red ball under tree and ran back to house 你好 世界 🌍 1985 Ärger".split()
@@ -59,8 +60,8 @@ def test_slots_change_hands_when_rows_end(llama: Llama, monkeypatch: pytest.Monk
     free = llama.text_completion(PROMPTS, temperature=0, max_gen_len=25, logprobs=True)
     counts = Counter(i for p in free for i in llama.tokenizer.encode(p["generation"], bos=False, eos=False))
     moves: list[Any] = []
-    move = llama._engine.move
-    monkeypatch.setattr(llama._engine, "move", lambda *a: moves.append(a) or move(*a))
+    swap = llama._engine.swap
+    monkeypatch.setattr(llama._engine, "swap", lambda *a: moves.append(a) or swap(*a))
     ends = frozenset(i for i, _ in counts.most_common(12))
     one = [llama.text_completion([p], temperature=0, max_gen_len=25, stop_ids=list(ends))[0] for p in PROMPTS]
     moves.clear()
@@ -196,9 +197,7 @@ def test_draws_follow_the_exact_distribution(options: dict[str, Any], expected: 
         expected = [value / (first + sum(rest)) for value in (first, *rest)]
     sampling = Sampling(**{"temperature": 1.0, "top_p": 1.0, **options})
     torch.manual_seed(5)
-    seen = torch.tensor([True, False, False, False]).expand(draws, 4) if sampling.repetition_penalty != 1 else None
-    noise = exponential_noise(draws, 4, torch.device("cpu"))
-    ids = next_token(logits.expand(draws, 4), sampling, noise, seen, sampling.bias(4, torch.device("cpu")))
+    ids = chosen(logits.expand(draws, 4), sampling, prompt=[0])
     counts = ids.bincount(minlength=4).tolist()
     assert all(count == 0 for count, p in zip(counts, expected, strict=True) if p == 0)
     chi = sum((count - draws * p) ** 2 / (draws * p) for count, p in zip(counts, expected, strict=True) if p > 0)
@@ -207,10 +206,23 @@ def test_draws_follow_the_exact_distribution(options: dict[str, Any], expected: 
 
 def test_a_penalty_multiplies_what_is_negative() -> None:
     logits = torch.tensor([[2.0, -1.0, 1.5, -1.5]])
-    seen = torch.tensor([[True, True, False, False]])
-    assert next_token(logits, Sampling(0, repetition_penalty=2.0), None, seen).item() == 2
+    assert chosen(logits, Sampling(0, repetition_penalty=2.0), [0, 1]).item() == 2
     low = torch.tensor([[-9.0, -1.0, -1.5]])
-    assert next_token(low, Sampling(0, repetition_penalty=2.0), None, torch.tensor([[False, True, False]])).item() == 2
+    assert chosen(low, Sampling(0, repetition_penalty=2.0), [1]).item() == 2
+
+
+def test_penalties_of_what_was_generated() -> None:
+    """Once, and for each time; the prompt's ids do not count."""
+    logits = torch.tensor([[3.0, 2.0, 1.0]])
+    for options, new, expected in (
+        ({"presence_penalty": 1.5}, [], 0),
+        ({"presence_penalty": 1.5}, [0, 0], 1),
+        ({"frequency_penalty": 0.4}, [0, 0], 0),
+        ({"frequency_penalty": 0.4}, [0, 0, 0], 1),
+        ({"frequency_penalty": -1.1}, [1], 1),
+        ({"presence_penalty": 1.5, "frequency_penalty": 1.1}, [0, 1, 1], 2),
+    ):
+        assert chosen(logits, Sampling(0, **options), [0, 0, 0], new).item() == expected
 
 
 def test_a_penalty_knows_prompt_and_answer(llama: Llama) -> None:
@@ -347,8 +359,8 @@ def test_many_prompts_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks: list[Any] = [{"finish_reason": None}, {"finish_reason": "stop"}]
     for prompts, speaks, disable in ((4, True, True), (5, True, None), (5, False, True)):
         monkeypatch.setattr(completion, "is_first_process", lambda speaks=speaks: speaks)
-        batch: Any = SimpleNamespace(requests=[0] * prompts, lanes=4)
-        assert list(completion.shown(iter(chunks), batch)) == chunks
+        call: Any = SimpleNamespace(requests=[0] * prompts, lanes=4)
+        assert list(completion.shown(iter(chunks), call)) == chunks
         assert (bars[-1]["disable"], bars[-1]["total"], bars[-1]["leave"]) == (disable, prompts, False)
 
 

@@ -13,8 +13,9 @@ from typing import Any, Optional
 import torch
 
 from .. import memory
-from ..decoding.batching import Batch, Request
-from ..decoding.sampling import Sampling
+from ..decoding.calls import Call
+from ..decoding.requests import Request
+from ..decoding.rows import Source
 from ..generation import DEMO, DEMO_POSITIONS, Llama
 from ..layers.parallel import from_first_process
 from ..model import Transformer
@@ -129,11 +130,12 @@ def make_prompts(batch_size: int, length: int, vocab_size: int) -> list[list[int
 def timed_run(llama: Llama, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, Optional[float], list[int]]:
     """Greedy, past any EOS: seconds to the first token, mean seconds of each later step (None for one new token), and the
     first row's new ids. The prompts have one length, and there are at most max_batch_size of them."""
-    requests = [Request(list(prompt), new_tokens) for prompt in prompts]
+    llama.forget()
+    requests = [Request(list(prompt), new_tokens, draft=False) for prompt in prompts]
     ids: list[int] = []
     moments = []
     began = time.perf_counter()
-    for count, step in enumerate(Batch(llama._engine, requests, Sampling(temperature=0), frozenset(), draft=False), start=1):
+    for count, step in enumerate(Call(llama._scheduler, requests, Source(len(requests))), start=1):
         if step.index == 0 and step.token is not None:
             ids.append(step.token)
         if count % len(prompts) == 0:  # the ids have reached the host, so the device has finished

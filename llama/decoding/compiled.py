@@ -233,9 +233,9 @@ class _Recording:
 class Recorded:
     """The step over static buffers: one recording for each bucket of rows and columns.
 
-    A bucket's rows beyond those that run are padding: they write to column 0 of slots that nobody owns. On a GPU a recording
-    is a CUDA graph; elsewhere it is run again, so the shapes are the same everywhere. Sampling is not part of it: its options
-    change from call to call, and each would need a graph of its own.
+    A bucket's rows beyond those that run are padding: they write behind what is kept in slots where nothing runs. On a GPU a
+    recording is a CUDA graph; elsewhere it is run again, so the shapes are the same everywhere. Sampling is not part of it:
+    its options change from call to call, and each would need a graph of its own.
 
     The first replays of every CUDA graph are compared with the plain step. If they differ, a line says so, and the next way
     runs: a faulty GPU must not answer wrongly in silence.
@@ -305,7 +305,9 @@ class Recorded:
             if new := recording is None:
                 recording = self._recordings[key] = self._new(*key)
             recording.tokens[:rows].copy_(tokens)
-            runtime.to_device([*positions, *[0] * (key[0] - rows)], self.device, out=recording.positions)
+            last, held = self.model.params.max_seq_len - 1, [*self.model.cache_use.columns, *[0] * key[0]]
+            idle = [min(columns, last) for columns in held[rows : key[0]]]
+            runtime.to_device([*positions, *idle], self.device, out=recording.positions)
             if new:
                 self._prepare(recording)
             way = self._ways[0]

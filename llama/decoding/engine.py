@@ -70,11 +70,12 @@ class Engine:
             quantization = getattr(model.output, "quantization", None)
             placement = memory.Placement(model.params, self.dtype, processes, self.device, sharers, quantization)
             self._explained = partial(memory.explained, placement)  # adds advice to out-of-memory errors
-        self.as_built = False  # whether it was so at the last `take`
+        self.as_built = False  # whether it was so at the last `refresh`
         self._ready = self.graph  # self.graph, or None while the model is not as it was built
         # A module that wraps a Transformer, as torch.compile's does, has its cache.
         inside = (m for m in model.modules() if isinstance(m, Transformer))
         self._use = next((m.cache_use for m in inside), None) or CacheUse()
+        self._samples: tuple[list[int], list[torch.Tensor]] = [], []
 
     def _make_graph(self, compile: Optional[bool]) -> None:
         """For what the model is now."""
@@ -83,7 +84,8 @@ class Engine:
 
     def _form(self) -> tuple[torch.device, torch.dtype, list[float]]:
         """What stands in a graph beside shapes: where the model is, its dtype, and the numbers of its norms."""
-        return self.device, self.dtype, [part.eps for part in self.model.modules() if isinstance(part, RMSNorm)]
+        parts = self.model.parts if isinstance(self.model, Transformer) else ()
+        return self.device, self.dtype, [part.eps for part in parts if isinstance(part, RMSNorm)]
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +106,6 @@ class Engine:
 
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
         """Meta's call: ids (B, S) at start_pos -> logits float32 (B, S, V). What the model has become runs."""
-        self._use.columns = max(self._use.columns, start_pos + tokens.shape[1])
         with self._explained(), runtime.current(self.device):
             return self.model.forward(tokens, start_pos).float()
 
@@ -119,7 +120,6 @@ class Engine:
         the model.
         """
         lengths = [len(prompt) for prompt in prompts]
-        self._use.columns = max(self._use.columns, *lengths)
         chunk = max(CHUNK, PASS // len(prompts))
         for at in range(start, max(lengths), chunk):
             end = min(at + chunk, max(lengths))
@@ -135,7 +135,6 @@ class Engine:
         """One token of every row, (B,), at its own position; row i owns slot i. -> float32 logits (B, vocab_size), which
         are good until the next call."""
         span = max(positions) + 1
-        self._use.columns = max(self._use.columns, span)
         with self._explained(), runtime.current(self.device), self._fast_products(len(positions)):
             if self._ready is not None:
                 return self._ready(tokens, positions)
@@ -148,6 +147,11 @@ class Engine:
     def looks_ahead(self) -> bool:
         """Whether a step costs the host so little that the next may be queued before this one's ids are known to it."""
         return isinstance(self._ready, Recorded) and device_kind(self.device) == "cuda"
+
+    @property
+    def fills_up(self) -> bool:
+        """Whether a step runs more rows than are given, which write behind what `keep_columns` says is to stay."""
+        return isinstance(self._ready, Recorded)
 
     def fetch(self, tensors: Sequence[torch.Tensor], meanwhile: Optional[Callable[[], None]] = None) -> list[Any]:
         """What lies on the device, as lists of numbers, with one wait for all. `meanwhile` may queue work there, which is
@@ -173,7 +177,6 @@ class Engine:
         -> float32 logits (S, vocab_size), one row for each. What it leaves in the cache behind a draft that is refused is
         overwritten before any query reaches it.
         """
-        self._use.columns = max(self._use.columns, position + len(tokens))
         batch = runtime.to_device([list(tokens)], self.device)
         with self._explained(), runtime.current(self.device):
             return self.model.output(self.model.hidden_states(batch, position)[0]).float()
@@ -206,66 +209,47 @@ class Engine:
         """See `CacheUse.turn`."""
         return self._use.turn(self._made_for[0])
 
-    def take(self, user: object, reuse: bool = False) -> None:
-        """From now on the cache is this user's, in its turns; what it held is forgotten. The user before is asked to
-        `give_way`. reuse: what this one leaves there may be gone on from."""
+    def refresh(self) -> None:
+        """Look at what the model has become: before a call, so that it runs with that."""
         form = self._form()
         if form != self._made_for:
             self._make_graph(self._compile if form[:2] != self._made_for[:2] else None)
         self.as_built = self.is_as_built
         if self.as_built:
             self.model.keep_fused()
-        self._use.take(user, self._state_of_weights() if reuse and self.as_built else None)
         self._ready = self.graph if self.as_built else None
         if self._ready is not None:
             self._ready.refresh()
 
-    def _state_of_weights(self) -> Any:
-        """Changes when the weights do that made what the cache holds. Some numbers of each are in it too: edits of `.data`
-        leave no other trace."""
-        table = self.model.freqs_cis
-        tensors = [*self.model.parameters(), torch.view_as_real(table) if table.is_complex() else table]
-        versions = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
-        some = [t.detach().diagonal() if t.ndim > 1 else t.detach() for t in tensors]
-        picked = torch.cat([t.flatten()[:: max(1, t.numel() // 8)].float() for t in some])
-        return self._form(), versions, picked.tolist()
+    def take(self, user: object) -> bool:
+        """From now on the cache is this user's, in its turns. -> whether it is as this user's steps left it"""
+        return self._use.take(user)
 
     def owned_by(self, user: object) -> bool:
         """Whether nobody else has written to the cache since."""
         return self._use.is_of(user)
 
-    def remember(self, ids: Sequence[int]) -> None:
-        """See `CacheUse.remember`."""
-        self._use.remember(ids)
+    def weights_state(self) -> tuple[Any, torch.Tensor]:
+        """Changes when the weights do that made what the cache holds. Some numbers of each are in it too, on the device: edits
+        of `.data` leave no other trace."""
+        table = self.model.freqs_cis
+        tensors = [p for part in self.model.parts for p in part._parameters.values() if p is not None]
+        tensors.append(torch.view_as_real(table) if table.is_complex() else table)
+        places = [t.data_ptr() for t in tensors]
+        if places != self._samples[0]:
+            lines = [t.detach().diagonal() if t.ndim > 1 else t.detach() for t in tensors]
+            self._samples = places, [t.flatten()[:: max(1, t.numel() // 8)] for t in lines]
+        versions = [-1 if t.is_inference() else t._version for t in tensors]
+        return (self._made_for, places, versions), torch.cat(self._samples[1])
 
-    def remembered(self, prompt: Sequence[int]) -> int:
-        """See `CacheUse.remembered`."""
-        return self._use.remembered(prompt, self._state_of_weights) if self.is_as_built else 0
+    def keep_columns(self, columns: Sequence[int]) -> None:
+        """How many columns of each slot hold what is to stay, if a step is filled up with rows that nobody asked for."""
+        self._use.columns = list(columns)
 
-    def set_aside(self, rows: int) -> Optional[list[torch.Tensor]]:
-        """A copy of what the first slots hold, in the host's memory. None where parts of the model are somebody's own,
-        which may remember more than our caches do."""
-        if not self.as_built:
-            return None
-        with torch.no_grad(), runtime.current(self.device):
-            parts = [cache[:rows, : self._use.columns] for a in self.model.attentions() for cache in (a.cache_k, a.cache_v)]
-            return [part.clone() if part.is_cpu else part.cpu() for part in parts]
-
-    def put_back(self, kept: Sequence[torch.Tensor]) -> None:
-        """What `set_aside` kept."""
-        caches = (cache for a in self.model.attentions() for cache in (a.cache_k, a.cache_v))
-        with runtime.current(self.device):
-            for cache, part in zip(caches, kept):
-                cache[: part.shape[0], : part.shape[1]] = part.to(cache.device)
-        self._use.columns = kept[0].shape[1]
-
-    def not_finite(self, prompt: int, what: str = "logits") -> ValueError:
-        """The error for a prompt of which something is not finite. What it left in the cache goes: a value that is NaN counts
-        for every query that sees its column, also with a weight of 0."""
-        for attention in self.model.attentions() if isinstance(self.model, Transformer) else ():
-            attention.cache_k.zero_()
-            attention.cache_v.zero_()
-        self._use.remember([])
+    def not_finite(self, prompt: int, what: str = "logits", slot: Optional[int] = None) -> ValueError:
+        """The error for a prompt of which something is not finite. What it left in its slot, or anywhere, goes: a value that
+        is NaN counts for every query that sees its column, also with a weight of 0."""
+        self.clear(slot)
         way = "check the weights" if self.dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
         return ValueError(f"the model's {what} for prompt {prompt} are not finite in {self.dtype}; {way}")
 
@@ -274,11 +258,25 @@ class Engine:
         if (files := getattr(self.model, "files", None)) is not None:
             files.check_unchanged(self.model.parameters())
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` columns of one slot into another."""
+    def clear(self, slot: Optional[int]) -> None:
+        """Zero a slot, or all."""
+        for attention in self.model.attentions() if isinstance(self.model, Transformer) else ():
+            for cache in (attention.cache_k, attention.cache_v):
+                (cache if slot is None else cache[slot]).zero_()
+
+    def copy(self, source: int, target: int, columns: int) -> None:
+        """Copy the first columns of one slot into another."""
         for attention in self.model.attentions():
             for cache in (attention.cache_k, attention.cache_v):
-                cache[target, :length] = cache[source, :length]
+                cache[target, :columns] = cache[source, :columns]
+
+    def swap(self, a: int, b: int, columns: tuple[int, int]) -> None:
+        """Let two slots change places, of which so many columns are used."""
+        for attention in self.model.attentions():
+            for cache in (attention.cache_k, attention.cache_v):
+                kept = cache[a, : columns[0]].clone()
+                cache[a, : columns[1]] = cache[b, : columns[1]]
+                cache[b, : columns[0]] = kept
 
 
 def prompt_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

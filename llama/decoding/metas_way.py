@@ -12,53 +12,70 @@ from collections.abc import Iterator
 import torch
 
 from ..runtime import to_device
-from .batching import Batch, Request, Step
-from .engine import prompt_logprobs
+from .calls import Call
+from .choosing import Chooser
+from .engine import Engine, prompt_logprobs
+from .rows import Row
 
 
-def steps(batch: Batch) -> Iterator[list[Step]]:
-    """The steps of the batch's requests, max_batch_size of them at a time."""
-    size = batch.engine.model.params.max_batch_size
-    requests = list(enumerate(batch.requests))
-    for first in range(0, len(requests), size):
-        yield from _together(batch, requests[first : first + size])
+@torch.inference_mode()
+def steps(call: Call, engine: Engine, chooser: Chooser) -> Iterator[None]:
+    """Run the call's requests, max_batch_size of them at a time, and tell it what they decide, step by step."""
+    size = engine.model.params.max_batch_size
+    for first in range(0, len(call.requests), size):
+        engine.refresh()
+        engine.take(call)
+        rows = [Row(r, first + lane, call.source, call, lane) for lane, r in enumerate(call.requests[first : first + size])]
+        call.admitted += len(rows)
+        for row in rows:
+            chooser.admit(row)
+        yield from _together(call, rows, engine, chooser)
 
 
-def _together(batch: Batch, requests: list[tuple[int, Request]]) -> Iterator[list[Step]]:
-    engine, device = batch.engine, batch.engine.device
-    rows = [batch.admit(index, request, lane) for lane, (index, request) in enumerate(requests)]
+def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> Iterator[None]:
+    device, limit = engine.device, engine.model.params.max_seq_len
     prompts = [row.request.prompt for row in rows]
     longest = max(map(len, prompts))
     tokens = to_device([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device)
-    scores: list[list[torch.Tensor]] = [[] for _ in rows]
     start, end = 0, min(map(len, prompts))
     while True:
-        batch.before_step()
+        call.before_step()
         logits = engine.forward(tokens[:, start:end], start)  # (B, S, V)
-        if batch.score_prompts:
-            for row, prompt in enumerate(prompts):
-                targets = tokens[row, start + 1 : min(end + 1, len(prompt))]
-                scores[row].append(prompt_logprobs(logits[row, : len(targets)], targets))
-        batch.rows = rows
-        chosen = batch.choose(logits[:, -1])  # every row takes part: draws must not depend on which rows have ended
-        deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in batch.cancelled]
-        for i in deciding:
-            if rows[i].fresh:
-                rows[i].fresh = False
-                if batch.score_prompts:
-                    rows[i].prompt_logprobs = [0.0, *(x for part in scores[i] for x in part.tolist())]
-                    if any(map(math.isnan, rows[i].prompt_logprobs or [])):
-                        raise engine.not_finite(rows[i].index)
-        batch.rows = [rows[i] for i in deciding]
-        if deciding:
+        for i, row in enumerate(rows):
+            if row.request.score_prompt and row.reading:
+                targets = tokens[i, start + 1 : min(end + 1, len(prompts[i]))]
+                row.scores.append(prompt_logprobs(logits[i, : len(targets)], targets))
+        chosen = chooser.choose(logits[:, -1], rows)  # for every row: draws must not depend on which rows have ended
+        deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in call.over]
+        some = [rows[i] for i in deciding]
+        for row in some:
+            row.reading = False
+            _score(row, engine)
+        if some:
             places = to_device(deciding, device)
-            yield batch.report(batch.decisions(logits[places, -1], chosen[places]))
-        if all(row.index in batch.cancelled for row in rows):
+            chooser.count(chosen[places], some)
+            decisions, _ = chooser.read(logits[places, -1], chosen[places], some)
+            for row, decision in zip(some, decisions):
+                if decision.token < 0 and row.room(limit) > 0:
+                    raise engine.not_finite(row.index)
+                step = row.step(decision, limit)
+                call.tell(row.generated, step)
+                row.accept(step)
+            yield
+        if all(row.index in call.over for row in rows):
             return
         if end == tokens.shape[1]:
             tokens = torch.cat((tokens, tokens.new_zeros(len(rows), 1)), 1)
-        placed = [prompts[i][end] if end < len(prompts[i]) else (row.ids[end] if end < row.length else 0)
+        placed = [prompts[i][end] if end < len(prompts[i]) else (row.ids[end] if end < len(row.ids) else 0)
                   for i, row in enumerate(rows)]  # fmt: skip
         tokens[:, end] = to_device(placed, device)
-        batch.mark_seen(tokens[:, end])
         start, end = end, end + 1
+
+
+def _score(row: Row, engine: Engine) -> None:
+    """Put the prompt's log-probabilities together, when it was read."""
+    if row.scores:
+        row.prompt_logprobs = [0.0, *(x for part in row.scores for x in part.tolist())]
+        row.scores = []
+        if any(map(math.isnan, row.prompt_logprobs)):
+            raise engine.not_finite(row.index)

@@ -1,15 +1,15 @@
-"""Logits -> the next id."""
+"""How the next id is chosen from logits: the options, and what each does to rows of numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 
-from ..runtime import to_device
+from ..runtime import device_kind, to_device
 from ..system.checks import real, whole, whole_number
 from ..system.printable import shortened
 
@@ -28,9 +28,10 @@ class Sampling:
     top_k: one of the k best (0: of all). top_p: one of the fewest best whose mass exceeds p (Holtzman et al. 2020).
     min_p: one at least this share as probable as the best (Nguyen et al. 2024). They apply in this order, each to the
     distribution that the one before it left.
-    repetition_penalty: logits of ids that the row has already, prompt included, are divided by it where positive and
-    multiplied where negative (Keskar et al. 2019), from 1e-10 to 1e10. logit_bias: id -> what is added to its logit, at most
-    1e10, -inf to forbid it.
+    repetition_penalty: logits of ids that the row has already, prompt included, are divided by it if positive and
+    multiplied if negative (Keskar et al. 2019), from 1e-10 to 1e10. presence_penalty, frequency_penalty: what is subtracted
+    from the logits of ids that were generated, once, and for each time (as OpenAI's API has them), from -1e10 to 1e10.
+    logit_bias: id -> what is added to its logit, at most 1e10, -inf to forbid it.
     """
 
     temperature: float = 0.6
@@ -38,6 +39,8 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logit_bias: Optional[Mapping[int, float]] = None
 
     def __post_init__(self) -> None:
@@ -56,11 +59,22 @@ class Sampling:
         if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             limits = f"above 0, from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}"
             raise ValueError(f"repetition_penalty={given['repetition_penalty']} must be {limits}; 1 does nothing")
+        for name in ("presence_penalty", "frequency_penalty"):
+            number = real(getattr(self, name))
+            if number is None or abs(number) > MOST_PENALTY:
+                told = f"{name}={shortened(getattr(self, name))}"
+                raise ValueError(f"{told} must be a number from {-MOST_PENALTY:g} to {MOST_PENALTY:g}; 0 does nothing")
+            object.__setattr__(self, name, number)
         object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 0))
         if isinstance(self.logit_bias, Mapping):  # sorted by id; `bias` refuses what is not a number
             pairs = [(whole(token), real(value)) for token, value in self.logit_bias.items()]
             if all(token is not None and value is not None for token, value in pairs):
                 object.__setattr__(self, "logit_bias", dict(sorted(pairs)))
+
+    @property
+    def counts_ids(self) -> bool:
+        """Whether it matters which ids the row has."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def bias(self, vocab_size: int, device: torch.device) -> Optional[torch.Tensor]:
         """`logit_bias` as float32 (vocab_size,), or None."""
@@ -98,7 +112,7 @@ def multinomial_no_sync(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tenso
     return (probs / noise).argmax(dim=-1, keepdim=True)
 
 
-def keep_top_p(sorted_probs: torch.Tensor, p: float) -> torch.Tensor:
+def keep_top_p(sorted_probs: torch.Tensor, p: Union[float, torch.Tensor]) -> torch.Tensor:
     """Zero what stands behind the token that crosses `p`: the first always stays. Descending (B, V), not renormalised."""
     mass_before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
     return sorted_probs.masked_fill(mass_before > p, 0.0)
@@ -114,33 +128,53 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     return ids.gather(-1, multinomial_no_sync(sorted_probs, exponential_noise(len(probs), probs.shape[-1], probs.device)))
 
 
-def next_token(
-    logits: torch.Tensor,
-    sampling: Sampling,
-    noise: Optional[torch.Tensor] = None,
-    seen: Optional[torch.Tensor] = None,
-    bias: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    """The next id of each row, int64 (B,); -1 where one of a row's logits is not finite.
+class Penalties(NamedTuple):
+    """Of several rows: float32 (N, 1) each."""
 
-    logits float32 (B, V); noise (B, V) from `exponential_noise`, for temperatures above 0; seen bool (B, V), the ids
-    that a row has already, for a repetition penalty; bias (V,) or None.
-    """
-    finite = logits.sum(dim=-1).isfinite()  # a sum of numbers that are not is none either
-    if seen is not None:
-        penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if bias is not None:
-        logits = logits + bias
-    if sampling.temperature == 0 or noise is None:
-        return logits.argmax(dim=-1).where(finite, -1)
-    probs = torch.softmax(logits / max(sampling.temperature, LEAST_TEMPERATURE), dim=-1)
-    sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
-    if 0 < sampling.top_k < sorted_probs.shape[-1]:
-        sorted_probs[:, sampling.top_k :] = 0.0
-        sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
-    sorted_probs = keep_top_p(sorted_probs, sampling.top_p)
-    if sampling.min_p > 0:
-        sorted_probs = sorted_probs.masked_fill(sorted_probs < sampling.min_p * sorted_probs[:, :1], 0.0)
+    repetition: torch.Tensor
+    presence: torch.Tensor
+    frequency: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device) -> Penalties:
+        given = [[row.repetition_penalty, row.presence_penalty, row.frequency_penalty] for row in rows]
+        return cls(*to_device(torch.tensor(given, dtype=torch.float32, device="cpu").T[..., None].contiguous(), device))
+
+
+def penalize(logits: torch.Tensor, in_prompt: torch.Tensor, counts: torch.Tensor, penalties: Penalties) -> torch.Tensor:
+    """Float32 (N, V) -> (N, V). in_prompt: bool (N, V); counts: how often each id was generated, float32 (N, V)."""
+    changed = torch.where(logits > 0, logits / penalties.repetition, logits * penalties.repetition)
+    logits = torch.where(in_prompt | (counts > 0), changed, logits)
+    return logits - counts * penalties.frequency - (counts > 0) * penalties.presence
+
+
+class Drawing(NamedTuple):
+    """How rows are drawn: float32 (N, 1) each, or None if no row asks for it."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    top_k: Optional[torch.Tensor]
+    min_p: Optional[torch.Tensor]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device) -> Drawing:
+        given = [[max(row.temperature, LEAST_TEMPERATURE), row.top_p, row.top_k or math.inf, row.min_p] for row in rows]
+        parts = to_device(torch.tensor(given, dtype=torch.float32, device="cpu").T[..., None].contiguous(), device)
+        top_k = parts[2] if any(row.top_k for row in rows) else None
+        return cls(parts[0], parts[1], top_k, parts[3] if any(row.min_p for row in rows) else None)
+
+
+def draw(logits: torch.Tensor, drawing: Drawing, noise: torch.Tensor) -> torch.Tensor:
+    """One id of each row, float32 (N, V) -> int64 (N,). noise: (N, V) from `exponential_noise`."""
+    on_gpu = device_kind(logits) == "cuda"  # where torch divides by a number, as Meta's code does, like this
+    scaled = logits * drawing.temperature.reciprocal() if on_gpu else logits / drawing.temperature
+    sorted_probs, ids = torch.sort(torch.softmax(scaled, dim=-1), dim=-1, descending=True)
+    if drawing.top_k is not None:
+        dropped = torch.arange(logits.shape[-1], device=logits.device) >= drawing.top_k
+        sorted_probs = sorted_probs.masked_fill(dropped, 0.0)
+        sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True).where(dropped.any(dim=-1, keepdim=True), 1.0)
+    sorted_probs = keep_top_p(sorted_probs, drawing.top_p)
+    if drawing.min_p is not None:
+        sorted_probs = sorted_probs.masked_fill(sorted_probs < drawing.min_p * sorted_probs[:, :1], 0.0)
     sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
-    return ids.gather(-1, multinomial_no_sync(sorted_probs, noise)).squeeze(-1).where(finite, -1)
+    return ids.gather(-1, multinomial_no_sync(sorted_probs, noise)).squeeze(-1)

@@ -207,11 +207,16 @@ def _talks_on(group: Group) -> torch.device:
 
 def all_agree(flag: bool, group: Group) -> bool:
     """Whether `flag` is true on all ranks of the group. A collective."""
+    return bool(least(int(flag), group))
+
+
+def least(number: int, group: Group) -> int:
+    """The smallest of the ranks' numbers. A collective."""
     if group is None:
-        return flag
-    vote = torch.tensor([int(flag)], device=_talks_on(group))
+        return number
+    vote = torch.tensor([number], device=_talks_on(group))
     dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
-    return bool(vote.item())
+    return int(vote.item())
 
 
 # torch 2.13 renames it, and warns about the old name.

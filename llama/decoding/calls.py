@@ -1,0 +1,110 @@
+"""Requests that were made together, and the steps that are decided for them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Optional, Protocol
+
+from .requests import Request, Step
+from .rows import Source
+
+
+class Runs(Protocol):
+    """What a call needs of the scheduler."""
+
+    def submit(self, call: Call) -> None: ...
+    def advance(self, call: Call) -> None: ...
+    def let_go(self) -> None: ...
+
+
+class Call:
+    """Iterate over it for the steps, in the order in which they are decided: once, and as far as you like.
+
+    source: what its rows draw from. streams: whether somebody reads the steps as they come, who is not to wait for long while
+    other prompts are read. plainly: run it in Meta's way, since the model is not as it was built. before_step: called before
+    each step that this call waits for.
+    """
+
+    def __init__(
+        self,
+        scheduler: Runs,
+        requests: Sequence[Request],
+        source: Source,
+        *,
+        streams: bool = False,
+        plainly: bool = False,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.scheduler, self.requests, self.source = scheduler, list(requests), source
+        self.streams, self.plainly, self.before_step = streams, plainly, before_step
+        self.cached = [0] * len(self.requests)  # how many of each prompt's ids were not read, since a slot held them
+        self.admitted = 0  # requests that have been given a slot, the first ones
+        self.over: set[int] = set()  # requests that have ended, or are to end
+        self.error: Optional[BaseException] = None
+        self.left = False
+        self.plain_steps: Optional[Iterator[None]] = None
+        self.wake = threading.Event()
+        self._cancelled: set[int] = set()
+        self._events: deque[tuple[int, Step]] = deque()  # steps that nobody has read, each with its number in its request
+        self._read = [0] * len(self.requests)  # steps of each request
+        # Rows that draw from one source step together: then each draws the same whatever else runs. Those whose prompts are
+        # scored are read together, so that their numbers are the same to the bit, if they are not read in pieces.
+        self.together = source.lanes > 1 and any((r.draws and r.seed is None) or r.score_prompt for r in self.requests)
+
+    @property
+    def scored(self) -> bool:
+        return any(request.logprobs for request in self.requests)
+
+    @property
+    def alternatives(self) -> int:
+        return max((request.alternatives for request in self.requests), default=0)
+
+    @property
+    def lanes(self) -> int:
+        """How many of the requests run at once, at most."""
+        return self.source.lanes
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it is to run any more."""
+        return self.left or self.error is not None or len(self.over) == len(self.requests)
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._events) or self.error is not None
+
+    def cancel(self, index: int) -> None:
+        """End a request before its time; no more steps of it come."""
+        self._cancelled.add(index)
+        self.over.add(index)
+
+    def tell(self, number: int, step: Step) -> None:
+        """A step was decided, the `number`-th of its request. It may be told twice, if a thread was interrupted."""
+        self._events.append((number, step))
+        if step.finish_reason is not None:
+            self.over.add(step.index)
+
+    def __iter__(self) -> Iterator[Step]:
+        self.scheduler.submit(self)
+        try:
+            while (step := self._next()) is not None:
+                yield step
+        finally:
+            self.left, self.plain_steps = True, None
+            self.scheduler.let_go()
+
+    def _next(self) -> Optional[Step]:
+        """The next step; None if there is no more."""
+        while True:
+            while not self._events:
+                if self.error is not None:
+                    raise self.error
+                if self.is_over:
+                    return None
+                self.scheduler.advance(self)
+            number, step = self._events.popleft()
+            if number == self._read[step.index] and step.index not in self._cancelled:
+                self._read[step.index] += 1
+                return step

@@ -1,0 +1,230 @@
+"""The next id of each row, by the row's own options: any mixture of them in one step, and no wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Optional
+
+import torch
+
+from ..runtime import device_kind, to_device
+from .engine import Engine, token_logprobs
+from .rows import Decision, Row, Source
+from .sampling import Drawing, Penalties, draw, exponential_noise, penalize
+
+NOT_FINITE, NONE_ALLOWED = -1, -2  # in place of an id
+
+
+class _Plan:
+    """What the options of these rows have in common, as tensors; made anew when the rows change."""
+
+    def __init__(self, rows: list[Row], vocab_size: int, device: torch.device) -> None:
+        self.rows, self.device, self.vocab_size = rows, device, vocab_size
+        self.counted = self._places(lambda row: row.request.sampling.counts_ids)
+        self.biased = self._places(lambda row: bool(row.request.sampling.logit_bias))
+        self.ruled = self._places(lambda row: row.request.grammar is not None)
+        self.drawn = self._places(lambda row: row.request.draws and row.source.draw is None)
+        self.drawn_by_others = [i for i, row in enumerate(rows) if row.request.draws and row.source.draw is not None]
+        if self.counted:
+            some = [rows[i] for i in self.counted]
+            self.penalties = Penalties.of([row.request.sampling for row in some], device)
+            self.in_prompt = torch.stack([row.in_prompt for row in some if row.in_prompt is not None])
+            self.counts = torch.stack([row.counts for row in some if row.counts is not None])
+            for row, counts in zip(some, self.counts):
+                row.counts = counts  # a view: what is counted for all of them is counted here
+            self.offsets = torch.arange(len(some), device=device) * vocab_size
+        if self.biased:
+            biases = [rows[i].request.sampling.bias(vocab_size, device) for i in self.biased]
+            self.bias = torch.stack([bias for bias in biases if bias is not None])
+        if self.drawn:
+            self.drawing = Drawing.of([rows[i].request.sampling for i in self.drawn], device)
+
+    def _places(self, wanted: Callable[[Row], bool]) -> list[int]:
+        return [i for i, row in enumerate(self.rows) if wanted(row)]
+
+    @cached_property
+    def _indices(self) -> dict[tuple[int, ...], torch.Tensor]:
+        return {}
+
+    def take(self, x: torch.Tensor, places: list[int]) -> torch.Tensor:
+        """Rows of x (rows, …)"""
+        return x if len(places) == len(x) else x[self._index(places)]
+
+    def put(self, x: torch.Tensor, places: list[int], part: torch.Tensor) -> torch.Tensor:
+        """x with other rows at these places"""
+        return part if len(places) == len(x) else x.index_copy(0, self._index(places), part)
+
+    def _index(self, places: list[int]) -> torch.Tensor:
+        key = tuple(places)
+        if key not in self._indices:
+            self._indices[key] = to_device(places, self.device)
+        return self._indices[key]
+
+
+class Chooser:
+    """Chooses for the rows of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._of: Optional[_Plan] = None
+
+    @property
+    def _vocab_size(self) -> int:
+        return int(self.engine.model.params.vocab_size)
+
+    def _plan(self, rows: list[Row]) -> _Plan:
+        if self._of is None or self._of.rows != rows:
+            self._of = _Plan(list(rows), self._vocab_size, self.engine.device)
+        return self._of
+
+    def let_go(self) -> None:
+        """Keep no rows, and nothing that lies where the model was."""
+        self._of = None
+
+    def admit(self, row: Row) -> None:
+        """Give a new row what its options need."""
+        device = self.engine.device
+        if row.request.seed is not None:
+            row.generator = torch.Generator(device).manual_seed(row.request.seed)
+        if row.request.sampling.counts_ids:
+            row.in_prompt = torch.zeros(self._vocab_size, dtype=torch.bool, device=device)
+            row.in_prompt.index_fill_(0, to_device(row.request.prompt, device), True)
+            row.counts = torch.zeros(self._vocab_size, dtype=torch.float32, device=device)
+
+    def recount(self, row: Row) -> None:
+        """Count the row's ids anew."""
+        if row.counts is not None:
+            new = to_device(row.ids[row.prompt_length :], self.engine.device)
+            row.counts = torch.bincount(new, minlength=self._vocab_size).float()
+
+    def choose(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        """The next id of each row, float32 (rows, V) -> int64 (rows,); NOT_FINITE if a row's logits are not, NONE_ALLOWED if
+        its grammar allows none. What somebody's own grammar or function raises is the error of the row's call."""
+        plan = self._plan(rows)
+        finite = logits.sum(dim=-1).isfinite()  # a sum of numbers that are not is none either
+        logits = self._adjusted(logits, plan)
+        any_allowed = self._any_allowed(logits, plan)
+        all_drawn = len(plan.drawn) == len(plan.rows)
+        ids = torch.empty(0) if all_drawn else logits.argmax(dim=-1)
+        if plan.drawn:
+            noise = self._noise([plan.rows[i] for i in plan.drawn])
+            some = draw(plan.take(logits, plan.drawn), plan.drawing, noise)
+            ids = some if all_drawn else plan.put(ids, plan.drawn, some)
+        if plan.drawn_by_others:
+            self._draw_by_others(logits, plan, ids)
+        ids = ids if any_allowed is None else ids.where(any_allowed, NONE_ALLOWED)
+        return ids.where(finite, NOT_FINITE)
+
+    @staticmethod
+    def _any_allowed(logits: torch.Tensor, plan: _Plan) -> Optional[torch.Tensor]:
+        """Whether anything may come next, bool (rows,); None if no row has a grammar."""
+        return (logits > -torch.inf).any(dim=-1) if plan.ruled else None
+
+    def count(self, ids: torch.Tensor, rows: list[Row], times: int = 1) -> None:
+        """Let penalties count ids (rows,), one for each row; times=-1 takes that back."""
+        plan = self._plan(rows)
+        if plan.counted:
+            flat = plan.take(ids, plan.counted).clamp(min=0) + plan.offsets
+            plan.counts.view(-1).index_add_(0, flat, torch.full_like(flat, times, dtype=torch.float32))
+
+    def _adjusted(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        """Logits with the rows' penalties, biases and grammars."""
+        if plan.counted:
+            some = penalize(plan.take(logits, plan.counted), plan.in_prompt, plan.counts, plan.penalties)
+            logits = plan.put(logits, plan.counted, some)
+        if plan.biased:
+            logits = plan.put(logits, plan.biased, plan.take(logits, plan.biased) + plan.bias)
+        if plan.ruled:
+            allowed = self._allowed([plan.rows[i] for i in plan.ruled])
+            logits = plan.put(logits, plan.ruled, plan.take(logits, plan.ruled).masked_fill(~allowed, -torch.inf))
+        return logits
+
+    def best(self, logits: torch.Tensor, row: Row) -> torch.Tensor:
+        """The best id at each of several places of one row, (places, V) -> (places,); -1 where logits are not finite."""
+        return self.biased(logits, row).argmax(dim=-1).where(logits.sum(dim=-1).isfinite(), -1)
+
+    def biased(self, logits: torch.Tensor, row: Row) -> torch.Tensor:
+        """Logits of several places of one row, (places, V), with its bias."""
+        plan = self._plan([row])
+        return logits + plan.bias if plan.biased else logits
+
+    def _allowed(self, rows: Sequence[Row]) -> torch.Tensor:
+        """What the rows' grammars allow: bool (rows, V)"""
+        words = -(-self._vocab_size // 32)
+        bits = torch.zeros(len(rows), words, dtype=torch.int32, device="cpu")
+        for row, line in zip(rows, bits):
+            assert row.request.grammar is not None
+            try:
+                row.request.grammar.fill(line)
+            except Exception as error:
+                row.call.error = error
+        bits = to_device(bits, self.engine.device)
+        each = bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bits.device)
+        return (each & 1).flatten(1)[:, : self._vocab_size].bool()
+
+    def _noise(self, rows: Sequence[Row]) -> torch.Tensor:
+        """(rows, V)"""
+        device, drawn = self.engine.device, {}
+        for source in dict.fromkeys(row.draws_with for row in rows):
+            lanes = source.lanes if isinstance(source, Source) else 1
+            drawn[source] = exponential_noise(lanes, self._vocab_size, device, source.generator)
+        places = [row.lane if row.generator is None else 0 for row in rows]
+        if len(drawn) == 1:
+            noise = drawn[rows[0].draws_with]
+            return noise if places == list(range(len(noise))) else noise[to_device(places, device)]
+        return torch.stack([drawn[row.draws_with][place] for row, place in zip(rows, places)])
+
+    def _draw_by_others(self, logits: torch.Tensor, plan: _Plan, ids: torch.Tensor) -> None:
+        """Put into `ids` what somebody's own function draws, which is called for all rows of a call at once."""
+        for source in dict.fromkeys(plan.rows[i].source for i in plan.drawn_by_others):
+            together = [i for i in plan.drawn_by_others if plan.rows[i].source is source]
+            sampling = plan.rows[together[0]].request.sampling
+            probs = torch.softmax(plan.take(logits, together) / sampling.temperature, dim=-1)
+            assert source.draw is not None
+            try:
+                ids.copy_(plan.put(ids, together, source.draw(probs, sampling.top_p).reshape(-1)))
+            except Exception as error:
+                plan.rows[together[0]].call.error = error
+
+    def generators(self, rows: Sequence[Row]) -> list[torch.Generator]:
+        """Those that a step of these rows draws with."""
+        sources = dict.fromkeys(row.draws_with for row in rows if row.request.draws)
+        return [source.generator or self._device_generator for source in sources]
+
+    @property
+    def _device_generator(self) -> torch.Generator:
+        device = self.engine.device
+        return torch.default_generator if device_kind(device) == "cpu" else torch.cuda.default_generators[device.index or 0]
+
+    def read(
+        self,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        rows: Sequence[Row],
+        *,
+        more: Optional[torch.Tensor] = None,
+        meanwhile: Optional[Callable[[], None]] = None,
+    ) -> tuple[list[Decision], list[Any]]:
+        """The chosen ids on the host, with the log-probabilities that were asked for, and whatever else (`more`), in one
+        wait. Meanwhile the device may be given other work. One row's options count for several places of it."""
+        scored = any(row.request.logprobs for row in rows)
+        most = max(row.request.alternatives for row in rows)
+        wanted = [chosen]
+        if scored:
+            wanted.append(token_logprobs(logits, chosen.clamp(min=0)))
+        if most:
+            top = torch.log_softmax(logits, dim=-1).topk(min(most, self._vocab_size), dim=-1)
+            wanted += [top.indices, top.values]
+        if more is not None:
+            wanted.append(more)
+        tokens, *others = self.engine.fetch(wanted, meanwhile)
+        decisions = [Decision(token) for token in tokens]
+        if scored:
+            for decision, logprob in zip(decisions, others.pop(0)):
+                decision.logprob = logprob
+        if most:
+            places = rows if len(rows) == len(decisions) else [rows[0]] * len(decisions)
+            for decision, row, ids, values in zip(decisions, places, others.pop(0), others.pop(0)):
+                decision.alternatives = list(zip(ids, values))[: row.request.alternatives]
+        return decisions, others.pop(0) if more is not None else []

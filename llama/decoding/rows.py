@@ -1,0 +1,101 @@
+"""Requests that run: what is known of each, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+import torch
+
+from .drafting import Drafter
+from .requests import Request, Step
+
+
+@dataclass(eq=False)
+class Source:
+    """What the rows of one call draw from if they have no seeds of their own.
+
+    As in Meta's release, one draw makes the noise for all `lanes`, finished ones included: the draws of a row must not depend
+    on which others have ended. generator: the device's own if not given. draw: somebody's own `sample_top_p`.
+    """
+
+    lanes: int
+    generator: Optional[torch.Generator] = None
+    draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None
+
+
+@dataclass
+class Decision:
+    """What a step chose for one row, on the host."""
+
+    token: int  # -1: the logits were not finite
+    logprob: float = 0.0
+    alternatives: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Row:
+    """A request that runs. Its state lies here, and not in a slot, since rows move between slots."""
+
+    def __init__(self, request: Request, index: int, source: Source, call: Any, lane: int = 0, number: int = 0) -> None:
+        """index: among the requests of its call. lane: its row of the source's noise. number: of the rows, as they came."""
+        self.request, self.index, self.source, self.call, self.lane, self.number = request, index, source, call, lane, number
+        self.ids = list(request.prompt)  # and those that were generated
+        self.prompt_length = len(request.prompt)
+        self.finished = False
+        self.proven = False  # whether logits behind its ids were finite, so that its columns may be shared
+        # Where it stands in the cache.
+        self.reading = True  # not all of its ids have been read
+        self.read = 0  # while reading: ids whose keys and values are in the cache
+        self.behind: Optional[Row] = None  # once this row has read the first `cached` ids, they are copied from it
+        self.cached = 0  # ids of the prompt that are not read, since a slot held them
+        self.last: Optional[torch.Tensor] = None  # hidden state (dim,) behind all ids, until an id is chosen by it
+        self.scores: list[torch.Tensor] = []
+        self.prompt_logprobs: Optional[list[float]] = None
+        # What its options need.
+        self.generator: Optional[torch.Generator] = None  # of its own draws, if it has a seed
+        self.in_prompt: Optional[torch.Tensor] = None  # bool (V,)
+        self.counts: Optional[torch.Tensor] = None  # of the ids that were generated, float32 (V,)
+        self.drafter = Drafter()
+        self.rounded: Optional[int] = None  # first cache column written by a pass over several tokens: it rounds differently
+
+    @property
+    def generated(self) -> int:
+        """How many ids follow the prompt."""
+        return len(self.ids) - self.prompt_length
+
+    @property
+    def columns(self) -> int:
+        """How many of its ids have their keys and values in the cache. The newest has not, until it was run."""
+        return self.read if self.reading else len(self.ids) - (self.last is None)
+
+    @property
+    def draws_with(self) -> Union[Row, Source]:
+        """Whose noise it takes."""
+        return self.source if self.generator is None else self
+
+    def room(self, limit: int) -> int:
+        """How many ids may still follow, in a cache of `limit` columns."""
+        return min(limit - len(self.ids), self.request.max_new - self.generated)
+
+    def step(self, decision: Decision, limit: int) -> Step:
+        """What a decision means; `accept` makes it so."""
+        step = Step(self.index, prompt_logprobs=self.prompt_logprobs)
+        room = self.room(limit)
+        if room > 0 and decision.token in self.request.ends:
+            step.finish_reason = "stop"
+            return step
+        if room > 0:
+            step.token, step.logprob, step.alternatives = decision.token, decision.logprob, decision.alternatives
+        if room <= 1:
+            reached = self.generated + (step.token is not None) >= self.request.max_new
+            step.finish_reason = "length" if reached else "context"
+        return step
+
+    def accept(self, step: Step) -> None:
+        self.prompt_logprobs, self.last = None, None
+        self.finished = step.finish_reason is not None
+        if step.token is not None:
+            self.ids.append(step.token)
+            if self.request.grammar is not None:
+                self.request.grammar.accept(step.token)

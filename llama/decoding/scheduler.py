@@ -1,0 +1,560 @@
+"""Who runs, who waits, who shares a prefix: requests that come at any time, from any thread, over the slots of one cache.
+
+The rows that run own the first slots, so that the cache is read in place. Each step admits what has come, reads a piece of
+the prompts that are still to be read, runs the newest id of all other rows, and chooses. Whoever waits for an answer steps, for
+all: there is no thread of our own, and nothing runs that nobody waits for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from ..layers.parallel import Group, all_agree, least
+from ..runtime import to_device
+from . import metas_way
+from .calls import Call
+from .choosing import NOT_FINITE, Chooser
+from .engine import Engine
+from .held import Held, common_prefix
+from .pace import Pace
+from .rows import Decision, Row
+from .verifying import Verifier
+
+WAIT = 0.02  # seconds; whoever waits for another thread's step looks that often whether that thread still steps
+OTHERS_USED_IT = (
+    "another call has used the model since, and this stream cannot go on: the model has parts, hooks or patches of somebody's "
+    "own, which may remember more than our cache does; finish a stream, or leave it, before the next call"
+)
+
+
+@dataclass(eq=False)
+class _Begun:
+    """A step that was begun: its rows and their lengths before it, what it takes to undo it, and what came of it."""
+
+    rows: list[Row]
+    lengths: list[int]
+    # Each generator, and its state before and after the step drew.
+    states: list[tuple[torch.Generator, torch.Tensor, Optional[torch.Tensor]]]
+    logits: Optional[torch.Tensor] = None
+    chosen: Optional[torch.Tensor] = None
+    decisions: Optional[list[list[Decision]]] = None  # for each row; several if drafts held
+
+
+class Scheduler:
+    """Runs the requests of all calls over one engine."""
+
+    def __init__(self, engine: Engine, group: Group = None) -> None:
+        """group: the processes that share the model, and make the same calls."""
+        self.engine, self.group = engine, group
+        self.chooser = Chooser(engine)
+        self.verifier = Verifier(engine, self.chooser)
+        slots = engine.model.params.max_batch_size
+        self.held = Held(slots)
+        self.pace = Pace()
+        self._slots: list[Optional[Row]] = [None] * slots
+        self._inbox: deque[Call] = deque()
+        self._waiting: list[Call] = []  # calls that have requests to admit, in the order in which they came
+        self._state: tuple[object, torch.Tensor] = (), torch.empty(0)  # of the weights that made what is held
+        self._doubt: Optional[torch.Tensor] = None  # whether they have changed since, on the device
+        self._begun: deque[_Begun] = deque()  # the step that is under way, and one that was queued ahead
+        self._newest: tuple[list[Row], torch.Tensor] = [], torch.empty(0)  # rows, and their newest ids on the device
+        self._numbers = itertools.count()
+        self._stepping = False
+        self._broken = False  # whether a step has ended in an exception, anywhere in it
+        self._waiters: list[Call] = []  # calls whose threads wait for another thread's step
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those that run; between two steps row i owns slot i."""
+        return [row for row in self._slots if row is not None]
+
+    @property
+    def _limit(self) -> int:
+        return int(self.engine.model.params.max_seq_len)
+
+    @property
+    def running(self) -> list[list[int]]:
+        """The ids so far of the rows that are to run on."""
+        return [
+            list(row.ids) for row in self.rows if not row.finished and not row.call.is_over and row.index not in row.call.over
+        ]
+
+    # Calls, from any thread
+
+    def submit(self, call: Call) -> None:
+        if call.plainly:
+            call.plain_steps = metas_way.steps(call, self.engine, self.chooser)
+        else:
+            self._inbox.append(call)
+
+    def advance(self, call: Call) -> None:
+        """Step, or wait for the thread that does."""
+        if call.plain_steps is not None:
+            with self.engine.turn():
+                if call.admitted and not self.engine.owned_by(call):
+                    raise RuntimeError(OTHERS_USED_IT)
+                next(call.plain_steps)
+            return
+        lock = self.engine.lock
+        if not lock.acquire(blocking=False):
+            self._waiters.append(call)
+            try:
+                call.wake.wait(WAIT)
+                call.wake.clear()
+            finally:
+                with suppress(ValueError):
+                    self._waiters.remove(call)
+            return
+        try:
+            if not call.has_news:  # otherwise another thread has stepped meanwhile
+                with self.engine.turn():
+                    self._step(call)
+        finally:
+            lock.release()
+            for other in list(self._waiters):  # to read what came, or to step in this thread's place
+                other.wake.set()
+
+    def let_go(self) -> None:
+        """A call was left. Without a wait: the garbage collector may end a stream, in any thread; whoever has the lock
+        meanwhile finds out at the next step."""
+        if not self.engine.lock.acquire(blocking=False):
+            return
+        try:
+            if not self._stepping:  # not within a step of this very thread
+                if any(row.call.is_over for begun in self._begun for row in begun.rows):
+                    self._take_back()
+                self._dismiss()
+                self._waiting = [call for call in self._waiting if not call.is_over]
+                for call in [call for call in self._inbox if call.is_over]:
+                    self._inbox.remove(call)
+                if not self.rows:  # nothing here is to keep the calls that have ended
+                    self._newest = [], torch.empty(0)
+                    self.chooser.let_go()
+        finally:
+            self.engine.lock.release()
+
+    def forget(self) -> None:
+        """Forget what the cache holds of prompts that have ended."""
+        with self.engine.lock:
+            self._dismiss()
+            self.held.clear()
+
+    @torch.inference_mode()
+    def lend_slot(self) -> int:
+        """A slot for somebody else's use within this turn. What was held there is forgotten."""
+        if self._broken:
+            self._mend()
+        self.engine.refresh()
+        if not self.engine.as_built:  # then all rows stand in the first slots
+            self.engine.take(None)
+            return 0
+        self._own_cache()
+        self._dismiss()
+        slot = self.held.oldest([slot for slot, row in enumerate(self._slots) if row is None] or [len(self._slots) - 1])
+        if (row := self._slots[slot]) is not None:
+            self._read_anew(row)
+        self.held.set(slot, [])
+        return slot
+
+    # A step
+
+    @torch.inference_mode()
+    def _step(self, call: Call) -> None:
+        self._stepping = True
+        try:
+            if self._broken:
+                self._mend()
+            self._broken = True
+            self._one_step(call)
+            self._broken = False
+        except BaseException:
+            self._take_back()  # at once: what it drew may be drawn by others, or the generators be seeded anew
+            raise
+        finally:
+            self._stepping = False
+
+    def _one_step(self, call: Call) -> None:
+        self._own_cache(news=bool(self._inbox))
+        call.before_step()
+        self._dismiss()
+        if self._inbox or self._waiting:
+            self._admit()
+        self._close_gaps()
+        began, read = time.perf_counter(), 0
+        ahead = self._begun[0] if self._begun else None
+        if ahead is None or ahead.chosen is None or ahead.rows != self.rows or any(row.reading for row in self.rows):
+            self._take_back()
+            read = self._read_prompts()
+            if rows := self._deciding():
+                self._begin(rows)
+        decided = len(self._begun[0].rows) if self._begun else 0
+        if decided:
+            self._settle()
+        if read or decided:
+            self.pace.saw(read, decided, time.perf_counter() - began)
+
+    def _mend(self) -> None:
+        """After a step that ended in an exception: tell what it had decided, and trust nothing else."""
+        while self._begun and self._begun[0].decisions is not None:
+            self._tell()
+        self._lose_all()
+        self.chooser.let_go()
+        for row in self.rows:
+            self.chooser.recount(row)
+
+    def _begin(self, rows: list[Row]) -> None:
+        """Run and choose; or verify drafts, if one row runs alone."""
+        begun = _Begun(rows, [len(row.ids) for row in rows], [])
+        if len(rows) == len(self.rows) == 1 and rows[0].last is None and self._doubt is None and self.verifier.takes(rows[0]):
+            begun.decisions = [self.verifier.decide(rows[0])]
+            self._newest = [], self._newest[1]
+            self._begun.append(begun)
+        else:
+            self._advance(begun)
+
+    def _settle(self) -> None:
+        """Read what was chosen, and tell it. Meanwhile the device goes on with the next step, if it can."""
+        begun = self._begun[0]
+        if begun.decisions is None:
+            assert begun.logits is not None
+            assert begun.chosen is not None
+            self._newest = begun.rows, begun.chosen
+            ahead = self._look_ahead if self.engine.looks_ahead else None
+            decisions, changed = self.chooser.read(begun.logits, begun.chosen, begun.rows, more=self._doubt, meanwhile=ahead)
+            self._doubt = None
+            if any(changed):
+                self._lose_all()
+                return
+            begun.decisions = [[decision] for decision in decisions]
+        self._tell()
+
+    def _tell(self) -> None:
+        begun = self._begun[0]
+        assert begun.decisions is not None
+        decided = zip(begun.rows, begun.lengths, begun.decisions)
+        for row, length, decisions in sorted(decided, key=lambda each: each[0].number):
+            for number, decision in enumerate(decisions, start=length - row.prompt_length):
+                if row.finished or row.generated != number or row.call.is_over or row not in self._slots:
+                    continue
+                if decision.token < 0 and row.room(self._limit) > 0:
+                    allows_none = ValueError(f"the grammar of prompt {row.index} allows no id")
+                    row.call.error = self._not_finite(row) if decision.token == NOT_FINITE else allows_none
+                    continue
+                row.proven = row.proven or decision.token >= 0
+                step = row.step(decision, self._limit)
+                row.call.tell(number, step)  # twice rather than never, if this thread is interrupted
+                try:
+                    row.accept(step)
+                except Exception as error:  # of the row's grammar
+                    row.call.error = error
+        self._begun.popleft()
+
+    def _not_finite(self, row: Row) -> ValueError:
+        slot = self._slots.index(row)
+        row.read, row.reading = 0, True  # nothing of it is held
+        return self.engine.not_finite(row.index, slot=slot)
+
+    # Who owns the cache
+
+    def _own_cache(self, news: bool = False) -> None:
+        """Make sure that the cache holds what we think, and the engine runs what the model has become. news: a call has
+        come, before which anybody may have changed the model."""
+        kept = self.engine.take(self)
+        if not kept:
+            self._lose_all()
+        if kept and not news and self.engine.as_built:
+            return
+        self.engine.refresh()
+        self.chooser.let_go()
+        before, self._state = self._state, self.engine.weights_state() if self.engine.as_built else ((), torch.empty(0))
+        same = kept and self._state[0] == before[0]
+        if same:  # then some of the weights' numbers are compared as well, without a wait: the next step tells
+            doubt = self._state[1].ne(before[1]).any()[None]
+            self._doubt = doubt if self._doubt is None else doubt | self._doubt
+        if self.group is not None:
+            same, self._doubt = all_agree(same and self._doubt is not None and not self._doubt.item(), self.group), None
+        if not same:
+            self._lose_all()
+        if not self.engine.as_built:  # other threads' calls find out when they step
+            raise RuntimeError(OTHERS_USED_IT)
+
+    def _lose_all(self) -> None:
+        """What the cache holds is no good any more."""
+        self._take_back()
+        self._doubt = None
+        self.held.clear()
+        for row in self.rows:
+            self._read_anew(row)
+
+    def _read_anew(self, row: Row) -> None:
+        row.read, row.reading, row.last, row.behind, row.scores, row.rounded = 0, True, None, None, [], None
+        row.cached = row.call.cached[row.index] = 0
+
+    # Who runs
+
+    def _dismiss(self) -> None:
+        """Take the rows out that have ended."""
+        for slot, row in enumerate(self._slots):
+            if row is not None and (row.finished or row.call.is_over or row.index in row.call.over):
+                # The last column may be overwritten by steps that are filled up.
+                self.held.set(slot, row.ids[: min(row.columns, self._limit - 1)] if row.proven else [])
+                if not row.proven:
+                    self.engine.clear(slot)
+                self._slots[slot] = None
+
+    def _admit(self) -> None:
+        """Let those that wait have the free slots, first come first served, and the rows that run the first slots."""
+        while self._inbox:
+            if self._inbox[0] not in self._waiting:
+                self._waiting.append(self._inbox[0])
+            self._inbox.popleft()
+        self._waiting = [call for call in self._waiting if not call.is_over and call.admitted < len(call.requests)]
+        # A call whose rows step together has its slots until its last request has come.
+        for call in sorted(self._waiting, key=lambda call: not (call.together and call.admitted > 0)):
+            free = self._slots.count(None)
+            if call.together and not call.admitted and free < call.lanes:
+                break
+            for _ in range(min(free, len(call.requests) - call.admitted)):
+                if call.together and self._free_lane(call) is None:
+                    break
+                try:
+                    self._place(call)
+                except Exception as error:  # no memory for what its options need, for example
+                    call.error = error
+                    break
+            if call.admitted < len(call.requests) and not call.together:
+                break
+
+    def _free_lane(self, call: Call) -> Optional[int]:
+        taken = {row.lane for row in self.rows if row.call is call}
+        return next((lane for lane in range(call.lanes) if lane not in taken), None)
+
+    def _place(self, call: Call) -> None:
+        """Give the call's next request a slot."""
+        index = call.admitted
+        row = Row(call.requests[index], index, call.source, call, lane=self._free_lane(call) or 0, number=next(self._numbers))
+        if index not in call.over:
+            self.chooser.admit(row)
+            slot = self._share(row)
+            call.cached[index] = row.cached
+            self.held.set(slot, [])
+            self._slots[slot] = row
+        call.admitted += 1
+
+    def _share(self, row: Row) -> int:
+        """Choose a free slot for a row; let it start behind the longest prefix that any slot has, or is about to have."""
+        free = [slot for slot, other in enumerate(self._slots) if other is None]
+        if row.request.score_prompt:  # which needs all of its hidden states
+            return self.held.oldest(free)
+        *beginning, _ = row.request.prompt  # the last id runs in any case
+        holds = [self.held.ids[i] if other is None else other.ids[: other.columns] for i, other in enumerate(self._slots)]
+
+        def common(ids: list[int]) -> int:
+            count = common_prefix(ids, beginning)
+            return count if count >= row.request.least_shared else 0
+
+        shared = [common(ids) for ids in holds]
+        best = max(range(len(shared)), key=lambda slot: (shared[slot], slot in free))
+        coming = [(common(other.ids), other) for other in self.rows if other.reading]
+        row.cached, later = max(coming, key=lambda pair: pair[0], default=(0, None))
+        if later is not None and row.cached > shared[best]:
+            row.behind = later
+            return self.held.oldest(free)
+        # In place, if less is lost than is won; else from a copy.
+        if best in free and 0 < len(holds[best]) <= 2 * shared[best]:
+            slot = best
+        else:
+            slot = self.held.oldest([other for other in free if other != best] or free)
+            if shared[best] > shared[slot]:
+                self.held.set(slot, [])
+                self.engine.copy(best, slot, shared[best])
+                shared[slot] = shared[best]
+        row.read = row.cached = shared[slot]
+        return slot
+
+    def _close_gaps(self) -> None:
+        """Let the rows that run have the first slots."""
+        for gap in range(len(self.rows)):
+            if self._slots[gap] is None:
+                last = max(slot for slot, row in enumerate(self._slots) if row is not None)
+                row = self._slots[last]
+                assert row is not None
+                self.engine.swap(gap, last, (len(self.held.ids[gap]), row.columns))
+                self.held.swap(gap, last)
+                self._slots[gap], self._slots[last] = row, None
+
+    # Reading prompts
+
+    def _read_prompts(self) -> int:
+        """Read what is to be read of the rows' ids: all; or a piece, if streams wait meanwhile. -> how many tokens"""
+        if not any(row.reading for row in self.rows):
+            return 0
+        waiting = {row.call for row in self.rows}
+        hurry = len(waiting) > 1 and any(row.call.streams and not row.reading for row in self.rows)
+        left = budget = least(self.pace.piece, self.group) if hurry else math.inf
+        read = 0
+        while left > 0 and (rows := self._next_to_read()):
+            start = rows[0].read
+            end = max(len(row.ids) for row in rows)
+            if left < len(rows) * (end - start) <= budget:
+                break  # in one piece, with the next step
+            if len(rows) * (end - start) > left:
+                rows, end = rows[:1], int(min(len(rows[0].ids), start + left))
+            self._read(rows, start, end)
+            read += len(rows) * (end - start)
+            left = budget - read
+        return read
+
+    def _next_to_read(self) -> list[Row]:
+        """The row that has waited longest to be read on, with all that stand at the same place."""
+        rows = []
+        for row in self.rows:
+            if row.reading and row.behind is not None:
+                self._take_over(row)
+            if row.reading and row.behind is None and not row.call.is_over:
+                rows.append(row)
+        rows.sort(key=lambda row: row.number)
+        # What is scored is so to the bit as if its call had come alone.
+        return [
+            row for row in rows if row.read == rows[0].read and (row.call is rows[0].call or not self._scores(row, rows[0]))
+        ]
+
+    @staticmethod
+    def _scores(*rows: Row) -> bool:
+        return any(row.request.score_prompt for row in rows)
+
+    def _take_over(self, row: Row) -> None:
+        """Copy what the row waits for, if it was read; let it read itself, if it never will be."""
+        other = row.behind
+        assert other is not None
+        if other in self._slots and other.columns >= row.cached:
+            self.engine.copy(self._slots.index(other), self._slots.index(row), row.cached)
+            row.read, row.behind = row.cached, None
+        elif other not in self._slots:
+            row.behind, row.cached = None, 0
+        row.call.cached[row.index] = row.cached
+
+    def _read(self, rows: list[Row], start: int, end: int) -> None:
+        """Read ids of rows from one place on. Where that fails, the calls fail whose rows they are, and no other."""
+        try:
+            self._pass(rows, start, end)
+        except Exception as error:
+            calls = list(dict.fromkeys(row.call for row in rows))
+            for call in calls:
+                mine = [row for row in rows if row.call is call]
+                if len(calls) > 1:
+                    self._read(mine, start, end)
+                    continue
+                call.error = error
+                for row in mine:
+                    self._read_anew(row)
+            self._dismiss()
+            self._close_gaps()
+
+    def _pass(self, rows: list[Row], start: int, end: int) -> None:
+        slots = [self._slots.index(row) for row in rows]
+        parts = [row.ids[:end] for row in rows]
+        for which, hidden, at in self.engine.prefill(parts, slots, start):
+            for states, i in zip(hidden, which):
+                row, length = rows[i], len(rows[i].ids)
+                if row.request.score_prompt and not row.generated:
+                    targets = to_device(row.request.prompt[at + 1 : at + 1 + len(states)], self.engine.device)
+                    row.scores.append(self.engine.logprobs(states[: len(targets)], targets))
+                if at < length <= at + len(states):
+                    row.last = states[length - 1 - at].clone()
+        for row, ids in zip(rows, parts):
+            row.read, row.reading = len(ids), len(ids) < len(row.ids)
+        self._score([row for row in rows if row.scores and not row.reading])
+
+    def _score(self, rows: list[Row]) -> None:
+        """Prompts' log-probabilities, on the host."""
+        scores = self.engine.fetch([torch.cat(row.scores) for row in rows]) if rows else []
+        for row, values in zip(rows, scores):
+            row.scores = []
+            if any(map(math.isnan, values)):
+                row.call.error = self._not_finite(row)
+            row.prompt_logprobs = [0.0, *values]
+
+    # Running rows
+
+    def _deciding(self) -> list[Row]:
+        """The rows for which an id is to be chosen now: those whose ids are all in the cache, but for the newest."""
+        rows = self.rows
+        late = {row.call for row in rows if row.reading and row.call.together}
+        return [row for row in rows if not row.reading and row.call.error is None and row.call not in late]
+
+    def _advance(self, begun: _Begun, known: bool = True) -> None:
+        """Run the newest tokens of rows, and choose their next ones. known: whether the rows have these tokens already, or
+        they are only on the device."""
+        rows = begun.rows
+        begun.states = [(g, g.get_state(), None) for g in self.chooser.generators(rows)]
+        self._begun.append(begun)
+        running = [i for i, row in enumerate(rows) if row.last is None]
+        logits = torch.empty(0)
+        if running:
+            logits = self._run([rows[i] for i in running], known)
+        if len(running) < len(rows):
+            read = [i for i, row in enumerate(rows) if row.last is not None]
+            first = self.engine.logits(torch.stack([row.last for row in rows if row.last is not None]))
+            if running:
+                order = sorted(range(len(rows)), key=lambda i: [*running, *read][i])
+                first = torch.cat((logits, first))
+                first = first if order == list(range(len(rows))) else first[to_device(order, logits.device)]
+            logits = first
+        chosen = self.chooser.choose(logits, rows)
+        self.chooser.count(chosen, rows)
+        begun.states = [(generator, before, generator.get_state()) for generator, before, _ in begun.states]
+        begun.logits, begun.chosen = logits, chosen
+
+    def _run(self, rows: list[Row], known: bool) -> torch.Tensor:
+        """One token of each row -> float32 logits (rows, V). Rows between them take part, with a token behind their columns
+        that is overwritten before any query sees it."""
+        end = self._slots.index(rows[-1]) + 1
+        among = [row for row in self._slots[:end] if row is not None]
+        last = self._limit - 1
+        if rows == self._newest[0] == among:
+            tokens = self._newest[1].clamp(min=0)
+        else:
+            assert known
+            tokens = to_device([row.ids[-1] for row in among], self.engine.device)
+        positions = [min(row.columns + (not known), last) for row in among]
+        if self.engine.fills_up:
+            self.engine.keep_columns([len(self.held.ids[i]) if r is None else r.columns for i, r in enumerate(self._slots)])
+        logits = self.engine.decode(tokens, positions)
+        if len(rows) == len(among):
+            return logits
+        return logits[to_device([i for i, row in enumerate(among) if row in rows], logits.device)]
+
+    def _look_ahead(self) -> None:
+        """Queue the next step before the host knows this one's ids: the device need not wait for it. If a row turns out to
+        have ended, the step leaves only columns that are overwritten before any query reads them."""
+        rows = self._begun[0].rows
+        alone = len(rows) == 1 and self.verifier.takes(rows[0])
+        waits = rows != self.rows or any(row.request.grammar is not None or row.call.source.draw is not None for row in rows)
+        if not waits and not alone and not self._inbox and all(row.room(self._limit) > 1 for row in rows):
+            lasts = [row.last for row in rows]
+            for row in rows:
+                row.last = None
+            self._advance(_Begun(rows, [len(row.ids) + 1 for row in rows], []), known=False)
+            for row, state in zip(rows, lasts):
+                row.last = state
+
+    @torch.inference_mode()
+    def _take_back(self) -> None:
+        """Undo steps that were begun, and are not told: what they drew is drawn again."""
+        while self._begun and self._begun[-1].decisions is None:
+            begun = self._begun.pop()
+            if begun.chosen is not None:
+                self.chooser.count(begun.chosen, begun.rows, -1)
+            for generator, before, after in begun.states:
+                if after is None or torch.equal(generator.get_state(), after):  # otherwise somebody has seeded it meanwhile
+                    generator.set_state(before)
+            self._newest = [], self._newest[1]

@@ -1,0 +1,181 @@
+"""Random requests that come, are read, cancelled and left, beside what each prompt gives alone.
+
+    python tests/events.py --events 200000 --seed 1
+
+Prints how many texts were compared, and resident memory along the way. `tests/test_scheduler.py` runs some hundred events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from llama import Llama
+from llama.decoding.calls import Call
+from llama.decoding.requests import Request, Step
+from llama.decoding.rows import Source
+from llama.decoding.sampling import Sampling
+
+SAMPLINGS = [
+    Sampling(0),
+    Sampling(0.9, 0.9),
+    Sampling(1.3, 1.0, top_k=20),
+    Sampling(0.7, 0.95, min_p=0.05),
+    Sampling(0, repetition_penalty=1.3),
+    Sampling(0, presence_penalty=0.5, frequency_penalty=0.3),
+    Sampling(0.8, 0.9, repetition_penalty=1.2, logit_bias={5: 2.0, 9: -1.0}),
+]
+BEGINNINGS = [[1, *range(20, 20 + n)] for n in (2, 17, 40)]
+
+
+class OnlyEven:
+    """A grammar: ids are even."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def fill(self, bits: torch.Tensor) -> None:
+        bits.fill_(0x55555555)
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
+
+
+def drawn(rng: random.Random, longest: int = 60) -> Request:
+    """One of some thousand requests: equal ones come again, and many begin alike."""
+    prompt = [
+        *rng.choice(BEGINNINGS),
+        *(rng.randrange(60, 70) for _ in range(rng.randrange(longest) if rng.random() < 0.3 else 3)),
+    ]
+    sampling = rng.choice(SAMPLINGS)
+    return Request(
+        prompt,
+        rng.choice([0, 1, 5, 12, 25]),
+        sampling,
+        seed=rng.randrange(4) if sampling.temperature else None,
+        ends=frozenset(range(100, 400, 23)),
+        logprobs=rng.random() < 0.2,
+        draft=rng.choice([None, True, False]),
+        grammar=OnlyEven() if rng.random() < 0.1 else None,
+    )
+
+
+class Alone:
+    """What each request gives by itself, in a model of its own."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama, self._known = llama, dict[str, tuple[list[int], Optional[str]]]()
+        self.ties = 0
+
+    @torch.inference_mode()
+    def is_tie(self, request: Request, new: list[int]) -> bool:
+        """Whether rounding may choose another id behind these: two of the likeliest are as likely as each other to 1e-4. Noise
+        belongs to ranks, as in Meta's release, so a draw may turn on which of two such ids is the likelier."""
+        logits = self.llama.model(torch.tensor([request.prompt + new]), 0)[0, -1]
+        best = torch.softmax(logits / max(request.sampling.temperature, 0.1), -1).sort(descending=True).values[:60]
+        return bool((best[:-1] - best[1:] < 1e-4 * best[1:]).any())
+
+    def __call__(self, request: Request) -> tuple[list[int], Optional[str]]:
+        key = repr((request.prompt, request.max_new, request.sampling, request.seed, request.grammar is None))
+        if key not in self._known:
+            self.llama.forget()
+            fresh = Request(**{**vars(request), "draft": False, "grammar": OnlyEven() if request.grammar else None})
+            steps = list(Call(self.llama._scheduler, [fresh], Source(1)))
+            self._known[key] = [s.token for s in steps if s.token is not None], steps[-1].finish_reason
+        return self._known[key]
+
+
+class Open:
+    """A call that somebody reads."""
+
+    def __init__(self, llama: Llama, requests: list[Request], streams: bool) -> None:
+        slots = llama.model.params.max_batch_size
+        self.call = Call(llama._scheduler, requests, Source(min(len(requests), slots)), streams=streams)
+        self.steps: Iterator[Step] = iter(self.call)
+        self.tokens: list[list[int]] = [[] for _ in requests]
+        self.reasons: list[Optional[str]] = [None] * len(requests)
+        self.cancelled: set[int] = set()
+
+    def read(self) -> bool:
+        """Take a step; whether there was one."""
+        step = next(self.steps, None)
+        if step is None:
+            return False
+        assert step.index not in self.cancelled
+        if step.token is not None:
+            self.tokens[step.index].append(step.token)
+        self.reasons[step.index] = step.finish_reason
+        return True
+
+    def check(self, alone: Alone, whole: bool) -> int:
+        for i, request in enumerate(self.call.requests):
+            tokens, reason = alone(request)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens[i], tokens)))
+            if same < min(len(self.tokens[i]), len(tokens)) and request.draws and alone.is_tie(request, tokens[:same]):
+                alone.ties += 1
+                continue
+            if whole and i not in self.cancelled:
+                assert (self.tokens[i], self.reasons[i]) == (tokens, reason), (request, self.tokens[i], tokens)
+            assert self.tokens[i] == tokens[: len(self.tokens[i])], (request, self.tokens[i], tokens)
+            if request.grammar is not None:
+                assert all(token % 2 == 0 for token in self.tokens[i])
+        return len(self.call.requests)
+
+
+def run(llama: Llama, alone: Alone, events: int, seed: int) -> dict[str, Any]:
+    """Random events; every text is compared, and in the end no slot is taken."""
+    rng, calls, compared, memory = random.Random(seed), list[Open](), 0, list[int]()
+    for event in range(events):
+        if event % max(events // 8, 1) == 0 and Path("/proc/self/statm").exists():
+            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024)
+        kind = rng.random()
+        if not calls or (kind < 0.12 and len(calls) < 12):
+            calls.append(Open(llama, [drawn(rng) for _ in range(rng.choice([1, 1, 2, 3, 6]))], rng.random() < 0.7))
+            continue
+        chosen = rng.choice(calls)
+        if kind < 0.15:
+            index = rng.randrange(len(chosen.tokens))
+            chosen.call.cancel(index)
+            chosen.cancelled.add(index)
+        elif kind < 0.16:
+            chosen.steps.close()  # type: ignore[attr-defined]
+            compared += chosen.check(alone, whole=False)
+            calls.remove(chosen)
+        elif not chosen.read():
+            compared += chosen.check(alone, whole=True)
+            calls.remove(chosen)
+    for left in calls:
+        while left.read():
+            pass
+        compared += left.check(alone, whole=True)
+    assert not llama._scheduler.rows
+    return {"events": events, "seed": seed, "texts": compared, "ties": alone.ties, "resident_MB": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--events", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    from conftest import random_weights, train_tokenizer, write_checkpoint
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        folder = write_checkpoint(Path(root) / "tiny", random_weights())
+        tokenizer = Path(root) / "tokenizer.model"
+        tokenizer.write_bytes(train_tokenizer())
+        llamas = [Llama.build(str(folder), str(tokenizer), 128, rows, device="cpu") for rows in (4, 1)]
+        print(json.dumps(run(llamas[0], Alone(llamas[1]), args.events, args.seed)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

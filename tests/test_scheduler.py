@@ -1,0 +1,504 @@
+"""Requests at any time, from any thread, each with its own options: who runs, who waits, who shares a prefix."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import events
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from workers import Pool
+
+from llama import Llama
+from llama.decoding.calls import Call
+from llama.decoding.held import Held, common_prefix
+from llama.decoding.pace import FIRST, LEAST, MOST, Pace
+from llama.decoding.requests import Request, Step
+from llama.decoding.rows import Source
+from llama.decoding.sampling import Sampling
+
+LONG = [1, *range(20, 100)]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: Path, tokenizer_path: str) -> Llama:
+    return Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, tokenizer_path: str) -> events.Alone:
+    return events.Alone(Llama.build(str(tiny), tokenizer_path, 128, 1, device="cpu"))
+
+
+@pytest.fixture
+def passes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, tokens of each) of the passes over prompts."""
+    llama.forget()
+    seen: list[tuple[int, int]] = []
+    prefill = llama._engine.prefill
+
+    def counted(prompts: Any, slots: Any, start: int = 0, **more: Any) -> Any:
+        seen.append((len(prompts), max(map(len, prompts)) - start))
+        return prefill(prompts, slots, start, **more)
+
+    monkeypatch.setattr(llama._engine, "prefill", counted)
+    return seen
+
+
+def ids(steps: Iterator[Step] | Call) -> list[int]:
+    return [step.token for step in steps if step.token is not None]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_events(seed: int, llama: Llama, alone: events.Alone) -> None:
+    """Requests come, are read, cancelled and left in any order: each gives what it gives alone."""
+    assert events.run(llama, alone, 700, seed)["texts"] > 100
+
+
+def in_this_process(folder: str, tokenizer_path: str, count: int) -> int:
+    shared = Llama.build(folder, tokenizer_path, 128, 4, 2, device="cpu")
+    return int(events.run(shared, events.Alone(Llama(shared.model, shared.tokenizer)), count, 5)["texts"])
+
+
+def test_random_events_on_two_processes(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    counts = pool.run(in_this_process, str(tiny), tokenizer_path, 60)
+    assert len(set(counts)) == 1
+    assert counts[0] > 10
+
+
+def test_threads_share_the_steps(llama: Llama, alone: events.Alone) -> None:
+    """Calls of eight threads run together, each with options of its own."""
+    requests = [Request([1, 30 + i, *range(40, 40 + i)], 20, events.SAMPLINGS[i % 7], seed=i) for i in range(24)]
+    most: list[int] = []
+    expected = [alone(request)[0] for request in requests]
+
+    def answer(request: Request) -> list[int]:
+        call = Call(llama._scheduler, [request], Source(1))
+        found = []
+        for step in call:
+            most.append(len(llama._scheduler.rows))
+            found += [step.token] if step.token is not None else []
+        return found
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(answer, requests)) == expected
+    assert max(most) > 1
+
+
+def test_a_stream_that_nobody_reads_goes_on_beside_others(llama: Llama) -> None:
+    """It holds up no one else, and what it has not read waits for it."""
+    expected = ids(llama.steps([LONG], 0, max_gen_len=20))
+    unread = iter(llama.steps([LONG], 0, max_gen_len=20))
+    first = next(unread).token
+    llama.generate([[1, 9, 8]] * 3, 30, 0)
+    assert llama._scheduler.rows == []  # it has ended meanwhile
+    assert [first, *ids(unread)] == expected
+
+
+def test_first_come_first_served(llama: Llama) -> None:
+    """Prompts of several calls, in the order in which they came; a call that draws waits for all its slots."""
+    order: list[str] = []
+    calls = {
+        "five": llama.steps([[1, 20 + i] for i in range(5)], 0, max_gen_len=6),
+        "drawing": llama.steps([[1, 30], [1, 31], [1, 32]], 0.8, max_gen_len=4),
+        "last": llama.steps([[1, 40]], 0, max_gen_len=2),
+    }
+    streams = {name: iter(call) for name, call in calls.items()}
+    threads = []
+    for name, stream in streams.items():
+        if name == "five":
+            next(stream)
+            continue
+
+        def drain(name: str = name, stream: Iterator[Step] = stream) -> None:
+            next(stream)
+            order.append(name)
+            for _ in stream:
+                pass
+
+        threads.append(threading.Thread(target=drain))
+        threads[-1].start()
+        while len(llama._scheduler._inbox) + len(llama._scheduler._waiting) < len(threads):
+            time.sleep(0.001)
+    assert len(list(streams["five"])) == 29
+    for thread in threads:
+        thread.join(60)
+    assert order == ["drawing", "last"]
+
+
+# Prefixes
+
+
+def cached(call: Call) -> list[int]:
+    list(call)
+    return call.cached
+
+
+def test_what_prompts_share_is_read_once(llama: Llama, passes: list[tuple[int, int]]) -> None:
+    """In one call: the first row reads what the others wait for; a later call starts behind what slots hold."""
+    prompts = [[*LONG, 200 + i, 210] for i in range(6)]
+    call = llama.steps(prompts, 0, max_gen_len=3)
+    assert cached(call) == [0, *[len(LONG)] * 5]
+    assert sum(rows * tokens for rows, tokens in passes) == len(LONG) + 2 * 6
+    passes.clear()
+    assert cached(llama.steps([[*LONG, 300]], 0, max_gen_len=1)) == [len(LONG)]
+    assert passes == [(1, 1)]
+    assert cached(llama.steps([[*LONG[:50], 300]], 0, max_gen_len=1)) == [50]
+    assert cached(llama.steps([[*LONG[:20], 300]], 0, max_gen_len=1)) == [0]  # few ids are read again
+
+
+def test_several_answers_to_one_prompt(llama: Llama, passes: list[tuple[int, int]]) -> None:
+    llama.steps([LONG] * 4, 0.9, max_gen_len=2)
+    assert cached(llama.steps([LONG] * 4, 0.9, max_gen_len=2)) == [0, *[len(LONG) - 1] * 3]
+    assert passes == [(1, len(LONG)), (3, 1)]
+
+
+def test_a_running_row_shares_what_it_has_read(llama: Llama, passes: list[tuple[int, int]]) -> None:
+    running = iter(llama.steps([LONG], 0, max_gen_len=30))
+    next(running)
+    call = llama.steps([[*LONG, 7, 7]], 0, max_gen_len=5)
+    found = ids(call)
+    assert call.cached == [len(LONG)]
+    rest = ids(running)
+    llama.forget()
+    assert found == ids(llama.steps([[*LONG, 7, 7]], 0, max_gen_len=5))
+    llama.forget()
+    assert rest == ids(llama.steps([LONG], 0, max_gen_len=30))[1:]
+
+
+def test_several_chats_keep_their_slots(llama: Llama, passes: list[tuple[int, int]]) -> None:
+    """Another call, or another chat's turn, cost a chat its whole history."""
+    chats = [llama.chat(system=f"be {word}", temperature=0, max_gen_len=3) for word in ("kind", "red", "a dog")]
+    for chat in chats:
+        chat.ask("the tree")
+    passes.clear()
+    for chat in chats:
+        known = sum(len(turn["ids"]) for turn in chat.turns)
+        chat.ask("ran")
+        new = sum(len(turn["ids"]) for turn in chat.turns) - known
+        assert passes.pop()[1] <= new + 3  # EOS, and a reply's newest id that was never run
+    llama.generate([[1, 300 + i] for i in range(4)], 2, 0)
+    assert not llama._scheduler.rows
+
+
+def test_the_slot_that_was_used_longest_ago_is_given_up(llama: Llama, passes: list[tuple[int, int]]) -> None:
+    prompts = [[1, *[20 + i] * 40] for i in range(5)]
+    for prompt in prompts[:4]:
+        llama.generate([prompt], 2, 0)
+    assert cached(llama.steps([prompts[0]], 0, max_gen_len=1)) == [40]
+    llama.generate([prompts[4]], 2, 0)  # in place of the second, which was used longest ago
+    assert [cached(llama.steps([prompts[i]], 0, max_gen_len=1))[0] for i in (0, 2, 3, 4)] == [40] * 4
+    assert cached(llama.steps([prompts[1]], 0, max_gen_len=1)) == [0]
+
+
+@given(a=st.lists(st.integers(0, 2)), b=st.lists(st.integers(0, 2)))
+def test_common_prefix(a: list[int], b: list[int]) -> None:
+    assert common_prefix(a, b) == sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def test_held() -> None:
+    held = Held(3)
+    assert held.oldest([2, 1]) == 1
+    for slot in (1, 0, 2):
+        held.set(slot, [slot])
+    held.swap(0, 1)
+    assert held.ids == [[1], [0], [2]]
+    assert held.oldest([0, 1, 2]) == 0
+    held.set(2, [])
+    assert held.oldest([0, 1, 2]) == 2
+
+
+# Long prompts
+
+
+def test_long_prompts_are_read_between_the_steps_of_streams(
+    llama: Llama, passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of 81 tokens joins three streams: each has an id between any two pieces."""
+    monkeypatch.setattr(Pace, "piece", 16)
+    streams = [iter(llama.steps([[1, 300 + i]], 0, max_gen_len=40)) for i in range(3)]
+    expected = [list(llama.steps([[1, 300 + i]], 0, max_gen_len=40)) for i in range(3)]
+    found: list[list[Step]] = [[], [], []]
+    passes.clear()
+    joining, tokens = llama.steps([LONG], 0, max_gen_len=4), list[int]()
+    thread = threading.Thread(target=lambda: tokens.extend(ids(joining)))
+    for turn in range(40):
+        if turn == 5:
+            thread.start()
+            while not (llama._scheduler._inbox or llama._scheduler.rows[3:] or llama._scheduler._waiting):
+                time.sleep(0.001)
+        before = len(passes)
+        for stream, steps in zip(streams, found):
+            steps.append(next(stream))
+        if turn > 5:
+            assert sum(rows * width for rows, width in passes[before:]) <= 3 * 16
+    thread.join(60)
+    assert found == expected
+    assert [width for _, width in passes if width > 2] == [16] * 5
+    llama.forget()
+    assert tokens == ids(llama.steps([LONG], 0, max_gen_len=4))
+
+
+def test_the_piece_follows_what_was_measured() -> None:
+    pace = Pace()
+    assert pace.piece == FIRST
+    pace.saw(0, 3, 0.010)
+    pace.saw(100, 3, 0.110)  # 1 ms a token, 10 ms a step
+    assert pace.piece == 16
+    for _ in range(50):
+        pace.saw(64, 0, 0.064 / 10)
+    assert pace.piece == 256  # the largest power of two that three steps' time has room for
+    pace.saw(2, 0, 9.0)  # too few tokens to say anything
+    assert pace.piece == 256
+    for _ in range(50):
+        pace.saw(64, 0, 64e-9)
+    assert pace.piece == MOST
+    for _ in range(50):
+        pace.saw(64, 0, 6.4)
+    assert pace.piece == LEAST
+
+
+# Options
+
+
+def test_any_mixture_of_options_in_one_step(llama: Llama, alone: events.Alone) -> None:
+    """Each row as it is alone, whatever its neighbours ask for."""
+    requests = [Request([1, 26, 30 + i], 25, sampling, seed=i) for i, sampling in enumerate(events.SAMPLINGS)]
+    found: list[list[int]] = [[] for _ in requests]
+    for step in Call(llama._scheduler, requests, Source(4)):
+        found[step.index] += [step.token] if step.token is not None else []
+    for request, tokens in zip(requests, found):
+        assert tokens == alone(request)[0]
+
+
+def test_grammars_are_obeyed_while_rows_move(llama: Llama) -> None:
+    """Rows of different lengths, so that slots change hands; each grammar is told its own row's ids, once."""
+    grammars = [events.OnlyEven() if i % 3 else None for i in range(12)]
+    requests = [Request([1, 50 + i], 3 + 5 * i % 17, Sampling(0.9), seed=i, grammar=g) for i, g in enumerate(grammars)]
+    found: list[list[int]] = [[] for _ in requests]
+    for step in Call(llama._scheduler, requests, Source(4)):
+        found[step.index] += [step.token] if step.token is not None else []
+    for tokens, grammar in zip(found, grammars):
+        if grammar is not None:
+            assert grammar.accepted == tokens
+            assert all(token % 2 == 0 for token in tokens)
+    assert any(token % 2 for tokens in found for token in tokens)
+
+
+# What goes wrong
+
+
+def test_a_prompt_that_fails_fails_alone(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ids(llama.steps([[1, 60]], 0, max_gen_len=9))
+    prefill = llama._engine.prefill
+
+    def failing(prompts: Any, *rest: Any, **more: Any) -> Any:
+        if any(333 in prompt for prompt in prompts):
+            raise RuntimeError("no memory for this one")
+        return prefill(prompts, *rest, **more)
+
+    monkeypatch.setattr(llama._engine, "prefill", failing)
+    stream = iter(llama.steps([[1, 60]], 0, max_gen_len=9))
+    first = next(stream)
+    with pytest.raises(RuntimeError, match="no memory for this one"):
+        llama.generate([[1, 333], [1, 70]], 3, 0)
+    assert [first.token, *ids(stream)] == expected
+    assert not llama._scheduler.rows
+
+
+@torch.no_grad()
+def test_weights_that_change_under_a_stream(tiny: Path, tokenizer_path: str) -> None:
+    """What they made is read anew with the next call: the rows that run too."""
+    llama = Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu")
+    stream = iter(llama.steps([LONG], 0, max_gen_len=12))
+    tokens = [next(stream).token for _ in range(4)]
+    llama.model.layers[1].attention.wv.weight.data.mul_(1.5)
+    llama.generate([[1, 5]], 1, 0)
+    rest = ids(stream)
+    llama.forget()
+    known = [token for token in tokens[:4] if token is not None]
+    assert rest == ids(llama.steps([[*LONG, *known]], 0, max_gen_len=8))
+
+
+def test_seeding_a_generator_under_a_queued_step(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is undone puts back what it drew; not over a seed that somebody has set since."""
+    scheduler = llama._scheduler
+    monkeypatch.setattr(type(llama._engine), "looks_ahead", property(lambda engine: True))
+    torch.manual_seed(3)
+    expected = llama.generate([[1, 70]], 5, 0.9)
+    stream = iter(llama.steps([[1, 60]], 0.9, max_gen_len=30, frequency_penalty=0.1))
+    next(stream)
+    assert scheduler._begun
+    torch.manual_seed(3)
+    stream.close()  # type: ignore[attr-defined]
+    assert llama.generate([[1, 70]], 5, 0.9) == expected
+
+
+def test_n_answers(llama: Llama, passes: list[tuple[int, int]]) -> None:
+    """Each prompt is read once; its answers stand together, each as it is when it is asked for by itself."""
+    texts, options = ["the little dog", "a"], {"temperature": 0.9, "max_gen_len": 6}
+    many = [p["generation"] for p in llama.text_completion(texts, n=3, seed=[5, 50], **options)]
+    singly = [llama.text_completion([texts[i // 3]], seed=[(5, 50)[i // 3] + i % 3], **options) for i in range(6)]
+    assert many == [answer["generation"] for [answer] in singly]
+    assert len(set(many)) == 6
+    dialogs: list[Any] = [[{"role": "user", "content": text}] for text in ("hi", "[INST]", "you")]
+    replies = llama.chat_completion(dialogs, n=2, max_gen_len=3)
+    assert ["Error" in reply["generation"]["content"] for reply in replies] == [False, False, True, True, False, False]
+    chunks = list(llama.stream_chat(dialogs, n=2, max_gen_len=3))
+    assert {chunk["index"] for chunk in chunks if chunk["finish_reason"]} == set(range(6))
+    drawn = llama.text_completion(["the"], n=4, **options)
+    assert len({answer["generation"] for answer in drawn}) > 1
+    with pytest.raises(ValueError, match="n=0 must be a whole number of 1 or more"):
+        llama.text_completion(texts, n=0)
+    with pytest.raises(ValueError, match="n=2: here a prompt has one answer"):
+        llama.chat(n=2)
+
+
+def test_a_stream_that_is_collected_within_a_step(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may run anywhere, also in the thread that steps."""
+    expected = [ids(llama.steps([[1, 60 + i]], 0, max_gen_len=9)) for i in range(2)]
+    streams = [iter(llama.steps([[1, 60 + i]], 0, max_gen_len=9)) for i in range(3)]
+    found = [[next(stream).token] for stream in streams]
+    decode = llama._engine.decode
+
+    def collecting(tokens: torch.Tensor, positions: Any) -> torch.Tensor:
+        del streams[2:]
+        return decode(tokens, positions)
+
+    monkeypatch.setattr(llama._engine, "decode", collecting)
+    assert [[*found[i], *ids(streams[i])] for i in range(2)] == expected
+    assert not llama._scheduler.rows
+
+
+@torch.no_grad()
+def test_a_doubt_lasts_until_it_is_settled(tiny: Path, tokenizer_path: str) -> None:
+    """A call that looked at the weights, and ended before its first step, made their change forgotten."""
+    llama = Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu")
+    list(llama.steps([LONG], 0, max_gen_len=2))
+    llama.model.layers[1].attention.wv.weight.data.mul_(1.5)
+    call = llama.steps([[1, 5]], 0, max_gen_len=2)
+    call.before_step = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(call)
+    call = llama.steps([LONG], 0, max_gen_len=2)
+    list(call)
+    assert call.cached == [0]
+
+
+class Failing(events.OnlyEven):
+    """A grammar that fails at its third id, when it is asked or told; or allows nothing from there on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def fill(self, bits: torch.Tensor) -> None:
+        super().fill(bits)
+        if len(self.accepted) == 2 and self.how == "asked":
+            raise KeyError("my own mistake")
+        if len(self.accepted) == 2 and self.how == "nothing":
+            bits.zero_()
+
+    def accept(self, token: int) -> None:
+        super().accept(token)
+        if len(self.accepted) == 3 and self.how == "told":
+            raise KeyError("my own mistake")
+
+
+@pytest.mark.parametrize(("how", "message"), [("asked", "my own"), ("told", "my own"), ("nothing", "prompt 0 allows no id")])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_grammar_that_fails_fails_alone(how: str, message: str, temperature: float, llama: Llama) -> None:
+    expected = ids(llama.steps([[1, 60]], 0, max_gen_len=12))
+    stream = iter(llama.steps([[1, 60]], 0, max_gen_len=12))
+    found = [next(stream).token]
+    wrong = Call(llama._scheduler, [Request([1, 70], 9, Sampling(temperature), seed=1, grammar=Failing(how))], Source(1))
+    with pytest.raises((KeyError, ValueError), match=message):
+        list(wrong)
+    assert [*found, *ids(stream)] == expected
+    assert not llama._scheduler.rows
+
+
+@pytest.mark.parametrize("place", ["copy", "swap", "prefill", "decode", "fetch", "refresh", "weights_state"])
+def test_interrupted_in_a_step(place: str, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was under way, what is held is right afterwards, and the other rows go on, with their draws and penalties."""
+    prompts, options = [[*LONG[:40], 60 + i] for i in range(3)], {"frequency_penalty": 0.3, "max_gen_len": 9}
+    llama.forget()
+    expected = [ids(llama.steps([prompt], 0.9, seed=i, **options)) for i, prompt in enumerate(prompts)]
+    original, engine = getattr(llama._engine, place), llama._engine
+    for after in range(3):
+        llama.forget()
+        streams = [iter(llama.steps([prompt], 0.9, seed=i, **options)) for i, prompt in enumerate(prompts)]
+        found = [[next(stream).token for _ in range(i)] for i, stream in enumerate(streams)]
+        calls = itertools.count()
+
+        def interrupted(*args: Any, **more: Any) -> Any:
+            result = original(*args, **more)
+            if next(calls) == after:  # noqa: B023
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(engine, place, interrupted)
+        others = [iter(llama.steps([[*LONG[:40], 80 + i]], 0, max_gen_len=1 + i)) for i in range(2)]
+        for other in others:
+            try:
+                list(other)
+            except KeyboardInterrupt:
+                break
+        monkeypatch.setattr(engine, place, original)
+        for stream, tokens, right in zip(streams, found, expected):
+            assert [*tokens, *ids(stream)] == right
+        for i, prompt in enumerate(prompts):
+            assert ids(llama.steps([prompt], 0.9, seed=i, **options)) == expected[i]
+
+
+def test_a_request_is_not_lost_when_it_cannot_be_placed(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    admit = llama._scheduler.chooser.admit
+
+    def failing(row: Any) -> None:
+        if row.request.prompt[1] == 77:
+            raise MemoryError("no room for its penalties")
+        admit(row)
+
+    monkeypatch.setattr(llama._scheduler.chooser, "admit", failing)
+    stream = iter(llama.steps([[1, 60]], 0, max_gen_len=5))
+    next(stream)
+    with pytest.raises(MemoryError, match="no room"):
+        llama.generate([[1, 77]], 3, 0)
+    assert len(ids(stream)) == 4
+
+
+def test_a_model_that_is_let_go_is_freed(tiny: Path, tokenizer_path: str) -> None:
+    """Without the garbage collector: calls that ended at once, were left while some waited, or raised."""
+    gc.collect()
+    gc.disable()
+    try:
+        for use in (
+            lambda m: m.generate([[1, 5]], 1, 0),
+            lambda m: m.generate([[1, 5]], 0, 0),
+            lambda m: next(iter(m.steps([[1, 5 + i] for i in range(6)], 0, max_gen_len=5))),
+            lambda m: m.text_completion(["a"] * 3, 0.9, max_gen_len=3, repetition_penalty=1.2),
+        ):
+            llama = Llama.build(str(tiny), tokenizer_path, 32, 4, device="cpu")
+            use(llama)
+            model = weakref.ref(llama.model)
+            del llama
+            assert model() is None
+    finally:
+        gc.enable()
+
+
+def test_equal_calls_give_equal_numbers(llama: Llama) -> None:
+    """To the bit, for prompts so short that reading them again costs nothing to speak of."""
+    calls = [llama.generate([[1, *range(20, 20 + n)]], 6, 0, logprobs=True) for n in (3, 20) for _ in range(3)]
+    assert calls[0] == calls[1] == calls[2]
+    assert calls[3] == calls[4] == calls[5]
