@@ -502,3 +502,11 @@ def test_equal_calls_give_equal_numbers(llama: Llama) -> None:
     calls = [llama.generate([[1, *range(20, 20 + n)]], 6, 0, logprobs=True) for n in (3, 20) for _ in range(3)]
     assert calls[0] == calls[1] == calls[2]
     assert calls[3] == calls[4] == calls[5]
+
+
+def test_nothing_moves_without_need(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that shares nothing took the second slot, and changed places with the first, at each call."""
+    llama.forget()
+    monkeypatch.setattr(llama._engine, "swap", lambda *_: pytest.fail("a slot was moved"))
+    llama.generate([[1, 20, 30]], 2, 0)
+    assert llama._scheduler.held.ids[0] == [1, 20, 30, *llama._scheduler.held.ids[0][3:]]

@@ -372,7 +372,8 @@ class Scheduler:
         if best in free and 0 < len(holds[best]) <= 2 * shared[best]:
             slot = best
         else:
-            slot = self.held.oldest([other for other in free if other != best] or free)
+            kept = {best} if shared[best] else set()
+            slot = self.held.oldest([other for other in free if other not in kept] or free)
             if shared[best] > shared[slot]:
                 self.held.set(slot, [])
                 self.engine.copy(best, slot, shared[best])
