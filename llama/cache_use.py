@@ -36,7 +36,7 @@ class CacheUse:
         self._stream: Any = None  # the GPU stream that the last turn was queued on
         self._user: Callable[[], Any] = lambda: None
         self._calls_then = 0
-        self._stepping = False
+        self.stepping = False  # whether a turn is under way
         self._depth = 0  # depth of nested calls of the model
 
         _USES.add(self)
@@ -49,16 +49,16 @@ class CacheUse:
         """A block of one or more steps of one user; others wait. RuntimeError within another turn, or if somebody else called
         the model within this one."""
         with self.lock:
-            if self._stepping:
+            if self.stepping:
                 raise RuntimeError(PAST_THE_STEP)
             if device_kind(device) == "cuda":
                 self._follow(torch.cuda.current_stream(device))
             self.calls += self.called
-            before, self._stepping = self.calls, True
+            before, self.stepping = self.calls, True
             try:
                 yield
             finally:
-                self._stepping = self.called = False  # a compiled model is part of the step
+                self.stepping = self.called = False  # a compiled model is part of the step
             if self.calls != before:
                 raise RuntimeError(PAST_THE_STEP)
 
@@ -72,7 +72,7 @@ class CacheUse:
     def call(self) -> Iterator[None]:
         """A block of one call of the model: a part of the user's step, or another's call, which waits for steps to end."""
         with self.lock:
-            self.calls += not self._stepping or self._depth > 0
+            self.calls += not self.stepping or self._depth > 0
             try:
                 self._depth += 1
                 yield
@@ -94,7 +94,7 @@ class CacheUse:
 def _in_forked_child() -> None:
     """Make new locks: the threads that held the old ones are not there, and may have been in the middle of a step."""
     for use in list(_USES):
-        use.lock, use._stepping, use._depth = threading.RLock(), False, 0
+        use.lock, use.stepping, use._depth = threading.RLock(), False, 0
         use.calls += 1
 
 

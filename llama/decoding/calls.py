@@ -44,6 +44,8 @@ class Call:
         self.over: set[int] = set()  # requests that have ended, or are to end
         self.error: Optional[BaseException] = None
         self.left = False
+        self.scored = any(request.logprobs for request in self.requests)
+        self.alternatives = max((request.alternatives for request in self.requests), default=0)
         self.plain_steps: Optional[Iterator[None]] = None
         self.wake = threading.Event()
         self._cancelled: set[int] = set()
@@ -52,14 +54,6 @@ class Call:
         # Rows that draw from one source step together: then each draws the same whatever else runs. Those whose prompts are
         # scored are read together, so that their numbers are the same to the bit, if they are not read in pieces.
         self.together = source.lanes > 1 and any((r.draws and r.seed is None) or r.score_prompt for r in self.requests)
-
-    @property
-    def scored(self) -> bool:
-        return any(request.logprobs for request in self.requests)
-
-    @property
-    def alternatives(self) -> int:
-        return max((request.alternatives for request in self.requests), default=0)
 
     @property
     def lanes(self) -> int:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, Optional
 
 import torch
 
 from ..runtime import device_kind, to_device
 from .engine import Engine, token_logprobs
-from .rows import Decision, Row, Source
+from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Row, Source
 from .sampling import Drawing, Penalties, draw, exponential_noise, penalize
-
-NOT_FINITE, NONE_ALLOWED = -1, -2  # in place of an id
 
 
 class _Plan:
     """What the options of these rows have in common, as tensors; made anew when the rows change."""
 
     def __init__(self, rows: list[Row], vocab_size: int, device: torch.device) -> None:
-        self.rows, self.device, self.vocab_size = rows, device, vocab_size
+        self.rows, self.device = rows, device
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         self.counted = self._places(lambda row: row.request.sampling.counts_ids)
         self.biased = self._places(lambda row: bool(row.request.sampling.logit_bias))
         self.ruled = self._places(lambda row: row.request.grammar is not None)
@@ -42,10 +40,6 @@ class _Plan:
 
     def _places(self, wanted: Callable[[Row], bool]) -> list[int]:
         return [i for i, row in enumerate(self.rows) if wanted(row)]
-
-    @cached_property
-    def _indices(self) -> dict[tuple[int, ...], torch.Tensor]:
-        return {}
 
     def take(self, x: torch.Tensor, places: list[int]) -> torch.Tensor:
         """Rows of x (rows, …)"""
@@ -104,7 +98,6 @@ class Chooser:
         plan = self._plan(rows)
         finite = logits.sum(dim=-1).isfinite()  # a sum of numbers that are not is none either
         logits = self._adjusted(logits, plan)
-        any_allowed = self._any_allowed(logits, plan)
         all_drawn = len(plan.drawn) == len(plan.rows)
         ids = torch.empty(0) if all_drawn else logits.argmax(dim=-1)
         if plan.drawn:
@@ -113,13 +106,15 @@ class Chooser:
             ids = some if all_drawn else plan.put(ids, plan.drawn, some)
         if plan.drawn_by_others:
             self._draw_by_others(logits, plan, ids)
-        ids = ids if any_allowed is None else ids.where(any_allowed, NONE_ALLOWED)
+        if plan.ruled:
+            ids = ids.where((logits > -torch.inf).any(dim=-1), NONE_ALLOWED)
         return ids.where(finite, NOT_FINITE)
 
-    @staticmethod
-    def _any_allowed(logits: torch.Tensor, plan: _Plan) -> Optional[torch.Tensor]:
-        """Whether anything may come next, bool (rows,); None if no row has a grammar."""
-        return (logits > -torch.inf).any(dim=-1) if plan.ruled else None
+    def error(self, row: Row, token: int, slot: Optional[int] = None) -> ValueError:
+        """Why there is no id for a row, but NOT_FINITE or NONE_ALLOWED. slot: see `Engine.not_finite`."""
+        if token == NONE_ALLOWED:
+            return ValueError(f"the grammar of prompt {row.index} allows no id")
+        return self.engine.not_finite(row.index, slot=slot)
 
     def count(self, ids: torch.Tensor, rows: list[Row], times: int = 1) -> None:
         """Let penalties count ids (rows,), one for each row; times=-1 takes that back."""
@@ -141,8 +136,8 @@ class Chooser:
         return logits
 
     def best(self, logits: torch.Tensor, row: Row) -> torch.Tensor:
-        """The best id at each of several places of one row, (places, V) -> (places,); -1 where logits are not finite."""
-        return self.biased(logits, row).argmax(dim=-1).where(logits.sum(dim=-1).isfinite(), -1)
+        """The best id at each of several places of one row, (places, V) -> (places,); NOT_FINITE if logits are not."""
+        return self.biased(logits, row).argmax(dim=-1).where(logits.sum(dim=-1).isfinite(), NOT_FINITE)
 
     def biased(self, logits: torch.Tensor, row: Row) -> torch.Tensor:
         """Logits of several places of one row, (places, V), with its bias."""

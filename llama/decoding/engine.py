@@ -146,7 +146,7 @@ class Engine:
     @property
     def looks_ahead(self) -> bool:
         """Whether a step costs the host so little that the next may be queued before this one's ids are known to it."""
-        return isinstance(self._ready, Recorded) and device_kind(self.device) == "cuda"
+        return self.fills_up and device_kind(self.device) == "cuda"
 
     @property
     def fills_up(self) -> bool:
@@ -205,6 +205,11 @@ class Engine:
         """Held for a whole call, it lets nobody else's steps in between."""
         return self._use.lock
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a turn is under way."""
+        return self._use.stepping
+
     def turn(self) -> AbstractContextManager[None]:
         """See `CacheUse.turn`."""
         return self._use.turn(self._made_for[0])
@@ -260,23 +265,26 @@ class Engine:
 
     def clear(self, slot: Optional[int]) -> None:
         """Zero a slot, or all."""
-        for attention in self.model.attentions() if isinstance(self.model, Transformer) else ():
-            for cache in (attention.cache_k, attention.cache_v):
-                (cache if slot is None else cache[slot]).zero_()
+        for cache in self._caches():
+            (cache if slot is None else cache[slot]).zero_()
 
     def copy(self, source: int, target: int, columns: int) -> None:
         """Copy the first columns of one slot into another."""
-        for attention in self.model.attentions():
-            for cache in (attention.cache_k, attention.cache_v):
-                cache[target, :columns] = cache[source, :columns]
+        for cache in self._caches():
+            cache[target, :columns] = cache[source, :columns]
 
     def swap(self, a: int, b: int, columns: tuple[int, int]) -> None:
         """Let two slots change places, of which so many columns are used."""
-        for attention in self.model.attentions():
-            for cache in (attention.cache_k, attention.cache_v):
-                kept = cache[a, : columns[0]].clone()
-                cache[a, : columns[1]] = cache[b, : columns[1]]
-                cache[b, : columns[0]] = kept
+        for cache in self._caches():
+            kept = cache[a, : columns[0]].clone()
+            cache[a, : columns[1]] = cache[b, : columns[1]]
+            cache[b, : columns[0]] = kept
+
+    def _caches(self) -> Iterator[torch.Tensor]:
+        """Those of all layers; of a module that is no Transformer, none is known."""
+        for attention in self.model.attentions() if isinstance(self.model, Transformer) else ():
+            yield attention.cache_k
+            yield attention.cache_v
 
 
 def prompt_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ class Held:
         self._used[a], self._used[b] = self._used[b], self._used[a]
 
     def clear(self) -> None:
-        self.__init__(len(self.ids))  # type: ignore[misc]
+        for slot in range(len(self.ids)):
+            self.set(slot, [])
 
     def oldest(self, slots: Sequence[int]) -> int:
         """The slot whose ids were used longest ago; an empty one, if there is one."""

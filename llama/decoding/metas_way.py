@@ -6,7 +6,6 @@ the shortest are read a token at a time beside the answers of the others, and ro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -50,14 +49,15 @@ def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> 
         some = [rows[i] for i in deciding]
         for row in some:
             row.reading = False
-            _score(row, engine)
+            if row.scores and not row.take_scores(torch.cat(row.scores).tolist()):
+                raise engine.not_finite(row.index)
         if some:
             places = to_device(deciding, device)
             chooser.count(chosen[places], some)
             decisions, _ = chooser.read(logits[places, -1], chosen[places], some)
             for row, decision in zip(some, decisions):
                 if decision.token < 0 and row.room(limit) > 0:
-                    raise engine.not_finite(row.index)
+                    raise chooser.error(row, decision.token)
                 step = row.step(decision, limit)
                 call.tell(row.generated, step)
                 row.accept(step)
@@ -70,12 +70,3 @@ def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> 
                   for i, row in enumerate(rows)]  # fmt: skip
         tokens[:, end] = to_device(placed, device)
         start, end = end, end + 1
-
-
-def _score(row: Row, engine: Engine) -> None:
-    """Put the prompt's log-probabilities together, when it was read."""
-    if row.scores:
-        row.prompt_logprobs = [0.0, *(x for part in row.scores for x in part.tolist())]
-        row.scores = []
-        if any(map(math.isnan, row.prompt_logprobs)):
-            raise engine.not_finite(row.index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
@@ -25,11 +26,14 @@ class Source:
     draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None
 
 
+NOT_FINITE, NONE_ALLOWED = -1, -2  # in place of an id: the logits were not finite, the row's grammar allows no id
+
+
 @dataclass
 class Decision:
     """What a step chose for one row, on the host."""
 
-    token: int  # -1: the logits were not finite
+    token: int
     logprob: float = 0.0
     alternatives: list[tuple[int, float]] = field(default_factory=list)
 
@@ -60,6 +64,11 @@ class Row:
         self.rounded: Optional[int] = None  # first cache column written by a pass over several tokens: it rounds differently
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing of it is to run any more."""
+        return self.finished or self.call.is_over or self.index in self.call.over
+
+    @property
     def generated(self) -> int:
         """How many ids follow the prompt."""
         return len(self.ids) - self.prompt_length
@@ -77,6 +86,11 @@ class Row:
     def room(self, limit: int) -> int:
         """How many ids may still follow, in a cache of `limit` columns."""
         return min(limit - len(self.ids), self.request.max_new - self.generated)
+
+    def take_scores(self, values: list[float]) -> bool:
+        """Keep the log-probabilities of the prompt's ids but the first, for the next step. -> whether all are numbers"""
+        self.scores, self.prompt_logprobs = [], [0.0, *values]
+        return not any(map(math.isnan, values))
 
     def step(self, decision: Decision, limit: int) -> Step:
         """What a decision means; `accept` makes it so."""

@@ -11,7 +11,8 @@ import itertools
 import math
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Optional
 
@@ -21,11 +22,11 @@ from ..layers.parallel import Group, all_agree, least
 from ..runtime import to_device
 from . import metas_way
 from .calls import Call
-from .choosing import NOT_FINITE, Chooser
+from .choosing import Chooser
 from .engine import Engine
 from .held import Held, common_prefix
 from .pace import Pace
-from .rows import Decision, Row
+from .rows import NOT_FINITE, Decision, Row
 from .verifying import Verifier
 
 WAIT = 0.02  # seconds; whoever waits for another thread's step looks that often whether that thread still steps
@@ -67,7 +68,6 @@ class Scheduler:
         self._begun: deque[_Begun] = deque()  # the step that is under way, and one that was queued ahead
         self._newest: tuple[list[Row], torch.Tensor] = [], torch.empty(0)  # rows, and their newest ids on the device
         self._numbers = itertools.count()
-        self._stepping = False
         self._broken = False  # whether a step has ended in an exception, anywhere in it
         self._waiters: list[Call] = []  # calls whose threads wait for another thread's step
 
@@ -83,9 +83,7 @@ class Scheduler:
     @property
     def running(self) -> list[list[int]]:
         """The ids so far of the rows that are to run on."""
-        return [
-            list(row.ids) for row in self.rows if not row.finished and not row.call.is_over and row.index not in row.call.over
-        ]
+        return [list(row.ids) for row in self.rows if not row.is_over]
 
     # Calls, from any thread
 
@@ -115,7 +113,7 @@ class Scheduler:
             return
         try:
             if not call.has_news:  # otherwise another thread has stepped meanwhile
-                with self.engine.turn():
+                with self.engine.turn(), torch.inference_mode(), self._whole():
                     self._step(call)
         finally:
             lock.release()
@@ -128,7 +126,7 @@ class Scheduler:
         if not self.engine.lock.acquire(blocking=False):
             return
         try:
-            if not self._stepping:  # not within a step of this very thread
+            if not self.engine.stepping:  # not within a step of this very thread
                 if any(row.call.is_over for begun in self._begun for row in begun.rows):
                     self._take_back()
                 self._dismiss()
@@ -147,41 +145,37 @@ class Scheduler:
             self._dismiss()
             self.held.clear()
 
-    @torch.inference_mode()
     def lend_slot(self) -> int:
         """A slot for somebody else's use within this turn. What was held there is forgotten."""
-        if self._broken:
-            self._mend()
-        self.engine.refresh()
-        if not self.engine.as_built:  # then all rows stand in the first slots
-            self.engine.take(None)
-            return 0
-        self._own_cache()
-        self._dismiss()
-        slot = self.held.oldest([slot for slot, row in enumerate(self._slots) if row is None] or [len(self._slots) - 1])
-        if (row := self._slots[slot]) is not None:
-            self._read_anew(row)
-        self.held.set(slot, [])
-        return slot
+        with torch.inference_mode(), self._whole():
+            self.engine.refresh()
+            if not self.engine.as_built:  # then all rows stand in the first slots
+                self.engine.take(None)
+                return 0
+            self._own_cache()
+            self._dismiss()
+            slot = self.held.oldest([slot for slot, row in enumerate(self._slots) if row is None] or [len(self._slots) - 1])
+            if (row := self._slots[slot]) is not None:
+                self._read_anew(row)
+            self.held.set(slot, [])
+            return slot
 
     # A step
 
-    @torch.inference_mode()
-    def _step(self, call: Call) -> None:
-        self._stepping = True
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A block that leaves nothing that is trusted, if it ends in an exception, anywhere in it."""
+        if self._broken:
+            self._mend()
+        self._broken = True
         try:
-            if self._broken:
-                self._mend()
-            self._broken = True
-            self._one_step(call)
-            self._broken = False
+            yield
         except BaseException:
             self._take_back()  # at once: what it drew may be drawn by others, or the generators be seeded anew
             raise
-        finally:
-            self._stepping = False
+        self._broken = False
 
-    def _one_step(self, call: Call) -> None:
+    def _step(self, call: Call) -> None:
         self._own_cache(news=bool(self._inbox))
         call.before_step()
         self._dismiss()
@@ -245,8 +239,7 @@ class Scheduler:
                 if row.finished or row.generated != number or row.call.is_over or row not in self._slots:
                     continue
                 if decision.token < 0 and row.room(self._limit) > 0:
-                    allows_none = ValueError(f"the grammar of prompt {row.index} allows no id")
-                    row.call.error = self._not_finite(row) if decision.token == NOT_FINITE else allows_none
+                    row.call.error = self._refused(row, decision.token)
                     continue
                 row.proven = row.proven or decision.token >= 0
                 step = row.step(decision, self._limit)
@@ -257,10 +250,10 @@ class Scheduler:
                     row.call.error = error
         self._begun.popleft()
 
-    def _not_finite(self, row: Row) -> ValueError:
-        slot = self._slots.index(row)
-        row.read, row.reading = 0, True  # nothing of it is held
-        return self.engine.not_finite(row.index, slot=slot)
+    def _refused(self, row: Row, token: int) -> ValueError:
+        """The error of a row for which there is no id. Nothing of it is held."""
+        row.read, row.reading = 0, True
+        return self.chooser.error(row, token, self._slots.index(row))
 
     # Who owns the cache
 
@@ -268,8 +261,6 @@ class Scheduler:
         """Make sure that the cache holds what we think, and the engine runs what the model has become. news: a call has
         come, before which anybody may have changed the model."""
         kept = self.engine.take(self)
-        if not kept:
-            self._lose_all()
         if kept and not news and self.engine.as_built:
             return
         self.engine.refresh()
@@ -303,7 +294,7 @@ class Scheduler:
     def _dismiss(self) -> None:
         """Take the rows out that have ended."""
         for slot, row in enumerate(self._slots):
-            if row is not None and (row.finished or row.call.is_over or row.index in row.call.over):
+            if row is not None and row.is_over:
                 # The last column may be overwritten by steps that are filled up.
                 self.held.set(slot, row.ids[: min(row.columns, self._limit - 1)] if row.proven else [])
                 if not row.proven:
@@ -311,7 +302,7 @@ class Scheduler:
                 self._slots[slot] = None
 
     def _admit(self) -> None:
-        """Let those that wait have the free slots, first come first served, and the rows that run the first slots."""
+        """Let those that wait have the free slots, first come first served."""
         while self._inbox:
             if self._inbox[0] not in self._waiting:
                 self._waiting.append(self._inbox[0])
@@ -448,15 +439,14 @@ class Scheduler:
         try:
             self._pass(rows, start, end)
         except Exception as error:
-            calls = list(dict.fromkeys(row.call for row in rows))
-            for call in calls:
-                mine = [row for row in rows if row.call is call]
-                if len(calls) > 1:
-                    self._read(mine, start, end)
-                    continue
-                call.error = error
-                for row in mine:
-                    self._read_anew(row)
+            first, *others = dict.fromkeys(row.call for row in rows)
+            if others:  # each call by itself tells whose rows they are
+                for call in (first, *others):
+                    self._read([row for row in rows if row.call is call], start, end)
+                return
+            first.error = error
+            for row in rows:
+                self._read_anew(row)
             self._dismiss()
             self._close_gaps()
 
@@ -479,10 +469,8 @@ class Scheduler:
         """Prompts' log-probabilities, on the host."""
         scores = self.engine.fetch([torch.cat(row.scores) for row in rows]) if rows else []
         for row, values in zip(rows, scores):
-            row.scores = []
-            if any(map(math.isnan, values)):
-                row.call.error = self._not_finite(row)
-            row.prompt_logprobs = [0.0, *values]
+            if not row.take_scores(values):
+                row.call.error = self._refused(row, NOT_FINITE)
 
     # Running rows
 

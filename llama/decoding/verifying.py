@@ -6,13 +6,12 @@ float32 they also run again what passes have left in the cache, so that it is to
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from ..runtime import device_kind, to_device
 from .choosing import Chooser
 from .engine import Engine
+from .held import common_prefix
 from .rows import Decision, Row
 
 # A pass may pick the best id only if it leads the second by this many standard deviations of the logits. Passes differ from
@@ -35,9 +34,9 @@ class Verifier:
 
     def decide(self, row: Row) -> list[Decision]:
         """What comes next: one id, or several if drafts hold."""
-        ids, room = list(row.ids), self.engine.model.params.max_seq_len - len(row.ids)
+        ids = list(row.ids)
         row.drafter.read(ids[len(row.drafter.ids) :])
-        drafts = row.drafter.draft(min(row.request.max_new - row.generated, room) - 1)
+        drafts = row.drafter.draft(row.room(self.engine.model.params.max_seq_len) - 1)
         if not drafts:
             logits = self.engine.decode(to_device(ids[-1:], self.engine.device), [len(ids) - 1])
             unsure = None if row.rounded is None else self._is_clear(logits, row).logical_not()
@@ -52,8 +51,7 @@ class Verifier:
             decided.append(decision if is_clear else self._single_steps(row, ids + [each.token for each in decided]))
             if not is_clear or decision.token != draft or decision.token in row.request.ends:
                 break
-        agreed = zip((decision.token for decision in decided), drafts)
-        row.drafter.judge(len(drafts), sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], agreed)))
+        row.drafter.judge(len(drafts), common_prefix([decision.token for decision in decided], drafts))
         return decided
 
     def _is_clear(self, logits: torch.Tensor, row: Row) -> torch.Tensor:
