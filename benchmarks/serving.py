@@ -202,7 +202,8 @@ def overhead(llama: Llama, steps: int = 400) -> dict[str, Any]:
     """Microseconds of a step beside the model's: the model is replaced by ready logits."""
     rows = llama.model.params.max_batch_size
     llama.tokenizer.eos_id = -1
-    engine, logits = llama._engine, torch.randn(rows, llama.model.vocab_size)
+    engine = llama._engine
+    logits = torch.randn(rows, llama.model.vocab_size, device=engine.device)
     prompts = [[1, 5 + i] for i in range(rows)]
     list(llama.steps(prompts, 0, 1, 2, draft=False))
     engine.decode = lambda tokens, positions: logits[: len(positions)]  # type: ignore[method-assign]

@@ -479,7 +479,9 @@ class Transformer(nn.Module):
             vars(module)["joined"] = join_quantized(layers, make)  # setattr would make it a child module
 
     def keep_fused(self) -> None:
-        """Fuse the layers again whose weights were replaced."""
+        """Fuse the layers again whose weights were replaced, and let the table of rotations follow the model."""
+        if self.freqs_cis.device != self.norm.weight.device:  # somebody has assigned one, from the CPU
+            self.freqs_cis = self.freqs_cis.to(self.norm.weight.device)
         for module, layers in self._fusable():
             if module.fused is not None and not is_fused(module.fused, layers):
                 module.fused = fuse(layers)
@@ -577,13 +579,13 @@ class Transformer(nn.Module):
                 h = block.run(h, window)
             return self.norm.run(h) if layers < 0 else h
         start_pos = self._only_position(tokens, start_pos, slots)
-        S = tokens.shape[1]
-        mask = None
+        S, mask = tokens.shape[1], None
+        rotations = self.freqs_cis[start_pos : start_pos + S].to(h.device)
         if S > 1:
             mask = torch.full((S, S), -math.inf, dtype=h.dtype, device=h.device).triu(1)
             mask = torch.cat((mask.new_zeros(S, start_pos), mask), 1)
         for layer in blocks:
-            h = layer(h, start_pos, self.freqs_cis[start_pos : start_pos + S], mask)
+            h = layer(h, start_pos, rotations, mask)
         return self.norm(h) if layers < 0 else h
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:

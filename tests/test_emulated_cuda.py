@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+import events
 import pytest
 import torch
 from emulated_cuda import Machine, StandIns, emulated
@@ -17,6 +18,7 @@ from workers import Pool
 from llama import Llama, runtime
 from llama.decoding import compiled
 from llama.layers import kernels
+from llama.model import precompute_freqs_cis
 
 TEXTS = ["Once upon a time", "The dog", "A little girl named Lily went to the park and saw a big", "One day, Tom and his",
          "There was a cat", "In the forest", "Mom said", "It was raining and the children"]  # fmt: skip
@@ -64,16 +66,22 @@ def replaced(llama: Llama, texts: list[str]) -> Any:
     rotations = llama.model.freqs_cis
     llama.model.freqs_cis = torch.conj_physical(rotations)
     turned = llama.text_completion(texts[:1], 0, 1, 10)
+    llama.model.freqs_cis = precompute_freqs_cis(llama.model.params.head_size, len(rotations), 30.0)  # on the CPU
+    slower = llama.text_completion(texts[:1], 0, 1, 10)
     llama.model.freqs_cis = rotations
-    return before, during, turned
+    return before, during, turned, slower
 
 
 def hooked(llama: Llama, texts: list[str]) -> Any:
     calls: list[int] = []
     handle = llama.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     during = llama.text_completion(texts[:1], 0, 1, 10)
+    table = llama.model.freqs_cis
+    llama.model.freqs_cis = precompute_freqs_cis(llama.model.params.head_size, len(table), 30.0)  # on the CPU
+    slower = llama.text_completion(texts[:1], 0, 1, 10)
+    llama.model.freqs_cis = table
     handle.remove()
-    return len(calls) > 5, during, llama.text_completion(texts[:1], 0, 1, 10)
+    return len(calls) > 15, during, slower, llama.text_completion(texts[:1], 0, 1, 10)
 
 
 def between(llama: Llama, texts: list[str]) -> Any:
@@ -294,6 +302,17 @@ def test_a_compared_step_leaves_what_the_replay_wrote(
     monkeypatch.setattr(compiled.Recorded, "_plain", rounded)
     assert keys() == expected
     assert compared
+
+
+def test_requests_that_come_and_go(
+    tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the next step is queued ahead, and recordings of several sizes take turns."""
+    monkeypatch.setattr(compiled, "LEAST_COLUMNS", 32)
+    alone = events.Alone(build(tiny, tokenizer_path, 1, "cpu", compile=False))
+    assert events.run(build(tiny, tokenizer_path), alone, 700, 1)["texts"] > 100
+    assert machine.replays > 200
+    assert "The decode step is not" not in capsys.readouterr().out
 
 
 def test_options_are_not_recorded(tiny: Path, tokenizer_path: str, machine: Machine) -> None:

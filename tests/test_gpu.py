@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Optional
 from unittest import mock
 
+import events
 import pytest
 import torch
 from conftest import ROOT, golden, shared
@@ -118,6 +119,16 @@ def test_no_step_waits_for_the_device(options: dict[str, Any], logprobs: bool) -
         assert sum(step.token is not None for step in running) == 3 * 24 - 1
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-3), ("bfloat16", 0.2)])
+def test_requests_that_come_and_go(dtype: str, near: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each gives what it gives alone, step by step on plain operators."""
+    alone = events.Alone(build(1, dtype, compile=False), near, greedy=dtype == "bfloat16")
+    result = events.run(build(4, dtype), alone, 700, 1)
+    assert result["texts"] > 100
+    assert result["ties"] < result["texts"] / 10
+    assert "The decode step is not" not in capsys.readouterr().out
 
 
 def test_a_model_that_is_let_go_leaves_its_memory() -> None:

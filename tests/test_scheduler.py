@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -249,23 +249,31 @@ def test_long_prompts_are_read_between_the_steps_of_streams(
     assert tokens == ids(llama.steps([LONG], 0, max_gen_len=4))
 
 
+def settled(pace: Pace, seconds: Callable[[int], float]) -> int:
+    """The size of most pieces, after some of them were read, between steps of 10 ms."""
+    sizes = []
+    for _ in range(60):
+        pace.saw(0, 3, 0.010)
+        sizes.append(pace.piece)
+        pace.saw(sizes[-1], 3, 0.010 + seconds(sizes[-1]))
+    return max(set(sizes[20:]), key=sizes.count)
+
+
 def test_the_piece_follows_what_was_measured() -> None:
     pace = Pace()
     assert pace.piece == FIRST
-    pace.saw(0, 3, 0.010)
-    pace.saw(100, 3, 0.110)  # 1 ms a token, 10 ms a step
-    assert pace.piece == 16
-    for _ in range(50):
-        pace.saw(64, 0, 0.064 / 10)
-    assert pace.piece == 256  # the largest power of two that three steps' time has room for
     pace.saw(2, 0, 9.0)  # too few tokens to say anything
-    assert pace.piece == 256
-    for _ in range(50):
-        pace.saw(64, 0, 64e-9)
-    assert pace.piece == MOST
-    for _ in range(50):
-        pace.saw(64, 0, 6.4)
-    assert pace.piece == LEAST
+    assert pace.piece == FIRST
+    assert settled(pace, lambda tokens: tokens * 0.001) == 16  # the largest power of two that three steps' time has room for
+    assert settled(pace, lambda tokens: tokens * 0.0001) == 256
+    assert settled(pace, lambda tokens: tokens * 1e-9) == MOST
+    assert settled(pace, lambda tokens: tokens * 0.1) == LEAST
+    for _ in range(3):  # what it knew of longer pieces is out of date
+        size = settled(pace, lambda tokens: tokens * 0.0001)
+    assert size == 256
+    # A GPU takes hardly longer for many tokens than for few: shorter pieces would only be more.
+    assert settled(Pace(), lambda tokens: 0.040 + tokens * 0.0001) == 512
+    assert settled(Pace(), lambda tokens: 0.040 + tokens * 0.001) == 64
 
 
 # Options

@@ -29,7 +29,7 @@ from .pace import Pace
 from .rows import NOT_FINITE, Decision, Row
 from .verifying import Verifier
 
-WAIT = 0.02  # seconds; whoever waits for another thread's step looks that often whether that thread still steps
+WAIT = 0.02  # seconds; one of those who wait for another thread's step looks that often whether that thread still steps
 OTHERS_USED_IT = (
     "another call has used the model since, and this stream cannot go on: the model has parts, hooks or patches of somebody's "
     "own, which may remember more than our cache does; finish a stream, or leave it, before the next call"
@@ -105,8 +105,11 @@ class Scheduler:
         if not lock.acquire(blocking=False):
             self._waiters.append(call)
             try:
-                call.wake.wait(WAIT)
-                call.wake.clear()
+                if lock.acquire(blocking=False):  # let go of before this call stood in the list
+                    lock.release()
+                else:
+                    call.wake.wait(WAIT * len(self._waiters))
+                    call.wake.clear()
             finally:
                 with suppress(ValueError):
                     self._waiters.remove(call)
@@ -117,8 +120,15 @@ class Scheduler:
                     self._step(call)
         finally:
             lock.release()
-            for other in list(self._waiters):  # to read what came, or to step in this thread's place
-                other.wake.set()
+            self._wake_others(instead=call.has_news)
+
+    def _wake_others(self, instead: bool) -> None:
+        """Wake those for whom there is news; and one more if this thread has its own, to step in its place. If all woke, they
+        would take the interpreter's lock from whoever steps."""
+        for call in list(self._waiters):
+            if call.has_news or instead:
+                instead = instead and call.has_news
+                call.wake.set()
 
     def let_go(self) -> None:
         """A call was left. Without a wait: the garbage collector may end a stream, in any thread; whoever has the lock
@@ -396,10 +406,11 @@ class Scheduler:
         while left > 0 and (rows := self._next_to_read()):
             start = rows[0].read
             end = max(len(row.ids) for row in rows)
+            if len(rows) * (end - start) > budget:
+                rows, end = rows[:1], len(rows[0].ids)
             if left < len(rows) * (end - start) <= budget:
                 break  # in one piece, with the next step
-            if len(rows) * (end - start) > left:
-                rows, end = rows[:1], int(min(len(rows[0].ids), start + left))
+            end = min(end, start + int(min(left, end)))
             self._read(rows, start, end)
             read += len(rows) * (end - start)
             left = budget - read
