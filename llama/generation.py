@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional, Union
+from typing import Any, Literal, NamedTuple, Optional, TypeVar, Union
 
 import torch
 from typing_extensions import Unpack
@@ -45,6 +45,7 @@ from .completion import (
 )
 from .decoding.calls import Call
 from .decoding.engine import Engine
+from .decoding.leading import Leader, follow
 from .decoding.requests import LEAST_SHARED, FinishReason, Request, check_prompts
 from .decoding.rows import Source
 from .decoding.sampling import sample_top_p
@@ -69,7 +70,9 @@ from .tokenizer import Tokenizer, need_tokenizer, split, user_path
 from .weights.checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
 from .weights.fingerprint import fingerprints
 
+T = TypeVar("T")
 SAMPLE_TOP_P = sample_top_p  # what somebody puts in its place draws from then on
+NOT_AS_BUILT = "needs a model that is as it was built, without hooks, patches or parts of somebody's own"
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
 DEMO_POSITIONS = 512
 
@@ -171,6 +174,7 @@ class Llama:
         output = getattr(model, "output", None)
         self._group = getattr(output, "group", None)  # the processes that share this model
         self._scheduler_of_model = self._new_scheduler()
+        self._leader: Optional[Leader] = None  # while this process takes requests for all
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(Engine(self.model, self._compile), self._group)
@@ -181,11 +185,12 @@ class Llama:
         return self._engine.lock
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_scheduler_of_model"}  # a copy makes its own
+        own = ("_scheduler_of_model", "_leader")  # a copy makes its own
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._scheduler_of_model = self._new_scheduler()
+        self._scheduler_of_model, self._leader = self._new_scheduler(), None
 
     @property
     def _scheduler(self) -> Scheduler:
@@ -200,7 +205,48 @@ class Llama:
 
     def forget(self) -> None:
         """Forget what the cache holds of earlier prompts: the next ones are read from their first id on."""
-        self._scheduler.forget()
+        with self._alike("forget"):
+            self._scheduler.forget()
+
+    def lead(self, work: Callable[[], T]) -> Optional[T]:
+        """Let the first process take requests for all: it runs `work`, which may call this `Llama` from any thread, at any
+        time; the others run the same steps, until `work` ends. Call it on every process.
+
+        Copies of the model (`model_parallel_size` below the number of processes) share the requests: each goes to the one
+        with the most room. Rows without a seed draw from seeds of their own. Returns what `work` does; None on the other
+        processes, which raise RuntimeError if `work` raises. The model must be as it was built, and its own call, `model(…)`,
+        is for all processes alike: not for `work`.
+        """
+        if self._leader is not None:
+            raise ValueError("this process leads the others already; call lead() once, and in it whatever is to run")
+        with together(everyone=True):
+            if several_processes() and not self._engine.is_as_built:
+                raise ValueError(f"lead() {NOT_AS_BUILT}")
+        if not several_processes():
+            return work()
+        if not is_first_process():
+            follow(self._scheduler, lambda name, *arguments: getattr(self, name)(*arguments))
+            return None
+        leader = self._leader = Leader(self._scheduler)
+        try:
+            result = work()
+        except BaseException as error:
+            leader.end(error)
+            raise
+        finally:
+            self._leader = None
+        leader.end(None)
+        return result
+
+    @contextmanager
+    def _alike(self, name: str, *arguments: Any) -> Iterator[None]:
+        """A block that does what the method `name` does; the processes that follow this one run that."""
+        if self._leader is None:
+            yield
+            return
+        with self.lock:
+            self._leader.tell_all(name, *arguments)
+            yield
 
     def __repr__(self) -> str:
         params, weight = self.model.params, self.model.norm.weight
@@ -411,6 +457,10 @@ class Llama:
         layer: how many blocks to run, 0 for the embeddings alone; -1 is all of them and the last norm. pooling: the
         mean over a text's tokens, or its last token's.
         """
+        with self._alike("_embed", texts, layer, pooling):
+            return self._embed(texts, layer, pooling)
+
+    def _embed(self, texts: Sequence[str], layer: int, pooling: str) -> torch.Tensor:
         with self.lock, together(self._group) as agreement:
             if pooling not in ("mean", "last"):
                 raise ValueError(f"pooling={shortened(pooling)} must be 'mean' or 'last'")
@@ -488,14 +538,15 @@ class Llama:
     def _start(self, asked: Asked, share: tuple[int, int] = (0, 1), *, streams: bool = False) -> Running:
         """A call of this replica's share (which, of how many) of the prompts. All is checked, on every process alike, before
         anything runs. streams: see `Call`."""
-        which, replicas = share
-        with self.lock if self._group is not None else nullcontext(), together(self._group, everyone=replicas > 1) as agreement:
+        (which, replicas), leader = share, self._leader
+        group = None if leader is not None else self._group  # the processes that make this call, and are to make it alike
+        with self.lock if group is not None else nullcontext(), together(group, everyone=replicas > 1) as agreement:
             self._engine.check_files()
             prompts = asked.prompts()
             ids = check_prompts(prompts.ids, self.model.params)
             choice = parse_options(asked.options, len(ids), self.model.vocab_size, self.model.params.max_seq_len)
             agreement.values = {"prompts": ids, "echo": bool(asked.echo), **choice.values()}
-            if self._group is not None:  # rows that run on one process alone would be waited for by no other
+            if group is not None:  # rows that run on one process alone would be waited for by no other
                 agreement.values = {**agreement.values, "streams under way": self._scheduler.running}
         prompts = prompts._replace(ids=ids).times(choice.n)
         ends = frozenset({self.tokenizer.eos_id, *choice.stop_ids})
@@ -507,9 +558,11 @@ class Llama:
         ][which::replicas]
         generator, seed, device = None, choice.seed, self._engine.device
         if seed is None and choice.sampling.temperature > 0:
-            broadcast_random_state(device, self._group)
-            if replicas > 1:  # copies that draw alike would write alike
-                seed = int(torch.randint(2**62, (), device=device))
+            broadcast_random_state(device, group)
+            if leader is not None:  # wherever a row runs, and whatever runs beside it
+                requests = [r if r.seed is not None else replace(r, seed=_drawn_seed(device)) for r in requests]
+            elif replicas > 1:  # copies that draw alike would write alike
+                seed = _drawn_seed(device)
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed + which)
         source = Source(
@@ -517,14 +570,17 @@ class Llama:
             generator,
             None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
         )
-        plainly = not all_agree(self._engine.is_as_built, self._group)
-        pace = partial(keep_pace, self._group) if streams else lambda: None
-        call = Call(self._scheduler, requests, source, streams=streams, plainly=plainly, before_step=pace)
+        plainly = not all_agree(self._engine.is_as_built, group)
+        if plainly and leader is not None:
+            raise ValueError(f"work that leads other processes {NOT_AS_BUILT}")
+        pace = partial(keep_pace, group) if streams else lambda: None
+        call = Call(leader or self._scheduler, requests, source, streams=streams, plainly=plainly, before_step=pace)
         return Running(call, choice, prompts)
 
     def _undisturbed(self, call: Call) -> AbstractContextManager[Any]:
         """For a call that is run to its end: others wait, if the model does not let their steps in between."""
-        return self.lock if call.plainly or self._group is not None else nullcontext()
+        alike = self._group is not None and self._leader is None
+        return self.lock if call.plainly or alike else nullcontext()
 
     def _stream(self, asked: Asked) -> tuple[Prompts, Iterator[Chunk]]:
         if self._replaced_generate:
@@ -535,7 +591,7 @@ class Llama:
 
     def _complete(self, asked: Asked) -> tuple[Prompts, list[CompletionPrediction]]:
         """Drain the stream of this replica's share of the prompts, and put all shares together."""
-        which, replicas = replica() if self._replicated else (0, 1)
+        which, replicas = replica() if self._replicated and self._leader is None else (0, 1)
         call, choice, prompts = self._start(asked, (which, replicas))
         begun = prompts.begun[which::replicas]
         with self._undisturbed(call):
@@ -559,6 +615,10 @@ class Running(NamedTuple):
     call: Call
     choice: Choice
     prompts: Prompts
+
+
+def _drawn_seed(device: torch.device) -> int:
+    return int(torch.randint(2**62, (), device=device))
 
 
 def _given(

@@ -69,13 +69,19 @@ def drawn(rng: random.Random, longest: int = 60) -> Request:
     )
 
 
+def opened(seed: int, number: int) -> tuple[list[Request], bool]:
+    """The requests of a call, and whether it streams: of its number alone."""
+    rng = random.Random(f"{seed} {number}")
+    return [drawn(rng) for _ in range(rng.choice([1, 1, 2, 3, 6]))], rng.random() < 0.7
+
+
 class Alone:
     """What each request gives by itself, in a model of its own. near: what rounding changes of a probability. greedy: also for
     rows that do not draw."""
 
     def __init__(self, llama: Llama, near: float = 1e-4, greedy: bool = False) -> None:
         self.llama, self.near, self.greedy = llama, near, greedy
-        self._known: dict[str, tuple[list[int], Optional[str]]] = {}
+        self.known: dict[str, tuple[list[int], Optional[str]]] = {}
         self.ties = 0
 
     @torch.inference_mode()
@@ -91,12 +97,12 @@ class Alone:
 
     def __call__(self, request: Request) -> tuple[list[int], Optional[str]]:
         key = repr((request.prompt, request.max_new, request.sampling, request.seed, request.grammar is None))
-        if key not in self._known:
+        if key not in self.known:
             self.llama.forget()
             fresh = Request(**{**vars(request), "draft": False, "grammar": OnlyEven() if request.grammar else None})
             steps = list(Call(self.llama._scheduler, [fresh], Source(1)))
-            self._known[key] = [s.token for s in steps if s.token is not None], steps[-1].finish_reason
-        return self._known[key]
+            self.known[key] = [s.token for s in steps if s.token is not None], steps[-1].finish_reason
+        return self.known[key]
 
 
 class Open:
@@ -104,7 +110,7 @@ class Open:
 
     def __init__(self, llama: Llama, requests: list[Request], streams: bool) -> None:
         slots = llama.model.params.max_batch_size
-        self.call = Call(llama._scheduler, requests, Source(min(len(requests), slots)), streams=streams)
+        self.call = Call(llama._leader or llama._scheduler, requests, Source(min(len(requests), slots)), streams=streams)
         self.steps: Iterator[Step] = iter(self.call)
         self.tokens: list[list[int]] = [[] for _ in requests]
         self.reasons: list[Optional[str]] = [None] * len(requests)
@@ -139,12 +145,13 @@ class Open:
 def run(llama: Llama, alone: Alone, events: int, seed: int) -> dict[str, Any]:
     """Random events; every text is compared, and in the end no slot is taken."""
     rng, calls, compared, memory = random.Random(seed), list[Open](), 0, list[int]()
+    numbers = itertools.count()
     for event in range(events):
         if event % max(events // 8, 1) == 0 and Path("/proc/self/statm").exists():
             memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024)
         kind = rng.random()
         if not calls or (kind < 0.12 and len(calls) < 12):
-            calls.append(Open(llama, [drawn(rng) for _ in range(rng.choice([1, 1, 2, 3, 6]))], rng.random() < 0.7))
+            calls.append(Open(llama, *opened(seed, next(numbers))))
             continue
         chosen = rng.choice(calls)
         if kind < 0.15:
@@ -162,16 +169,48 @@ def run(llama: Llama, alone: Alone, events: int, seed: int) -> dict[str, Any]:
         while left.read():
             pass
         compared += left.check(alone, whole=True)
-    assert not llama._scheduler.rows
+    assert llama._leader is not None or not llama._scheduler.rows
     return {"events": events, "seed": seed, "texts": compared, "ties": alone.ties, "resident_MB": memory}
+
+
+Answers = dict[str, tuple[list[int], Optional[str]]]
+
+
+class Known(Alone):
+    """What each request gave elsewhere."""
+
+    def __init__(self, known: Answers) -> None:
+        self.known, self.ties = known, 0
+
+    def is_tie(self, request: Request, new: list[int]) -> bool:
+        return False
+
+
+def answers(alone: Alone, events: int, seed: int) -> Answers:
+    """Those of all calls that so many events may open."""
+    for number in range(events // 5):
+        for request in opened(seed, number)[0]:
+            alone(request)
+    return alone.known
+
+
+def led(folder: str, tokenizer_path: str, parallel: int, known: Answers, events: int, seed: int) -> Optional[dict[str, Any]]:
+    """Random events on the first of several processes, which takes requests for all."""
+    llama = Llama.build(folder, tokenizer_path, 128, 4, parallel, device="cpu")
+    found = llama.lead(lambda: run(llama, Known(known), events, seed))
+    assert not any(row for row in llama._scheduler.rows if not row.is_over)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="of which the first takes requests for all")
+    parser.add_argument("--parallel", type=int, help="processes for one copy of the model; all if not given")
     args = parser.parse_args()
     from conftest import random_weights, train_tokenizer, write_checkpoint
+    from workers import Pool
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
@@ -179,7 +218,20 @@ def main() -> None:
         tokenizer = Path(root) / "tokenizer.model"
         tokenizer.write_bytes(train_tokenizer())
         llamas = [Llama.build(str(folder), str(tokenizer), 128, rows, device="cpu") for rows in (4, 1)]
-        print(json.dumps(run(llamas[0], Alone(llamas[1]), args.events, args.seed)))
+        alone = Alone(llamas[1])
+        print(json.dumps(run(llamas[0], alone, args.events, args.seed)))
+        if args.processes > 1:
+            pool = Pool(args.processes)
+            told = (
+                str(folder),
+                str(tokenizer),
+                args.parallel or args.processes,
+                answers(alone, args.events, args.seed),
+                args.events,
+                args.seed,
+            )
+            print(json.dumps(pool.run(led, *told, seconds=10**6)[0]))
+            pool.close()
 
 
 if __name__ == "__main__":

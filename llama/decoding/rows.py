@@ -12,18 +12,20 @@ import torch
 from .drafting import Drafter
 from .requests import Request, Step
 
+Draw = Callable[[torch.Tensor, float], torch.Tensor]  # somebody's own `sample_top_p`
+
 
 @dataclass(eq=False)
 class Source:
     """What the rows of one call draw from if they have no seeds of their own.
 
     As in Meta's release, one draw makes the noise for all `lanes`, finished ones included: the draws of a row must not depend
-    on which others have ended. generator: the device's own if not given. draw: somebody's own `sample_top_p`.
+    on which others have ended. generator: the device's own if not given.
     """
 
     lanes: int
     generator: Optional[torch.Generator] = None
-    draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None
+    draw: Optional[Draw] = None
 
 
 NOT_FINITE, NONE_ALLOWED = -1, -2  # in place of an id: the logits were not finite, the row's grammar allows no id

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Optional
@@ -93,8 +93,8 @@ class Scheduler:
         else:
             self._inbox.append(call)
 
-    def advance(self, call: Call) -> None:
-        """Step, or wait for the thread that does."""
+    def advance(self, call: Call, step: Optional[Callable[[], object]] = None) -> None:
+        """Step, or wait for the thread that does. step: what to run in place of our own step."""
         if call.plain_steps is not None:
             with self.engine.turn():
                 if call.admitted and not self.engine.owned_by(call):
@@ -116,8 +116,9 @@ class Scheduler:
             return
         try:
             if not call.has_news:  # otherwise another thread has stepped meanwhile
-                with self.engine.turn(), torch.inference_mode(), self._whole():
-                    self._step(call)
+                with self.stepping():
+                    call.before_step()
+                    (step or self.step)()
         finally:
             lock.release()
             self._wake_others(instead=call.has_news)
@@ -173,6 +174,12 @@ class Scheduler:
     # A step
 
     @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """A block of one step."""
+        with self.engine.turn(), torch.inference_mode(), self._whole():
+            yield
+
+    @contextmanager
     def _whole(self) -> Iterator[None]:
         """A block that leaves nothing that is trusted, if it ends in an exception, anywhere in it."""
         if self._broken:
@@ -185,9 +192,9 @@ class Scheduler:
             raise
         self._broken = False
 
-    def _step(self, call: Call) -> None:
+    def step(self) -> None:
+        """Let those that wait have the free slots, read of their prompts, and give each row its next id."""
         self._own_cache(news=bool(self._inbox))
-        call.before_step()
         self._dismiss()
         if self._inbox or self._waiting:
             self._admit()

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 import torch.distributed as dist
@@ -272,14 +272,26 @@ def gather_from_replicas(mine: list[Any]) -> list[list[Any]]:
 
 def from_first_process(value: Any) -> Any:
     """The first process's value, on every process. The others wait for it as long as it takes: it may be typing."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not several_processes():
         return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_patient_group())
+    return box[0]
+
+
+def to_first_process(value: Any) -> list[Any]:
+    """Every process's value, on the first one; elsewhere nothing."""
+    values = [None] * dist.get_world_size() if is_first_process() else None
+    dist.gather_object(value, values, dst=0, group=_patient_group())
+    return values or []
+
+
+def _patient_group() -> dist.ProcessGroup:
+    """All processes, without a limit of time."""
     world = dist.group.WORLD
     if _patient.get("world") is not world:
         _patient.update(world=world, group=dist.new_group(backend="gloo", timeout=timedelta(days=365)))
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=_patient["group"])
-    return box[0]
+    return cast(dist.ProcessGroup, _patient["group"])
 
 
 _patient: dict[str, Any] = {}  # "group", which has a year's time limit, and the "world" that it was made in

@@ -1,0 +1,252 @@
+"""One process takes requests for all: it tells the others who came and who went, in one message a step, and all step alike.
+
+The first process has the calls that people read. Each copy of the model runs a share of a call's requests; what its first
+process decides goes back to the call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Union
+
+import torch
+
+from ..layers.parallel import from_first_process, group_rank, replica, to_first_process
+from .calls import Call
+from .requests import Request, Step
+from .rows import Draw, Source
+from .scheduler import Scheduler
+
+OVER = "the processes no longer run steps together: lead() has returned, or a step of it was interrupted"
+
+
+@dataclass
+class _Came:
+    """A share of a call: its requests at these places, for one copy of the model."""
+
+    call: int
+    copy: int
+    places: list[int]
+    requests: list[Request]
+    lanes: int
+    seed: int
+    draw: Optional[Draw]
+    streams: bool
+
+
+@dataclass
+class _Went:
+    """Requests of a call that are to end before their time."""
+
+    call: int
+    places: list[int]
+
+
+@dataclass
+class _Do:
+    """A method of `Llama` that all processes run."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass
+class _End:
+    error: Optional[str]
+
+
+@dataclass
+class _Decided:
+    """A step of one of a call's requests; or the error that ended the call."""
+
+    call: int
+    number: int = 0
+    step: Optional[Step] = None
+    cached: int = 0
+    error: Optional[BaseException] = None
+
+
+class _Share(Call):
+    """Runs on a copy of the model; nobody iterates over it."""
+
+    def __init__(self, scheduler: Scheduler, came: _Came, decided: list[_Decided]) -> None:
+        source = Source(came.lanes, torch.Generator(scheduler.engine.device).manual_seed(came.seed), came.draw)
+        super().__init__(scheduler, came.requests, source, streams=came.streams)
+        self.came, self.decided = came, decided
+
+    def tell(self, number: int, step: Step) -> None:
+        told = replace(step, index=self.came.places[step.index])
+        self.decided.append(_Decided(self.came.call, number, told, self.cached[step.index]))
+        if step.finish_reason is not None:
+            self.over.add(step.index)
+
+
+class _Copy:
+    """This process's copy of the model, and the shares that run on it."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.index, self.copies = replica()
+        self._shares: dict[int, _Share] = {}
+        self._decided: list[_Decided] = []
+
+    def step(self, changes: list[Union[_Came, _Went]]) -> list[_Decided]:
+        """Let those come and go, and step. -> on the first process, what all copies decided"""
+        for change in changes:
+            if isinstance(change, _Went):
+                if (share := self._shares.get(change.call)) is not None:
+                    share.over.update(i for i, place in enumerate(share.came.places) if place in change.places)
+            elif change.copy == self.index:
+                share = self._shares[change.call] = _Share(self.scheduler, change, self._decided)
+                self.scheduler.submit(share)
+        self.scheduler.step()
+        for call, share in list(self._shares.items()):
+            if share.error is not None:
+                self._decided.append(_Decided(call, error=share.error if self.copies == 1 else _sent(share.error)))
+            if share.is_over:
+                del self._shares[call]
+        decided = self._decided[:]
+        self._decided.clear()
+        if self.copies == 1:
+            return decided
+        speaks = group_rank(self.scheduler.group) == 0
+        return list(itertools.chain.from_iterable(to_first_process(decided if speaks else [])))
+
+    def close(self) -> None:
+        """End what still runs."""
+        for share in self._shares.values():
+            share.left = True
+        self.scheduler.let_go()
+
+
+class Leader:
+    """What the calls of the first process have in place of a scheduler."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._copy = _Copy(scheduler)
+        self._load = [0] * self._copy.copies  # requests that each copy has to run
+        self._numbers = itertools.count()
+        self._new: deque[tuple[Call, list[_Came]]] = deque()
+        self._calls: dict[int, Call] = {}
+        self._where: dict[int, dict[int, int]] = {}  # of each call: the places that are not over -> the copy that has each
+        self._usable = True
+
+    def submit(self, call: Call) -> None:
+        """Share a call's requests out: each goes to the copy with the most room, and all to one if they draw together."""
+        try:
+            pickle.dumps([request.grammar for request in call.requests])
+        except Exception as error:
+            raise ValueError(f"a grammar must be such that pickle can send it to the other processes: {error}") from error
+        number, shares = next(self._numbers), dict[int, list[int]]()
+        with self.scheduler.engine.lock:
+            for place in range(len(call.requests)):
+                copy = next(iter(shares)) if shares and call.together else self._load.index(min(self._load))
+                shares.setdefault(copy, []).append(place)
+                self._load[copy] += 1
+            self._where[number] = {place: copy for copy, places in shares.items() for place in places}
+            seed = 0 if call.source.generator is None else call.source.generator.initial_seed()
+            more = (seed, call.source.draw, call.streams)
+            self._new.append(
+                (call, [
+                    _Came(number, copy, places, [call.requests[i] for i in places], min(call.lanes, len(places)), *more)
+                    for copy, places in shares.items()
+                ])
+            )  # fmt: skip
+
+    def advance(self, call: Call) -> None:
+        self.scheduler.advance(call, self._step)
+
+    def let_go(self) -> None:
+        """The next step tells the others."""
+
+    def tell_all(self, name: str, *arguments: Any) -> None:
+        """Let the other processes run a method of `Llama`, which this one runs next. Hold the lock for both."""
+        self._send([_Do(name, arguments)])
+
+    def end(self, error: Optional[BaseException]) -> None:
+        """Let the other processes go."""
+        with self.scheduler.engine.lock:
+            if self._usable:
+                self._send([_End(None if error is None else f"{type(error).__name__}: {error}")])
+                self._copy.close()
+            self._usable = False
+
+    def _send(self, message: list[Any]) -> None:
+        if not self._usable:
+            raise RuntimeError(OVER)
+        self._usable = False  # unless it is sent
+        from_first_process(message)
+        self._usable = True
+
+    def _step(self) -> None:
+        changes: list[Union[_Came, _Went]] = []
+        while self._new:
+            call, shares = self._new.popleft()
+            self._calls[shares[0].call] = call
+            changes += shares
+        changes += self._gone()
+        self._send(changes)
+        self._usable = False  # unless the step is whole
+        for decided in self._copy.step(changes):
+            self._hand_on(decided)
+        self._usable = True
+
+    def _gone(self) -> list[_Went]:
+        """What readers have cancelled or left since the last step."""
+        gone = []
+        for number, call in list(self._calls.items()):
+            where = self._where[number]
+            if places := [place for place in where if call.is_over or place in call.over]:
+                gone.append(_Went(number, places))
+                self._forget(number, places)
+        return gone
+
+    def _forget(self, number: int, places: list[int]) -> None:
+        where = self._where[number]
+        for place in places:
+            self._load[where.pop(place)] -= 1
+        if not where:
+            del self._calls[number], self._where[number]
+
+    def _hand_on(self, decided: _Decided) -> None:
+        if (call := self._calls.get(decided.call)) is None:
+            return
+        if decided.error is not None:
+            call.error = decided.error
+        if (step := decided.step) is not None:
+            call.cached[step.index] = decided.cached
+            call.tell(decided.number, step)
+            if step.finish_reason is not None and step.index in self._where[decided.call]:
+                self._forget(decided.call, [step.index])
+
+
+def follow(scheduler: Scheduler, do: Callable[..., Any]) -> None:
+    """Run the first process's steps until it ends. do: runs a method of `Llama`, by its name."""
+    copy = _Copy(scheduler)
+    while True:
+        message = from_first_process(None)
+        first = message[0] if message else None
+        if isinstance(first, _End):
+            copy.close()
+            if first.error is not None:
+                error = RuntimeError(f"{first.error} (on process 0)")
+                error.told_by = 0  # type: ignore[attr-defined]  # one process speaks for all: see runtime
+                raise error
+            return
+        if isinstance(first, _Do):
+            with suppress(Exception):  # it is the first process's as well, which raises it
+                do(first.name, *first.arguments)
+        else:
+            with scheduler.stepping():
+                copy.step(message)
+
+
+def _sent(error: BaseException) -> Exception:
+    """An error that survives pickling."""
+    return (ValueError if isinstance(error, ValueError) else RuntimeError)(str(error))
