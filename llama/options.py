@@ -106,7 +106,7 @@ DEFAULTS: dict[str, Any] = {
 TOLD = {  # the line that the terminal's help has for each option of an answer
     "temperature": "0 takes the best id; above it ids are drawn, the more freely the higher it is",
     "top_p": "draw from the fewest best ids whose mass exceeds this, from 0 to 1, which keeps all",
-    "top_k": "draw from so many best ids; 0 from all",
+    "top_k": "draw from this many best ids; 0 means all",
     "min_p": "draw from ids that are at least this share as probable as the best, from 0 to 1",
     "repetition_penalty": "makes ids less probable that were there before, from 1e-10 to 1e10; 1 does nothing",
     "presence_penalty": "taken once from the logits of ids that were generated; 0 does nothing",

@@ -42,7 +42,7 @@ class Row:
     """A request that runs. Its state lies here, and not in a slot, since rows move between slots."""
 
     def __init__(self, request: Request, index: int, source: Source, call: Any, lane: int = 0, number: int = 0) -> None:
-        """index: among the requests of its call. lane: its row of the source's noise. number: of the rows, as they came."""
+        """index: among the requests of its call. lane: its row of the source's noise. number: counts the rows as they come."""
         self.request, self.index, self.source, self.call, self.lane, self.number = request, index, source, call, lane, number
         self.ids = list(request.prompt)  # and those that were generated
         self.prompt_length = len(request.prompt)
@@ -76,7 +76,9 @@ class Row:
     @property
     def columns(self) -> int:
         """How many of its ids have their keys and values in the cache. The newest has not, until it was run."""
-        return self.read if self.reading else len(self.ids) - (self.last is None)
+        if self.reading:
+            return self.read
+        return len(self.ids) - 1 if self.last is None else len(self.ids)
 
     @property
     def draws_with(self) -> Union[Row, Source]:
@@ -102,11 +104,11 @@ class Row:
         if room > 0:
             step.token, step.logprob, step.alternatives = decision.token, decision.logprob, decision.alternatives
         if room <= 1:
-            reached = self.generated + (step.token is not None) >= self.request.max_new
-            step.finish_reason = "length" if reached else "context"
+            step.finish_reason = "length" if room == self.request.max_new - self.generated else "context"
         return step
 
     def accept(self, step: Step) -> None:
+        """Make the step's id the newest of the row."""
         self.prompt_logprobs, self.last = None, None
         self.finished = step.finish_reason is not None
         if step.token is not None:
