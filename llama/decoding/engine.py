@@ -18,7 +18,7 @@ from ..model import RMSNorm, Transformer
 from ..runtime import device_kind
 from .compiled import Recorded, make_graph
 
-LOGITS_BYTES = 64 * 2**20  # of a prompt's logits that exist at once, at most
+LOGITS_BYTES = 64 * 2**20  # bytes of a prompt's logits that exist at once, at most
 CHUNK = 512  # columns of prompts in one pass, at least; the passes keep the memory of long prompts small
 PASS = 2048  # tokens in one pass if the rows are few: fewer do not keep a GPU busy, and later passes need a mask
 KEPT = 2**25 - 2**16  # bytes; see `keep_pages`
@@ -89,12 +89,12 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is now."""
+        """The device that the model is on now."""
         return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes now."""
+        """The dtype that it computes in now."""
         return self._weight.dtype
 
     @property

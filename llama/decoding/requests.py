@@ -100,12 +100,10 @@ def _ids(prompt: Iterable[int]) -> list[int]:
         given = None if isinstance(prompt, (Mapping, Set)) else list(prompt)
     except TypeError:
         given = None
-    if given is None:
-        raise ValueError(f"prompt_tokens must be lists of ids, and {shortened(prompt)} is none")
-    if set(map(type, given)) <= {int}:
+    if given is not None and set(map(type, given)) <= {int}:
         return given
-    ids = [number for token in given if (number := whole(token)) is not None]
-    if len(ids) < len(given):
-        wrong = next(token for token in given if whole(token) is None)
+    ids = [number for token in given or () if (number := whole(token)) is not None]
+    if given is None or len(ids) < len(given):
+        wrong = prompt if given is None else next(token for token in given if whole(token) is None)
         raise ValueError(f"prompt_tokens must be lists of ids, and {shortened(wrong)} is none")
     return ids

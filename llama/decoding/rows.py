@@ -26,7 +26,7 @@ class Source:
     draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None
 
 
-NOT_FINITE, NONE_ALLOWED = -1, -2  # in place of an id: the logits were not finite, the row's grammar allows no id
+NOT_FINITE, NONE_ALLOWED = -1, -2  # stand in place of an id: the logits were not finite, the row's grammar allows no id
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Row:
     def __init__(self, request: Request, index: int, source: Source, call: Any, lane: int = 0, number: int = 0) -> None:
         """index: among the requests of its call. lane: its row of the source's noise. number: counts the rows as they come."""
         self.request, self.index, self.source, self.call, self.lane, self.number = request, index, source, call, lane, number
-        self.ids = list(request.prompt)  # and those that were generated
+        self.ids = list(request.prompt)  # the generated ones follow
         self.prompt_length = len(request.prompt)
         self.finished = False
         self.proven = False  # whether logits behind its ids were finite, so that its columns may be shared
-        # Where it stands in the cache.
+        # Its place in the cache:
         self.reading = True  # not all of its ids have been read
         self.read = 0  # while reading: ids whose keys and values are in the cache
         self.behind: Optional[Row] = None  # once this row has read the first `cached` ids, they are copied from it
@@ -56,10 +56,10 @@ class Row:
         self.last: Optional[torch.Tensor] = None  # hidden state (dim,) behind all ids, until an id is chosen by it
         self.scores: list[torch.Tensor] = []
         self.prompt_logprobs: Optional[list[float]] = None
-        # What its options need.
-        self.generator: Optional[torch.Generator] = None  # of its own draws, if it has a seed
+        # What its options need:
+        self.generator: Optional[torch.Generator] = None  # its own, if it has a seed
         self.in_prompt: Optional[torch.Tensor] = None  # bool (V,)
-        self.counts: Optional[torch.Tensor] = None  # of the ids that were generated, float32 (V,)
+        self.counts: Optional[torch.Tensor] = None  # how often each id was generated, float32 (V,)
         self.drafter = Drafter()
         self.rounded: Optional[int] = None  # first cache column written by a pass over several tokens: it rounds differently
 
