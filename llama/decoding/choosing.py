@@ -61,20 +61,20 @@ class Chooser:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._of: Optional[_Plan] = None
+        self._last: Optional[_Plan] = None
 
     @property
     def _vocab_size(self) -> int:
         return int(self.engine.model.params.vocab_size)
 
     def _plan(self, rows: list[Row]) -> _Plan:
-        if self._of is None or self._of.rows != rows:
-            self._of = _Plan(list(rows), self._vocab_size, self.engine.device)
-        return self._of
+        if self._last is None or self._last.rows != rows:
+            self._last = _Plan(list(rows), self._vocab_size, self.engine.device)
+        return self._last
 
     def let_go(self) -> None:
         """Forget the rows that were chosen for last, and their tensors."""
-        self._of = None
+        self._last = None
 
     def admit(self, row: Row) -> None:
         """Give a new row what its options need."""

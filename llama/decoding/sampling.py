@@ -22,7 +22,7 @@ FORBIDDING = 1e30  # an id whose logit is lowered by more is never drawn
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next id is chosen. ValueError where a number is out of range.
+    """How the next id is chosen. ValueError if a number is out of range.
 
     temperature: 0 takes the best id; above it ids are drawn, the more freely the higher it is. What may be drawn:
     top_k: one of the k best (0: of all). top_p: one of the fewest best whose mass exceeds p (Holtzman et al. 2020).

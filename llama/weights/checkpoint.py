@@ -205,7 +205,7 @@ def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tenso
 
 
 def check_scales(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """ValueError if scales or zeros, on the host, are none that rounding makes of numbers. Other tensors pass."""
+    """ValueError if scales or zeros, on the host, cannot come from rounding numbers. Other tensors pass."""
     what = name.rpartition(".")[2]
     if what in ("scales", "zeros"):
         least, most = (x.item() for x in tensor.aminmax())
