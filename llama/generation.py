@@ -43,10 +43,9 @@ from .completion import (
     shown,
     window_starts,
 )
-from .decoding.calls import Call
+from .decoding.calls import Call, Source
 from .decoding.engine import Engine
 from .decoding.requests import LEAST_SHARED, FinishReason, Request, check_prompts
-from .decoding.rows import Source
 from .decoding.sampling import sample_top_p
 from .decoding.scheduler import Scheduler
 from .layers.agreement import keep_pace, together

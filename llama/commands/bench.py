@@ -13,9 +13,8 @@ from typing import Any, Optional
 import torch
 
 from .. import memory
-from ..decoding.calls import Call
+from ..decoding.calls import Call, Source
 from ..decoding.requests import Request
-from ..decoding.rows import Source
 from ..generation import DEMO, DEMO_POSITIONS, Llama
 from ..layers.parallel import from_first_process
 from ..model import Transformer

@@ -5,10 +5,25 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Optional, Protocol
 
+import torch
+
 from .requests import Request, Step
-from .rows import Source
+
+
+@dataclass(eq=False)
+class Source:
+    """What the rows of one call draw from if they have no seeds of their own.
+
+    As in Meta's release, one draw makes the noise for all `lanes`, finished ones included: the draws of a row must not depend
+    on which others have ended. generator: the device's own if not given. draw: somebody's own `sample_top_p`.
+    """
+
+    lanes: int
+    generator: Optional[torch.Generator] = None
+    draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None
 
 
 class Runs(Protocol):

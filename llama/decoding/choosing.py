@@ -8,8 +8,9 @@ from typing import Any, Optional
 import torch
 
 from ..runtime import device_kind, to_device
+from .calls import Source
 from .engine import Engine, token_logprobs
-from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Row, Source
+from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Row
 from .sampling import Drawing, Penalties, draw, exponential_noise, penalize
 
 

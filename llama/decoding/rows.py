@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 
+from .calls import Call, Source
 from .drafting import Drafter
 from .requests import Request, Step
-
-
-@dataclass(eq=False)
-class Source:
-    """What the rows of one call draw from if they have no seeds of their own.
-
-    As in Meta's release, one draw makes the noise for all `lanes`, finished ones included: the draws of a row must not depend
-    on which others have ended. generator: the device's own if not given. draw: somebody's own `sample_top_p`.
-    """
-
-    lanes: int
-    generator: Optional[torch.Generator] = None
-    draw: Optional[Callable[[torch.Tensor, float], torch.Tensor]] = None
-
 
 NOT_FINITE, NONE_ALLOWED = -1, -2  # stand in place of an id: the logits were not finite, the row's grammar allows no id
 
@@ -41,7 +27,7 @@ class Decision:
 class Row:
     """A request that runs. Its state lies here, and not in a slot, since rows move between slots."""
 
-    def __init__(self, request: Request, index: int, source: Source, call: Any, lane: int = 0, number: int = 0) -> None:
+    def __init__(self, request: Request, index: int, source: Source, call: Call, lane: int = 0, number: int = 0) -> None:
         """index: among the requests of its call. lane: its row of the source's noise. number: counts the rows as they come."""
         self.request, self.index, self.source, self.call, self.lane, self.number = request, index, source, call, lane, number
         self.ids = list(request.prompt)  # the generated ones follow
