@@ -68,13 +68,7 @@ class Completions:
     """Chunks of the prompts of a call, as they are decided. It can be iterated over once, and be left early."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        call: Call,
-        *,
-        stops: Sequence[str],
-        echo: bool,
-        begun: Sequence[Sequence[int]] = (),
+        self, tokenizer: Tokenizer, call: Call, *, stops: Sequence[str], echo: bool, begun: Sequence[Sequence[int]] = ()
     ) -> None:
         """begun: for each prompt the ids at its end that begin the reply; empty if no prompt has such ids."""
         self.tokenizer, self.call = tokenizer, call

@@ -446,12 +446,7 @@ class Llama:
         length = self.model.params.max_seq_len - 1 if length is None else length
         prompts = asked.prompts()
         tokens, scores = self.generate(
-            prompt_tokens=prompts.ids,
-            max_gen_len=length,
-            temperature=temperature,
-            top_p=top_p,
-            logprobs=bool(logprobs),
-            **echo,
+            prompt_tokens=prompts.ids, max_gen_len=length, temperature=temperature, top_p=top_p, logprobs=bool(logprobs), **echo
         )
         completions = []
         for i, row in enumerate(tokens):
@@ -511,11 +506,8 @@ class Llama:
                 seed = int(torch.randint(2**62, (), device=device))
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed + which)
-        source = Source(
-            min(len(requests), self.model.params.max_batch_size),
-            generator,
-            None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
-        )
+        lanes = min(len(requests), self.model.params.max_batch_size)
+        source = Source(lanes, generator, None if sample_top_p is SAMPLE_TOP_P else sample_top_p)
         plainly = not all_agree(self._engine.is_as_built, self._group)
         pace = partial(keep_pace, self._group) if streams else lambda: None
         call = Call(self._scheduler, requests, source, streams=streams, plainly=plainly, before_step=pace)

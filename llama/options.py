@@ -86,15 +86,9 @@ class Choice:
     def values(self) -> dict[str, Any]:
         """The options by name. What means the same looks the same: stop and stop_ids, which may come as sets, are sorted."""
         seeds = self.seed if self.seed is not None else self.seeds
-        own = {
-            "stop": sorted(set(self.stops)),
-            "stop_ids": sorted(set(self.stop_ids)),
-            "seed": seeds,
-            "draft": self.draft,
-            "n": self.n,
-        }
-        logprobs = self.alternatives or self.scored
-        return {"max_gen_len": self.length, "logprobs": logprobs, **vars(self.sampling), **own}
+        stops = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids))}
+        metas = {"max_gen_len": self.length, "logprobs": self.alternatives or self.scored}
+        return {**metas, **vars(self.sampling), **stops, "seed": seeds, "draft": self.draft, "n": self.n}
 
 
 METAS_OPTIONS = ("temperature", "top_p", "max_gen_len", "logprobs")
