@@ -22,7 +22,7 @@ OF_BLOCK = {
     "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
     "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
 }  # fmt: skip
-QUANTISED = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
+QUANTIZED = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 
 
 def gguf_name(name: str) -> str:
@@ -102,7 +102,7 @@ def _quantize(source: str, target: str, form: str, threads: str) -> int:
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, QUANTISED[form])
+    params.ftype = getattr(llama_cpp, QUANTIZED[form])
     params.nthread = int(threads)
     params.pure = True  # otherwise some matrices are kept in a larger form
     return llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))

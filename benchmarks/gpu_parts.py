@@ -33,11 +33,10 @@ from gpu_kernels import FORMS, ROOT, ROWS, Cases, Place, about, kernels, place, 
 from llama import Llama, ModelArgs, Tokenizer, Transformer, memory, runtime
 from llama.commands import bench
 from llama.decoding import compiled, gpu_step
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.compiled import Recorded
 from llama.decoding.engine import Engine
 from llama.decoding.requests import Request
-from llama.decoding.rows import Source
 from llama.decoding.sampling import Sampling
 from llama.generation import DEMO, DEMO_POSITIONS
 from llama.layers.quantization import quantize_layers

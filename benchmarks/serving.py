@@ -27,9 +27,8 @@ from checkpoints import random_checkpoint
 from process_memory import megabytes
 
 from llama import Llama
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.requests import Request
-from llama.decoding.rows import Source
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -17,15 +17,13 @@ PAST_THE_STEP = (
     "the model was called in the middle of a step, by a hook or a patch for example, and the cache was written over; call a "
     "model of its own there"
 )
-
-
 _USES: weakref.WeakSet[CacheUse] = weakref.WeakSet()
 
 
 class CacheUse:
     """The use of one model's cache.
 
-    A user holds `lock` while it steps, so that others wait. They may run between its steps, and `is_of` tells it so.
+    A user holds `lock` while it steps, so that others wait. Others may step between its steps; `is_of` tells.
     """
 
     def __init__(self) -> None:
@@ -38,7 +36,6 @@ class CacheUse:
         self._calls_then = 0
         self.stepping = False  # whether a turn is under way
         self._depth = 0  # depth of nested calls of the model
-
         _USES.add(self)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -53,7 +50,8 @@ class CacheUse:
                 raise RuntimeError(PAST_THE_STEP)
             if device_kind(device) == "cuda":
                 self._follow(torch.cuda.current_stream(device))
-            self.calls += self.called
+            if self.called:
+                self.calls += 1
             before, self.stepping = self.calls, True
             try:
                 yield
@@ -72,7 +70,8 @@ class CacheUse:
     def call(self) -> Iterator[None]:
         """A block of one call of the model: a part of the user's step, or another's call, which waits for steps to end."""
         with self.lock:
-            self.calls += not self.stepping or self._depth > 0
+            if not self.stepping or self._depth > 0:
+                self.calls += 1
             try:
                 self._depth += 1
                 yield

@@ -85,7 +85,7 @@ def encode_dialog(dialog: Sequence[Message], tokenizer: Tokenizer, begun: bool =
     for user, assistant in zip(texts[0::2], texts[1::2]):
         ids += encode_turn(user, assistant, tokenizer, system)
         system = None
-    return ids + tokenizer.encode(_asked(texts[-1], system) + f" {beginning}" * bool(beginning), bos=True, eos=False)
+    return ids + tokenizer.encode(_asked(texts[-1], system) + (f" {beginning}" if beginning else ""), bos=True, eos=False)
 
 
 def _asked(user: str, system: Optional[str]) -> str:

@@ -48,7 +48,7 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class Chunk(TypedDict, total=False):
-    """What a stream has decided anew for the prompt `index`. The texts of a prompt, joined, are its `generation`.
+    """What a stream has decided anew for the prompt `index`. A prompt's texts, joined, are its `generation`.
 
     tokens: the new ids, including those whose text is still held back. logprobs, top_logprobs: if asked for, one
     entry for each id. finish_reason: None until the prompt's last chunk, which also has cached_tokens: how many of the
@@ -68,13 +68,7 @@ class Completions:
     """Chunks of the prompts of a call, as they are decided. It can be iterated over once, and be left early."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        call: Call,
-        *,
-        stops: Sequence[str],
-        echo: bool,
-        begun: Sequence[Sequence[int]] = (),
+        self, tokenizer: Tokenizer, call: Call, *, stops: Sequence[str], echo: bool, begun: Sequence[Sequence[int]] = ()
     ) -> None:
         """begun: for each prompt the ids at its end that begin the reply; empty if no prompt has such ids."""
         self.tokenizer, self.call = tokenizer, call
@@ -189,7 +183,7 @@ def shown(chunks: Iterable[Chunk], call: Call) -> Iterator[Chunk]:
     many = count > call.lanes and is_first_process()
     with tqdm(total=count, unit="prompt", delay=2, leave=False, disable=None if many else True) as bar:
         for chunk in chunks:
-            bar.update(chunk["finish_reason"] is not None)
+            bar.update(1 if chunk["finish_reason"] else 0)
             yield chunk
 
 

@@ -43,11 +43,10 @@ from .completion import (
     shown,
     window_starts,
 )
-from .decoding.calls import Call
+from .decoding.calls import Call, Source
 from .decoding.engine import Engine
 from .decoding.leading import Leader, follow
 from .decoding.requests import LEAST_SHARED, FinishReason, Request, check_prompts
-from .decoding.rows import Source
 from .decoding.sampling import sample_top_p
 from .decoding.scheduler import Scheduler
 from .layers.agreement import keep_pace, together
@@ -71,7 +70,7 @@ from .weights.checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
 from .weights.fingerprint import fingerprints
 
 T = TypeVar("T")
-SAMPLE_TOP_P = sample_top_p  # what somebody puts in its place draws from then on
+SAMPLE_TOP_P = sample_top_p  # if somebody puts another one in its place, that one draws
 NOT_AS_BUILT = "needs a model that is as it was built, without hooks, patches or parts of somebody's own"
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
 DEMO_POSITIONS = 512
@@ -109,15 +108,15 @@ class Llama:
         tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt and answer
         together; 2048 if not given, 512 for the demo model) and prompts that the cache has room for.
         model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
-        the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu",
-        the first of these that is there if not given. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
+        the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu";
+        if not given, the first of these that is there. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
         if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16, and bfloat16 for a
         float16 one on an x86 processor, which is slow in float16; a line says so). quantize: "int8" or
-        "int4" rounds the matrices while they are loaded; a folder that `convert` wrote so needs no word. compile: True
+        "int4" rounds the matrices while they are loaded; a folder that `convert` has rounded needs none of this. compile: True
         compiles the decode step (once, in a minute or two on a CPU, which needs a C++ compiler), False does not. If not
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used.
 
-        Raises ValueError, on every process, before any weight is copied, where an argument or a file is not right.
+        Raises ValueError, on every process, before any weight is copied, if an argument or a file is not right.
         """
         started = time.time()
         place = runtime.start(device, model_parallel_size)
@@ -149,7 +148,7 @@ class Llama:
             memory.check_fits(placement)
             agreement.values = {
                 **vars(args), "dtype": chosen_dtype, "quantize": quantization, "compile": compile,
-                "seed": seed if replica()[1] == 1 else None,  # copies of the model may draw each their own
+                "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
                 **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
             }  # fmt: skip
         with together(everyone=True), torch.inference_mode(False), memory.explained(placement):
@@ -181,7 +180,7 @@ class Llama:
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
-        """Held by a thread, no other thread steps: whatever runs beside its calls runs in their steps."""
+        """While a thread holds it, no other thread steps: other threads' requests run on in this one's steps only."""
         return self._engine.lock
 
     def __getstate__(self) -> dict[str, Any]:
@@ -497,12 +496,7 @@ class Llama:
         length = self.model.params.max_seq_len - 1 if length is None else length
         prompts = asked.prompts()
         tokens, scores = self.generate(
-            prompt_tokens=prompts.ids,
-            max_gen_len=length,
-            temperature=temperature,
-            top_p=top_p,
-            logprobs=bool(logprobs),
-            **echo,
+            prompt_tokens=prompts.ids, max_gen_len=length, temperature=temperature, top_p=top_p, logprobs=bool(logprobs), **echo
         )
         completions = []
         for i, row in enumerate(tokens):
@@ -546,7 +540,7 @@ class Llama:
             ids = check_prompts(prompts.ids, self.model.params)
             choice = parse_options(asked.options, len(ids), self.model.vocab_size, self.model.params.max_seq_len)
             agreement.values = {"prompts": ids, "echo": bool(asked.echo), **choice.values()}
-            if group is not None:  # rows that run on one process alone would be waited for by no other
+            if group is not None:  # a row of one process only would wait for the others for ever
                 agreement.values = {**agreement.values, "streams under way": self._scheduler.running}
         prompts = prompts._replace(ids=ids).times(choice.n)
         ends = frozenset({self.tokenizer.eos_id, *choice.stop_ids})
@@ -565,11 +559,8 @@ class Llama:
                 seed = _drawn_seed(device)
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed + which)
-        source = Source(
-            min(len(requests), self.model.params.max_batch_size),
-            generator,
-            None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
-        )
+        lanes = min(len(requests), self.model.params.max_batch_size)
+        source = Source(lanes, generator, None if sample_top_p is SAMPLE_TOP_P else sample_top_p)
         plainly = not all_agree(self._engine.is_as_built, group)
         if plainly and leader is not None:
             raise ValueError(f"work that leads other processes {NOT_AS_BUILT}")
@@ -578,7 +569,7 @@ class Llama:
         return Running(call, choice, prompts)
 
     def _undisturbed(self, call: Call) -> AbstractContextManager[Any]:
-        """For a call that is run to its end: others wait, if the model does not let their steps in between."""
+        """A block for a call that is run to its end: others wait, if the model does not let their steps in between."""
         alike = self._group is not None and self._leader is None
         return self.lock if call.plainly or alike else nullcontext()
 
@@ -610,7 +601,7 @@ class Llama:
 
 
 class Running(NamedTuple):
-    """A call that was checked."""
+    """A call whose arguments were checked, and what was made of them."""
 
     call: Call
     choice: Choice
@@ -624,7 +615,7 @@ def _drawn_seed(device: torch.device) -> int:
 def _given(
     temperature: float, top_p: float, max_gen_len: Optional[int], logprobs: Union[bool, int], options: Optional[Options] = None
 ) -> dict[str, Any]:
-    """Meta's arguments among the options, by name."""
+    """Meta's arguments and the options, by name."""
     metas = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "logprobs": logprobs}
     return {**metas, **(options or {})}
 

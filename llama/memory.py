@@ -95,7 +95,7 @@ def estimate(placement: Placement) -> Need:
 
 def _overhead(args: ModelArgs, processes: int) -> int:
     graphs = 4 * GRAPH_LOGITS * args.max_batch_size * args.vocab_size
-    return STREAMS * WORKSPACE_BYTES + KERNEL_BYTES + NCCL_BYTES * (processes > 1) + graphs
+    return STREAMS * WORKSPACE_BYTES + KERNEL_BYTES + (NCCL_BYTES if processes > 1 else 0) + graphs
 
 
 def free_bytes(device: torch.device) -> Optional[int]:
@@ -193,7 +193,7 @@ def _largest_that_fits(name: str, placement: Placement, fits: Callable[[Placemen
         middle = (low + high + 1) // 2
         good = fits(replace(placement, args=replace(placement.args, **{name: middle})))
         low, high = (middle, high) if good else (low, middle - 1)
-    return [f"{name}={low}"] * (low > 0)
+    return [f"{name}={low}"] if low else []
 
 
 def _other_forms(placement: Placement) -> Iterator[dict[str, Placement]]:

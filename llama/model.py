@@ -356,13 +356,7 @@ class FeedForward(nn.Module):
     joined: Optional[Quantized] = None  # see `Attention`
 
     def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        multiple_of: int,
-        ffn_dim_multiplier: Optional[float],
-        *,
-        width: Optional[int] = None,
+        self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Optional[float], *, width: Optional[int] = None
     ) -> None:
         super().__init__()
         width = width or feed_forward_width(hidden_dim, multiple_of, ffn_dim_multiplier)
@@ -647,11 +641,7 @@ class Transformer(nn.Module):
         return self.output(self.norm.run(h))[:, 0].float()
 
     def _window(
-        self,
-        tokens: torch.Tensor,
-        start_pos: Union[int, torch.Tensor],
-        slots: Optional[torch.Tensor],
-        span: Optional[int],
+        self, tokens: torch.Tensor, start_pos: Union[int, torch.Tensor], slots: Optional[torch.Tensor], span: Optional[int]
     ) -> Window:
         """`hidden_states` says what the arguments are."""
         if isinstance(start_pos, torch.Tensor):

@@ -86,15 +86,9 @@ class Choice:
     def values(self) -> dict[str, Any]:
         """The options by name. What means the same looks the same: stop and stop_ids, which may come as sets, are sorted."""
         seeds = self.seed if self.seed is not None else self.seeds
-        own = {
-            "stop": sorted(set(self.stops)),
-            "stop_ids": sorted(set(self.stop_ids)),
-            "seed": seeds,
-            "draft": self.draft,
-            "n": self.n,
-        }
-        logprobs = self.alternatives or self.scored
-        return {"max_gen_len": self.length, "logprobs": logprobs, **vars(self.sampling), **own}
+        stops = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids))}
+        metas = {"max_gen_len": self.length, "logprobs": self.alternatives or self.scored}
+        return {**metas, **vars(self.sampling), **stops, "seed": seeds, "draft": self.draft, "n": self.n}
 
 
 METAS_OPTIONS = ("temperature", "top_p", "max_gen_len", "logprobs")
@@ -106,7 +100,7 @@ DEFAULTS: dict[str, Any] = {
 TOLD = {  # the line that the terminal's help has for each option of an answer
     "temperature": "0 takes the best id; above it ids are drawn, the more freely the higher it is",
     "top_p": "draw from the fewest best ids whose mass exceeds this, from 0 to 1, which keeps all",
-    "top_k": "draw from so many best ids; 0 from all",
+    "top_k": "draw from this many best ids; 0 means all",
     "min_p": "draw from ids that are at least this share as probable as the best, from 0 to 1",
     "repetition_penalty": "makes ids less probable that were there before, from 1e-10 to 1e10; 1 does nothing",
     "presence_penalty": "taken once from the logits of ids that were generated; 0 does nothing",

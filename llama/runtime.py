@@ -31,7 +31,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from .system import peers, pipes
 from .system.checks import whole
 from .system.launch import Launch as Launch
-from .system.printable import shortened
+from .system.printable import counted, shortened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -166,7 +166,7 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
         if index >= count:
             raise ValueError(
                 f"process {launch.local_rank} of this machine wants GPU {index}, but {count} can be seen; "
-                f"start at most {count} process{'es' * (count > 1)} here, or pass device='cpu'"
+                f"start at most {counted(count, 'process')} here, or pass device='cpu'"
             )
         return torch.device(chosen.type, index)
     if device_kind(chosen) == "mps" and (launch.world_size > 1 or not torch.backends.mps.is_available()):

@@ -73,8 +73,8 @@ class ChatSession:
     those of `Options`, for every turn; `send` may override them. A reply ends before a tag of the format too, since no
     message may have one.
 
-    What is true are the texts in `turns`: they may be changed, deleted, appended. A turn's ids are made from them, and kept
-    as long as they say the same, so that a reply stays as it was generated and each turn runs only what is new: the ids of
+    The texts in `turns` are what counts: they may be changed, deleted, appended. A turn's ids are made from its texts, and
+    kept as long as they say the same. So a reply stays as it was generated, and each turn runs only what is new: the ids of
     the turns before are in the cache, as long as no other prompts needed their place.
     """
 
@@ -83,7 +83,7 @@ class ChatSession:
         self.llama, self.options = llama, options
         self._turns: list[Turn] = []
         self._system: Optional[str] = None
-        # Ids that were found to say what a user, an assistant and a system message say: looking takes milliseconds.
+        # (user, assistant, system message) -> ids that were found to say these texts: finding out takes milliseconds.
         self._proven: dict[tuple[str, str, Optional[str]], tuple[int, ...]] = {}
         if dialog is not None:
             self.dialog = dialog
@@ -95,11 +95,11 @@ class ChatSession:
 
     @property
     def system(self) -> Optional[str]:
+        """The system message. It takes effect in the first turn, so it can be changed only while there is none."""
         return self._system
 
     @system.setter
     def system(self, text: Optional[str]) -> None:
-        """Takes effect in the first turn, so it can be changed only while there is none."""
         if self._turns:
             raise ValueError("the system message belongs to the first turn; clear() the session before changing it")
         self._check("" if text is None else text)
@@ -138,7 +138,7 @@ class ChatSession:
 
     @dialog.setter
     def dialog(self, dialog: Dialog) -> None:
-        """In place of what was said here, the system message included."""
+        """Replace all that was said here, the system message included."""
         check_messages(dialog)
         texts = [message["content"] for message in dialog]
         system = texts.pop(0) if dialog and dialog[0]["role"] == "system" else None
@@ -158,7 +158,7 @@ class ChatSession:
     def send(self, message: str, **options: Any) -> Iterator[Chunk]:
         """Say something; the chunks are the reply, as it comes. If you stop iterating early, the part already read is kept.
 
-        DialogError for a message with a tag of the format in it; `ContextFull` where there is no room for it.
+        DialogError for a message with a tag of the format in it; `ContextFull` if there is no room for it.
         """
         self._check(message)
         chosen = self._chosen(options)
@@ -177,7 +177,7 @@ class ChatSession:
 
     def continue_reply(self, **options: Any) -> Iterator[Chunk]:
         """Let the last turn's reply go on: one that max_gen_len ended, or whose beginning you have written. The chunks are
-        what is new of it. As `chat_completion(chat.dialog, continue_final_message=True)`."""
+        what is new of it, as from `chat_completion(chat.dialog, continue_final_message=True)`."""
         if not self._turns:
             raise ValueError("there is no reply that could go on; send() a message first")
         *history, last = self._history()
@@ -185,7 +185,7 @@ class ChatSession:
         prompt = self._encode(turn["user"], system)
         reply = last[len(prompt) : -1]
         made = last == encode_turn(turn["user"], turn["assistant"], self.llama.tokenizer, system)
-        if made or turn["assistant"].endswith(REPLACEMENT):  # perhaps half a character
+        if made or turn["assistant"].endswith(REPLACEMENT):  # it may end in half a character
             reply = self._encode(turn["user"], system, turn["assistant"])[len(prompt) :]
         self._check_room(history, turn["user"], len(prompt) + len(reply))
         return self._reply(history, prompt, reply, turn, self._end(), self._chosen(options))
@@ -203,15 +203,15 @@ class ChatSession:
         end: tuple[list[Turn], Optional[Turn]],
         options: dict[str, Any],
     ) -> Iterator[Chunk]:
-        """Runs what `reply` begins to its end. As much of it as was read stands in the turn, and that, if it is new, at the
-        `end` of turns that may no longer be the session's, since it was cleared or loaded meanwhile.
+        """Run the reply that these ids begin to its end. What was read of it stands in `turn`; a new turn is put at the `end`
+        of the list that the session had before: to clear or load a session gives it another list.
 
-        RuntimeError where these have changed meanwhile, by another message for example, which this reply knows nothing of.
+        RuntimeError if that list has changed meanwhile, by another message for example: this reply knows nothing of it.
         """
         turns, newest = end
         said, new = turn["assistant"], list(reply)
         generated = self.llama.tokenizer.decode(reply) if reply else ""
-        # Where it was generated, spaces at its end are in its ids, but not in its text.
+        # Spaces at the end of a generated reply are in its ids, but not in its text.
         missing = generated[len(generated.rstrip()) :] if said == said.rstrip() else ""
         ids = [i for part in (*history, prompt, reply) for i in part]
         chunks = self.llama.continue_ids(ids, begun=reply, **options)
@@ -267,9 +267,9 @@ class ChatSession:
         replace_file(user_path(path), json_line({"system": self.system, "turns": turns}).encode())
 
     def load(self, path: Union[str, Path]) -> None:
-        """Read what `save` wrote, in place of what was said here. ValueError where it is something else.
+        """Read what `save` wrote, in place of what was said here. ValueError if it is something else.
 
-        `ids` may be missing from a turn, and are made from its texts. If they are there they must say the same.
+        A turn may have no `ids`: they are made from its texts. If it has, they must say the same.
         """
         source = user_path(path)
         try:
@@ -301,7 +301,7 @@ class ChatSession:
         return [self._ids(turn, system) for turn, system in self._placed()]
 
     def _ids(self, turn: Turn, system: Optional[str]) -> list[int]:
-        """The turn's own ids if they say what its texts say, with the reply as it was generated; otherwise made from these."""
+        """The turn's own ids if they say what its texts say, with the reply as it was generated; otherwise ids of these."""
         self._check_turn(turn)
         ids, said = turn.get("ids"), (turn["user"], turn["assistant"], system)
         if said in self._proven and ids == list(self._proven[said]):
@@ -322,7 +322,7 @@ class ChatSession:
         return encode_turn(turn["user"], turn["assistant"], self.llama.tokenizer, system)
 
     def _says(self, ids: list[int], text: str) -> bool:
-        """Whether a reply of these ids is this text, and nothing that does not show. The format strips messages."""
+        """Whether these ids say this text, and none is hidden; spaces at the ends, which the format strips, aside."""
         tokenizer = self.llama.tokenizer
         return (
             all(type(i) is int and 0 <= i < tokenizer.n_words and not is_control(tokenizer, i) for i in ids)

@@ -84,7 +84,7 @@ class Tokenizer:
             ids: list[int] = self.sp_model.EncodeAsIds(s)
         except RuntimeError as error:  # half of a surrogate pair
             raise ValueError(f"{s!r} has characters that UTF-8 cannot encode") from error
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return ([self.bos_id] if bos else []) + ids + ([self.eos_id] if eos else [])
 
     def decode(self, t: Union[int, Sequence[int]]) -> str:
         """The text of one id or of many. SentencePiece's space before a text is dropped; control ids give no text."""

@@ -20,9 +20,8 @@ from typing import Any, Optional
 import torch
 
 from llama import Llama
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.requests import Request, Step
-from llama.decoding.rows import Source
 from llama.decoding.sampling import Sampling
 
 SAMPLINGS = [

@@ -17,9 +17,10 @@ from forks import Ended
 
 from llama import Llama
 from llama.commands import cli
+from llama.decoding.calls import Source
 from llama.decoding.choosing import Chooser
 from llama.decoding.requests import Request
-from llama.decoding.rows import Row, Source
+from llama.decoding.rows import Row
 from llama.decoding.sampling import Sampling
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]

@@ -39,7 +39,7 @@ TESTS = {
     "requests": "generation", "rows": "scheduler streams", "scheduler": "scheduler streams threads", "verifying": "drafting",
     "cache_use": "own_parts", "checks": "options sampling", "cli": "terminal", "compiler": "packages",
     "console": "terminal", "conversation": "terminal",
-    "completion": "streams options", "engine": "streams", "fingerprint": "peers", "gpu_step": "emulated_cuda",
+    "completion": "streams options", "engine": "streams", "fingerprint": "peers", "folders": "terminal convert", "gpu_step": "emulated_cuda",
     "int4": "quantization", "int8": "quantization", "jobs": "terminal", "launch": "runtime", "meta": "checkpoint files",
     "metas_way": "own_parts",
     "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels", "quantized": "quantization",

@@ -18,10 +18,9 @@ from helpers import check_golden, run_golden
 from llama import Llama
 from llama.commands import bench
 from llama.decoding import gpu_step
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.compiled import Recorded
 from llama.decoding.requests import Request
-from llama.decoding.rows import Source
 from llama.decoding.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

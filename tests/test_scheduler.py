@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from workers import Pool
 
 from llama import Llama
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.held import Held, common_prefix
 from llama.decoding.pace import FIRST, LEAST, MOST, Pace
 from llama.decoding.requests import Request, Step
-from llama.decoding.rows import Source
 from llama.decoding.sampling import Sampling
 
 LONG = [1, *range(20, 100)]

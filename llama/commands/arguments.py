@@ -42,6 +42,7 @@ class Command(NamedTuple):
 
     @property
     def options(self) -> dict[str, Option]:
+        """The options of all groups, by name."""
         return {name: option for group in self.groups.values() for name, option in group.items()}
 
 
@@ -106,6 +107,7 @@ class Parser(ArgumentParser):
     """An ArgumentParser that raises ValueError, and leaves it to `main` to print it."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print before it ends the process."""
         raise ValueError(f"{self.prog.split()[-1]}: {message}")
 
 

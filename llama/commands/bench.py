@@ -13,15 +13,14 @@ from typing import Any, Optional
 import torch
 
 from .. import memory
-from ..decoding.calls import Call
+from ..decoding.calls import Call, Source
 from ..decoding.requests import Request
-from ..decoding.rows import Source
 from ..generation import DEMO, DEMO_POSITIONS, Llama
 from ..layers.parallel import from_first_process
 from ..model import Transformer
 from ..runtime import Launch, device_kind
 from ..system.checks import whole_number
-from ..system.printable import printable
+from ..system.printable import counted, printable
 from ..tokenizer import user_path
 from .arguments import Command, Option, a_number, build, some_of_model, truth
 
@@ -112,9 +111,9 @@ def _form(report: Mapping[str, Any]) -> str:
 def _place(report: Mapping[str, Any]) -> str:
     """Where it computes: "cpu, 2 processes, 4 threads each"."""
     processes, threads = report["processes"], report["threads"]
-    place = f"{report['device']}, {processes} process{'es' * (processes > 1)}"
+    place = f"{report['device']}, {counted(processes, 'process')}"
     if report["device"] == "cpu":
-        place += f", {threads} thread{'s' * (threads != 1)}" + " each" * (processes > 1)
+        place += f", {counted(threads, 'thread')}" + (" each" if processes > 1 else "")
     return place
 
 

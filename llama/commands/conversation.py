@@ -14,6 +14,7 @@ from ..completion import Chunk
 from ..layers.parallel import is_first_process
 from ..options import DEFAULTS, SETTABLE
 from ..session import ContextFull
+from ..system.printable import counted
 from ..tokenizer import user_path
 from .console import Read, complain, note, number, on_first, say, texts
 
@@ -197,8 +198,7 @@ class Conversation:
         note(f"{path} is read: {self._turns()}")
 
     def _turns(self) -> str:
-        count = len(self.session.turns)
-        return f"{count} turn{'s' * (count != 1)}"
+        return counted(len(self.session.turns), "turn")
 
     def do_stats(self, _: str) -> None:
         """/stats  speed of the last reply, and how much of the context is used"""

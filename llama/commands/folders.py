@@ -13,7 +13,7 @@ import torch
 from .. import memory, runtime
 from ..model import check_args, process_counts
 from ..system.checks import whole_number
-from ..system.printable import escaped
+from ..system.printable import counted, escaped
 from ..tokenizer import Tokenizer, find_tokenizer, user_path
 from ..weights.checkpoint import Checkpoint, choose_quantization, fit_vocabulary, open_checkpoint
 from .arguments import MODEL, REQUIRED, Command, Option, a_name, a_number, some_of_model
@@ -36,7 +36,7 @@ def info(args: Namespace) -> None:
     sharers = args.processes if runtime.device_kind(device) == "cpu" else 1
     quantization = choose_quantization(checkpoint, args.quantize)
     placement = memory.Placement(model, dtype, args.processes, device, sharers, quantization)
-    files = f"{len(checkpoint.paths)} file{'s' * (len(checkpoint.paths) > 1)}"
+    files = counted(len(checkpoint.paths), "file")
     print(f"{escaped(str(checkpoint.folder))}: {checkpoint.format} format, {files} of weights")
     for label, line in {**_holds(checkpoint, placement, path, tokenizer), **_needs(placement)}.items():
         print(f"  {label:12}{line}")
@@ -80,7 +80,7 @@ def _needs(placement: memory.Placement) -> dict[str, str]:
     else:
         told = f"{memory.gigabytes(free)} on {device}: it does not fit; {memory.way_out(placement, free)}"
     return {
-        "memory": f"{processes} process{'es' * (processes > 1)}, max_batch_size={args.max_batch_size}, "
+        "memory": f"{counted(processes, 'process')}, max_batch_size={args.max_batch_size}, "
         f"max_seq_len={args.max_seq_len}, dtype={_name(placement.dtype)}{form}; on each process:",
         "": f"{need}, and up to {memory.gigabytes(need.temporary)} while prompts are read",
         "free": told,

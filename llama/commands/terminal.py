@@ -10,7 +10,7 @@ from typing import Any
 
 from ..generation import DEMO
 from ..runtime import Launch
-from ..system.printable import json_line
+from ..system.printable import counted, json_line
 from ..tokenizer import Tokenizer, need_tokenizer, user_path
 from . import conversation, jobs
 from .arguments import ANSWERS, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
@@ -120,7 +120,7 @@ def score(args: Namespace) -> None:
         for token, logprob in list(zip(result["tokens"], result["logprobs"]))[1:]:
             say(f"{logprob:8.3f} {math.exp(logprob):7.2%}  {quoted(token, quotes=True)}\n")
         count = len(result["tokens"]) - 1
-        say("no tokens\n" if nothing else f"perplexity {result['perplexity']:.4g} over {count} token{'s' * (count != 1)}\n")
+        say("no tokens\n" if nothing else f"perplexity {result['perplexity']:.4g} over {counted(count, 'token')}\n")
 
 
 FILE = Option(str, None, "a file with the text; - for the pipe, which is read if no text is given")

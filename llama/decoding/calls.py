@@ -5,14 +5,31 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Optional, Protocol
 
+import torch
+
 from .requests import Request, Step
-from .rows import Source
+
+Draw = Callable[[torch.Tensor, float], torch.Tensor]  # somebody's own `sample_top_p`
+
+
+@dataclass(eq=False)
+class Source:
+    """What the rows of one call draw from if they have no seeds of their own.
+
+    As in Meta's release, one draw makes the noise for all `lanes`, finished ones included: the draws of a row must not depend
+    on which others have ended. generator: the device's own if not given.
+    """
+
+    lanes: int
+    generator: Optional[torch.Generator] = None
+    draw: Optional[Draw] = None
 
 
 class Runs(Protocol):
-    """What a call needs of the scheduler."""
+    """What a call needs of the scheduler: to be taken in, to be stepped, and to be dropped when it was left."""
 
     def submit(self, call: Call) -> None: ...
     def advance(self, call: Call) -> None: ...
@@ -20,9 +37,9 @@ class Runs(Protocol):
 
 
 class Call:
-    """Iterate over it for the steps, in the order in which they are decided: once, and as far as you like.
+    """Requests to iterate over for their steps, in the order in which these are decided: once, and as far as you like.
 
-    source: what its rows draw from. streams: whether somebody reads the steps as they come, who is not to wait for long while
+    source: what the rows draw from. streams: whether somebody reads the steps as they come, who is not to wait for long while
     other prompts are read. plainly: run it in Meta's way, since the model is not as it was built. before_step: called before
     each step that this call waits for.
     """
@@ -50,9 +67,9 @@ class Call:
         self.wake = threading.Event()
         self._cancelled: set[int] = set()
         self._events: deque[tuple[int, Step]] = deque()  # steps that nobody has read, each with its number in its request
-        self._read = [0] * len(self.requests)  # steps of each request
-        # Rows that draw from one source step together: then each draws the same whatever else runs. Those whose prompts are
-        # scored are read together, so that their numbers are the same to the bit, if they are not read in pieces.
+        self._read = [0] * len(self.requests)  # how many steps of each request were read
+        # Rows that draw from one source step together: then each draws the same whatever else runs. Prompts that are scored
+        # are read together, so that their numbers are the same to the bit, unless they are read in pieces.
         self.together = source.lanes > 1 and any((r.draws and r.seed is None) or r.score_prompt for r in self.requests)
 
     @property
@@ -67,6 +84,7 @@ class Call:
 
     @property
     def has_news(self) -> bool:
+        """Whether there is a step to read, or an error to raise."""
         return bool(self._events) or self.error is not None
 
     def cancel(self, index: int) -> None:
@@ -75,7 +93,7 @@ class Call:
         self.over.add(index)
 
     def tell(self, number: int, step: Step) -> None:
-        """A step was decided, the `number`-th of its request. It may be told twice, if a thread was interrupted."""
+        """Take a step that was decided, the `number`-th of its request. It may come twice, if a thread was interrupted."""
         self._events.append((number, step))
         if step.finish_reason is not None:
             self.over.add(step.index)

@@ -8,13 +8,14 @@ from typing import Any, Optional
 import torch
 
 from ..runtime import device_kind, to_device
+from .calls import Source
 from .engine import Engine, token_logprobs
-from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Row, Source
+from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Row
 from .sampling import Drawing, Penalties, draw, exponential_noise, penalize
 
 
 class _Plan:
-    """What the options of these rows have in common, as tensors; made anew when the rows change."""
+    """The options of these rows, as tensors; made anew when the rows change."""
 
     def __init__(self, rows: list[Row], vocab_size: int, device: torch.device) -> None:
         self.rows, self.device = rows, device
@@ -30,7 +31,7 @@ class _Plan:
             self.in_prompt = torch.stack([row.in_prompt for row in some if row.in_prompt is not None])
             self.counts = torch.stack([row.counts for row in some if row.counts is not None])
             for row, counts in zip(some, self.counts):
-                row.counts = counts  # a view: what is counted for all of them is counted here
+                row.counts = counts  # a view: what is counted in self.counts is counted here
             self.offsets = torch.arange(len(some), device=device) * vocab_size
         if self.biased:
             biases = [rows[i].request.sampling.bias(vocab_size, device) for i in self.biased]
@@ -42,11 +43,11 @@ class _Plan:
         return [i for i, row in enumerate(self.rows) if wanted(row)]
 
     def take(self, x: torch.Tensor, places: list[int]) -> torch.Tensor:
-        """Rows of x (rows, …)"""
+        """The rows of x (rows, …) at these places."""
         return x if len(places) == len(x) else x[self._index(places)]
 
     def put(self, x: torch.Tensor, places: list[int], part: torch.Tensor) -> torch.Tensor:
-        """x with other rows at these places"""
+        """x with the rows of `part` at these places."""
         return part if len(places) == len(x) else x.index_copy(0, self._index(places), part)
 
     def _index(self, places: list[int]) -> torch.Tensor:
@@ -61,20 +62,20 @@ class Chooser:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._of: Optional[_Plan] = None
+        self._last: Optional[_Plan] = None
 
     @property
     def _vocab_size(self) -> int:
         return int(self.engine.model.params.vocab_size)
 
     def _plan(self, rows: list[Row]) -> _Plan:
-        if self._of is None or self._of.rows != rows:
-            self._of = _Plan(list(rows), self._vocab_size, self.engine.device)
-        return self._of
+        if self._last is None or self._last.rows != rows:
+            self._last = _Plan(list(rows), self._vocab_size, self.engine.device)
+        return self._last
 
     def let_go(self) -> None:
-        """Keep no rows, and nothing that lies where the model was."""
-        self._of = None
+        """Forget the rows that were chosen for last, and their tensors."""
+        self._last = None
 
     def admit(self, row: Row) -> None:
         """Give a new row what its options need."""
@@ -96,7 +97,7 @@ class Chooser:
         """The next id of each row, float32 (rows, V) -> int64 (rows,); NOT_FINITE if a row's logits are not, NONE_ALLOWED if
         its grammar allows none. What somebody's own grammar or function raises is the error of the row's call."""
         plan = self._plan(rows)
-        finite = logits.sum(dim=-1).isfinite()  # a sum of numbers that are not is none either
+        finite = logits.sum(dim=-1).isfinite()  # a sum with a number that is not finite is not finite
         logits = self._adjusted(logits, plan)
         all_drawn = len(plan.drawn) == len(plan.rows)
         ids = torch.empty(0) if all_drawn else logits.argmax(dim=-1)
@@ -111,7 +112,7 @@ class Chooser:
         return ids.where(finite, NOT_FINITE)
 
     def error(self, row: Row, token: int, slot: Optional[int] = None) -> ValueError:
-        """Why there is no id for a row, but NOT_FINITE or NONE_ALLOWED. slot: see `Engine.not_finite`."""
+        """The error of a row that got NOT_FINITE or NONE_ALLOWED in place of an id. slot: see `Engine.not_finite`."""
         if token == NONE_ALLOWED:
             return ValueError(f"the grammar of prompt {row.index} allows no id")
         return self.engine.not_finite(row.index, slot=slot)
@@ -159,7 +160,7 @@ class Chooser:
         return (each & 1).flatten(1)[:, : self._vocab_size].bool()
 
     def _noise(self, rows: Sequence[Row]) -> torch.Tensor:
-        """(rows, V)"""
+        """The rows' noise, (rows, V). A row with a seed draws its own; the others take their lane of their source's draw."""
         device, drawn = self.engine.device, {}
         for source in dict.fromkeys(row.draws_with for row in rows):
             lanes = source.lanes if isinstance(source, Source) else 1
@@ -171,7 +172,7 @@ class Chooser:
         return torch.stack([drawn[row.draws_with][place] for row, place in zip(rows, places)])
 
     def _draw_by_others(self, logits: torch.Tensor, plan: _Plan, ids: torch.Tensor) -> None:
-        """Put into `ids` what somebody's own function draws, which is called for all rows of a call at once."""
+        """Call somebody's own function, once for all rows of a call, and put the ids that it draws into `ids`."""
         for source in dict.fromkeys(plan.rows[i].source for i in plan.drawn_by_others):
             together = [i for i in plan.drawn_by_others if plan.rows[i].source is source]
             sampling = plan.rows[together[0]].request.sampling
@@ -183,7 +184,7 @@ class Chooser:
                 plan.rows[together[0]].call.error = error
 
     def generators(self, rows: Sequence[Row]) -> list[torch.Generator]:
-        """Those that a step of these rows draws with."""
+        """The generators that a step of these rows draws with."""
         sources = dict.fromkeys(row.draws_with for row in rows if row.request.draws)
         return [source.generator or self._device_generator for source in sources]
 
@@ -201,8 +202,8 @@ class Chooser:
         more: Optional[torch.Tensor] = None,
         meanwhile: Optional[Callable[[], None]] = None,
     ) -> tuple[list[Decision], list[Any]]:
-        """The chosen ids on the host, with the log-probabilities that were asked for, and whatever else (`more`), in one
-        wait. Meanwhile the device may be given other work. One row's options count for several places of it."""
+        """The chosen ids on the host, with the log-probabilities that were asked for, and the numbers of `more`, in one wait.
+        meanwhile: see `Engine.fetch`. If the places are all of one row, its options count for each."""
         scored = any(row.request.logprobs for row in rows)
         most = max(row.request.alternatives for row in rows)
         wanted = [chosen]

@@ -246,7 +246,9 @@ class Recorded:
         self.model = model
         self.device = model.norm.weight.device
         captures = runtime.device_kind(self.device) == "cuda"
-        self._ways = [_Way("recorded", model.step, True)] * captures + [_Way("plain", model.step, False)]
+        self._ways = [_Way("plain", model.step, False)]
+        if captures:
+            self._ways.insert(0, _Way("recorded", model.step, True))
         if backend is not None:
             options: Any = None
             if backend == "inductor" and captures:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SIZES = (4, 3)  # lengths of the n-grams, the longest first; pairs repeat too often by chance
-LONGEST = 15  # together with the newest token, one pass over 16
+LONGEST = 15  # drafted ids, at most; with the newest token, one pass runs 16
 COST = 0.5  # credit that one drafted token costs, in decode steps; set above its real cost on purpose
 INCOME = 0.02  # credit that each step earns: at most 2 % of the time goes to refused drafts
 
@@ -27,7 +27,7 @@ class Drafter:
     def read(self, new: Sequence[int]) -> None:
         """Take in the row's next ids."""
         for token in new:
-            # Only now is it known what follows the n-grams that end here, so that none finds itself.
+            # An n-gram is entered once the id behind it is known, so that none finds itself.
             for size in SIZES:
                 if len(self.ids) >= size:
                     self._follower[tuple(self.ids[-size:])] = len(self.ids)
@@ -44,7 +44,7 @@ class Drafter:
         if place is None:
             return []
         drafted = self.ids[place : place + count]
-        period = len(self.ids) - place  # a loop goes on with what it has just drafted
+        period = len(self.ids) - place  # text that repeats itself goes on with what was just drafted
         while len(drafted) < count:
             drafted.append(drafted[-period])
         return drafted

@@ -18,15 +18,15 @@ from ..model import RMSNorm, Transformer
 from ..runtime import device_kind
 from .compiled import Recorded, make_graph
 
-LOGITS_BYTES = 64 * 2**20  # the most that a piece of prompt logits may take
-CHUNK = 512  # columns of prompts in one pass, at least: long prompts cost no more memory
-PASS = 2048  # tokens in one pass, where the rows are few: fewer do not keep a GPU busy, and later passes need a mask
+LOGITS_BYTES = 64 * 2**20  # bytes of a prompt's logits that exist at once, at most
+CHUNK = 512  # columns of prompts in one pass, at least; the passes keep the memory of long prompts small
+PASS = 2048  # tokens in one pass if the rows are few: fewer do not keep a GPU busy, and later passes need a mask
 KEPT = 2**25 - 2**16  # bytes; see `keep_pages`
 
 
 class WithoutOneDNN:
-    """For one row in bfloat16 on a CPU without AMX: oneDNN reads the weights at two thirds of the speed of torch's own
-    product. The switch is the process's, so the last of several threads turns it back."""
+    """A block in which torch multiplies without oneDNN. For one row in bfloat16 on a CPU without AMX, oneDNN reads the weights
+    at two thirds of the speed of torch's own product. The switch is the process's: the last thread to leave turns it back."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, True
@@ -49,8 +49,8 @@ without_onednn = WithoutOneDNN()
 
 
 def keep_pages() -> None:
-    """Let glibc keep freed pieces of up to 32 MB, which it learns from seeing one freed. Handed back to the system, the
-    pages of every large tensor of a prompt would be zeroed anew: a tenth to a quarter of the time. Touches no memory."""
+    """Let glibc keep freed pieces of up to 32 MB, as it does once it has seen one freed. Otherwise it hands the pages of each
+    large tensor back to the system, which zeroes them anew: a tenth to a quarter of a prompt's time. Touches no memory."""
     torch.empty(KEPT, dtype=torch.uint8)
 
 
@@ -58,8 +58,8 @@ class Engine:
     """Steps a `Transformer` over the rows ("slots") of its cache."""
 
     def __init__(self, model: Any, compile: Optional[bool] = False) -> None:
-        """model: a `Transformer`, or any module with its `params` and Meta's `forward(tokens, start_pos)`. compile: as
-        `make_graph` has it."""
+        """model: a `Transformer`, or any module with its `params` and Meta's `forward(tokens, start_pos)`. compile:
+        `wanted` of `make_graph`."""
         self.model = model
         self._compile = compile
         self._make_graph(compile)
@@ -70,7 +70,7 @@ class Engine:
             quantization = getattr(model.output, "quantization", None)
             placement = memory.Placement(model.params, self.dtype, processes, self.device, sharers, quantization)
             self._explained = partial(memory.explained, placement)  # adds advice to out-of-memory errors
-        self.as_built = False  # whether it was so at the last `refresh`
+        self.as_built = False  # whether the model was so at the last `refresh`
         self._ready = self.graph  # self.graph, or None while the model is not as it was built
         # A module that wraps a Transformer, as torch.compile's does, has its cache.
         inside = (m for m in model.modules() if isinstance(m, Transformer))
@@ -78,21 +78,23 @@ class Engine:
         self._samples: tuple[list[int], list[torch.Tensor]] = [], []
 
     def _make_graph(self, compile: Optional[bool]) -> None:
-        """For what the model is now."""
+        """Make the graph for the model as it is now."""
         self.graph = make_graph(self.model, compile) if isinstance(self.model, Transformer) else None
         self._made_for = self._form()
 
     def _form(self) -> tuple[torch.device, torch.dtype, list[float]]:
-        """What stands in a graph beside shapes: where the model is, its dtype, and the numbers of its norms."""
+        """What a graph contains beside shapes: the model's device, its dtype, and the eps of its norms."""
         parts = self.model.parts if isinstance(self.model, Transformer) else ()
         return self.device, self.dtype, [part.eps for part in parts if isinstance(part, RMSNorm)]
 
     @property
     def device(self) -> torch.device:
+        """The device that the model is on now."""
         return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype that it computes in now."""
         return self._weight.dtype
 
     @property
@@ -105,14 +107,14 @@ class Engine:
         return isinstance(self.model, Transformer) and self.model.as_built
 
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
-        """Meta's call: ids (B, S) at start_pos -> logits float32 (B, S, V). What the model has become runs."""
+        """Meta's call: ids (B, S) at start_pos -> logits float32 (B, S, V). Whatever was put into the model runs."""
         with self._explained(), runtime.current(self.device):
             return self.model.forward(tokens, start_pos).float()
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[int], start: int = 0, *, layers: int = -1
     ) -> Iterator[tuple[list[int], torch.Tensor, int]]:
-        """Put prompts into slots, `start` of whose tokens are there already, a chunk of columns at a time.
+        """Read prompts into slots, a chunk of columns at a time. start: how many of their first tokens are there already.
 
         Yields (rows, hidden, at): the rows whose prompts reach the chunk, its hidden states (rows, columns, dim), and the
         position of its first column. Shorter rows are filled up on the right. The padding is never read: attention is
@@ -145,17 +147,17 @@ class Engine:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a step costs the host so little that the next may be queued before this one's ids are known to it."""
+        """Whether a step costs the host so little that the next may be queued before it knows this one's ids."""
         return self.fills_up and device_kind(self.device) == "cuda"
 
     @property
     def fills_up(self) -> bool:
-        """Whether a step runs more rows than are given, which write behind what `keep_columns` says is to stay."""
+        """Whether steps are filled up with rows that nobody asked for; they write behind what `keep_columns` keeps."""
         return isinstance(self._ready, Recorded)
 
     def fetch(self, tensors: Sequence[torch.Tensor], meanwhile: Optional[Callable[[], None]] = None) -> list[Any]:
-        """What lies on the device, as lists of numbers, with one wait for all. `meanwhile` may queue work there, which is
-        not waited for."""
+        """Tensors of the device as lists of numbers, with one wait for all. meanwhile: may queue work there, which is not
+        waited for."""
         if device_kind(self.device) != "cuda":
             if meanwhile is not None:
                 meanwhile()
@@ -172,10 +174,10 @@ class Engine:
         return [target.tolist() for target in host]
 
     def verify(self, tokens: Sequence[int], position: int) -> torch.Tensor:
-        """The newest token of slot 0's row, at `position` (above 0), and drafts behind it, in one pass.
+        """Run the newest token of slot 0's row, at `position` (above 0), and the drafts behind it, in one pass.
 
-        -> float32 logits (S, vocab_size), one row for each. What it leaves in the cache behind a draft that is refused is
-        overwritten before any query reaches it.
+        -> float32 logits (S, vocab_size), one row for each token. What refused drafts leave in the cache is overwritten before
+        any query reaches it.
         """
         batch = runtime.to_device([list(tokens)], self.device)
         with self._explained(), runtime.current(self.device):
@@ -193,7 +195,7 @@ class Engine:
     def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """ln p of targets (N,) after hidden states (N, dim): float32 (N,).
 
-        The head runs over a few at a time: all logits of a long prompt would outweigh the model.
+        The head runs over a few at a time: all logits of a long prompt would take more memory than the model.
         """
         step = max(1, LOGITS_BYTES // (4 * self.model.vocab_size))
         some = [slice(i, i + step) for i in range(0, len(targets), step)]
@@ -202,7 +204,7 @@ class Engine:
 
     @property
     def lock(self) -> threading.RLock:
-        """Held for a whole call, it lets nobody else's steps in between."""
+        """While a thread holds it, no other thread steps."""
         return self._use.lock
 
     @property
@@ -215,7 +217,7 @@ class Engine:
         return self._use.turn(self._made_for[0])
 
     def refresh(self) -> None:
-        """Look at what the model has become: before a call, so that it runs with that."""
+        """Look at what the model has become, so that the next call runs with that."""
         form = self._form()
         if form != self._made_for:
             self._make_graph(self._compile if form[:2] != self._made_for[:2] else None)
@@ -235,8 +237,8 @@ class Engine:
         return self._use.is_of(user)
 
     def weights_state(self) -> tuple[Any, torch.Tensor]:
-        """Changes when the weights do that made what the cache holds. Some numbers of each are in it too, on the device: edits
-        of `.data` leave no other trace."""
+        """-> a key, and some numbers of each weight, on the device. If a weight changes, one of the two does; an edit of
+        `.data` shows in the numbers only."""
         table = self.model.freqs_cis
         tensors = [p for part in self.model.parts for p in part._parameters.values() if p is not None]
         tensors.append(torch.view_as_real(table) if table.is_complex() else table)
@@ -248,23 +250,23 @@ class Engine:
         return (self._made_for, places, versions), torch.cat(self._samples[1])
 
     def keep_columns(self, columns: Sequence[int]) -> None:
-        """How many columns of each slot hold what is to stay, if a step is filled up with rows that nobody asked for."""
+        """Say how many first columns of each slot are to stay when steps are filled up with rows that nobody asked for."""
         self._use.columns = list(columns)
 
     def not_finite(self, prompt: int, what: str = "logits", slot: Optional[int] = None) -> ValueError:
-        """The error for a prompt of which something is not finite. What it left in its slot, or anywhere, goes: a value that
-        is NaN counts for every query that sees its column, also with a weight of 0."""
+        """The error for a prompt of which `what` is not finite. Zeroes its slot, or all if that is None: NaN in a column
+        reaches every query that sees the column, even with a weight of 0."""
         self.clear(slot)
         way = "check the weights" if self.dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
         return ValueError(f"the model's {what} for prompt {prompt} are not finite in {self.dtype}; {way}")
 
     def check_files(self) -> None:
-        """ValueError where somebody has written to the files that the model reads its weights from."""
+        """ValueError if somebody has written to the files that the model reads its weights from."""
         if (files := getattr(self.model, "files", None)) is not None:
             files.check_unchanged(self.model.parameters())
 
     def clear(self, slot: Optional[int]) -> None:
-        """Zero a slot, or all."""
+        """Zero a slot, or all if it is None."""
         for cache in self._caches():
             (cache if slot is None else cache[slot]).zero_()
 
@@ -274,21 +276,21 @@ class Engine:
             cache[target, :columns] = cache[source, :columns]
 
     def swap(self, a: int, b: int, columns: tuple[int, int]) -> None:
-        """Let two slots change places, of which so many columns are used."""
+        """Exchange the contents of two slots. columns: how many of the first ones are used in each."""
         for cache in self._caches():
             kept = cache[a, : columns[0]].clone()
             cache[a, : columns[1]] = cache[b, : columns[1]]
             cache[b, : columns[0]] = kept
 
     def _caches(self) -> Iterator[torch.Tensor]:
-        """Those of all layers; of a module that is no Transformer, none is known."""
+        """The caches of all layers; none of a module that is no Transformer."""
         for attention in self.model.attentions() if isinstance(self.model, Transformer) else ():
             yield attention.cache_k
             yield attention.cache_v
 
 
 def prompt_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """`token_logprobs`, NaN where any of a row's logits is not finite."""
+    """`token_logprobs`, but NaN if any of a row's logits is not finite."""
     return torch.add(token_logprobs(logits, tokens), logits.sum(dim=-1), alpha=0)  # x + 0 y
 
 

@@ -15,14 +15,17 @@ class Held:
         self._clock = itertools.count(1)
 
     def set(self, slot: int, ids: list[int]) -> None:
+        """Note what a slot holds from now on."""
         self.ids[slot] = ids
         self._used[slot] = next(self._clock) if ids else 0
 
     def swap(self, a: int, b: int) -> None:
+        """Note that two slots have changed places."""
         self.ids[a], self.ids[b] = self.ids[b], self.ids[a]
         self._used[a], self._used[b] = self._used[b], self._used[a]
 
     def clear(self) -> None:
+        """Note that no slot holds anything."""
         for slot in range(len(self.ids)):
             self.set(slot, [])
 

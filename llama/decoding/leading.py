@@ -17,9 +17,8 @@ from typing import Any, Optional, Union
 import torch
 
 from ..layers.parallel import from_first_process, group_rank, replica, to_first_process
-from .calls import Call
+from .calls import Call, Draw, Source
 from .requests import Request, Step
-from .rows import Draw, Source
 from .scheduler import Scheduler
 
 OVER = "the processes no longer run steps together: lead() has returned, or a step of it was interrupted"

@@ -44,7 +44,7 @@ def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> 
             if row.request.score_prompt and row.reading:
                 targets = tokens[i, start + 1 : min(end + 1, len(prompts[i]))]
                 row.scores.append(prompt_logprobs(logits[i, : len(targets)], targets))
-        chosen = chooser.choose(logits[:, -1], rows)  # for every row: draws must not depend on which rows have ended
+        chosen = chooser.choose(logits[:, -1], rows)  # ended rows draw too: draws must not depend on them
         deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in call.over]
         some = [rows[i] for i in deciding]
         for row in some:

@@ -13,8 +13,8 @@ from ..system.checks import whole
 from ..system.printable import shortened
 from .sampling import Sampling
 
-# What is read behind a prefix rounds differently from a prompt that is read whole: a short one is read again, so that equal
-# calls give equal numbers to the bit.
+# Ids that are read behind a prefix round differently from a prompt that is read whole. So a shorter prefix is read again:
+# equal calls give equal numbers to the bit.
 LEAST_SHARED = 32
 FinishReason = Literal["stop", "length", "context"]
 
@@ -25,7 +25,8 @@ class Grammar(Protocol):
     def fill(self, bits: torch.Tensor) -> None:
         """Write into int32 (ceil(vocab_size / 32),) on the CPU: bit i % 32 of word i // 32 is set if id i may come next."""
 
-    def accept(self, token: int) -> None: ...
+    def accept(self, token: int) -> None:
+        """Take the id that came next."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Request:
 
     max_new: how many ids may follow. seed: of draws of its own. ends: ids that end it. logprobs, alternatives: report each
     id's log-probability, and this number of best ids, at each place. score_prompt: report those of the prompt's ids.
-    draft: verify several ids in a pass that the text itself suggests; None: where that changes no id. least_shared: start
-    behind a prefix that the cache holds if it has this number of ids.
+    draft: verify several ids, which the text itself suggests, in one pass; None: where that changes no id. least_shared:
+    start behind a prefix that the cache holds if it has at least this number of ids.
     """
 
     prompt: list[int]
@@ -52,6 +53,7 @@ class Request:
 
     @property
     def draws(self) -> bool:
+        """Whether its ids are drawn, and not the best."""
         return self.sampling.temperature > 0
 
 
@@ -59,7 +61,7 @@ class Request:
 class Step:
     """What one step decided for the prompt `index`. The last step of each prompt has a finish_reason.
 
-    token is None where the row ends without one: at EOS, or when there was nothing to generate. prompt_logprobs come
+    token is None if the row ends without one: at EOS, or when there was nothing to generate. prompt_logprobs come
     with a prompt's first step, if asked for: one for each of its ids, 0.0 for the first.
     """
 
@@ -98,12 +100,10 @@ def _ids(prompt: Iterable[int]) -> list[int]:
         given = None if isinstance(prompt, (Mapping, Set)) else list(prompt)
     except TypeError:
         given = None
-    if given is None:
-        raise ValueError(f"prompt_tokens must be lists of ids, and {shortened(prompt)} is none")
-    if set(map(type, given)) <= {int}:
+    if given is not None and set(map(type, given)) <= {int}:
         return given
-    ids = [number for token in given if (number := whole(token)) is not None]
-    if len(ids) < len(given):
-        wrong = next(token for token in given if whole(token) is None)
+    ids = [number for token in given or () if (number := whole(token)) is not None]
+    if given is None or len(ids) < len(given):
+        wrong = prompt if given is None else next(token for token in given if whole(token) is None)
         raise ValueError(f"prompt_tokens must be lists of ids, and {shortened(wrong)} is none")
     return ids

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 
+from .calls import Call, Source
 from .drafting import Drafter
 from .requests import Request, Step
 
-Draw = Callable[[torch.Tensor, float], torch.Tensor]  # somebody's own `sample_top_p`
-
-
-@dataclass(eq=False)
-class Source:
-    """What the rows of one call draw from if they have no seeds of their own.
-
-    As in Meta's release, one draw makes the noise for all `lanes`, finished ones included: the draws of a row must not depend
-    on which others have ended. generator: the device's own if not given.
-    """
-
-    lanes: int
-    generator: Optional[torch.Generator] = None
-    draw: Optional[Draw] = None
-
-
-NOT_FINITE, NONE_ALLOWED = -1, -2  # in place of an id: the logits were not finite, the row's grammar allows no id
+NOT_FINITE, NONE_ALLOWED = -1, -2  # stand in place of an id: the logits were not finite, the row's grammar allows no id
 
 
 @dataclass
@@ -43,14 +27,14 @@ class Decision:
 class Row:
     """A request that runs. Its state lies here, and not in a slot, since rows move between slots."""
 
-    def __init__(self, request: Request, index: int, source: Source, call: Any, lane: int = 0, number: int = 0) -> None:
-        """index: among the requests of its call. lane: its row of the source's noise. number: of the rows, as they came."""
+    def __init__(self, request: Request, index: int, source: Source, call: Call, lane: int = 0, number: int = 0) -> None:
+        """index: among the requests of its call. lane: its row of the source's noise. number: counts the rows as they come."""
         self.request, self.index, self.source, self.call, self.lane, self.number = request, index, source, call, lane, number
-        self.ids = list(request.prompt)  # and those that were generated
+        self.ids = list(request.prompt)  # the generated ones follow
         self.prompt_length = len(request.prompt)
         self.finished = False
         self.proven = False  # whether logits behind its ids were finite, so that its columns may be shared
-        # Where it stands in the cache.
+        # Its place in the cache:
         self.reading = True  # not all of its ids have been read
         self.read = 0  # while reading: ids whose keys and values are in the cache
         self.behind: Optional[Row] = None  # once this row has read the first `cached` ids, they are copied from it
@@ -58,10 +42,10 @@ class Row:
         self.last: Optional[torch.Tensor] = None  # hidden state (dim,) behind all ids, until an id is chosen by it
         self.scores: list[torch.Tensor] = []
         self.prompt_logprobs: Optional[list[float]] = None
-        # What its options need.
-        self.generator: Optional[torch.Generator] = None  # of its own draws, if it has a seed
+        # What its options need:
+        self.generator: Optional[torch.Generator] = None  # its own, if it has a seed
         self.in_prompt: Optional[torch.Tensor] = None  # bool (V,)
-        self.counts: Optional[torch.Tensor] = None  # of the ids that were generated, float32 (V,)
+        self.counts: Optional[torch.Tensor] = None  # how often each id was generated, float32 (V,)
         self.drafter = Drafter()
         self.rounded: Optional[int] = None  # first cache column written by a pass over several tokens: it rounds differently
 
@@ -78,7 +62,9 @@ class Row:
     @property
     def columns(self) -> int:
         """How many of its ids have their keys and values in the cache. The newest has not, until it was run."""
-        return self.read if self.reading else len(self.ids) - (self.last is None)
+        if self.reading:
+            return self.read
+        return len(self.ids) - 1 if self.last is None else len(self.ids)
 
     @property
     def draws_with(self) -> Union[Row, Source]:
@@ -104,11 +90,11 @@ class Row:
         if room > 0:
             step.token, step.logprob, step.alternatives = decision.token, decision.logprob, decision.alternatives
         if room <= 1:
-            reached = self.generated + (step.token is not None) >= self.request.max_new
-            step.finish_reason = "length" if reached else "context"
+            step.finish_reason = "length" if room == self.request.max_new - self.generated else "context"
         return step
 
     def accept(self, step: Step) -> None:
+        """Make the step's id the newest of the row."""
         self.prompt_logprobs, self.last = None, None
         self.finished = step.finish_reason is not None
         if step.token is not None:

@@ -13,7 +13,7 @@ from ..runtime import device_kind, to_device
 from ..system.checks import real, whole, whole_number
 from ..system.printable import shortened
 
-# Logits, of some hundreds at most, stay finite in float32 under all three.
+# Under these three limits logits, of some hundreds at most, stay finite in float32.
 LEAST_TEMPERATURE = 1e-20  # picks the best id only; lower temperatures are raised to it
 MOST_PENALTY = 1e10
 MOST_BIAS = 1e10
@@ -22,7 +22,7 @@ FORBIDDING = 1e30  # an id whose logit is lowered by more is never drawn
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next id is chosen. ValueError where a number is out of range.
+    """How the next id is chosen. ValueError if a number is out of range.
 
     temperature: 0 takes the best id; above it ids are drawn, the more freely the higher it is. What may be drawn:
     top_k: one of the k best (0: of all). top_p: one of the fewest best whose mass exceeds p (Holtzman et al. 2020).
@@ -113,7 +113,7 @@ def multinomial_no_sync(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tenso
 
 
 def keep_top_p(sorted_probs: torch.Tensor, p: Union[float, torch.Tensor]) -> torch.Tensor:
-    """Zero what stands behind the token that crosses `p`: the first always stays. Descending (B, V), not renormalised."""
+    """Zero what is behind the token at which the mass exceeds `p`; the first always stays. Descending (B, V), not rescaled."""
     mass_before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
     return sorted_probs.masked_fill(mass_before > p, 0.0)
 
@@ -129,7 +129,7 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
 
 
 class Penalties(NamedTuple):
-    """Of several rows: float32 (N, 1) each."""
+    """The penalties of several rows: float32 (N, 1) each."""
 
     repetition: torch.Tensor
     presence: torch.Tensor
@@ -137,6 +137,7 @@ class Penalties(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device) -> Penalties:
+        """Those of these rows, in their order."""
         given = [[row.repetition_penalty, row.presence_penalty, row.frequency_penalty] for row in rows]
         return cls(*to_device(torch.tensor(given, dtype=torch.float32, device="cpu").T[..., None].contiguous(), device))
 
@@ -158,6 +159,7 @@ class Drawing(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device) -> Drawing:
+        """How these rows are drawn, in their order."""
         given = [[max(row.temperature, LEAST_TEMPERATURE), row.top_p, row.top_k or math.inf, row.min_p] for row in rows]
         parts = to_device(torch.tensor(given, dtype=torch.float32, device="cpu").T[..., None].contiguous(), device)
         top_k = parts[2] if any(row.top_k for row in rows) else None
@@ -166,7 +168,7 @@ class Drawing(NamedTuple):
 
 def draw(logits: torch.Tensor, drawing: Drawing, noise: torch.Tensor) -> torch.Tensor:
     """One id of each row, float32 (N, V) -> int64 (N,). noise: (N, V) from `exponential_noise`."""
-    on_gpu = device_kind(logits) == "cuda"  # where torch divides by a number, as Meta's code does, like this
+    on_gpu = device_kind(logits) == "cuda"  # there torch divides by a number, as Meta's code does, like this
     scaled = logits * drawing.temperature.reciprocal() if on_gpu else logits / drawing.temperature
     sorted_probs, ids = torch.sort(torch.softmax(scaled, dim=-1), dim=-1, descending=True)
     if drawing.top_k is not None:

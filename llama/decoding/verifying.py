@@ -1,7 +1,7 @@
 """Drafts of a lone greedy row, verified several in a pass, so that they change no id.
 
 A pass over several tokens rounds differently from single steps. Where that could decide between two ids, single steps do; in
-float32 they also run again what passes have left in the cache, so that it is to the bit as if there had been no drafts.
+float32 they also run again what passes have left in the cache, so that it is to the bit what it would be without drafts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLEAR = {torch.float32: 3e-5, torch.bfloat16: 0.08, torch.float16: 0.01}
 
 
 class Verifier:
-    """Decides the next ids of a row that runs alone, in slot 0, all but the newest of whose ids are in the cache."""
+    """Decides the next ids of a row that runs alone, in slot 0. All its ids but the newest are in the cache."""
 
     def __init__(self, engine: Engine, chooser: Chooser) -> None:
         self.engine, self.chooser = engine, chooser
@@ -60,7 +60,7 @@ class Verifier:
         return best - second > CLEAR[self.engine.dtype] * logits.std(-1)
 
     def _single_steps(self, row: Row, ids: list[int]) -> Decision:
-        """The newest id's step as it is without drafts; in float32 after what was run with drafts, which is run again."""
+        """The newest id's step as it is without drafts. In float32, single steps run again before it what passes have run."""
         first = len(ids) - 1
         if self.engine.dtype == torch.float32 and row.rounded is not None:
             first = row.rounded

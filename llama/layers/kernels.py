@@ -48,11 +48,7 @@ def rotate_and_store(
 
 
 def attend(
-    q: torch.Tensor,
-    cache_k: torch.Tensor,
-    cache_v: torch.Tensor,
-    positions: torch.Tensor,
-    processors: Optional[int] = None,
+    q: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor, positions: torch.Tensor, processors: Optional[int] = None
 ) -> torch.Tensor:
     """Grouped-query attention of one query per row over the columns up to its position.
 

@@ -394,10 +394,7 @@ def join(layers: Sequence[nn.Module], name: str, make: Make = torch.cat) -> torc
 
 
 def products(
-    x: torch.Tensor,
-    fused: Any,
-    layers: Sequence[ColumnParallelLinear],
-    any_order: bool = False,
+    x: torch.Tensor, fused: Any, layers: Sequence[ColumnParallelLinear], any_order: bool = False
 ) -> Sequence[torch.Tensor]:
     """Each layer's product with x, as layer(x) would be. any_order: see `products.product`.
 

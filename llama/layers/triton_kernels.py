@@ -255,11 +255,7 @@ def splits_of(groups: int, T: int, processors: int) -> int:
 
 
 def attend(
-    q: torch.Tensor,
-    cache_k: torch.Tensor,
-    cache_v: torch.Tensor,
-    positions: torch.Tensor,
-    processors: Optional[int] = None,
+    q: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor, positions: torch.Tensor, processors: Optional[int] = None
 ) -> torch.Tensor:
     """Grouped-query attention of one query per row over the columns up to its position; nothing beyond is read.
 
@@ -517,12 +513,7 @@ def _add_parts(parts, out, SIZE, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVER
 
 
 def _product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: Optional[torch.Tensor],
-    zeros: Optional[torch.Tensor],
-    kind: int,
-    gated: bool,
+    x: torch.Tensor, weight: torch.Tensor, scales: Optional[torch.Tensor], zeros: Optional[torch.Tensor], kind: int, gated: bool
 ) -> torch.Tensor:
     """x weightᵀ for the three functions below. kind: bits of a weight, 16, 8 or 4."""
     B, K = x.shape

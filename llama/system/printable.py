@@ -46,6 +46,12 @@ def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things in words: "1 process", "2 processes"."""
+    ending = "" if number == 1 else "es" if thing.endswith("s") else "s"
+    return f"{number} {thing}{ending}"
+
+
 def json_line(value: Any) -> str:
     """JSON of a value on one line. Letters of all scripts stay; characters that steer a terminal become JSON's escapes."""
     return STEERING.sub(lambda found: json.dumps(found[0])[1:-1], json.dumps(value, ensure_ascii=False))

@@ -25,7 +25,7 @@ from ..memory import return_freed
 from ..model import ModelArgs, Transformer
 from ..runtime import device_kind
 from ..system.files import MappedFiles, is_there, listed
-from ..system.printable import escaped
+from ..system.printable import counted, escaped
 from .huggingface import HuggingFaceCheckpoint
 from .meta import MetaCheckpoint
 from .staging import Job, Sender, run_jobs
@@ -159,7 +159,6 @@ def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
             if name in names and (found_dtype := checkpoint.dtypes[name]) != tensor.dtype:
                 problems.append(f"{name} is {found_dtype} instead of {tensor.dtype}")
     if problems:
-        files = len(checkpoint.paths)
         hint = ""
         whole = plan["tok_embeddings.weight"][0]
         found = checkpoint.shape("tok_embeddings.weight", 1)
@@ -168,7 +167,7 @@ def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
         elif len(found) == 2 and (missing := checkpoint.missing_shards(whole[1])):
             hint = f"; are {missing} more shards missing?"
         raise ValueError(
-            f"the weights in {checkpoint.folder} ({files} file{'s' * (files > 1)}) are not those that its "
+            f"the weights in {checkpoint.folder} ({counted(len(checkpoint.paths), 'file')}) are not those that its "
             f"{checkpoint.config} and tokenizer describe{hint}: {listed(problems, 40)}"
         )
     for name, (_, dim, _) in plan.items():
@@ -206,7 +205,7 @@ def _released_maxima(piece: torch.Tensor, checkpoint: Checkpoint) -> torch.Tenso
 
 
 def check_scales(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """ValueError if scales or zeros, on the host, are none that rounding makes of numbers. Other tensors pass."""
+    """ValueError if scales or zeros, on the host, cannot come from rounding numbers. Other tensors pass."""
     what = name.rpartition(".")[2]
     if what in ("scales", "zeros"):
         least, most = (x.item() for x in tensor.aminmax())
