@@ -47,6 +47,7 @@ def in_many_ways(llama: Llama) -> Any:
         "dialogs": [c["generation"]["content"] for c in llama.chat_completion([DIALOG, DIALOG], 0, max_gen_len=6)],
         "at once": [c["generation"] for (c,) in at_once],
         "left": first,
+        "nothing": (llama.text_completion([]), llama.chat_completion([[{"role": "user", "content": "[INST]"}]])),
         "score": [round(x, 3) for x in llama.score(["The dog ran."])[0]["logprobs"]],
         "embed": [round(x, 3) for x in llama.embed(["The dog"]).flatten().tolist()[:5]],
         "forgotten": (llama.forget(), llama.generate([[1, 5, 6]], 8, 0)),

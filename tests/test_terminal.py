@@ -470,19 +470,25 @@ def job(line: int, **changed: Any) -> jobs.Job:
     return jobs.Job(line, **{**plain, **changed})
 
 
-def test_jsonl_answers_each_line_once() -> None:
-    """In calls of PER_SLOT lines for each slot, which have one kind and the same options."""
-    calls: list[list[int]] = []
+def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
+    """Whatever their options; the lines come in the input's order all the same."""
+    running: list[int] = []
+    seen: list[list[int]] = []
 
-    def text_completion(prompts: list[str], seed: list[int], **options: Any) -> list[dict[str, Any]]:
-        calls.append(seed)
-        return [{"generation": f"{n}"} for n in seed]
+    def stream_text(prompts: list[str], seed: list[int], **options: Any) -> Iterator[dict[str, Any]]:
+        running.append(seed[0])
+        for left in range(seed[0] % 3 + options.get("top_k", 0), -1, -1):
+            seen.append(list(running))
+            yield {"text": f"{seed[0]}.", "finish_reason": None if left else "length"}
+        running.remove(seed[0])
 
-    llama = SimpleNamespace(model=SimpleNamespace(params=SimpleNamespace(max_batch_size=2)), text_completion=text_completion)
-    alike = [job(n) for n in range(2 * jobs.PER_SLOT + 1)]
-    todo = [*alike, job(90, options={"top_k": 1}), job(91, options={"top_k": 1}), job(92)]
-    assert [line["generation"] for line in jobs.run(llama, todo)] == [str(job.line) for job in todo]  # type: ignore[arg-type]
-    assert calls == [[*range(16)], [16], [90, 91], [92]]
+    llama: Any = SimpleNamespace(model=SimpleNamespace(params=SimpleNamespace(max_batch_size=2)), stream_text=stream_text)
+    todo = [job(n, options={"top_k": 5 * (n == 1)}) for n in range(6)]
+    lines = list(jobs.run(llama, todo))
+    assert [line["generation"] for line in lines] == ["0.", "1." * 7, "2.2.2.", "3.", "4.4.", "5.5.5."]
+    assert [line["input"] for line in lines] == [each.digest for each in todo]
+    assert max(map(len, seen)) == 2
+    assert [1, 5] in seen  # others came and went beside a long one
 
 
 def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:
@@ -497,7 +503,6 @@ def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:
     with out.open("wb") as file:
         jobs.write(lines(), 3, 0, file)
     assert out.read_text() == '{"id": 0}\n{"id": 1}\n{"id": 2}\n'
-    jobs.write(iter([{"id": 3}]), 1, 0, None)  # on a process that only computes
 
 
 def test_jsonl_takes_up_as_many_lines_as_there_are_jobs(tmp_path: Path) -> None:

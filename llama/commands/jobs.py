@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Optional
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
 from ..chat import check_dialog, encode_dialog, is_unsafe
-from ..layers.parallel import is_first_process, replica
+from ..layers.parallel import replica
 from ..options import IN_JSON
 from ..system.checks import whole_number
 from ..system.files import is_there, listed, parse_json, read_file
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..generation import Llama
 
 KEYS = ("prompt", "messages", "continue_final_message", "id", "seed", *IN_JSON)
-PER_SLOT = 8  # lines for each slot in one call; more lines keep the slots busy, fewer bring results sooner
 
 
 @dataclass(frozen=True)
@@ -125,36 +124,50 @@ def check_jobs(llama: Llama, jobs: list[Job], path: Path) -> None:
             raise ValueError(f"line {job.line} of {path}: {error}") from error
 
 
+class _Answer:
+    """The answer to a job, as it comes."""
+
+    def __init__(self, llama: Llama, job: Job) -> None:
+        self.job, self.text, self.reason = job, "", ""
+        if job.is_chat:
+            seed = [] if is_unsafe(job.prompt) else [job.seed]  # a refused dialog is not run, so it needs none
+            self.chunks = llama.stream_chat([job.prompt], seed=seed, continue_final_message=job.is_begun, **job.options)
+        else:
+            self.chunks = llama.stream_text([job.prompt], seed=[job.seed], **job.options)
+
+    def read(self) -> bool:
+        """Take what comes next; whether there was more."""
+        chunk = next(self.chunks, None)
+        if chunk is None:
+            return False
+        self.text, self.reason = self.text + chunk["text"], chunk["finish_reason"] or ""
+        return True
+
+    @property
+    def line(self) -> dict[str, Any]:
+        told: Any = {"role": "assistant", "content": self.text} if self.job.is_chat else self.text
+        return {**self.job.extra, "input": self.job.digest, "generation": told, "finish_reason": self.reason}
+
+
 def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    """The output's lines, in order. Every process must iterate; each copy of the model does its share."""
-    size = PER_SLOT * llama.model.params.max_batch_size * replica()[1]
-    for _, alike in groupby(jobs, key=lambda job: (job.is_chat, job.is_begun, job.options)):
-        group = list(alike)
-        for part in (group[i : i + size] for i in range(0, len(group), size)):
-            yield from _answer(llama, part)
+    """The output's lines, in order. As many jobs run at once as there are slots, in all copies of the model together."""
+    slots = llama.model.params.max_batch_size * replica()[1]
+    todo, begun, running = deque(jobs), deque[_Answer](), list[_Answer]()
+    while todo or begun:
+        while todo and len(running) < slots:
+            running.append(_Answer(llama, todo.popleft()))
+            begun.append(running[-1])
+        running = [answer for answer in running if answer.read()]
+        while begun and begun[0] not in running:
+            yield begun.popleft().line
 
 
-def _answer(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    """The results of one call, for jobs of one kind with the same options."""
-    prompts, options = [job.prompt for job in jobs], jobs[0].options
-    if jobs[0].is_chat:
-        # A refused dialog is not run, so it needs no seed.
-        seeds = [job.seed for job in jobs if not is_unsafe(job.prompt)]
-        begun = jobs[0].is_begun
-        replies: list[Any] = list(llama.chat_completion(prompts, seed=seeds, continue_final_message=begun, **options))
-    else:
-        replies = list(llama.text_completion(prompts, seed=[job.seed for job in jobs], **options))
-    for job, reply in zip(jobs, replies):
-        yield {**job.extra, "input": job.digest, **reply}
-
-
-def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: Optional[BinaryIO]) -> None:
-    """Write each line as soon as it comes, and show a progress bar at a terminal. out: None on processes that only compute."""
-    with tqdm(total=total, initial=done, unit="line", disable=None if is_first_process() else True) as bar:
+def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: BinaryIO) -> None:
+    """Write each line as soon as it comes, and show a progress bar at a terminal."""
+    with tqdm(total=total, initial=done, unit="line", disable=None) as bar:
         for line in lines:
-            if out is not None:
-                out.write(json_line(line).encode() + b"\n")
-                out.flush()
+            out.write(json_line(line).encode() + b"\n")
+            out.flush()
             bar.update()
 
 

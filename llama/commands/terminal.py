@@ -60,7 +60,7 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
     todo: list[jobs.Job] = []
     done, file = 0, None
     with pipe_may_close(), ExitStack() as opened:
-        if Launch.read().rank == 0:  # before a long load, after which the others are told
+        if Launch.read().rank == 0:  # before a long load; the others run its steps
             if out is not None and out.exists() and out.samefile(source):
                 raise ValueError(f"--out {out} is the input itself; name another file")
             todo = jobs.read_jobs(source, options, args.seed)
@@ -70,10 +70,14 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
                 done, size = jobs.finished(out, todo)
                 file = opened.enter_context(jobs.open_output(out, size))
         llama = build(args, max_batch_size=4 if args.max_batch_size is None else args.max_batch_size)
-        todo, done = on_first(lambda: (todo, done))
-        jobs.check_jobs(llama, todo, source)
-        try:
+
+        def work() -> None:
+            jobs.check_jobs(llama, todo, source)
+            assert file is not None
             jobs.write(jobs.run(llama, todo[done:]), len(todo), done, file)
+
+        try:
+            llama.lead(work)
         except KeyboardInterrupt:
             note("stopped" if out is None else f"stopped; the same command goes on behind what {out} has")
             raise SystemExit(130) from None

@@ -148,6 +148,8 @@ class Leader:
                 copy = next(iter(shares)) if shares and call.together else self._load.index(min(self._load))
                 shares.setdefault(copy, []).append(place)
                 self._load[copy] += 1
+            if not shares:
+                return  # a call of no requests is over
             self._where[number] = {place: copy for copy, places in shares.items() for place in places}
             seed = 0 if call.source.generator is None else call.source.generator.initial_seed()
             more = (seed, call.source.draw, call.streams)
