@@ -479,8 +479,9 @@ def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
         running.append(seed[0])
         for left in range(seed[0] % 3 + options.get("top_k", 0), -1, -1):
             seen.append(list(running))
+            if not left:
+                running.remove(seed[0])
             yield {"text": f"{seed[0]}.", "finish_reason": None if left else "length"}
-        running.remove(seed[0])
 
     llama: Any = SimpleNamespace(model=SimpleNamespace(params=SimpleNamespace(max_batch_size=2)), stream_text=stream_text)
     todo = [job(n, options={"top_k": 5 * (n == 1)}) for n in range(6)]
@@ -488,7 +489,7 @@ def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
     assert [line["generation"] for line in lines] == ["0.", "1." * 7, "2.2.2.", "3.", "4.4.", "5.5.5."]
     assert [line["input"] for line in lines] == [each.digest for each in todo]
     assert max(map(len, seen)) == 2
-    assert [1, 5] in seen  # others came and went beside a long one
+    assert {2, 3, 4} <= {n for some in seen if 1 in some for n in some}  # came and went beside a long one
 
 
 def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Optional
 
 from tqdm import tqdm
 
 from ..chat import check_dialog, encode_dialog, is_unsafe
+from ..decoding.requests import FinishReason
 from ..layers.parallel import replica
 from ..options import IN_JSON
 from ..system.checks import whole_number
@@ -128,7 +129,8 @@ class _Answer:
     """The answer to a job, as it comes."""
 
     def __init__(self, llama: Llama, job: Job) -> None:
-        self.job, self.text, self.reason = job, "", ""
+        self.job, self.text = job, ""
+        self.reason: Optional[FinishReason] = None
         if job.is_chat:
             seed = [] if is_unsafe(job.prompt) else [job.seed]  # a refused dialog is not run, so it needs none
             self.chunks = llama.stream_chat([job.prompt], seed=seed, continue_final_message=job.is_begun, **job.options)
@@ -136,12 +138,10 @@ class _Answer:
             self.chunks = llama.stream_text([job.prompt], seed=[job.seed], **job.options)
 
     def read(self) -> bool:
-        """Take what comes next; whether there was more."""
-        chunk = next(self.chunks, None)
-        if chunk is None:
-            return False
-        self.text, self.reason = self.text + chunk["text"], chunk["finish_reason"] or ""
-        return True
+        """Take what comes next; whether there is more."""
+        chunk = next(self.chunks)
+        self.text, self.reason = self.text + chunk["text"], chunk["finish_reason"]
+        return self.reason is None
 
     @property
     def line(self) -> dict[str, Any]:
