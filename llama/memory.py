@@ -193,8 +193,6 @@ def way_out(placement: Placement, free: int, working: bool = False) -> str:
         need = estimate(changed)
         return (need.resident + need.temporary * working) * changed.sharers <= free
 
-    if placement.draft is not None and fits(replace(placement, draft=None)):
-        return "a build without draft= would fit"
     ways = [way for name in ("max_batch_size", "max_seq_len") for way in _largest_that_fits(name, placement, fits)]
     for choices in _other_forms(placement):
         good = [words for words, changed in choices.items() if changed.keeps_groups_whole() and fits(changed)]
@@ -223,6 +221,8 @@ def _other_forms(placement: Placement) -> Iterator[dict[str, Placement]]:
             shared = [n for n in shared if n in process_counts(placement.draft.args)]
         more = [n for n in shared if n > placement.processes]
         yield {f"{n} {each}": replace(placement, processes=n) for n in more}
+    if placement.draft is not None:
+        yield {"no draft=": replace(placement, draft=None)}
     if placement.quantization is None:  # of the model alone: a draft model is taken as it is stored
         yield {f"quantize={kind!r}": replace(placement, quantization=Quantization(kind)) for kind in KINDS}
 
