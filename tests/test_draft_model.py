@@ -17,11 +17,11 @@ from helpers import COLUMNS, PROMPTS, build, command
 from workers import Pool
 
 from llama import Llama, memory
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.draft_model import LONGEST_REST, PERIOD, DraftModel
 from llama.decoding.pace import Pace
 from llama.decoding.requests import Request
-from llama.decoding.rows import Row, Source
+from llama.decoding.rows import Row
 from llama.decoding.sampling import Sampling
 from llama.loading import DEMO
 

@@ -12,10 +12,10 @@ from conftest import random_weights, shared, write_checkpoint
 from workers import Pool
 
 from llama import Llama
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.drafting import COST, LONGEST, Drafter
 from llama.decoding.requests import Request
-from llama.decoding.rows import Row, Source
+from llama.decoding.rows import Row
 from llama.decoding.sampling import Sampling
 from llama.decoding.verifying import CLEAR, Verifier
 
