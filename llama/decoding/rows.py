@@ -24,7 +24,7 @@ class Noise:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed, self._generator = seed, torch.Generator(device)
+        self._seed, self._device, self._generator = seed, device, torch.Generator(device)
         self._kept: dict[int, torch.Tensor] = {}  # that of guesses, until they are judged
 
     def of(self, number: int, vocab_size: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ class Noise:
         if number not in self._kept:
             key = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=8).digest()
             self._generator.manual_seed(int.from_bytes(key, "big") >> 1)
-            self._kept[number] = exponential_noise(1, vocab_size, self._generator.device, self._generator)[0]
+            self._kept[number] = exponential_noise(1, vocab_size, self._device, self._generator)[0]
         return self._kept[number]
 
     def forget(self, before: int) -> None:
