@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, TypeVar, Union
 
 import torch
@@ -54,26 +53,24 @@ from .layers.parallel import (
     all_agree,
     broadcast_random_state,
     gather_from_replicas,
-    group_size,
     is_first_process,
     model_parallel_group,
     replica,
     several_processes,
 )
-from .model import ModelArgs, Transformer, check_args
+from .loading import DEMO, DEMO_POSITIONS, prepared, prepared_draft
+from .model import ModelArgs, Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options
 from .session import ChatSession
 from .system.checks import whole, whole_number
 from .system.printable import shortened
 from .tokenizer import Tokenizer, need_tokenizer, split, user_path
-from .weights.checkpoint import fill, fit_vocabulary, open_checkpoint, prepare
+from .weights.checkpoint import fit_vocabulary, open_checkpoint
 from .weights.fingerprint import fingerprints
 
 T = TypeVar("T")
 SAMPLE_TOP_P = sample_top_p  # if somebody puts another one in its place, that one draws
 NOT_AS_BUILT = "needs a model that is as it was built, without hooks, patches or parts of somebody's own"
-DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
-DEMO_POSITIONS = 512
 
 __all__ = [
     "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR",
@@ -101,6 +98,7 @@ class Llama:
         dtype: Union[str, torch.dtype, None] = None,
         quantize: Optional[str] = None,
         compile: Optional[bool] = None,
+        draft: Optional[str] = None,
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
 
@@ -114,7 +112,9 @@ class Llama:
         float16 one on an x86 processor, which is slow in float16; a line says so). quantize: "int8" or
         "int4" rounds the matrices while they are loaded; a folder that `convert` has rounded needs none of this. compile: True
         compiles the decode step (once, in a minute or two on a CPU, which needs a C++ compiler), False does not. If not
-        given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used.
+        given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used. draft: a folder
+        with a smaller model of the same tokenizer, which guesses what the model will write; the model verifies several
+        guesses in one pass, as many as pay. Greedy ids stay what they are, and so does the distribution of drawn ones.
 
         Raises ValueError, on every process, before any weight is copied, if an argument or a file is not right.
         """
@@ -138,21 +138,22 @@ class Llama:
             tokenizer = Tokenizer(str(tokenizer_file))
             args = fit_vocabulary(checkpoint, tokenizer.n_words)
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            processes, sharers = group_size(model_parallel_group()), runtime.memory_sharers(place)
-            check_args(args, processes, folder)
-            chosen_dtype = runtime.choose_dtype(dtype, checkpoint.dtype, place)
-            with torch.device("meta"):
-                model = Transformer(args)
-            quantization = prepare(model, checkpoint, quantize)
-            placement = memory.Placement(args, chosen_dtype, processes, place, sharers, quantization)
+            model, _, placement = main = prepared(checkpoint, args, place, dtype, quantize)
+            chosen_dtype, other = placement.dtype, None
+            if draft is not None:
+                other = prepared_draft(draft, tokenizer, placement, dtype)
+                placement = replace(placement, draft=other.placement)
             memory.check_fits(placement)
             agreement.values = {
-                **vars(args), "dtype": chosen_dtype, "quantize": quantization, "compile": compile,
+                **vars(args), "dtype": chosen_dtype, "quantize": placement.quantization, "compile": compile,
+                "draft": other is not None,
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
                 **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
+                **fingerprints(other.checkpoint.paths if other and several_processes() else [], "draft's "),
             }  # fmt: skip
         with together(everyone=True), torch.inference_mode(False), memory.explained(placement):
-            fill(model, checkpoint, place, chosen_dtype)
+            draft_model = None if other is None else other.load()
+            main.load()
         _warn_beyond_training(args, trained)
         torch.manual_seed(seed)
         print(f"Loaded in {time.time() - started:.2f} seconds")
@@ -164,10 +165,18 @@ class Llama:
                 "This is the demo model, which tells small children's stories. For Llama 2, download its weights "
                 "(see README.md) and pass ckpt_dir (--ckpt_dir)."
             )
-        return Llama(model.eval().requires_grad_(False), tokenizer, compile=compile)
+        return Llama(model, tokenizer, compile=compile, draft_model=draft_model)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, compile: Optional[bool] = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        compile: Optional[bool] = False,
+        draft_model: Optional[Transformer] = None,
+    ) -> None:
         self.model = model
+        self.draft_model = draft_model
         self.tokenizer = tokenizer
         self._compile = compile
         output = getattr(model, "output", None)
@@ -176,7 +185,8 @@ class Llama:
         self._leader: Optional[Leader] = None  # while this process takes requests for all
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(Engine(self.model, self._compile), self._group)
+        draft = None if self.draft_model is None else Engine(self.draft_model, self._compile)
+        return Scheduler(Engine(self.model, self._compile), self._group, draft)
 
     @property
     def lock(self) -> AbstractContextManager[Any]:

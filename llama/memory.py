@@ -37,6 +37,14 @@ class Placement:
     device: torch.device = HOST
     sharers: int = 1  # how many processes use this device's memory (on a CPU, all of a machine)
     quantization: Optional[Quantization] = None
+    draft: Optional[Placement] = None  # a draft model beside it, with as large a cache, on the same processes
+
+    def beside(self) -> Optional[Placement]:
+        """Where the draft model lies, after changes to this placement."""
+        if self.draft is None:
+            return None
+        args = replace(self.draft.args, max_batch_size=self.args.max_batch_size, max_seq_len=self.args.max_seq_len)
+        return replace(self.draft, args=args, processes=self.processes, device=self.device, sharers=self.sharers)
 
     def keeps_groups_whole(self) -> bool:
         """Whether no group of quantized numbers would be cut by the processes."""
@@ -65,7 +73,7 @@ class Need(NamedTuple):
 
 
 def estimate(placement: Placement) -> Need:
-    """The memory that each process needs."""
+    """The memory that each process needs, for a draft model too."""
     args, processes, quantization = placement.args, placement.processes, placement.quantization
     size = placement.dtype.itemsize
 
@@ -85,12 +93,17 @@ def estimate(placement: Placement) -> Need:
     attention = 3 * args.dim + 2 * queries + 2 * keys  # the stream, its norm and sum; q, k, v and the result
     rotating = 4 * 3 * queries  # q in float32, its halves turned
     feed_forward = 4 * args.dim + 3 * width
-    return Need(
+    need = Need(
         weights=weights,
         cache=size * 2 * args.n_layers * tokens * keys,
         temporary=tokens * max(size * attention + rotating, size * feed_forward),
         overhead=_overhead(args, processes) if device_kind(placement.device) == "cuda" else 0,
     )
+    if (draft := placement.beside()) is None:
+        return need
+    other = estimate(draft)  # which reads prompts at another time
+    temporary = max(need.temporary, other.temporary)
+    return Need(need.weights + other.weights, need.cache + other.cache, temporary, need.overhead + other.overhead)
 
 
 def _overhead(args: ModelArgs, processes: int) -> int:
@@ -166,8 +179,9 @@ def check_fits(placement: Placement) -> None:
     each = f" for each of {sharers} processes" if sharers > 1 else ""
     place = "this machine" if device_kind(placement.device) == "cpu" else str(placement.device)
     missing = gigabytes(need.resident * sharers - free)
+    what = "the model takes" if placement.draft is None else "the model and its draft model take"
     raise ValueError(
-        f"not enough memory: the model takes {need}{each}, but {place} has {gigabytes(free)} free, {missing} too little; "
+        f"not enough memory: {what} {need}{each}, but {place} has {gigabytes(free)} free, {missing} too little; "
         f"{way_out(placement, free)}"
     )
 
@@ -202,9 +216,14 @@ def _other_forms(placement: Placement) -> Iterator[dict[str, Placement]]:
         yield {"dtype='bfloat16'": replace(placement, dtype=torch.bfloat16)}
     if (kind := device_kind(placement.device)) != "mps":
         each = f"processes, {placement.sharers} on each {'machine' if kind == 'cpu' else 'GPU'}"
-        more = [n for n in process_counts(placement.args) if n > placement.processes]
+        shared = process_counts(placement.args)
+        if placement.draft is not None:
+            shared = [n for n in shared if n in process_counts(placement.draft.args)]
+        more = [n for n in shared if n > placement.processes]
         yield {f"{n} {each}": replace(placement, processes=n) for n in more}
-    if placement.quantization is None:
+    if placement.draft is not None:
+        yield {"no draft=": replace(placement, draft=None)}
+    if placement.quantization is None:  # of the model alone: a draft model is taken as it is stored
         yield {f"quantize={kind!r}": replace(placement, quantization=Quantization(kind)) for kind in KINDS}
 
 
@@ -217,9 +236,10 @@ def explained(placement: Placement) -> Iterator[None]:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
         need, device = estimate(placement), placement.device
+        what = "the model has" if placement.draft is None else "the model and its draft model have"
         room = (free_bytes(device) or 0) + need.resident * placement.sharers
         raise type(error)(
-            f"{device} is out of memory: the model has {need}, and takes up to {gigabytes(need.temporary)} while it reads "
+            f"{device} is out of memory: {what} {need}, and takes up to {gigabytes(need.temporary)} while it reads "
             f"prompts of {placement.args.max_seq_len} tokens; shorter or fewer prompts at once, or a build with less: "
             f"{way_out(placement, room, working=True)} ({str(error).splitlines()[0]})"
         ) from error

@@ -94,6 +94,15 @@ def random_weights(params: dict[str, Any] = PARAMS, vocab_size: int = 400, seed:
     }
 
 
+def near(weights: dict[str, torch.Tensor], error: float = 0.15) -> dict[str, torch.Tensor]:
+    """Weights with an error, so that a model guesses some of what theirs does: this share of their spread."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: w if w.ndim == 1 else w + error * w.std() * torch.randn(w.shape, generator=generator)
+        for name, w in weights.items()
+    }
+
+
 def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor], shards: int = 1, params: dict[str, Any] = PARAMS) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(shards):

@@ -76,10 +76,11 @@ def opened(seed: int, number: int) -> tuple[list[Request], bool]:
 
 class Alone:
     """What each request gives by itself, in a model of its own. near: what rounding changes of a probability. greedy: also for
-    rows that do not draw."""
+    rows that do not draw. guessed: draw as beside a draft model, of which there is none here."""
 
-    def __init__(self, llama: Llama, near: float = 1e-4, greedy: bool = False) -> None:
+    def __init__(self, llama: Llama, near: float = 1e-4, greedy: bool = False, guessed: bool = False) -> None:
         self.llama, self.near, self.greedy = llama, near, greedy
+        llama._scheduler.chooser.guessed = self.guessed = guessed
         self.known: dict[str, tuple[list[int], Optional[str]]] = {}
         self.ties = 0
 
@@ -95,10 +96,11 @@ class Alone:
         return bool((best[:-1] - best[1:] < self.near * best[1:]).any())
 
     def __call__(self, request: Request) -> tuple[list[int], Optional[str]]:
-        key = repr((request.prompt, request.max_new, request.sampling, request.seed, request.grammar is None))
+        draft = None if self.guessed and request.draws and request.draft is not False else False
+        key = repr((request.prompt, request.max_new, request.sampling, request.seed, request.grammar is None, draft))
         if key not in self.known:
             self.llama.forget()
-            fresh = Request(**{**vars(request), "draft": False, "grammar": OnlyEven() if request.grammar else None})
+            fresh = Request(**{**vars(request), "draft": draft, "grammar": OnlyEven() if request.grammar else None})
             steps = list(Call(self.llama._scheduler, [fresh], Source(1)))
             self.known[key] = [s.token for s in steps if s.token is not None], steps[-1].finish_reason
         return self.known[key]
@@ -141,6 +143,16 @@ class Open:
         return len(self.call.requests)
 
 
+def insist(llama: Llama) -> list[int]:
+    """Let the draft model guess in every pass, from 1 to 4 ids by turns. -> how many of its guesses were right, as they come"""
+    model, turns, right = llama._scheduler.draft_model, itertools.cycle((4, 1, 3, 2)), list[int]()
+    assert model is not None
+    judge = model.judge
+    model.count = lambda rows, pace: next(turns)  # type: ignore[method-assign]
+    model.judge = lambda row, guessed, found: right.append(found) or judge(row, guessed, found)  # type: ignore[method-assign]
+    return right
+
+
 def run(llama: Llama, alone: Alone, events: int, seed: int) -> dict[str, Any]:
     """Random events; every text is compared, and in the end no slot is taken."""
     rng, calls, compared, memory = random.Random(seed), list[Open](), 0, list[int]()
@@ -179,7 +191,7 @@ class Known(Alone):
     """What each request gave elsewhere."""
 
     def __init__(self, known: Answers) -> None:
-        self.known, self.ties = known, 0
+        self.known, self.ties, self.guessed = known, 0, False
 
     def is_tie(self, request: Request, new: list[int]) -> bool:
         return False
@@ -207,8 +219,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1, help="of which the first takes requests for all")
     parser.add_argument("--parallel", type=int, help="processes for one copy of the model; all if not given")
+    parser.add_argument("--draft", action="store_true", help="a draft model guesses up to 4 ids a pass; in one process")
     args = parser.parse_args()
-    from conftest import random_weights, train_tokenizer, write_checkpoint
+    from conftest import near, random_weights, train_tokenizer, write_checkpoint
     from workers import Pool
 
     torch.set_num_threads(1)
@@ -216,9 +229,12 @@ def main() -> None:
         folder = write_checkpoint(Path(root) / "tiny", random_weights())
         tokenizer = Path(root) / "tokenizer.model"
         tokenizer.write_bytes(train_tokenizer())
-        llamas = [Llama.build(str(folder), str(tokenizer), 128, rows, device="cpu") for rows in (4, 1)]
-        alone = Alone(llamas[1])
-        print(json.dumps(run(llamas[0], alone, args.events, args.seed)))
+        draft = str(write_checkpoint(Path(root) / "draft", near(random_weights()))) if args.draft else None
+        shared = Llama.build(str(folder), str(tokenizer), 128, 4, device="cpu", draft=draft)
+        if draft is not None:
+            insist(shared)
+        alone = Alone(Llama.build(str(folder), str(tokenizer), 128, 1, device="cpu"), guessed=args.draft)
+        print(json.dumps(run(shared, alone, args.events, args.seed)))
         if args.processes > 1:
             pool = Pool(args.processes)
             told = (

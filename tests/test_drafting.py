@@ -12,8 +12,11 @@ from conftest import random_weights, shared, write_checkpoint
 from workers import Pool
 
 from llama import Llama
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.drafting import COST, LONGEST, Drafter
+from llama.decoding.requests import Request
+from llama.decoding.rows import Row
+from llama.decoding.sampling import Sampling
 from llama.decoding.verifying import CLEAR, Verifier
 
 
@@ -216,20 +219,51 @@ def test_a_bias_is_honoured(loop: Callable[..., list[Any]]) -> None:
     assert often not in [step.token for step in steps]
 
 
-def test_only_a_lone_greedy_row_drafts(tiny_model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
+def test_only_greedy_rows_draft(tiny_model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs alone, or beside others, which may draw."""
+    calls: list[tuple[int, int]] = []
     verify = tiny_model.llama._engine.verify
-    monkeypatch.setattr(tiny_model.llama._engine, "verify", lambda ids, at: calls.append(len(ids)) or verify(ids, at))
+
+    def counted(tokens: Any, *rest: Any) -> torch.Tensor:
+        calls.append((len(tokens), len(tokens[0])))
+        return verify(tokens, *rest)
+
+    monkeypatch.setattr(tiny_model.llama._engine, "verify", counted)
     llama, prompt = tiny_model.llama, [1, *([20, 30, 40] * 6)]
     llama.generate([prompt], 40, 0.6)
     tiny_model.ids(prompt, 40, True, repetition_penalty=1.2)
     tiny_model.ids(prompt, 40, False)
-    llama.generate([prompt, prompt], 40, 0)
+    llama.generate([prompt, prompt], 40, 0.6)
     assert not calls
-    llama.generate([[1, 20, 30]], 120, 0)
-    assert max(calls) > 4
+    alone = [llama.generate([[1, 20, i]], 120, 0)[0][0] for i in (30, 40)]
+    assert max(width for _, width in calls) > 4
+    calls.clear()
+    assert llama.generate([[1, 20, 30], [1, 20, 40]], 120, 0)[0] == alone
+    assert max(calls)[0] == 2
+    assert max(calls)[1] > 4
+    calls.clear()
+    requests = [Request([1, 20, 30], 120, Sampling(0)), Request([1, 20, 30], 120, Sampling(0.9), seed=3)]
+    found: list[list[int]] = [[], []]
+    for step in Call(llama._scheduler, requests, Source(2)):
+        found[step.index] += [] if step.token is None else [step.token]
+    assert found[0] == alone[0]
+    assert max(calls)[0] == 2
+    drawn = [step.token for step in Call(llama._scheduler, requests[1:], Source(1))]
+    assert found[1] == drawn
     with pytest.raises(ValueError, match="draft='yes' must be True, False or None"):
         llama.text_completion(["a"], draft="yes")  # type: ignore[typeddict-item]
+
+
+def test_a_pass_has_room_for_guesses_only(tiny_model: Counting) -> None:
+    """One row of many that repeats itself does not make a pass wide for all."""
+    verifier = tiny_model.llama._scheduler.verifier
+    rows = [Row(Request([1, i, *([50, 60, 70] * 5 if i < 2 else range(100, 115))], 99), i, Source(1), None) for i in range(8)]
+    for row in rows:
+        row.drafter.credit = 16.0
+    assert list(map(len, verifier._look_up(rows[:2], [15] * 2))) == [15] * 2
+    assert list(map(len, verifier._look_up(rows[1:5], [9] * 4))) == [9, 0, 0, 0]
+    assert list(map(len, verifier._look_up(rows[1:6], [9] * 5))) == [0] * 5
+    assert list(map(len, verifier._look_up(rows, [2, 9, *[9] * 6]))) == [2, 2, *[0] * 6]
 
 
 def test_stop_strings_cancel_inside_a_pass(tiny_model: Counting) -> None:
@@ -294,11 +328,11 @@ def test_a_near_tie_is_left_to_single_steps(tiny_model: Counting, monkeypatch: p
     plain, _ = tiny_model.ids([1, 20, 30], 120, False)
     verify, swapped = engine.verify, []
 
-    def wrong(ids: Any, at: int) -> torch.Tensor:
-        logits = verify(ids, at)
-        if not at % 3:
-            best, second = logits.topk(2).indices[0].tolist()
-            logits[0, second] = logits[0, best] + 1e-6
+    def wrong(ids: Any, at: Any, slots: Any = None) -> torch.Tensor:
+        logits = verify(ids, at, slots)
+        if not at[0] % 3 and slots is None:
+            best, second = logits.topk(2).indices[0, 0].tolist()
+            logits[0, 0, second] = logits[0, 0, best] + 1e-6
             swapped.append(at)
         return logits
 
@@ -306,8 +340,11 @@ def test_a_near_tie_is_left_to_single_steps(tiny_model: Counting, monkeypatch: p
     drafted, _ = tiny_model.ids([1, 20, 30], 120, True)
     assert swapped
     assert drafted == plain
+    swapped.clear()
+    assert tiny_model.llama.generate([[1, 20, 40], [1, 20, 30]], 120, 0)[0][1] == plain
+    assert max(map(len, swapped)) == 2
     # What drafts had left in the cache is run again as well, so that it is to the bit as if there had been none.
-    monkeypatch.setattr(Verifier, "_is_clear", lambda _, logits, row: torch.zeros(len(logits), dtype=torch.bool))
+    monkeypatch.setattr(Verifier, "_clear", lambda _, logits, rows: torch.zeros(len(logits), dtype=torch.bool))
     assert tiny_model.ids([1, 20, 30], 120, True)[0] == plain
     keys = [attention.cache_k[0, :122].clone() for attention in tiny_model.llama.model.attentions()]
     tiny_model.ids([1, 20, 30], 120, False)

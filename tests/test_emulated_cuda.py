@@ -12,6 +12,7 @@ from typing import Any, Optional
 import events
 import pytest
 import torch
+from conftest import near, random_weights, write_checkpoint
 from emulated_cuda import Machine, StandIns, emulated
 from workers import Pool
 
@@ -313,6 +314,21 @@ def test_requests_that_come_and_go(
     assert events.run(build(tiny, tokenizer_path), alone, 700, 1)["texts"] > 100
     assert machine.replays > 200
     assert "The decode step is not" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("draft", ["near", "same"])
+def test_a_draft_model(draft: str, tiny: Path, tokenizer_path: str, machine: Machine, tmp_path: Path) -> None:
+    """Both models' steps are recorded; the ids are those of a build on a CPU, where nothing is, and nobody guesses."""
+    folder = write_checkpoint(tmp_path / "near", near(random_weights())) if draft == "near" else tiny
+    guessing = build(tiny, tokenizer_path, dtype="float32", draft=str(folder))
+    right = events.insist(guessing)
+    alone = events.Alone(build(tiny, tokenizer_path, 1, "cpu", dtype="float32"), guessed=True)
+    assert events.run(guessing, alone, 80, 3)["texts"] > 5
+    model = guessing._scheduler.draft_model
+    assert model is not None
+    assert isinstance(model.engine.graph, compiled.Recorded)
+    assert any(recording.graph is not None for recording in model.engine.graph._recordings.values())
+    assert sum(right) > (1.5 if draft == "same" else 0.2) * len(right)
 
 
 def test_options_are_not_recorded(tiny: Path, tokenizer_path: str, machine: Machine) -> None:

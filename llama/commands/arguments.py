@@ -79,6 +79,7 @@ MODEL = {
     "dtype": Option(a_name, None, "float32, bfloat16 or float16; the checkpoint's own if not given"),
     "quantize": Option(a_name, None, "int8 or int4 rounds the matrices while they are loaded; as stored if not given"),
     "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
+    "draft": Option(a_name, None, "a folder with a smaller model of the same tokenizer, whose guesses the model verifies"),
 }
 ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told) for name, told in TOLD.items()}
 

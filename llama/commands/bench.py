@@ -15,8 +15,9 @@ import torch
 from .. import memory
 from ..decoding.calls import Call, Source
 from ..decoding.requests import Request
-from ..generation import DEMO, DEMO_POSITIONS, Llama
+from ..generation import Llama
 from ..layers.parallel import from_first_process
+from ..loading import DEMO, DEMO_POSITIONS
 from ..model import Transformer
 from ..runtime import Launch, device_kind
 from ..system.checks import whole_number

@@ -8,7 +8,7 @@ from argparse import Namespace
 from contextlib import ExitStack
 from typing import Any
 
-from ..generation import DEMO
+from ..loading import DEMO
 from ..runtime import Launch
 from ..system.printable import counted, json_line
 from ..tokenizer import Tokenizer, need_tokenizer, user_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, Optional
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ..runtime import device_kind, to_device
 from .calls import Source
 from .engine import Engine, token_logprobs
-from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Row
+from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Noise, Row
 from .sampling import Drawing, Penalties, draw, exponential_noise, penalize
 
 
@@ -38,6 +39,8 @@ class _Plan:
             self.bias = torch.stack([bias for bias in biases if bias is not None])
         if self.drawn:
             self.drawing = Drawing.of([rows[i].request.sampling for i in self.drawn], device)
+            guessed = [[rows[i].noise is not None] for i in self.drawn]
+            self.by_id = to_device(torch.tensor(guessed, device="cpu"), device) if any(any(row) for row in guessed) else None
 
     def _places(self, wanted: Callable[[Row], bool]) -> list[int]:
         return [i for i, row in enumerate(self.rows) if wanted(row)]
@@ -60,8 +63,9 @@ class _Plan:
 class Chooser:
     """Chooses for the rows of one engine."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, guessed: bool = False) -> None:
+        """guessed: whether a draft model is to guess what rows draw."""
+        self.engine, self.guessed = engine, guessed
         self._last: Optional[_Plan] = None
 
     @property
@@ -80,7 +84,12 @@ class Chooser:
     def admit(self, row: Row) -> None:
         """Give a new row what its options need."""
         device = self.engine.device
-        if row.request.seed is not None:
+        if self.guessed and row.request.draws and row.request.draft is not False and row.source.draw is None:
+            seed = row.request.seed
+            if seed is None:
+                seed = int(torch.randint(2**62, (), device=device, generator=row.source.generator))
+            row.noise = Noise(seed, device)
+        elif row.request.seed is not None:
             row.generator = torch.Generator(device).manual_seed(row.request.seed)
         if row.request.sampling.counts_ids:
             row.in_prompt = torch.zeros(self._vocab_size, dtype=torch.bool, device=device)
@@ -93,6 +102,16 @@ class Chooser:
             new = to_device(row.ids[row.prompt_length :], self.engine.device)
             row.counts = torch.bincount(new, minlength=self._vocab_size).float()
 
+    def places(self, row: Row, guesses: Sequence[int]) -> list[Row]:
+        """Copies of a row that stand for it as it is, and after each of these guesses: for choosing, and nothing else."""
+        made = [copy(row) for _ in range(len(guesses) + 1)]
+        for ahead, place in enumerate(made):
+            place.ahead = ahead
+            if row.counts is not None and ahead:
+                new = to_device(guesses[:ahead], row.counts.device)
+                place.counts = row.counts.index_add(0, new, torch.ones_like(new, dtype=torch.float32))
+        return made
+
     def choose(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
         """The next id of each row, float32 (rows, V) -> int64 (rows,); NOT_FINITE if a row's logits are not, NONE_ALLOWED if
         its grammar allows none. What somebody's own grammar or function raises is the error of the row's call."""
@@ -103,7 +122,7 @@ class Chooser:
         ids = torch.empty(0) if all_drawn else logits.argmax(dim=-1)
         if plan.drawn:
             noise = self._noise([plan.rows[i] for i in plan.drawn])
-            some = draw(plan.take(logits, plan.drawn), plan.drawing, noise)
+            some = draw(plan.take(logits, plan.drawn), plan.drawing, noise, plan.by_id)
             ids = some if all_drawn else plan.put(ids, plan.drawn, some)
         if plan.drawn_by_others:
             self._draw_by_others(logits, plan, ids)
@@ -126,24 +145,26 @@ class Chooser:
 
     def _adjusted(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """Logits with the rows' penalties, biases and grammars."""
-        if plan.counted:
-            some = penalize(plan.take(logits, plan.counted), plan.in_prompt, plan.counts, plan.penalties)
-            logits = plan.put(logits, plan.counted, some)
-        if plan.biased:
-            logits = plan.put(logits, plan.biased, plan.take(logits, plan.biased) + plan.bias)
+        logits = self._weighed(logits, plan)
         if plan.ruled:
             allowed = self._allowed([plan.rows[i] for i in plan.ruled])
             logits = plan.put(logits, plan.ruled, plan.take(logits, plan.ruled).masked_fill(~allowed, -torch.inf))
         return logits
 
-    def best(self, logits: torch.Tensor, row: Row) -> torch.Tensor:
-        """The best id at each of several places of one row, (places, V) -> (places,); NOT_FINITE if logits are not."""
-        return self.biased(logits, row).argmax(dim=-1).where(logits.sum(dim=-1).isfinite(), NOT_FINITE)
+    def _weighed(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        """Logits with the rows' penalties and biases."""
+        if plan.counted:
+            some = penalize(plan.take(logits, plan.counted), plan.in_prompt, plan.counts, plan.penalties)
+            logits = plan.put(logits, plan.counted, some)
+        if plan.biased:
+            logits = plan.put(logits, plan.biased, plan.take(logits, plan.biased) + plan.bias)
+        return logits
 
-    def biased(self, logits: torch.Tensor, row: Row) -> torch.Tensor:
-        """Logits of several places of one row, (places, V), with its bias."""
-        plan = self._plan([row])
-        return logits + plan.bias if plan.biased else logits
+    def lead(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+        """How far the best id of each row leads the second, in standard deviations of its logits: (rows, V) -> (rows,). As if
+        there were no grammars."""
+        best, second = self._weighed(logits, self._plan(rows)).topk(2).values.unbind(-1)
+        return (best - second) / logits.std(-1)
 
     def _allowed(self, rows: Sequence[Row]) -> torch.Tensor:
         """What the rows' grammars allow: bool (rows, V)"""
@@ -161,6 +182,14 @@ class Chooser:
 
     def _noise(self, rows: Sequence[Row]) -> torch.Tensor:
         """The rows' noise, (rows, V). A row with a seed draws its own; the others take their lane of their source's draw."""
+        unguessed = [row for row in rows if row.noise is None]
+        if len(unguessed) == len(rows):
+            return self._noise_of_sources(rows)
+        others = iter(self._noise_of_sources(unguessed) if unguessed else ())
+        size = self._vocab_size
+        return torch.stack([row.noise.of(row.generated + row.ahead, size) if row.noise else next(others) for row in rows])
+
+    def _noise_of_sources(self, rows: Sequence[Row]) -> torch.Tensor:
         device, drawn = self.engine.device, {}
         for source in dict.fromkeys(row.draws_with for row in rows):
             lanes = source.lanes if isinstance(source, Source) else 1
@@ -185,7 +214,7 @@ class Chooser:
 
     def generators(self, rows: Sequence[Row]) -> list[torch.Generator]:
         """The generators that a step of these rows draws with."""
-        sources = dict.fromkeys(row.draws_with for row in rows if row.request.draws)
+        sources = dict.fromkeys(row.draws_with for row in rows if row.request.draws and row.noise is None)
         return [source.generator or self._device_generator for source in sources]
 
     @property

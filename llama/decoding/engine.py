@@ -173,15 +173,21 @@ class Engine:
             copied.synchronize()
         return [target.tolist() for target in host]
 
-    def verify(self, tokens: Sequence[int], position: int) -> torch.Tensor:
-        """Run the newest token of slot 0's row, at `position` (above 0), and the drafts behind it, in one pass.
+    def verify(
+        self, tokens: Sequence[Sequence[int]], positions: Sequence[int], slots: Optional[Sequence[int]] = None
+    ) -> torch.Tensor:
+        """Run the newest token of each row, at its position (above 0), and what may follow it, (B, S), in one pass. slots:
+        those of the rows; row i owns slot i if not given.
 
-        -> float32 logits (S, vocab_size), one row for each token. What refused drafts leave in the cache is overwritten before
+        -> float32 logits (B, S, vocab_size). What refused drafts leave in the cache is overwritten before
         any query reaches it.
         """
-        batch = runtime.to_device([list(tokens)], self.device)
+        span = max(positions) + len(tokens[0])
         with self._explained(), runtime.current(self.device):
-            return self.model.output(self.model.hidden_states(batch, position)[0]).float()
+            batch = runtime.to_device(tokens, self.device)
+            start_pos = positions[0] if len(set(positions)) == 1 else runtime.to_device(positions, self.device)
+            owned = None if slots is None else runtime.to_device(slots, self.device)
+            return self.model.output(self.model.hidden_states(batch, start_pos, slots=owned, span=span)).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, dim) -> float32 (B, vocab_size)"""

@@ -17,6 +17,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.step: Optional[float] = None  # seconds of a step that reads nothing
+        self.steps: dict[int, float] = {}  # the same by the number of rows that it ran
         self.pieces: dict[int, float] = {}  # tokens, rounded to a power of two -> seconds to read them
         self._seen = 0  # pieces
         self._last: dict[int, int] = {}  # tokens -> how many pieces had been seen when the last of this size was
@@ -24,13 +25,14 @@ class Pace:
     def saw(self, read: int, rows: int, seconds: float) -> None:
         """Take in how many seconds a step took that read `read` tokens of prompts and ran `rows` rows."""
         if not read:
-            self.step = _mean(self.step, seconds)
+            self.step = mean(self.step, seconds)
+            self.steps[rows] = mean(self.steps.get(rows), seconds)
         elif read >= LEAST and (not rows or self.step is not None):  # fewer tokens say little
             self._seen += 1
             size = 1 << round(math.log2(read))
             before = self.pieces.get(size) if self._seen - self._last.get(size, 0) < RETRY else None
             running = (self.step or 0) if rows else 0  # seconds that the rows took
-            self.pieces[size] = _mean(before, max(seconds - running, 0))
+            self.pieces[size] = mean(before, max(seconds - running, 0))
             self._last[size] = self._seen
 
     @property
@@ -52,5 +54,6 @@ class Pace:
         return size
 
 
-def _mean(before: Optional[float], seconds: float) -> float:
+def mean(before: Optional[float], seconds: float) -> float:
+    """Of what was seen so far, and the newest."""
     return seconds if before is None else (1 - WEIGHT) * before + WEIGHT * seconds

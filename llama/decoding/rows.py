@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Optional, Union
@@ -11,6 +12,34 @@ import torch
 from .calls import Call, Source
 from .drafting import Drafter
 from .requests import Request, Step
+from .sampling import exponential_noise
+
+
+class Noise:
+    """What a row draws its ids from, by their numbers: the same whenever, and by whomever, it is asked for.
+
+    A draft model that draws with the noise that its model will draw with guesses right whenever the two distributions lead to
+    the same id, and no guess can change what the model draws: "drafter-invariant" speculative sampling (Leviathan et al. 2023,
+    https://arxiv.org/abs/2211.17192; Daliri et al. 2024, https://arxiv.org/abs/2408.07978).
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed, self._device, self._generator = seed, device, torch.Generator(device)
+        self._kept: dict[int, torch.Tensor] = {}  # that of guesses, until they are judged
+
+    def of(self, number: int, vocab_size: int) -> torch.Tensor:
+        """For the `number`-th id after the prompt, float32 (V,)"""
+        if number not in self._kept:
+            key = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=8).digest()
+            self._generator.manual_seed(int.from_bytes(key, "big") >> 1)
+            self._kept[number] = exponential_noise(1, vocab_size, self._device, self._generator)[0]
+        return self._kept[number]
+
+    def forget(self, before: int) -> None:
+        """The ids with lower numbers are there."""
+        for number in [number for number in self._kept if number < before]:
+            del self._kept[number]
+
 
 NOT_FINITE, NONE_ALLOWED = -1, -2  # stand in place of an id: the logits were not finite, the row's grammar allows no id
 
@@ -44,9 +73,12 @@ class Row:
         self.prompt_logprobs: Optional[list[float]] = None
         # What its options need:
         self.generator: Optional[torch.Generator] = None  # its own, if it has a seed
+        self.noise: Optional[Noise] = None  # its draws can be guessed, if they come from this
         self.in_prompt: Optional[torch.Tensor] = None  # bool (V,)
         self.counts: Optional[torch.Tensor] = None  # how often each id was generated, float32 (V,)
         self.drafter = Drafter()
+        self.ahead = 0  # in a copy that stands for this row after some guesses: their number
+        self.agreement: Optional[float] = None  # the share of a draft model's guesses that were right
         self.rounded: Optional[int] = None  # first cache column written by a pass over several tokens: it rounds differently
 
     @property
@@ -99,5 +131,7 @@ class Row:
         self.finished = step.finish_reason is not None
         if step.token is not None:
             self.ids.append(step.token)
+            if self.noise is not None:
+                self.noise.forget(before=self.generated)
             if self.request.grammar is not None:
                 self.request.grammar.accept(step.token)

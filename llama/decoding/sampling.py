@@ -166,8 +166,9 @@ class Drawing(NamedTuple):
         return cls(parts[0], parts[1], top_k, parts[3] if any(row.min_p for row in rows) else None)
 
 
-def draw(logits: torch.Tensor, drawing: Drawing, noise: torch.Tensor) -> torch.Tensor:
-    """One id of each row, float32 (N, V) -> int64 (N,). noise: (N, V) from `exponential_noise`."""
+def draw(logits: torch.Tensor, drawing: Drawing, noise: torch.Tensor, by_id: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """One id of each row, float32 (N, V) -> int64 (N,). noise: (N, V) from `exponential_noise`, which belongs to ranks, the
+    likeliest id first, as in Meta's release; or to ids, in the rows for which by_id, bool (N, 1), is set."""
     on_gpu = device_kind(logits) == "cuda"  # there torch divides by a number, as Meta's code does, like this
     scaled = logits * drawing.temperature.reciprocal() if on_gpu else logits / drawing.temperature
     sorted_probs, ids = torch.sort(torch.softmax(scaled, dim=-1), dim=-1, descending=True)
@@ -179,4 +180,6 @@ def draw(logits: torch.Tensor, drawing: Drawing, noise: torch.Tensor) -> torch.T
     if drawing.min_p is not None:
         sorted_probs = sorted_probs.masked_fill(sorted_probs < drawing.min_p * sorted_probs[:, :1], 0.0)
     sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
+    if by_id is not None:
+        noise = torch.where(by_id, noise.gather(-1, ids), noise)
     return ids.gather(-1, multinomial_no_sync(sorted_probs, noise)).squeeze(-1)

@@ -23,6 +23,7 @@ from ..runtime import to_device
 from . import metas_way
 from .calls import Call
 from .choosing import Chooser
+from .draft_model import DraftModel
 from .engine import Engine
 from .held import Held, common_prefix
 from .pace import Pace
@@ -52,14 +53,15 @@ class _Begun:
 class Scheduler:
     """Runs the requests of all calls over one engine."""
 
-    def __init__(self, engine: Engine, group: Group = None) -> None:
-        """group: the processes that share the model, and make the same calls."""
+    def __init__(self, engine: Engine, group: Group = None, draft: Optional[Engine] = None) -> None:
+        """group: the processes that share the model, and make the same calls. draft: of a model that guesses for it."""
         self.engine, self.group = engine, group
-        self.chooser = Chooser(engine)
-        self.verifier = Verifier(engine, self.chooser)
+        self.pace = Pace()
+        self.chooser = Chooser(engine, guessed=draft is not None)
+        self.draft_model = None if draft is None else DraftModel(draft, group)
+        self.verifier = Verifier(engine, self.chooser, self.pace, self.draft_model)
         slots = engine.model.params.max_batch_size
         self.held = Held(slots)
-        self.pace = Pace()
         self._slots: list[Optional[Row]] = [None] * slots
         self._inbox: deque[Call] = deque()
         self._waiting: list[Call] = []  # calls that have requests to admit, in the order in which they came
@@ -207,9 +209,10 @@ class Scheduler:
             if rows := self._deciding():
                 self._begin(rows)
         decided = len(self._begun[0].rows) if self._begun else 0
+        plain = decided == 0 or self._begun[0].decisions is None
         if decided:
             self._settle()
-        if read or decided:
+        if (read or decided) and plain:  # a pass over several tokens says nothing about steps
             self.pace.saw(read, decided, time.perf_counter() - began)
 
     def _mend(self) -> None:
@@ -222,14 +225,18 @@ class Scheduler:
             self.chooser.recount(row)
 
     def _begin(self, rows: list[Row]) -> None:
-        """Run and choose; or verify drafts, if one row runs alone."""
+        """Run and choose; or verify guesses, if all rows run."""
         begun = _Begun(rows, [len(row.ids) for row in rows], [])
-        if len(rows) == len(self.rows) == 1 and rows[0].last is None and self._doubt is None and self.verifier.takes(rows[0]):
-            begun.decisions = [self.verifier.decide(rows[0])]
-            self._newest = [], self._newest[1]
+        run = rows == self.rows and all(row.last is None for row in rows)
+        if run and self._doubt is None and any(map(self.verifier.takes, rows)):
+            begun.states = [(g, g.get_state(), None) for g in self.chooser.generators(rows)]
             self._begun.append(begun)
-        else:
-            self._advance(begun)
+            begun.decisions = self.verifier.decide(rows)
+            if begun.decisions is not None:
+                self._newest = [], self._newest[1]
+                return
+            self._begun.pop()
+        self._advance(begun)
 
     def _settle(self) -> None:
         """Read what was chosen, and tell it. Meanwhile the device goes on with the next step, if it can."""
@@ -281,6 +288,8 @@ class Scheduler:
         if kept and not news and self.engine.as_built:
             return
         self.engine.refresh()
+        if self.draft_model is not None:
+            self.draft_model.refresh(self.engine)
         self.chooser.let_go()
         before, self._state = self._state, self.engine.weights_state() if self.engine.as_built else ((), torch.empty(0))
         same = kept and self._state[0] == before[0]
@@ -544,9 +553,9 @@ class Scheduler:
         """Queue the next step before the host knows this one's ids: the device need not wait for it. If a row turns out to
         have ended, the step leaves only columns that are overwritten before any query reads them."""
         rows = self._begun[0].rows
-        alone = len(rows) == 1 and self.verifier.takes(rows[0])
+        guesses = any(map(self.verifier.takes, rows))
         waits = rows != self.rows or any(row.request.grammar is not None or row.call.source.draw is not None for row in rows)
-        if not waits and not alone and not self._inbox and all(row.room(self._limit) > 1 for row in rows):
+        if not waits and not guesses and not self._inbox and all(row.room(self._limit) > 1 for row in rows):
             lasts = [row.last for row in rows]
             for row in rows:
                 row.last = None

@@ -12,9 +12,9 @@ END_BYTES = 256 * 1024
 BLOCKS, BLOCK_BYTES = 64, 4096
 
 
-def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
-    """Name -> `fingerprint`, for each file."""
-    return {path.name: fingerprint(path) for path in paths}
+def fingerprints(paths: Iterable[Path], whose: str = "") -> dict[str, str]:
+    """Name -> `fingerprint`, for each file. whose: goes before the names."""
+    return {whose + path.name: fingerprint(path) for path in paths}
 
 
 def fingerprint(path: Path) -> str:

@@ -1,0 +1,87 @@
+"""What `build` makes of a folder before it loads weights: a model without numbers, for it and for its draft model, checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, Optional, Union
+
+import torch
+
+from . import memory, runtime
+from .layers.parallel import group_size, model_parallel_group
+from .model import ModelArgs, Transformer, check_args
+from .system.checks import whole
+from .system.files import is_there, read_json
+from .tokenizer import Tokenizer, find_tokenizer, user_path
+from .weights.checkpoint import Checkpoint, fill, open_checkpoint, prepare
+
+DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
+DEMO_POSITIONS = 512
+
+
+class Prepared(NamedTuple):
+    """A model on the meta device, and what is to become of it."""
+
+    model: Transformer
+    checkpoint: Checkpoint
+    placement: memory.Placement
+
+    def load(self) -> Transformer:
+        fill(self.model, self.checkpoint, self.placement.device, self.placement.dtype)
+        return self.model.eval().requires_grad_(False)
+
+
+def prepared(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    place: torch.device,
+    dtype: Union[str, torch.dtype, None],
+    quantize: Optional[str] = None,
+) -> Prepared:
+    """The model of a checkpoint, on this launcher's processes. ValueError if it cannot be had so."""
+    processes, sharers = group_size(model_parallel_group()), runtime.memory_sharers(place)
+    check_args(args, processes, checkpoint.folder)
+    chosen = runtime.choose_dtype(dtype, checkpoint.dtype, place)
+    with torch.device("meta"):
+        model = Transformer(args)
+    quantization = prepare(model, checkpoint, quantize)
+    return Prepared(model, checkpoint, memory.Placement(args, chosen, processes, place, sharers, quantization))
+
+
+def prepared_draft(
+    folder: Union[str, Path], tokenizer: Tokenizer, of: memory.Placement, dtype: Union[str, torch.dtype, None]
+) -> Prepared:
+    """The draft model in a folder, as it is stored, for the model that is placed there. ValueError unless both have the same
+    ids, and it is made for as many positions."""
+    path, limits = user_path(folder), of.args
+    checkpoint = open_checkpoint(path)
+    way_out = "take a draft model that was made with the model's own tokenizer.model, or none"
+    stated, wanted = checkpoint.args.vocab_size, tokenizer.n_words
+    if stated not in (-1, wanted) and (stated < wanted or not checkpoint.leave_out_ids(wanted)):
+        raise ValueError(f"the draft model in {path} has {stated} ids, but the model has {wanted}; {way_out}")
+    own = find_tokenizer(path)
+    if own is not None and _pieces(Tokenizer(str(own))) != _pieces(tokenizer):
+        raise ValueError(f"the draft model in {path} has another tokenizer than the model, {own}; {way_out}")
+    positions = _positions(checkpoint)
+    if positions is not None and positions < limits.max_seq_len:
+        raise ValueError(
+            f"the draft model in {path} was made for {positions} positions, but max_seq_len is {limits.max_seq_len}; "
+            f"build with max_seq_len={positions} or less, or without this draft"
+        )
+    sizes = {"max_seq_len": limits.max_seq_len, "max_batch_size": limits.max_batch_size}
+    return prepared(checkpoint, replace(checkpoint.args, vocab_size=wanted, **sizes), of.device, dtype)
+
+
+def _pieces(tokenizer: Tokenizer) -> list[str]:
+    return list(tokenizer.sp_model.IdToPiece(list(range(tokenizer.n_words))))
+
+
+def _positions(checkpoint: Checkpoint) -> Optional[int]:
+    """How many positions the model of a checkpoint was made for, if its folder says so."""
+    config = checkpoint.folder / "config.json"
+    if checkpoint.folder.absolute() == DEMO:
+        return DEMO_POSITIONS
+    if checkpoint.config != config.name or not is_there(config):
+        return None
+    return whole(read_json(config, "a config.json has a few hundred bytes").get("max_position_embeddings"))
