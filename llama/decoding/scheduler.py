@@ -116,18 +116,20 @@ class Scheduler:
                 with suppress(ValueError):
                     self._waiters.remove(call)
             return
+        goes_on = False
         try:
             if not call.has_news:  # otherwise another thread has stepped meanwhile
                 with self.stepping():
                     call.before_step()
                     (step or self.step)()
+            goes_on = not call.has_news and not call.is_over
         finally:
             lock.release()
-            self._wake_others(instead=call.has_news)
+            self._wake_others(instead=not goes_on)
 
     def _wake_others(self, instead: bool) -> None:
-        """Wake those for whom there is news; and one more if this thread has its own, to step in its place. If all woke, they
-        would take the interpreter's lock from whoever steps."""
+        """Wake those for whom there is news; and one more to step in this thread's place, if it leaves. If all woke, they would
+        take the interpreter's lock from whoever steps."""
         for call in list(self._waiters):
             if call.has_news or instead:
                 instead = instead and call.has_news
