@@ -134,7 +134,8 @@ class Leader:
         self._new: deque[tuple[Call, list[_Came]]] = deque()
         self._calls: dict[int, Call] = {}
         self._where: dict[int, dict[int, int]] = {}  # of each call: the places that are not over -> the copy that has each
-        self._usable = True
+        self._over = False
+        self._whole = True  # whether the last message and the last step came to their end
 
     def submit(self, call: Call) -> None:
         """Share a call's requests out: each goes to the copy with the most room, and all to one if they draw together."""
@@ -161,6 +162,8 @@ class Leader:
             )  # fmt: skip
 
     def advance(self, call: Call) -> None:
+        if self._over:
+            raise RuntimeError(OVER)
         self.scheduler.advance(call, self._step)
 
     def let_go(self) -> None:
@@ -173,17 +176,19 @@ class Leader:
     def end(self, error: Optional[BaseException]) -> None:
         """Let the other processes go."""
         with self.scheduler.engine.lock:
-            if self._usable:
+            self._over = True
+            for call in [*self._calls.values(), *(call for call, _ in self._new)]:
+                call.error = call.error or RuntimeError(OVER)
+            if self._whole:  # otherwise they wait within a step, and end with this process
                 self._send([_End(None if error is None else f"{type(error).__name__}: {error}")])
                 self._copy.close()
-            self._usable = False
 
     def _send(self, message: list[Any]) -> None:
-        if not self._usable:
+        if not self._whole:
             raise RuntimeError(OVER)
-        self._usable = False  # unless it is sent
+        self._whole = False
         from_first_process(message)
-        self._usable = True
+        self._whole = True
 
     def _step(self) -> None:
         changes: list[Union[_Came, _Went]] = []
@@ -193,10 +198,10 @@ class Leader:
             changes += shares
         changes += self._gone()
         self._send(changes)
-        self._usable = False  # unless the step is whole
+        self._whole = False
         for decided in self._copy.step(changes):
             self._hand_on(decided)
-        self._usable = True
+        self._whole = True
 
     def _gone(self) -> list[_Went]:
         """What readers have cancelled or left since the last step."""
