@@ -22,8 +22,8 @@ class Options(TypedDict, total=False):
     temperature 0, verify in one pass several ids that the text itself suggests. If not given, this is done in float32 on a
     CPU, where it changes no id; True asks for it elsewhere too, where rounding may choose another of equally good ids. With
     a draft model, its guesses are verified as well; False does without all guesses, and then drawn ids are what they are
-    without a draft model. n: answers to each prompt, which is read once: those of prompt i are the results n * i to n * i + n - 1;
-    the k-th draws with the prompt's seed + k, if it has one.
+    without a draft model. n: answers to each prompt, which is read once: those of prompt i are the results n * i to
+    n * i + n - 1; the k-th draws with the prompt's seed + k, if it has one.
     """
 
     stop: Union[str, Sequence[str], None]
