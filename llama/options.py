@@ -18,11 +18,12 @@ class Options(TypedDict, total=False):
 
     stop: a string or several; the text ends before the first that comes up, also across ids. stop_ids: ids that end a
     text as EOS does. seed: of one call, or one for each prompt; a prompt with a seed gives the same text whatever else
-    is in the batch and whatever ran before. top_k, min_p, the penalties, logit_bias: see `Sampling`. draft: if one
-    prompt runs alone at temperature 0, verify in one pass several ids that the text itself suggests. If not given, this is
-    done in float32 on a CPU, where it changes no id; True asks for it elsewhere too, where rounding may choose another of
-    equally good ids. n: answers to each prompt, which is read once: those of prompt i are the results n * i to n * i + n - 1;
-    the k-th draws with the prompt's seed + k, if it has one.
+    is in the batch and whatever ran before. top_k, min_p, the penalties, logit_bias: see `Sampling`. draft: at
+    temperature 0, verify in one pass several ids that the text itself suggests. If not given, this is done in float32 on a
+    CPU, where it changes no id; True asks for it elsewhere too, where rounding may choose another of equally good ids. With
+    a draft model, its guesses are verified as well; False does without all guesses, and then drawn ids are what they are
+    without a draft model. n: answers to each prompt, which is read once: those of prompt i are the results n * i to
+    n * i + n - 1; the k-th draws with the prompt's seed + k, if it has one.
     """
 
     stop: Union[str, Sequence[str], None]

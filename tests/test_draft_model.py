@@ -88,11 +88,11 @@ def test_greedy_ids_stay(
     """Whatever guesses: one row, several, more than there are slots, to the end of the cache; and good guesses save passes."""
     llama = with_draft(tiny, tokenizer_path, {**folders, "itself": str(tiny)}[name])
     right, seen = events.insist(llama), passes(llama, monkeypatch)
-    for prompts in ([PROMPTS[1]], PROMPTS, [[1, 30 + i, 7] for i in range(6)]):
+    for prompts, most in (([PROMPTS[1]], 200), ([[1, 30 + i, 7] for i in range(6)], 30)):
         before = len(seen)
-        requests = [Request(prompt, 200, Sampling(0)) for prompt in prompts]
+        requests = [Request(prompt, most, Sampling(0)) for prompt in prompts]
         assert followed(llama, requests) == followed(plain, requests)
-        longest = max(COLUMNS - len(prompt) for prompt in prompts) * math.ceil(len(prompts) / 4)
+        longest = max(min(COLUMNS - len(prompt), most) for prompt in prompts) * math.ceil(len(prompts) / 4)
         assert 0 < len(seen) - before < longest * (0.4 if name == "itself" else 1.0)
     found = sum(right) / len(right)
     assert found > 2.4 if name == "itself" else found > 0.3 if name == "near" else found < 0.2
@@ -106,7 +106,7 @@ def test_greedy_ids_stay_in_trained_models() -> None:
         assert both.draft_model is not None
         both.draft_model.to(torch.bfloat16)
         right = events.insist(both)
-        assert both.generate(prompts, 60, 0) == plain.generate(prompts, 60, 0)
+        assert both.generate(prompts, 40, 0) == plain.generate(prompts, 40, 0)
         assert sum(right) > 1.5 * len(right)
 
 
@@ -138,11 +138,10 @@ def test_all_that_is_reported_stays(plain: Llama, drafted: Llama) -> None:
     assert grammars[0].accepted == grammars[1].accepted
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_random_events(seed: int, plain: Llama, drafted: Llama, tiny: Path, tokenizer_path: str) -> None:
+def test_random_events(drafted: Llama, tiny: Path, tokenizer_path: str) -> None:
     """Each request gives what it gives alone and without guesses, drawn ids too."""
     alone = events.Alone(build(tiny, tokenizer_path, rows=1), guessed=True)
-    assert events.run(drafted, alone, 500, seed)["texts"] > 70
+    assert events.run(drafted, alone, 400, 0)["texts"] > 50
 
 
 # What is drawn
@@ -202,7 +201,7 @@ def chance(found: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], floa
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize(("draft", "rows", "cases", "draws"), [("other", 4, CASES, 150), ("near", 1, CASES[3:4], 150)])
+@pytest.mark.parametrize(("draft", "rows", "cases", "draws"), [("other", 4, CASES, 120), ("near", 1, CASES[3:4], 120)])
 def test_the_distribution_stays(
     draft: str, rows: int, cases: list[Sampling], draws: int, tiny: Path, tokenizer_path: str, folders: dict[str, str]
 ) -> None:
@@ -235,7 +234,7 @@ def test_a_seed_gives_the_same_whatever_is_guessed(
     drafted: Llama, tiny: Path, tokenizer_path: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A draft model changes no draw by its guesses: only by being there. So neighbours, moves and interrupts change none."""
-    requests = [Request([1, 30 + i], 30, sampling, seed=i) for i, sampling in enumerate(events.SAMPLINGS)]
+    requests = [Request([1, 30 + i], 16, sampling, seed=i) for i, sampling in enumerate(events.SAMPLINGS)]
     expected = followed(drafted, requests)
     assert [followed(drafted, [request])[0] for request in requests] == expected
     other = with_draft(tiny, tokenizer_path, folders["other"], 2)

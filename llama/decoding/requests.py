@@ -35,8 +35,8 @@ class Request:
 
     max_new: how many ids may follow. seed: of draws of its own. ends: ids that end it. logprobs, alternatives: report each
     id's log-probability, and this number of best ids, at each place. score_prompt: report those of the prompt's ids.
-    draft: verify several ids, which the text itself suggests, in one pass; None: where that changes no id. least_shared:
-    start behind a prefix that the cache holds if it has at least this number of ids.
+    draft: verify several ids, which the text itself suggests, in one pass; None: where that changes no id; False: no guesses
+    of a draft model either. least_shared: start behind a prefix that the cache holds if it has at least this number of ids.
     """
 
     prompt: list[int]
