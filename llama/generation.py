@@ -45,6 +45,7 @@ from .completion import (
 )
 from .decoding.calls import Call
 from .decoding.engine import Engine
+from .decoding.invariant import INVARIANT_AS_BUILT, InvariantEngine, check_invariant
 from .decoding.leading import Leader, follow
 from .decoding.requests import LEAST_SHARED, FinishReason, Request, check_prompts
 from .decoding.rows import Source
@@ -102,6 +103,7 @@ class Llama:
         dtype: Union[str, torch.dtype, None] = None,
         quantize: Optional[str] = None,
         compile: Optional[bool] = None,
+        batch_invariant: bool = False,
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
 
@@ -116,6 +118,8 @@ class Llama:
         "int4" rounds the matrices while they are loaded; a folder that `convert` wrote so needs no word. compile: True
         compiles the decode step (once, in a minute or two on a CPU, which needs a C++ compiler), False does not. If not
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used.
+        batch_invariant: the ids and log-probabilities of a prompt do not depend, to the bit, on what runs beside it or ran
+        before, also in 16 bits and with quantized weights; it costs speed (README), and takes no compile=True.
 
         Raises ValueError, on every process, before any weight is copied, where an argument or a file is not right.
         """
@@ -132,6 +136,10 @@ class Llama:
             seed = whole_number("seed", seed, -(2**63), 2**64 - 1, "of 64 bits")
             if compile not in (None, True, False):
                 raise ValueError(f"compile={shortened(compile)} must be True, False or None")
+            if batch_invariant not in (True, False):
+                raise ValueError(f"batch_invariant={shortened(batch_invariant)} must be True or False")
+            if batch_invariant:
+                check_invariant(place, compile)
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             checkpoint = open_checkpoint(folder)
@@ -149,6 +157,7 @@ class Llama:
             memory.check_fits(placement)
             agreement.values = {
                 **vars(args), "dtype": chosen_dtype, "quantize": quantization, "compile": compile,
+                "batch_invariant": bool(batch_invariant),
                 "seed": seed if replica()[1] == 1 else None,  # copies of the model may draw each their own
                 **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
             }  # fmt: skip
@@ -165,19 +174,21 @@ class Llama:
                 "This is the demo model, which tells small children's stories. For Llama 2, download its weights "
                 "(see README.md) and pass ckpt_dir (--ckpt_dir)."
             )
-        return Llama(model.eval().requires_grad_(False), tokenizer, compile=compile)
+        return Llama(model.eval().requires_grad_(False), tokenizer, compile=compile, batch_invariant=batch_invariant)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, compile: Optional[bool] = False) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, compile: Optional[bool] = False, batch_invariant: bool = False
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._compile = compile
+        self._compile, self._batch_invariant = compile, batch_invariant
         output = getattr(model, "output", None)
         self._group = getattr(output, "group", None)  # the processes that share this model
         self._scheduler_of_model = self._new_scheduler()
         self._leader: Optional[Leader] = None  # while this process takes requests for all
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(Engine(self.model, self._compile), self._group)
+        return Scheduler((InvariantEngine if self._batch_invariant else Engine)(self.model, self._compile), self._group)
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -571,6 +582,8 @@ class Llama:
             None if sample_top_p is SAMPLE_TOP_P else sample_top_p,
         )
         plainly = not all_agree(self._engine.is_as_built, group)
+        if self._engine.batch_invariant and (plainly or source.draw is not None):
+            raise ValueError(INVARIANT_AS_BUILT)
         if plainly and leader is not None:
             raise ValueError(f"work that leads other processes {NOT_AS_BUILT}")
         pace = partial(keep_pace, group) if streams else lambda: None

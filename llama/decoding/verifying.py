@@ -29,7 +29,8 @@ class Verifier:
         """Whether the row is to have drafts."""
         wanted, sampling = row.request.draft, row.request.sampling
         if wanted is None:
-            wanted = self.engine.dtype == torch.float32 and device_kind(self.engine.device) == "cpu"
+            changes_no_id = self.engine.dtype == torch.float32 or self.engine.batch_invariant
+            wanted = changes_no_id and device_kind(self.engine.device) == "cpu"
         return wanted and not row.request.draws and not sampling.counts_ids and row.request.grammar is None
 
     def decide(self, row: Row) -> list[Decision]:
@@ -56,6 +57,8 @@ class Verifier:
 
     def _is_clear(self, logits: torch.Tensor, row: Row) -> torch.Tensor:
         """Whether rounding cannot change which is the best: (N, V) -> bool (N,)."""
+        if self.engine.batch_invariant:  # a pass gives the bits of single steps
+            return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         best, second = self.chooser.biased(logits, row).topk(2).values.unbind(-1)
         return best - second > CLEAR[self.engine.dtype] * logits.std(-1)
 
