@@ -8,6 +8,7 @@ AMX): bfloat16 gives the same bits from 2 rows on, float32 from 16 on, float16 a
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, Union, cast
 
 import torch
@@ -16,14 +17,13 @@ from torch import nn
 
 from ..runtime import device_kind
 from .quantized import STORED_ROWS, Quantized
+from .rounding import pairs
 
 Matrix = Union[torch.Tensor, nn.Module]  # a plain weight (out_features, in_features), or a layer
 
 BLOCK = 16
 CUBLAS_BLOCK = 64  # rows of a block that cuBLAS multiplies: they cost what one row does
 MOST = 512  # rows of the largest block
-# Sums with quantized weights that are compared before a size of blocks is used: rounding to 16 bits hides most other orders.
-TRIED = {torch.float32: 2**12, torch.float16: 2**17, torch.bfloat16: 2**20}
 # torch's elementwise operators on CPUs treat the last few numbers of a thread's share in another way, with another exp. So each
 # call gets whole vectors, and too few for a second thread.
 VECTORS, ONE_THREAD = 64, 32768
@@ -74,7 +74,7 @@ class Products:
     def _gives_same_bits(self, size: int, key: Any, x: torch.Tensor, matrix: Matrix) -> bool:
         if (key, size) not in self._same:
             block = _sizes(x, matrix)[0]
-            rows, trial = _trial(x, matrix, block, max(size, block))
+            rows, trial = _trial(x, matrix, max(size, block))
             expected = _in_blocks(rows, block, trial)
             if size != block:
                 same = torch.equal(_in_blocks(rows, size, trial), expected)
@@ -88,27 +88,40 @@ class Products:
         return self._same[key, size]
 
 
-def _trial(x: torch.Tensor, matrix: Matrix, block: int, multiple: int) -> tuple[torch.Tensor, Matrix]:
-    """Random rows like those of x, a multiple of a number, and a matrix to multiply them with, of this one's shape.
-
-    With a plain weight every sum is that of terms and of the same terms with the other sign, in any order, so that what is left
-    of it is nothing but rounding: it shows the order of the sum in each number. Quantized weights have numbers of their own.
-    """
+def _trial(x: torch.Tensor, matrix: Matrix, multiple: int) -> tuple[torch.Tensor, Matrix]:
+    """As many random rows like those of x, and a matrix of this one's shape to multiply them with: every sum is that of terms and
+    of the same terms with the other sign, in any order. What is left of it is nothing but rounding, so that even a result in
+    16 bits shows in which order it was summed."""
     generator, columns = torch.Generator(x.device).manual_seed(0), x.shape[1]
-    if isinstance(matrix, Quantized):
-        outputs = _product(_filled(x[:1], block), matrix).shape[1]
-        sums = TRIED[x.dtype] if matrix.kind == "int4" else TRIED[torch.float32]
-        rows = torch.empty(multiple * -(-sums // (outputs * multiple)), columns, dtype=x.dtype, device=x.device)
-        return rows.normal_(generator=generator), matrix
-    weight = matrix if isinstance(matrix, torch.Tensor) else cast(torch.Tensor, matrix.weight)
     order = torch.randperm(columns, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(x.device)
-    offset = weight.data_ptr() % 64 // weight.element_size()
-    room = torch.zeros(weight.numel() + offset, dtype=weight.dtype, device=x.device)
-    twin, rows = room[offset:].view(weight.shape), x.new_zeros(multiple, columns)
-    half = columns // 2
-    for tensor, sign in ((twin, 1), (rows, -1)):
-        terms = torch.empty(len(tensor), half, dtype=x.dtype, device=x.device).normal_(generator=generator)
-        tensor[:, order[:half]], tensor[:, order[half : 2 * half]] = terms, sign * terms
+
+    def doubled(terms: torch.Tensor, sign: int, into: torch.Tensor) -> torch.Tensor:
+        half = terms.shape[1]
+        into[:, order[:half]], into[:, order[half : 2 * half]] = terms, terms * sign
+        return into
+
+    def normal(rows: int) -> torch.Tensor:
+        return torch.empty(rows, columns // 2, dtype=x.dtype, device=x.device).normal_(generator=generator)
+
+    rows = doubled(normal(multiple), -1, x.new_zeros(multiple, columns))
+    if not isinstance(matrix, Quantized):
+        weight = matrix if isinstance(matrix, torch.Tensor) else cast(torch.Tensor, matrix.weight)
+        offset = weight.data_ptr() % 64 // weight.element_size()
+        room = torch.zeros(weight.numel() + offset, dtype=weight.dtype, device=x.device)
+        return rows, doubled(normal(len(weight)), 1, room[offset:].view(weight.shape))
+    kinds = {"int8": (torch.int8, -127, 128), "int4": (torch.uint8, 0, 16)}
+    kind, least, end = kinds[matrix.kind]
+    outputs = _product(x.new_zeros(BLOCK, columns), matrix).shape[1]
+    terms = torch.empty(outputs, columns // 2, dtype=kind, device=x.device).random_(least, end, generator=generator)
+    numbers = doubled(terms, 1, torch.zeros(outputs, columns, dtype=kind, device=x.device))
+    twin = copy(matrix)  # shares its dictionaries, so its parameters get one of their own
+    twin.packed, stored = False, matrix.empty(outputs, columns, x.device)
+    stored["weight"] = numbers if matrix.kind == "int8" else pairs(numbers)
+    stored["scales"].fill_(1)
+    if "zeros" in stored:
+        stored["zeros"].zero_()
+    twin._parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in stored.items()}
+    twin.pack(x.dtype)
     return rows, twin
 
 
