@@ -44,6 +44,7 @@ from .completion import (
 )
 from .decoding.calls import Call, Source
 from .decoding.engine import Engine
+from .decoding.invariant import INVARIANT_AS_BUILT, InvariantEngine, check_invariant
 from .decoding.leading import Leader, follow
 from .decoding.requests import LEAST_SHARED, FinishReason, Request, check_prompts
 from .decoding.sampling import sample_top_p
@@ -99,6 +100,7 @@ class Llama:
         quantize: Optional[str] = None,
         compile: Optional[bool] = None,
         draft: Optional[str] = None,
+        batch_invariant: bool = False,
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
 
@@ -115,6 +117,8 @@ class Llama:
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used. draft: a folder
         with a smaller model of the same tokenizer, which guesses what the model will write; the model verifies several
         guesses in one pass, as many as pay. Greedy ids stay what they are, and so does the distribution of drawn ones.
+        batch_invariant: the ids and log-probabilities of a prompt do not depend, to the bit, on what runs beside it or ran
+        before, also in 16 bits and with quantized weights; it costs speed (README), and takes no compile=True.
 
         Raises ValueError, on every process, before any weight is copied, if an argument or a file is not right.
         """
@@ -131,6 +135,10 @@ class Llama:
             seed = whole_number("seed", seed, -(2**63), 2**64 - 1, "of 64 bits")
             if compile not in (None, True, False):
                 raise ValueError(f"compile={shortened(compile)} must be True, False or None")
+            if batch_invariant not in (True, False):
+                raise ValueError(f"batch_invariant={shortened(batch_invariant)} must be True or False")
+            if batch_invariant:
+                check_invariant(place, compile)
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             checkpoint = open_checkpoint(folder)
@@ -146,7 +154,7 @@ class Llama:
             memory.check_fits(placement)
             agreement.values = {
                 **vars(args), "dtype": chosen_dtype, "quantize": placement.quantization, "compile": compile,
-                "draft": other is not None,
+                "draft": other is not None, "batch_invariant": bool(batch_invariant),
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
                 **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
                 **fingerprints(other.checkpoint.paths if other and several_processes() else [], "draft's "),
@@ -165,7 +173,7 @@ class Llama:
                 "This is the demo model, which tells small children's stories. For Llama 2, download its weights "
                 "(see README.md) and pass ckpt_dir (--ckpt_dir)."
             )
-        return Llama(model, tokenizer, compile=compile, draft_model=draft_model)
+        return Llama(model, tokenizer, compile=compile, draft_model=draft_model, batch_invariant=batch_invariant)
 
     def __init__(
         self,
@@ -174,19 +182,20 @@ class Llama:
         *,
         compile: Optional[bool] = False,
         draft_model: Optional[Transformer] = None,
+        batch_invariant: bool = False,
     ) -> None:
         self.model = model
         self.draft_model = draft_model
         self.tokenizer = tokenizer
-        self._compile = compile
+        self._compile, self._batch_invariant = compile, batch_invariant
         output = getattr(model, "output", None)
         self._group = getattr(output, "group", None)  # the processes that share this model
         self._scheduler_of_model = self._new_scheduler()
         self._leader: Optional[Leader] = None  # while this process takes requests for all
 
     def _new_scheduler(self) -> Scheduler:
-        draft = None if self.draft_model is None else Engine(self.draft_model, self._compile)
-        return Scheduler(Engine(self.model, self._compile), self._group, draft)
+        engine = (InvariantEngine if self._batch_invariant else Engine)(self.model, self._compile)
+        return Scheduler(engine, self._group, None if self.draft_model is None else Engine(self.draft_model, self._compile))
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -572,6 +581,8 @@ class Llama:
         lanes = min(len(requests), self.model.params.max_batch_size)
         source = Source(lanes, generator, None if sample_top_p is SAMPLE_TOP_P else sample_top_p)
         plainly = not all_agree(self._engine.is_as_built, group)
+        if self._engine.batch_invariant and (plainly or source.draw is not None):
+            raise ValueError(INVARIANT_AS_BUILT)
         if plainly and leader is not None:
             raise ValueError(f"work that leads other processes {NOT_AS_BUILT}")
         pace = partial(keep_pace, group) if streams else lambda: None

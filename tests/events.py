@@ -1,6 +1,7 @@
 """Random requests that come, are read, cancelled and left, beside what each prompt gives alone.
 
     python tests/events.py --events 200000 --seed 1
+    python tests/events.py --events 1000 --exactly bfloat16 int8
 
 Prints how many texts were compared, and resident memory along the way. `tests/test_scheduler.py` runs some hundred events.
 """
@@ -14,6 +15,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -213,6 +215,50 @@ def led(folder: str, tokenizer_path: str, parallel: int, known: Answers, events:
     return found
 
 
+def scored(step: Step) -> tuple[Any, ...]:
+    return step.token, step.logprob, step.alternatives, step.finish_reason, step.prompt_logprobs
+
+
+def run_exactly(llama: Llama, alone: Llama, mixtures: int, seed: int) -> dict[str, Any]:
+    """Models with batch_invariant: random mixtures of calls that come, are read, cancelled and left, whose slots go on holding
+    what was read. Each step is to the bit what its request gives alone, read anew and without drafts."""
+    rng, compared, known = random.Random(seed), 0, dict[str, list[Any]]()
+
+    def expected(request: Request) -> list[Any]:
+        key = repr({**vars(request), "draft": None, "grammar": request.grammar is None})
+        if key not in known:
+            alone.forget()
+            fresh = replace(request, draft=False, grammar=OnlyEven() if request.grammar else None)
+            known[key] = [scored(step) for step in Call(alone._scheduler, [fresh], Source(1))]
+        return known[key]
+
+    for _ in range(mixtures):
+        calls = []
+        for _ in range(rng.choice([1, 2, 3])):
+            requests = [replace(drawn(rng), logprobs=True, alternatives=3) for _ in range(rng.choice([1, 2, 4]))]
+            if rng.random() < 0.2:
+                requests[0] = replace(requests[0], score_prompt=True)
+            lanes = min(len(requests), llama.model.params.max_batch_size)
+            call = Call(llama._scheduler, requests, Source(lanes), streams=rng.random() < 0.7)
+            calls.append((call, iter(call), [[] for _ in requests]))  # type: ignore[var-annotated]
+        while calls:
+            chosen = rng.choice(calls)
+            call, steps, found = chosen
+            kind = rng.random()
+            if kind < 0.01:
+                call.cancel(rng.randrange(len(found)))
+            step = None if kind > 0.995 else next(steps, None)
+            if step is not None:
+                found[step.index].append(scored(step))
+                continue
+            steps.close()  # type: ignore[attr-defined]
+            calls.remove(chosen)
+            for request, got in zip(call.requests, found):
+                assert got == expected(request)[: len(got)], request
+                compared += len(got)
+    return {"mixtures": mixtures, "seed": seed, "steps": compared}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=20_000)
@@ -230,7 +276,15 @@ def main() -> None:
         tokenizer = Path(root) / "tokenizer.model"
         tokenizer.write_bytes(train_tokenizer())
         draft = str(write_checkpoint(Path(root) / "draft", near(random_weights()))) if args.draft else None
-        shared = Llama.build(str(folder), str(tokenizer), 128, 4, device="cpu", draft=draft)
+        options: dict[str, Any] = {"draft": draft}
+        if args.exactly:
+            kind = {"int8": "int8", "int4": "int4"}.get(args.exactly[1])
+            options = {"batch_invariant": True, "dtype": args.exactly[0], "quantize": kind}
+        shared = Llama.build(str(folder), str(tokenizer), 128, 4, device="cpu", **options)
+        if args.exactly:
+            single = Llama.build(str(folder), str(tokenizer), 128, 1, device="cpu", **options)
+            print(json.dumps(run_exactly(shared, single, args.events, args.seed)))
+            return
         if draft is not None:
             insist(shared)
         alone = Alone(Llama.build(str(folder), str(tokenizer), 128, 1, device="cpu"), guessed=args.draft)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -122,7 +123,7 @@ class Chooser:
         ids = torch.empty(0) if all_drawn else logits.argmax(dim=-1)
         if plan.drawn:
             noise = self._noise([plan.rows[i] for i in plan.drawn])
-            some = draw(plan.take(logits, plan.drawn), plan.drawing, noise, plan.by_id)
+            some = self._draw(plan.take(logits, plan.drawn), plan, noise)
             ids = some if all_drawn else plan.put(ids, plan.drawn, some)
         if plan.drawn_by_others:
             self._draw_by_others(logits, plan, ids)
@@ -200,6 +201,19 @@ class Chooser:
             return noise if places == list(range(len(noise))) else noise[to_device(places, device)]
         return torch.stack([drawn[row.draws_with][place] for row, place in zip(rows, places)])
 
+    def _draw(self, logits: torch.Tensor, plan: _Plan, noise: torch.Tensor) -> torch.Tensor:
+        if not self.engine.batch_invariant:
+            return draw(logits, plan.drawing, noise, plan.by_id)
+        parts = (*plan.drawing, plan.by_id)
+        given = [i for i, part in enumerate(parts) if part is not None]
+
+        def one(logits: torch.Tensor, noise: torch.Tensor, *some: torch.Tensor) -> torch.Tensor:
+            place = dict(zip(given, some))
+            *drawing, by_id = (place.get(i) for i in range(len(parts)))
+            return draw(logits, Drawing(*drawing), noise, by_id)  # type: ignore[arg-type]
+
+        return self.engine.of_rows(one, logits, noise, *(part for part in parts if part is not None))
+
     def _draw_by_others(self, logits: torch.Tensor, plan: _Plan, ids: torch.Tensor) -> None:
         """Call somebody's own function, once for all rows of a call, and put the ids that it draws into `ids`."""
         for source in dict.fromkeys(plan.rows[i].source for i in plan.drawn_by_others):
@@ -237,9 +251,9 @@ class Chooser:
         most = max(row.request.alternatives for row in rows)
         wanted = [chosen]
         if scored:
-            wanted.append(token_logprobs(logits, chosen.clamp(min=0)))
+            wanted.append(self.engine.of_rows(token_logprobs, logits, chosen.clamp(min=0)))
         if most:
-            top = torch.log_softmax(logits, dim=-1).topk(min(most, self._vocab_size), dim=-1)
+            top = self.engine.of_rows(partial(torch.log_softmax, dim=-1), logits).topk(min(most, self._vocab_size), dim=-1)
             wanted += [top.indices, top.values]
         if more is not None:
             wanted.append(more)

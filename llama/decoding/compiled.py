@@ -197,12 +197,15 @@ def named_tensors(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # signature of `Transformer.step`
+
+
 @dataclass(frozen=True)
 class _Way:
     """One way to run the step. If it fails, the next one runs."""
 
     kind: str  # the words for it in the line that says that it failed
-    step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # signature of `Transformer.step`
+    step: Step
     captured: bool  # whether it is captured in a CUDA graph
     whole_cache: bool = False  # the kernels find out how much of the cache to read, so that one recording is enough
 
@@ -241,14 +244,16 @@ class Recorded:
     runs: a faulty GPU must not answer wrongly in silence.
     """
 
-    def __init__(self, model: Transformer, backend: Optional[str] = None) -> None:
-        """backend: torch.compile's for the step; None: do not compile it."""
+    def __init__(self, model: Transformer, backend: Optional[str] = None, step: Optional[Step] = None) -> None:
+        """backend: torch.compile's for the step; None: do not compile it. step: run this one, which reads the whole cache,
+        in place of the model's."""
         self.model = model
         self.device = model.norm.weight.device
         captures = runtime.device_kind(self.device) == "cuda"
-        self._ways = [_Way("plain", model.step, False)]
+        plain, whole = step or model.step, step is not None
+        self._ways = [_Way("plain", plain, False, whole)]
         if captures:
-            self._ways.insert(0, _Way("recorded", model.step, True))
+            self._ways.insert(0, _Way("recorded", plain, True, whole))
         if backend is not None:
             options: Any = None
             if backend == "inductor" and captures:
@@ -256,7 +261,7 @@ class Recorded:
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
             self._ways.insert(0, _Way("compiled", step, captures))
-        elif gpu_step.suits(model):
+        elif step is None and gpu_step.suits(model):
             self._ways.insert(0, _Way("made of Triton's kernels", partial(gpu_step.step, model), captures, whole_cache=True))
         self.backend = backend
         self._recordings: dict[tuple[int, int], _Recording] = {}
@@ -383,7 +388,7 @@ class Recorded:
 
     def _plain(self, recording: _Recording, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits of the plain step, and the keys and values that it writes."""
-        logits = self.model.step(recording.tokens, recording.positions, recording.columns, recording.rotations)
+        logits = self._ways[-1].step(recording.tokens, recording.positions, recording.columns, recording.rotations)
         return logits[:rows], self._written(recording, rows)
 
     def _are_near(self, recording: _Recording, rows: int, expected: tuple[torch.Tensor, torch.Tensor]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Optional
 
@@ -29,7 +29,14 @@ class WithoutOneDNN:
     at two thirds of the speed of torch's own product. The switch is the process's: the last thread to leave turns it back."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, True
+        self._lock, self._inside, self._before = threading.Condition(), 0, True
+
+    @contextmanager
+    def kept_out(self) -> Iterator[None]:
+        """A block in which nobody turns oneDNN off."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._inside == 0)
+            yield
 
     def __enter__(self) -> None:
         with self._lock:
@@ -43,6 +50,7 @@ class WithoutOneDNN:
             self._inside -= 1
             if self._inside == 0:
                 torch._C._set_mkldnn_enabled(self._before)
+                self._lock.notify()
 
 
 without_onednn = WithoutOneDNN()
@@ -56,6 +64,8 @@ def keep_pages() -> None:
 
 class Engine:
     """Steps a `Transformer` over the rows ("slots") of its cache."""
+
+    batch_invariant = False  # whether a row's numbers are the same to the bit whatever else runs
 
     def __init__(self, model: Any, compile: Optional[bool] = False) -> None:
         """model: a `Transformer`, or any module with its `params` and Meta's `forward(tokens, start_pos)`. compile:
@@ -205,8 +215,12 @@ class Engine:
         """
         step = max(1, LOGITS_BYTES // (4 * self.model.vocab_size))
         some = [slice(i, i + step) for i in range(0, len(targets), step)]
-        parts = [prompt_logprobs(self.logits(hidden[rows]), targets[rows]) for rows in some]
+        parts = [self.of_rows(prompt_logprobs, self.logits(hidden[rows]), targets[rows]) for rows in some]
         return torch.cat(parts) if parts else targets.float()
+
+    def of_rows(self, function: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+        """A function that computes something for each of some rows."""
+        return function(*rows)
 
     @property
     def lock(self) -> threading.RLock:

@@ -46,7 +46,8 @@ class Verifier:
         """Whether it has those that its own ids suggest."""
         wanted, sampling = row.request.draft, row.request.sampling
         if wanted is None:
-            wanted = self.engine.dtype == torch.float32 and device_kind(self.engine.device) == "cpu"
+            changes_no_id = self.engine.dtype == torch.float32 or self.engine.batch_invariant
+            wanted = changes_no_id and device_kind(self.engine.device) == "cpu"
         return wanted and not row.request.draws and not sampling.counts_ids and row.request.grammar is None
 
     def _asks(self, row: Row) -> bool:
@@ -131,6 +132,8 @@ class Verifier:
 
     def _clear(self, logits: torch.Tensor, places: list[Row]) -> torch.Tensor:
         """Whether rounding cannot change what is chosen at each place: bool (places,)"""
+        if self.engine.batch_invariant:  # a pass gives the bits of single steps
+            return torch.ones(len(places), dtype=torch.bool, device=logits.device)
         drawn = to_device(torch.tensor([place.request.draws for place in places], device="cpu"), logits.device)
         several = any(place.number != places[0].number for place in places)
         if (several and self.engine.dtype != torch.float32) or all(place.request.draws for place in places):

@@ -25,11 +25,16 @@ def add_norm(
 
 
 def rotate_and_store(
-    qkv: torch.Tensor, rotations: torch.Tensor, positions: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
+    qkv: torch.Tensor,
+    rotations: torch.Tensor,
+    positions: torch.Tensor,
+    cache_k: torch.Tensor,
+    cache_v: torch.Tensor,
+    slots: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Turn q and k by their positions, and write k and v into the cache: row i of the batch into slot i.
+    """Turn q and k by their positions, and write k and v into the cache: row i of the batch into slot slots[i], or i.
 
-    qkv (B, (H + 2K) * D); rotations float32 (max_seq_len, D/2, 2), cosines and sines; positions int64 (B,);
+    qkv (B, (H + 2K) * D); rotations float32 (max_seq_len, D/2, 2), cosines and sines; positions, slots int64 (B,);
     cache_k, cache_v (at least B, T, K, D), any strides -> q (B, H, D).
     """
     B, K, D = len(qkv), *cache_k.shape[2:]
@@ -41,23 +46,28 @@ def rotate_and_store(
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
-    slots = torch.arange(B, device=qkv.device)
+    slots = torch.arange(B, device=qkv.device) if slots is None else slots
     cache_k[slots, positions] = turn(k)
     cache_v[slots, positions] = v
     return turn(q)
 
 
 def attend(
-    q: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor, positions: torch.Tensor, processors: Optional[int] = None
+    q: torch.Tensor,
+    cache_k: torch.Tensor,
+    cache_v: torch.Tensor,
+    positions: torch.Tensor,
+    processors: Optional[int] = None,
+    slots: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Grouped-query attention of one query per row over the columns up to its position.
 
     q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,) -> (B, H * D).
-    processors: used by the Triton form alone.
+    processors: used by the Triton form alone. slots int64 (B,): the cache row of each row; 0 … B-1 if not given.
     """
     B, H, D = q.shape
     T, K = cache_k.shape[1:3]
-    k, v = cache_k[:B].transpose(1, 2), cache_v[:B].transpose(1, 2)  # (B, K, T, D)
+    k, v = ((c[:B] if slots is None else c[slots]).transpose(1, 2) for c in (cache_k, cache_v))  # (B, K, T, D)
     hidden = (torch.arange(T, device=q.device) > positions[:, None])[:, None]  # (B, 1, T)
     scores = (q.view(B, K, H // K, D) @ k.transpose(2, 3)) / math.sqrt(D)  # (B, K, H/K, T)
     weights = scores.masked_fill(hidden[:, None], -math.inf).float().softmax(-1).type_as(q)

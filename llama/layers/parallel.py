@@ -233,6 +233,19 @@ def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
     return parts.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
 
 
+def sum_in_order(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """`all_reduce` that adds in rank order, whatever the message's size. gloo and NCCL go around in a ring, where each part of a
+    message begins at another rank."""
+    if group is None:
+        return x
+    parts = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])
+    _gather(parts, x.contiguous(), group=group)
+    first, *others = parts.view(-1, *x.shape).unbind()
+    for other in others:
+        first = first + other
+    return first
+
+
 def broadcast_random_state(device: torch.device, group: Group) -> None:
     """Give every rank the generator state of the group's first rank, so that all of them draw the same tokens."""
     if group is None:

@@ -121,7 +121,7 @@ class Proven:
             return [(x, *few)] if half > SAMPLED else [args]
         if self.name != "attend":
             return [args]
-        q, cache_k, cache_v, _ = args
+        q, cache_k, cache_v, _, *more = args
         generator = torch.Generator(q.device).manual_seed(0)
         last = cache_k.shape[1] - 1
         rows = min(2, len(cache_k))
@@ -131,7 +131,9 @@ class Proven:
             caches.append(like.normal_(generator=generator))
         q = torch.empty(rows, *q.shape[1:], dtype=q.dtype, device=q.device).normal_(generator=generator)
         places = [(last, last // 2), (min(63, last), min(64, last)), (last * 3 // 4, 0)]
-        return [(q, *caches, to_device(list(pair[:rows]), q.device)) for pair in places]
+        if more:  # processors and slots
+            more[1] = to_device(list(range(rows))[::-1], q.device)
+        return [(q, *caches, to_device(list(pair[:rows]), q.device), *more) for pair in places]
 
     def exact(self, args: Any, options: Any) -> list[torch.Tensor]:
         """The results of the plain form in float32, without rounding on the way."""
@@ -145,8 +147,8 @@ class Proven:
         out = function(*args, **options)
         results = list(out) if isinstance(out, tuple) else [out]
         if self.name == "rotate_and_store":
-            positions, *caches = args[2:]
-            slots = torch.arange(len(positions), device=positions.device)
+            positions, *caches = args[2:5]
+            slots = args[5] if len(args) > 5 else torch.arange(len(positions), device=positions.device)
             results += [cache[slots, positions] for cache in caches]
         return results
 

@@ -136,7 +136,7 @@ def add_norm(
 
 @triton.jit
 def _rotate_and_store(
-    qkv, rotations, positions, cache_k, cache_v, q, H, K, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
+    qkv, rotations, positions, slots, cache_k, cache_v, q, H, K, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
     D: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     _follow(OVERLAP)
@@ -144,10 +144,13 @@ def _rotate_and_store(
     pair = tl.arange(0, BLOCK)
     inside = pair < D // 2
     position = tl.load(positions + row)
+    slot = row.to(tl.int64)
+    if slots is not None:
+        slot = tl.load(slots + row)
     at = qkv + (row * (H + 2 * K) + head) * D + 2 * pair
     even, odd = tl.load(at, inside), tl.load(at + 1, inside)
     if head >= H + K:
-        to_v = cache_v + row.to(tl.int64) * v_row + position * v_column + (head - H - K) * v_head
+        to_v = cache_v + slot * v_row + position * v_column + (head - H - K) * v_head
         tl.store(to_v + 2 * pair * v_item, even, inside)
         tl.store(to_v + (2 * pair + 1) * v_item, odd, inside)
     else:
@@ -156,7 +159,7 @@ def _rotate_and_store(
         x, y = even.to(tl.float32), odd.to(tl.float32)
         left, right = (x * cos - y * sin).to(even.dtype), (x * sin + y * cos).to(even.dtype)
         if head >= H:
-            to_k = cache_k + row.to(tl.int64) * k_row + position * k_column + (head - H) * k_head
+            to_k = cache_k + slot * k_row + position * k_column + (head - H) * k_head
             tl.store(to_k + 2 * pair * k_item, left, inside)
             tl.store(to_k + (2 * pair + 1) * k_item, right, inside)
         else:
@@ -166,11 +169,16 @@ def _rotate_and_store(
 
 
 def rotate_and_store(
-    qkv: torch.Tensor, rotations: torch.Tensor, positions: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
+    qkv: torch.Tensor,
+    rotations: torch.Tensor,
+    positions: torch.Tensor,
+    cache_k: torch.Tensor,
+    cache_v: torch.Tensor,
+    slots: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Turn q and k by their positions, and write k and v into the cache: row i of the batch into slot i.
+    """Turn q and k by their positions, and write k and v into the cache: row i of the batch into slot slots[i], or i.
 
-    qkv (B, (H + 2K) * D); rotations float32 (max_seq_len, D/2, 2), cosines and sines; positions int64 (B,);
+    qkv (B, (H + 2K) * D); rotations float32 (max_seq_len, D/2, 2), cosines and sines; positions, slots int64 (B,);
     cache_k, cache_v (at least B, T, K, D), any strides -> q (B, H, D). One launch.
     """
     B = len(qkv)
@@ -179,7 +187,7 @@ def rotate_and_store(
     q = qkv.new_empty(B, H, D)
     with current(qkv.device):
         _rotate_and_store[(B, H + 2 * K)](
-            qkv, rotations, positions, cache_k, cache_v, q, H, K, *cache_k.stride(), *cache_v.stride(),
+            qkv, rotations, positions, slots, cache_k, cache_v, q, H, K, *cache_k.stride(), *cache_v.stride(),
             D, triton.next_power_of_2(D // 2), num_warps=1, **launching(qkv.device),
         )  # fmt: skip
     return q
@@ -187,7 +195,7 @@ def rotate_and_store(
 
 @triton.jit
 def _attend(
-    q, cache_k, cache_v, positions, out, parts, sums, scale, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
+    q, cache_k, cache_v, positions, slots, out, parts, sums, scale, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
     SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -196,6 +204,9 @@ def _attend(
     _wait(OVERLAP)
     row, kv_head = tl.program_id(0) // K, tl.program_id(0) % K
     split = tl.program_id(1)
+    slot = row.to(tl.int64)
+    if slots is not None:
+        slot = tl.load(slots + row)
     length = tl.load(positions + row).to(tl.int32) + 1
     share = tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
     first, last = split * share, tl.minimum(length, (split + 1) * share)
@@ -204,8 +215,8 @@ def _attend(
     own = head < GROUP
     whole = own[:, None] & (item < D)[None, :]
     query = tl.load(q + lines[:, None] * D + item[None, :], whole, 0.0)
-    at_k = cache_k + row.to(tl.int64) * k_row + kv_head * k_head + item[:, None] * k_item
-    at_v = cache_v + row.to(tl.int64) * v_row + kv_head * v_head + item[None, :] * v_item
+    at_k = cache_k + slot * k_row + kv_head * k_head + item[:, None] * k_item
+    at_v = cache_v + slot * v_row + kv_head * v_head + item[None, :] * v_item
     most = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     mixed = tl.zeros((HEADS, SIZE), tl.float32)
@@ -255,12 +266,18 @@ def splits_of(groups: int, T: int, processors: int) -> int:
 
 
 def attend(
-    q: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor, positions: torch.Tensor, processors: Optional[int] = None
+    q: torch.Tensor,
+    cache_k: torch.Tensor,
+    cache_v: torch.Tensor,
+    positions: torch.Tensor,
+    processors: Optional[int] = None,
+    slots: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Grouped-query attention of one query per row over the columns up to its position; nothing beyond is read.
 
     q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,) -> (B, H * D). Two launches, or
-    one if there is one split. processors: the GPU's multiprocessors; None: ask the GPU.
+    one if there is one split. processors: the GPU's multiprocessors; None: ask the GPU. slots int64 (B,): the cache row of
+    each row; 0 … B-1 if not given.
     """
     B, H, D = q.shape
     T, K = cache_k.shape[1:3]
@@ -271,7 +288,7 @@ def attend(
     size = max(16, triton.next_power_of_2(D))
     with current(q.device):
         _attend[(B * K, splits)](
-            q, cache_k, cache_v, positions, out, parts, sums, math.log2(math.e) / math.sqrt(D),
+            q, cache_k, cache_v, positions, slots, out, parts, sums, math.log2(math.e) / math.sqrt(D),
             *cache_k.stride(), *cache_v.stride(), K, H // K, D, max(DOT_ROWS, triton.next_power_of_2(H // K)), size, KEYS,
             splits, num_warps=4, num_stages=3, **launching(q.device),
         )  # fmt: skip
