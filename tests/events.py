@@ -207,9 +207,13 @@ def answers(alone: Alone, events: int, seed: int) -> Answers:
     return alone.known
 
 
-def led(folder: str, tokenizer_path: str, parallel: int, known: Answers, events: int, seed: int) -> Optional[dict[str, Any]]:
+def led(
+    folder: str, tokenizer_path: str, parallel: int, known: Answers, events: int, seed: int, draft: Optional[str] = None
+) -> Optional[dict[str, Any]]:
     """Random events on the first of several processes, which takes requests for all."""
-    llama = Llama.build(folder, tokenizer_path, 128, 4, parallel, device="cpu")
+    llama = Llama.build(folder, tokenizer_path, 128, 4, parallel, device="cpu", draft=draft)
+    if draft is not None:
+        insist(llama)
     found = llama.lead(lambda: run(llama, Known(known), events, seed))
     assert not any(row for row in llama._scheduler.rows if not row.is_over)
     return found
@@ -265,7 +269,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1, help="of which the first takes requests for all")
     parser.add_argument("--parallel", type=int, help="processes for one copy of the model; all if not given")
-    parser.add_argument("--draft", action="store_true", help="a draft model guesses up to 4 ids a pass; in one process")
+    parser.add_argument("--draft", action="store_true", help="a draft model guesses up to 4 ids a pass")
     args = parser.parse_args()
     from conftest import near, random_weights, train_tokenizer, write_checkpoint
     from workers import Pool
@@ -298,6 +302,7 @@ def main() -> None:
                 answers(alone, args.events, args.seed),
                 args.events,
                 args.seed,
+                draft,
             )
             print(json.dumps(pool.run(led, *told, seconds=10**6)[0]))
             pool.close()

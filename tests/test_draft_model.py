@@ -73,7 +73,7 @@ def passes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int
 
 def followed(llama: Llama, requests: Sequence[Request], lanes: int = 4) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in requests]
-    for step in Call(llama._scheduler, requests, Source(min(lanes, len(requests)))):
+    for step in Call(llama._leader or llama._scheduler, requests, Source(min(lanes, len(requests)))):
         found[step.index] += [] if step.token is None else [step.token]
     return found
 
@@ -471,7 +471,7 @@ def on_processes(folder: str, draft: str, tokenizer_path: str, processes: int) -
     model = llama._scheduler.draft_model
     assert model is not None
     del model.count  # type: ignore[method-assign]  # now each measures, and they agree
-    return found, followed(llama, requests), sum(right)
+    return found, followed(llama, requests), sum(right), llama.lead(lambda: followed(llama, requests))
 
 
 def test_two_processes_give_the_same_as_one(
@@ -480,9 +480,10 @@ def test_two_processes_give_the_same_as_one(
     requests = [Request([1, 30 + i], 24, sampling, seed=i) for i, sampling in enumerate(events.SAMPLINGS)]
     expected = followed(drafted, requests)
     outcomes = pool.run(on_processes, str(tiny), folders["near"], tokenizer_path, 2)
-    for found, measured, right in outcomes:
+    for rank, (found, measured, right, led) in enumerate(outcomes):
         assert found == measured == expected
         assert right > 10
+        assert led == (None if rank else expected)  # the first takes requests for two copies of the model
 
 
 def test_at_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
