@@ -192,8 +192,8 @@ Answers = dict[str, tuple[list[int], Optional[str]]]
 class Known(Alone):
     """What each request gave elsewhere."""
 
-    def __init__(self, known: Answers) -> None:
-        self.known, self.ties, self.guessed = known, 0, False
+    def __init__(self, known: Answers, guessed: bool = False) -> None:
+        self.known, self.ties, self.guessed = known, 0, guessed
 
     def is_tie(self, request: Request, new: list[int]) -> bool:
         return False
@@ -214,7 +214,7 @@ def led(
     llama = Llama.build(folder, tokenizer_path, 128, 4, parallel, device="cpu", draft=draft)
     if draft is not None:
         insist(llama)
-    found = llama.lead(lambda: run(llama, Known(known), events, seed))
+    found = llama.lead(lambda: run(llama, Known(known, draft is not None), events, seed))
     assert not any(row for row in llama._scheduler.rows if not row.is_over)
     return found
 
