@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="of which the first takes requests for all")
     parser.add_argument("--parallel", type=int, help="processes for one copy of the model; all if not given")
     parser.add_argument("--draft", action="store_true", help="a draft model guesses up to 4 ids a pass")
+    parser.add_argument("--exactly", nargs=2, metavar=("DTYPE", "KIND"), help="to the bit, with batch_invariant=True")
     args = parser.parse_args()
     from conftest import near, random_weights, train_tokenizer, write_checkpoint
     from workers import Pool
