@@ -108,7 +108,10 @@ def costs(quantize: Optional[str], rows: int = 8) -> dict[str, Any]:
         found = [(which, seconds(lambda which=which: work(engines[which]), times)) for which in  # type: ignore[misc]
                  ("normal", "invariant", "invariant", "normal")]  # fmt: skip
         by = {which: 500 * sum(s for other, s in found if other == which) for which in engines}
-        report[name] = {**{f"{which}_ms": round(ms, 3) for which, ms in by.items()}, "ratio": round(by["invariant"] / by["normal"], 3)}
+        report[name] = {
+            **{f"{which}_ms": round(ms, 3) for which, ms in by.items()},
+            "ratio": round(by["invariant"] / by["normal"], 3),
+        }
     report["sizes"] = sizes(engines["invariant"])
     return report
 

@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1, help="of which the first takes requests for all")
     parser.add_argument("--parallel", type=int, help="processes for one copy of the model; all if not given")
+    parser.add_argument("--exactly", nargs=2, metavar=("DTYPE", "KIND"), help="that many mixtures with batch_invariant=True")
     args = parser.parse_args()
     from conftest import random_weights, train_tokenizer, write_checkpoint
     from workers import Pool
@@ -265,7 +266,8 @@ def main() -> None:
         tokenizer.write_bytes(train_tokenizer())
         options: dict[str, Any] = {}
         if args.exactly:
-            options = {"batch_invariant": True, "dtype": args.exactly[0], "quantize": {"int8": "int8", "int4": "int4"}.get(args.exactly[1])}
+            dtype, kind = args.exactly
+            options = {"batch_invariant": True, "dtype": dtype, "quantize": kind if kind in ("int8", "int4") else None}
         llamas = [Llama.build(str(folder), str(tokenizer), 128, rows, device="cpu", **options) for rows in (4, 1)]
         if args.exactly:
             print(json.dumps(run_exactly(*llamas, args.events, args.seed)))

@@ -78,6 +78,7 @@ MODEL = {
     "dtype": Option(a_name, None, "float32, bfloat16 or float16; the checkpoint's own if not given"),
     "quantize": Option(a_name, None, "int8 or int4 rounds the matrices while they are loaded; as stored if not given"),
     "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
+    "batch_invariant": Option(truth, False, "let no answer depend on what else runs, to the bit; costs speed"),
 }
 ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told) for name, told in TOLD.items()}
 

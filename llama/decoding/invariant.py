@@ -117,7 +117,9 @@ class InvariantEngine(Engine):
             slots, positions = slots + slots[-1:] * more, positions + positions[-1:] * more
             ids = torch.cat((ids, ids[-1:].expand(more)))
         places = to_device(positions, self.device), to_device(slots, self.device)
-        attend = self._attend_by_kernel(*places) if self._by_kernels else _Tiles(runs, self.model.params.max_seq_len, self.device)
+        attend = (
+            self._attend_by_kernel(*places) if self._by_kernels else _Tiles(runs, self.model.params.max_seq_len, self.device)
+        )
         with self._explained(), runtime.current(self.device), self._same_kernels():
             return self._states(ids, *places, rotations(self.model), attend, layers)[:count]
 
