@@ -36,7 +36,7 @@ class ByRow(StandIns):
     """Attention that takes one query at a time, as Triton's programs do."""
 
     def attend(self, q: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
-        k, v, positions, processors, slots = args
+        k, v, positions, _, slots = args
         each = range(len(q))
         return torch.cat(
             [kernels.attend(q[i : i + 1].clone(), k, v, positions[i : i + 1], None, slots[i : i + 1]) for i in each]
