@@ -1,8 +1,9 @@
 """An engine in which a row's numbers are the same to the bit whatever else runs: `batch_invariant=True`.
 
 Every token is computed in one way, whether it is read with a prompt, in whichever piece, decoded, or verified as a draft. Its
-products are those of blocks of a fixed size; its attention has a shape that depends on its position alone; all
-else is computed row by row. It reads the model's tensors itself and calls no module, so it runs only while the model is as it was built.
+products are those of blocks of a fixed size; its attention has a shape that depends on its position alone; all else is
+computed row by row. It reads the model's tensors itself and calls no module, so it runs only while the model is as it was
+built.
 """
 
 from __future__ import annotations
