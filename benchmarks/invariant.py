@@ -2,8 +2,9 @@
 
     python benchmarks/invariant.py
 
-Random mixtures of the demo model's stories in each form, each compared to the bit with the same request alone; then a decode step
-and a prompt of 2,048 tokens at the shape of Llama 2 7B with 8 layers and random weights, normal and invariant in turn (A B B A).
+Random mixtures of the demo model's stories in each form, each compared to the bit with the same request alone; then a
+decode step and a prompt of 2,048 tokens at the shape of Llama 2 7B with 8 layers and random weights, normal and invariant
+in turn (A B B A).
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def costs(quantize: Optional[str], rows: int = 8) -> dict[str, Any]:
         for engine in engines.values():
             for _ in range(5 if times > 2 else 1):  # graphs are recorded, kernels compiled and compared
                 work(engine)
-        found = [(which, seconds(lambda which=which: work(engines[which]), times)) for which in  # type: ignore[misc]
+        found = [(which, seconds(lambda which=which, work=work: work(engines[which]), times)) for which in  # type: ignore[misc]
                  ("normal", "invariant", "invariant", "normal")]  # fmt: skip
         by = {which: 500 * sum(s for other, s in found if other == which) for which in engines}
         report[name] = {

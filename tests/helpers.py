@@ -53,7 +53,7 @@ def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:
 def chosen(logits: torch.Tensor, sampling: Sampling, prompt: Sequence[int] = (), new: Sequence[int] = ()) -> torch.Tensor:
     """The next ids of rows with these logits (N, V), options, prompts and new ids, drawn from the global generator."""
     params = SimpleNamespace(vocab_size=logits.shape[-1])
-    chooser = Chooser(SimpleNamespace(device=logits.device, model=SimpleNamespace(params=params)))  # type: ignore[arg-type]
+    chooser = Chooser(SimpleNamespace(device=logits.device, model=SimpleNamespace(params=params), batch_invariant=False))  # type: ignore[arg-type]
     source = Source(len(logits))
     rows = [Row(Request(list(prompt), 9, sampling), i, source, None, lane=i) for i in range(len(logits))]
     for row in rows:

@@ -80,6 +80,7 @@ MODEL = {
     "quantize": Option(a_name, None, "int8 or int4 rounds the matrices while they are loaded; as stored if not given"),
     "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
     "draft": Option(a_name, None, "a folder with a smaller model of the same tokenizer, whose guesses the model verifies"),
+    "batch_invariant": Option(truth, False, "let no answer depend on what else runs, to the bit; costs speed"),
 }
 ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told) for name, told in TOLD.items()}
 

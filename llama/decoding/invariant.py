@@ -1,8 +1,9 @@
 """An engine in which a row's numbers are the same to the bit whatever else runs: `batch_invariant=True`.
 
-Every token is computed in one way, whether it is read with a prompt, in whichever piece, or decoded, or verified as a draft. Its
+Every token is computed in one way, whether it is read with a prompt, in whichever piece, decoded, or verified as a draft. Its
 products are those of blocks of a fixed size; its attention has a shape that depends on its position alone; all else is
-computed row by row. It reads the model's tensors itself and calls no module, so it runs only while the model is as it was built.
+computed row by row. It reads the model's tensors itself and calls no module, so it runs only while the model is as it was
+built.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ PROGRAMS = 256  # of Triton's attention for one query, over all key/value heads
 ON_GPU = 512  # most tokens of one pass on a GPU, whose attention takes memory for each
 
 INVARIANT_AS_BUILT = (
-    "batch_invariant=True holds for a model as it was built, and hooks, patches, parts or a sample_top_p of one's own are in use; "
-    "remove them, or build without batch_invariant"
+    "batch_invariant=True holds for a model as it was built, and hooks, patches, parts or a sample_top_p of one's own are in "
+    "use; remove them, or build without batch_invariant"
 )
 
 
@@ -46,7 +47,7 @@ class Run(NamedTuple):
 
     slot: int
     start: int  # position of the first one
-    count: int
+    length: int
 
 
 class InvariantEngine(Engine):
@@ -112,8 +113,8 @@ class InvariantEngine(Engine):
 
     def _pass(self, tokens: Any, runs: Sequence[Run], layers: int = -1) -> torch.Tensor:
         """Run tokens, those of each run after those of the one before -> hidden states (tokens, dim)"""
-        slots = [run.slot for run in runs for _ in range(run.count)]
-        positions = [position for run in runs for position in range(run.start, run.start + run.count)]
+        slots = [run.slot for run in runs for _ in range(run.length)]
+        positions = [position for run in runs for position in range(run.start, run.start + run.length)]
         ids = tokens if isinstance(tokens, torch.Tensor) else to_device(list(tokens), self.device)
         count = len(positions)
         if self._by_kernels:  # which prove themselves for each number of rows: the last token is computed several times, alike

@@ -1,9 +1,10 @@
 """Products that give each row of activations the same bits, whatever the other rows hold and however many there are.
 
-Libraries multiply another number of rows with another kernel, or cut the sums in another way. So what counts here is the product
-of a block of a fixed number of rows; the last block is filled up. Other sizes of blocks are used too, once they have given the
-same bits for a shape: a kernel that sums in another order shows in some of the many sums of random numbers. Measured (CPU without
-AMX): bfloat16 gives the same bits from 2 rows on, float32 from 16 on, float16 and int8 at any number, so prompts lose little.
+Libraries multiply another number of rows with another kernel, or cut the sums in another way. So what counts here is the
+product of a block of a fixed number of rows; the last block is filled up. Other sizes of blocks are used too, once they have
+given the same bits for a shape: a kernel that sums in another order shows in some of the many sums of random numbers.
+Measured (CPU without AMX): bfloat16 gives the same bits from 2 rows on, float32 from 16 on, float16 and int8 at any number,
+so prompts lose little.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Products:
     def _gives_same_bits(self, size: int, key: Any, x: torch.Tensor, matrix: Matrix) -> bool:
         if (key, size) not in self._same:
             block = _sizes(x, matrix)[0]
+            for count in (block, size):  # kernels prove themselves at first use: not with sums of nothing but rounding
+                _product(_normal(count, x), matrix)
             rows, trial = _trial(x, matrix, max(size, block))
             expected = _in_blocks(rows, block, trial)
             if size != block:
@@ -89,8 +92,8 @@ class Products:
 
 
 def _trial(x: torch.Tensor, matrix: Matrix, multiple: int) -> tuple[torch.Tensor, Matrix]:
-    """As many random rows like those of x, and a matrix of this one's shape to multiply them with: every sum is that of terms and
-    of the same terms with the other sign, in any order. What is left of it is nothing but rounding, so that even a result in
+    """As many random rows like those of x, and a matrix of this one's shape to multiply them with: every sum is that of terms
+    and of the same terms with the other sign, in any order. What is left is nothing but rounding, so that even a result in
     16 bits shows in which order it was summed."""
     generator, columns = torch.Generator(x.device).manual_seed(0), x.shape[1]
     order = torch.randperm(columns, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(x.device)
@@ -123,6 +126,11 @@ def _trial(x: torch.Tensor, matrix: Matrix, multiple: int) -> tuple[torch.Tensor
     twin._parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in stored.items()}
     twin.pack(x.dtype)
     return rows, twin
+
+
+def _normal(rows: int, x: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator(x.device).manual_seed(0)
+    return torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device).normal_(generator=generator)
 
 
 def _in_blocks(x: torch.Tensor, size: int, matrix: Matrix) -> torch.Tensor:

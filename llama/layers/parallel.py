@@ -234,8 +234,8 @@ def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def sum_in_order(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """`all_reduce` that adds in rank order, whatever the message's size. gloo and NCCL go around in a ring, where each part of a
-    message begins at another rank."""
+    """`all_reduce` that adds in rank order, whatever the message's size. gloo and NCCL go around in a ring, where each part of
+    a message begins at another rank."""
     if group is None:
         return x
     parts = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])

@@ -136,7 +136,8 @@ def add_norm(
 
 @triton.jit
 def _rotate_and_store(
-    qkv, rotations, positions, slots, cache_k, cache_v, q, H, K, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
+    qkv, rotations, positions, slots, cache_k, cache_v, q, H, K,
+    k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
     D: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     _follow(OVERLAP)
@@ -195,7 +196,8 @@ def rotate_and_store(
 
 @triton.jit
 def _attend(
-    q, cache_k, cache_v, positions, slots, out, parts, sums, scale, k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
+    q, cache_k, cache_v, positions, slots, out, parts, sums, scale,
+    k_row, k_column, k_head, k_item, v_row, v_column, v_head, v_item,
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
     SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip

@@ -1,0 +1,102 @@
+"""batch_invariant=True: a row's ids and log-probabilities do not depend on its neighbours, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+import events
+import pytest
+import torch
+from emulated_cuda import StandIns, emulated
+
+from llama import Llama
+from llama.layers import invariant, kernels
+from llama.layers.invariant import Products
+
+LONG = [1, *range(20, 100)]
+
+
+def build(tiny: Path, tokenizer_path: str, rows: int, dtype: str, quantize: Optional[str] = None, device: str = "cpu") -> Llama:
+    options = {"device": device, "dtype": dtype, "quantize": quantize}
+    return Llama.build(str(tiny), tokenizer_path, 128, rows, batch_invariant=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize"),
+    [("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"), ("float16", None), ("float32", None)],
+)
+def test_random_mixtures(dtype: str, quantize: Optional[str], tiny: Path, tokenizer_path: str) -> None:
+    """`python tests/events.py --exactly` runs a thousand of them."""
+    shared, alone = (build(tiny, tokenizer_path, rows, dtype, quantize) for rows in (4, 1))
+    assert events.run_exactly(shared, alone, 2, 1)["steps"] > 10
+
+
+class ByRow(StandIns):
+    """Attention that takes one query at a time, as Triton's programs do."""
+
+    def attend(self, q: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        k, v, positions, _, slots = args
+        each = range(len(q))
+        return torch.cat(
+            [kernels.attend(q[i : i + 1].clone(), k, v, positions[i : i + 1], None, slots[i : i + 1]) for i in each]
+        )
+
+
+def test_on_emulated_cuda(tiny: Path, tokenizer_path: str) -> None:
+    with emulated(triton=ByRow()) as machine:
+        shared, alone = (build(tiny, tokenizer_path, rows, "bfloat16", device="emulated") for rows in (4, 1))
+        assert events.run_exactly(shared, alone, 1, 1)["steps"] > 3
+        assert shared._engine.graph._ways[0].kind == "recorded"  # type: ignore[union-attr]
+        assert not machine.violations
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(192, 64), (64, 172)])
+def test_rows_of_products(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """With terms that cancel, so that the sums are nothing but rounding."""
+    x = torch.empty(1, shape[1], dtype=dtype)
+    rows, weight = invariant._trial(x, torch.randn(shape).to(dtype), 64)
+    products = Products()
+    each = torch.cat([products(row[None], weight) for row in rows])
+    assert each.abs().max() > 0
+    for some in (2, 3, 17, 40, 64):
+        assert torch.equal(products(rows[:some], weight), each[:some])
+        assert torch.equal(products(rows[-some:], weight), each[-some:])
+
+
+def test_silu_of_rows() -> None:
+    """torch's SiLU has another exp for the last numbers of a tensor: rows of 172 numbers differed with their number."""
+    x = torch.randn(300, 344)
+    each = torch.cat([invariant.silu_mul(row[None]) for row in x])
+    for some in (2, 7, 191, 300):
+        assert torch.equal(invariant.silu_mul(x[:some]), each[:some])
+    torch.testing.assert_close(each, kernels.silu_mul(x))
+
+
+def test_drafts_and_chats_in_16_bits(tiny: Path, tokenizer_path: str) -> None:
+    """Drafts are verified by default, since they change nothing; ids that were generated are gone on from."""
+    llama = build(tiny, tokenizer_path, 4, "bfloat16")
+    prompt = [1, *[30, 31, 32, 33] * 8]
+    drafted, plain = (list(llama.steps([prompt], 0, max_gen_len=30, logprobs=True, draft=draft)) for draft in (None, False))
+    assert drafted == plain
+    whole = [step.token for step in plain if step.token is not None]
+    half = prompt + whole[:15]
+    on = llama.steps([half], 0, max_gen_len=len(whole) - 15, logprobs=True)
+    assert [(s.token, s.logprob) for s in on if s.token is not None] == [
+        (s.token, s.logprob) for s in plain if s.token is not None
+    ][15:]
+    assert on.cached[0] > 30
+
+
+def test_what_cannot_be_kept_is_refused(tiny: Path, tokenizer_path: str) -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        Llama.build(str(tiny), tokenizer_path, 64, 1, device="cpu", compile=True, batch_invariant=True)
+    with pytest.raises(ValueError, match="must be True or False"):
+        Llama.build(str(tiny), tokenizer_path, 64, 1, device="cpu", batch_invariant="yes")  # type: ignore[arg-type]
+    llama = build(tiny, tokenizer_path, 2, "bfloat16")
+    handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="as it was built"):
+        llama.generate([[1, 5]], 2, 0)
+    handle.remove()
+    assert llama.generate([[1, 5]], 2, 0)[0]
