@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,40 @@ def test_bench_refuses_before_it_works(options: dict[str, Any], said: str, monke
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it measured"))
     with pytest.raises(ValueError, match=said):
         command("bench", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "positions"),
+    [({}, 512), ({"new_tokens": 12}, 492), ({"new_tokens": 511}, 512), ({"new_tokens": 600}, 601),
+     ({"new_tokens": 600, "ckpt_dir": "a folder"}, 1080), ({"prompt_tokens": 7, "new_tokens": 2}, 9)],
+)  # fmt: skip
+def test_prompts_leave_room_for_what_is_asked_for(
+    options: dict[str, Any], positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """480 tokens if not given, or as many as the demo model's context allows, but at least one."""
+
+    class Built(Exception):
+        pass
+
+    def build(args: Any, max_seq_len: int, max_batch_size: int) -> None:
+        raise Built(max_seq_len)
+
+    monkeypatch.setattr(bench, "build", build)
+    with pytest.raises(Built, match=rf"^{positions}$"):
+        command("bench", **options)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_device_is_waited_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its work is only queued, so each run is timed to its end; and one run comes before those that count."""
+    done: list[str] = []
+    clock = iter([5.0, 105.0, *(t for i in range(bench.TRIES) for t in (0.0, 2.0 + i))])
+    monkeypatch.setattr(bench, "device_kind", lambda _: kind)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: done.append("wait"))
+    monkeypatch.setattr(time, "perf_counter", lambda: done.append("look") or next(clock))
+    assert bench._seconds(lambda: done.append("work"), torch.device("cpu")) == 2.0 + bench.TRIES // 2
+    once = ["look", "work", "look"] if kind == "cpu" else ["look", "work", "wait", "look"]
+    assert done == once * (1 + bench.TRIES)
 
 
 def test_a_timed_run_is_greedy_and_passes_eos(tiny: Path, tokenizer_path: str) -> None:

@@ -17,6 +17,7 @@ from conftest import PARAMS, ROOT, random_weights, shared, write_checkpoint
 from helpers import TWINS, environment, write_twin
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from workers import Pool
 
 from llama import Llama, ModelArgs, Tokenizer
@@ -89,6 +90,30 @@ def test_any_shards_to_any(first: int, second: int, tmp_path: Path) -> None:
     assert len(list((tmp_path / "b").glob("*.pth"))) == second
     for before, after in zip(sorted(source.glob("*.pth")), sorted((tmp_path / "c").glob("*.pth")), strict=True):
         assert_same(torch.load(before), torch.load(after))
+
+
+def test_files_of_a_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are needed, none larger than it may be unless one tensor is; an index says what lies where."""
+    weights = random_weights()
+    source = write_checkpoint(tmp_path / "a", weights)
+    largest = max(weight.nbytes for weight in weights.values())
+    monkeypatch.setattr("llama.commands.convert.PART_BYTES", 3 * 64 * 64 * 4)  # three square matrices; the embedding is larger
+    convert(source, tmp_path / "hf", "hf")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    parts = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert [path.name for path in parts] == [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    sizes: list[int] = []
+    for path in parts:
+        held = load_file(path)
+        assert {name for name, part in index["weight_map"].items() if part == path.name} == held.keys()
+        first = next(name for name, part in index["weight_map"].items() if part == path.name)
+        assert not sizes or sizes[-1] + held[first].nbytes > 3 * 64 * 64 * 4  # it found no room in the file before
+        sizes.append(sum(tensor.nbytes for tensor in held.values()))
+        assert sizes[-1] <= 3 * 64 * 64 * 4 or len(held) == 1
+    assert index["metadata"] == {"total_size": sum(sizes)}
+    assert max(sizes) == largest
+    convert(tmp_path / "hf", tmp_path / "b", "meta")
+    assert_same(tensors(tmp_path / "b"), weights)
 
 
 def test_shards_are_those_of_torch_save(tmp_path: Path) -> None:

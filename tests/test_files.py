@@ -24,7 +24,7 @@ from llama import Llama, model
 from llama.commands import jobs
 from llama.commands.console import given_text
 from llama.commands.convert import convert
-from llama.system.files import Number, listed, read_file, read_json
+from llama.system.files import Number, contents, listed, read_file, read_json
 from llama.weights import huggingface, meta
 
 NAN, INF = float("nan"), float("inf")
@@ -111,6 +111,15 @@ def test_other_things_than_texts(odd: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"text {message}"):
             read()
+
+
+def test_contents(tmp_path: Path) -> None:
+    """What a message says of a folder: the names, sorted and escaped; that there are none; or why they are not known."""
+    assert contents(tmp_path) == "nothing"
+    for name in ["b\n", *(f"c{i:02d}" for i in range(12)), "a"]:
+        (tmp_path / name).touch()
+    assert contents(tmp_path) == "a, b\\n, " + ", ".join(f"c{i:02d}" for i in range(10)) + " and 2 more"
+    assert contents(tmp_path / "none") == "what cannot be listed (No such file or directory)"
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,18 @@ def test_stop_strings(llama: Llama) -> None:
             assert joined(chunks, 1) == [expected]
 
 
+@pytest.mark.parametrize("length", [1, 7, 20])
+def test_what_a_stop_held_back_comes_at_the_end(length: int, llama: Llama) -> None:
+    """The text ends with what might have begun a stop string, and never became one."""
+    [free] = llama.text_completion(["the little dog"], temperature=0, max_gen_len=length)
+    stop = free["generation"][-2:] + " and never this"
+    [got] = llama.text_completion(["the little dog"], temperature=0, max_gen_len=length, stop=stop)
+    assert (got["generation"], got["finish_reason"]) == (free["generation"], "length")
+    chunks = list(llama.stream_text(["the little dog"], temperature=0, max_gen_len=length, stop=stop))
+    assert joined(chunks, 1) == [free["generation"]]
+    assert chunks[-1]["text"].endswith(free["generation"][-2:])
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     ids=st.lists(st.integers(3, 399), max_size=30),

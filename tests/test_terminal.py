@@ -171,6 +171,12 @@ def test_what_cannot_be_said_or_loaded_ends_nothing(llama: Llama, tmp_path: Path
     assert "/dev/null is no file that could be written over" in err
 
 
+@pytest.mark.parametrize("value", ["[1, 2]", '["a", 2]', "[", "[]]", '{"a": 1}', "a", "[" * 100_000])
+def test_what_is_no_list_of_texts_is_a_text(value: str) -> None:
+    assert console.texts(value) == value
+    assert console.texts('["a", "[b"]') == ["a", "[b"]
+
+
 def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     story = "the little dog ran " * 20
     conversation = talk(llama, *[story] * 6, max_gen_len=1)
