@@ -40,10 +40,11 @@ TESTS = {
     "calls": "scheduler threads", "checks": "options sampling",
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes huggingface::test_ids_without_a_piece_are_left_out",
     "choosing": "scheduler streams sampling", "cli": "terminal",
-    "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way emulated_cuda::test_scenarios",
+    "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
+                "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal", "conversation": "terminal",
     "convert": "convert quantization::test_stored_is_what_loading_makes",
-    "engine": "streams emulated_cuda::test_a_step_waits_for_nothing_but_its_ids", "fingerprint": "peers",
+    "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued", "fingerprint": "peers",
     "folders": "terminal convert", "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts",
