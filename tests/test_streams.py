@@ -125,6 +125,31 @@ def test_an_interrupted_call(llama: Llama, alone: list[str], monkeypatch: pytest
     assert llama.text_completion([PROMPTS[5]], temperature=0, max_gen_len=3 + len(PROMPTS[5]) % 11)[0]["generation"] == alone[5]
 
 
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("logprobs", [False, True, 2])
+def test_what_chunks_hold(logprobs: Any, echo: bool, llama: Llama) -> None:
+    """Each has text or is the last; what they hold is together what the call returns, with a number for each id."""
+    options: dict[str, Any] = {"temperature": 0, "max_gen_len": 12, "logprobs": logprobs, "echo": echo}
+    chunks = list(llama.stream_text(PROMPTS[:5], **options))
+    lists = ["tokens", *["logprobs"] * bool(logprobs), *["top_logprobs"] * (logprobs == 2)]
+    for index, whole in enumerate(llama.text_completion(PROMPTS[:5], **options)):
+        *others, last = (chunk for chunk in chunks if chunk["index"] == index)
+        for chunk in others:
+            assert list(chunk) == ["index", "text", "tokens", "finish_reason", *lists[1:]]
+            assert chunk["text"]
+            assert chunk["finish_reason"] is None
+        assert last.keys() == {"index", "text", "tokens", "finish_reason", *lists[1:], "cached_tokens"}
+        assert last["finish_reason"] == whole["finish_reason"] == "length"
+        assert last["cached_tokens"] in range(len(llama.tokenizer.encode(PROMPTS[index], True, False)))
+        parts: list[Any] = [*others, last]
+        ids = [*llama.tokenizer.encode(PROMPTS[index], True, False)] * echo
+        held = {key: [item for part in parts for item in part[key]] for key in lists}
+        assert held["tokens"][:-12] == ids
+        assert {key: len(items) for key, items in held.items()} == dict.fromkeys(lists, len(ids) + 12)
+        assert "".join(part["text"] for part in parts) == whole["generation"]
+        assert held.get("logprobs") == pytest.approx(whole.get("logprobs"), abs=1e-5)
+
+
 # Stops
 
 
