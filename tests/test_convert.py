@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,28 @@ def test_files_of_a_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert max(sizes) == largest
     convert(tmp_path / "hf", tmp_path / "b", "meta")
     assert_same(tensors(tmp_path / "b"), weights)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rope_theta", "positions"),
+    [(None, 10000.0, 4096), (torch.bfloat16, 1e6, 16384), (torch.float16, 10000.0, 4096)],
+)
+def test_what_a_config_says(dtype: Any, rope_theta: float, positions: int, tmp_path: Path) -> None:
+    """All that transformers would take from its own defaults. Without a tokenizer the ids of BOS and EOS are Llama 2's."""
+    source = write_checkpoint(tmp_path / "a", random_weights(), params={**PARAMS, "rope_theta": rope_theta})
+    convert(source, tmp_path / "hf", "hf", dtype=dtype)
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == ids
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 192,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 400,
+        "rms_norm_eps": 1e-5, "rope_theta": rope_theta, "rope_scaling": None, "hidden_act": "silu",
+        "max_position_embeddings": positions, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+        "torch_dtype": str(dtype or torch.float32).removeprefix("torch."), **ids,
+    }  # fmt: skip
+    if os.name == "posix":
+        assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o755
 
 
 def test_shards_are_those_of_torch_save(tmp_path: Path) -> None:
