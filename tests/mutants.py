@@ -43,7 +43,7 @@ TESTS = {
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal", "conversation": "terminal",
-    "convert": "convert quantization::test_stored_is_what_loading_makes",
+    "convert": "convert quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
     "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued", "fingerprint": "peers",
     "folders": "terminal convert", "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",

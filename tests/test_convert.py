@@ -279,6 +279,16 @@ def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     refuse("no tokenizer at", tokenizer_path=tmp_path / "tokenizer.model")
     broken = write_checkpoint(tmp_path / "broken", random_weights(), params={**PARAMS, "n_layers": 3})
     refuse("layers.2.attention.wq.weight is missing", source=broken)
+    odd = write_checkpoint(tmp_path / "odd", random_weights(), params={**PARAMS, "n_heads": 7})
+    refuse(r"odd: dim \(64\) must be n_heads \(7\) times an even head size", source=odd)
+
+
+def test_a_model_of_one_head(tmp_path: Path) -> None:
+    """No two processes could share it, and none need to."""
+    params = {**PARAMS, "n_heads": 1, "n_kv_heads": 1}
+    convert(write_checkpoint(tmp_path / "a", random_weights(params), params=params), tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "b", "meta")
+    assert_same(tensors(tmp_path / "b"), random_weights(params))
 
 
 def test_a_full_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,12 +396,20 @@ def test_pages_that_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert released(pages[2:6, :100], pages[9:11, 1:]) == [2, 3, 4, 10]
     assert released(whole[page:page], pages[:, :0], pages[3:3], torch.empty(0), torch.zeros(4 * page)) == []
     monkeypatch.setattr("llama.system.files.COPY_BYTES", 3 * page)
-    for source in (pages, pages.view(64, -1), pages.view(1, -1), pages[:, :5], whole):
+    pieces: list[int] = []
+    release = files.release
+    monkeypatch.setattr(files, "release", lambda tensor: pieces.append(len(tensor)) or release(tensor))
+    for source, rows in (
+        (pages, [3, 3, 3, 3, 3, 1]), (pages.view(64, -1), [12, 12, 12, 12, 12, 4]), (pages.view(2, -1), [1, 1]),
+        (pages[:, :5], [3, 3, 3, 3, 3, 1]), (whole[: 4 * page], [3 * page, page]), (whole[:1].expand(9), [9]), (whole[:0], []),
+    ):  # fmt: skip
         whole.copy_(torch.arange(len(whole)) % 251)
-        expected, target = source.clone(), torch.zeros_like(source)
+        expected, target = source.clone(), torch.zeros(source.shape, dtype=torch.uint8)
+        pieces.clear()
         files.copy(source, target)
         assert torch.equal(target, expected)
-        assert source.shape == (16, 5) or not whole.any()  # of five columns no run of rows ends with its page
+        assert pieces == rows
+        assert source.numel() < len(whole) or not whole.any()
 
 
 def test_files_that_are_written_to_under_a_model(tmp_path: Path, tokenizer_path: str) -> None:

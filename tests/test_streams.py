@@ -150,6 +150,17 @@ def test_what_chunks_hold(logprobs: Any, echo: bool, llama: Llama) -> None:
         assert held.get("logprobs") == pytest.approx(whole.get("logprobs"), abs=1e-5)
 
 
+@pytest.mark.parametrize("cut", [1, 2, 5, 11])
+def test_a_text_goes_on_from_its_ids(cut: int, llama: Llama) -> None:
+    """Two parts are together the whole text, with the space between two words, where the second would begin without one."""
+    prompt = llama.tokenizer.encode("the little dog", True, False)
+    ids = [step.token for step in llama.steps([prompt], 0, max_gen_len=16) if step.token is not None]
+    begun = ids[:cut]
+    chunks = list(llama.continue_ids([*prompt, *begun], 0, max_gen_len=16 - cut, begun=begun))
+    assert [token for chunk in chunks for token in chunk["tokens"]] == ids[cut:]
+    assert llama.tokenizer.decode(begun) + joined(chunks, 1)[0] == llama.tokenizer.decode(ids)
+
+
 # Stops
 
 

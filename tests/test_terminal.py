@@ -615,6 +615,13 @@ def test_tokenize(capsys: pytest.CaptureFixture[str]) -> None:
     assert decoded == 'they decode to " ⁇ 一下,看看 ⁇ 情况"'
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_only_the_first_process_reads(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.Launch, "read", lambda: SimpleNamespace(rank=rank))
+    assert console.given_text(None, "none", "text") == console.given_text(None, None, "text") == ""
+    assert console.given_text("a", None, "text") == "a"
+
+
 def test_tokenize_other_ways(
     llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
