@@ -47,8 +47,9 @@ TESTS = {
     "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued", "fingerprint": "peers",
     "folders": "terminal convert", "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
-    "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts",
-    "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
+    "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model",
+    "meta": "checkpoint files", "metas_way": "own_parts", "decoding/invariant": "scheduler",
+    "layers/invariant": "scheduler", "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
     "quantized": "quantization", "requests": "generation", "rounding": "quantization", "rows": "scheduler streams",
     "sampling": "sampling streams", "scheduler": "scheduler streams threads", "staging": "loading",
     "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",
@@ -69,6 +70,13 @@ SILENT = ast.JoinedStr, ast.Raise  # what words say
 Change = tuple[ast.AST, str, Callable[[], None]]  # of which node, what its text is afterwards, and what makes it so
 
 
+def sources() -> dict[str, Path]:
+    """The files of llama/ by their names; where two have one name, with that of the folder."""
+    paths = sorted((ROOT / "llama").glob("**/[a-z]*.py"))
+    stems = Counter(path.stem for path in paths)
+    return {path.stem if stems[path.stem] == 1 else f"{path.parent.name}/{path.stem}": path for path in paths}
+
+
 def tests_of(name: str) -> list[str]:
     """What pytest is to run for a file of llama/."""
     places = [test.split("::") for test in TESTS.get(name, name).split()]
@@ -79,7 +87,7 @@ def missing() -> list[str]:
     """What TESTS and SPEED name that is not there."""
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "llama").glob("**/*.py"))
     texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
-    files = {path.stem: tests_of(path.stem) for path in sorted((ROOT / "llama").glob("**/[a-z]*.py"))}
+    files = {name: tests_of(name) for name in sources()}
     wrong = [name for name in TESTS if name not in files]
     wrong += [name for name in SPEED if not re.search(rf"^(\w+, )?{name}\b.* = ", code, re.MULTILINE)]
     for name, tests in files.items():
@@ -175,10 +183,10 @@ def main() -> None:
     args = parser.parse_args()
     if wrong := missing():
         sys.exit("what TESTS or SPEED names is not there: " + ", ".join(wrong))
-    files = {path.stem: path for path in sorted((ROOT / "llama").glob("**/[a-z]*.py"))}
-    names = args.names or list(files)
-    sources = {name: files[name].read_text(encoding="utf-8") for name in names}
-    places = [(name, i) for name, source in sources.items() for i, _ in enumerate(changes(ast.parse(source)))]
+    paths = sources()
+    names = args.names or list(paths)
+    texts = {name: paths[name].read_text(encoding="utf-8") for name in names}
+    places = [(name, i) for name, source in texts.items() for i, _ in enumerate(changes(ast.parse(source)))]
     drawn = sorted(random.Random(args.seed).sample(places, min(args.mutants, len(places))))
     outcomes, survivors = Counter[str](), []
     limits: dict[str, float] = {}
@@ -186,21 +194,21 @@ def main() -> None:
         folder = Path(root) / "copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".scratch", "__pycache__"))
         for name, number in drawn:
-            path = folder / files[name].relative_to(ROOT)
+            path = folder / paths[name].relative_to(ROOT)
             tests = tests_of(name)
             if name not in limits:
-                path.write_text(ast.unparse(ast.parse(sources[name])), encoding="utf-8")
+                path.write_text(ast.unparse(ast.parse(texts[name])), encoding="utf-8")
                 began = time.monotonic()
                 if (result := verdict(folder, tests)) != "survived":
                     sys.exit(f"{' '.join(tests)} must pass before anything is changed: {result}")
                 limits[name] = 60 + 3 * (time.monotonic() - began)
-            tree = ast.parse(sources[name])
+            tree = ast.parse(texts[name])
             node, after, change = list(changes(tree))[number]
             told = f"{name}.py:{getattr(node, 'lineno', 0)} {ast.unparse(node)} -> {after}"
             change()
             path.write_text(ast.unparse(tree), encoding="utf-8")
             result = verdict(folder, tests, limits[name])
-            path.write_text(sources[name], encoding="utf-8")
+            path.write_text(texts[name], encoding="utf-8")
             print(f"{told}: {result}", flush=True)
             outcomes[result.partition(":")[0]] += 1
             survivors += [told] * (result == "survived")
