@@ -19,6 +19,7 @@ from helpers import TWINS, environment, write_twin
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tqdm import tqdm
 from workers import Pool
 
 from llama import Llama, ModelArgs, Tokenizer
@@ -137,6 +138,21 @@ def test_what_a_config_says(dtype: Any, rope_theta: float, positions: int, tmp_p
     }  # fmt: skip
     if os.name == "posix":
         assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("to", ["hf", "meta"])
+def test_the_bar_counts_tensors(to: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal (None: tqdm looks whether stderr is one)."""
+    bars: list[Any] = []
+
+    def bar(**options: Any) -> Any:
+        assert options.pop("disable") is None
+        bars.append(tqdm(disable=False, **options))
+        return bars[-1]
+
+    monkeypatch.setattr("llama.commands.convert.tqdm", bar)
+    convert(tiny, tmp_path / "new", to)
+    assert bars[0].n == bars[0].total == len(random_weights()) + (to == "meta")  # a table of rotations is copied too
 
 
 def test_shards_are_those_of_torch_save(tmp_path: Path) -> None:

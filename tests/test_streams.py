@@ -177,8 +177,9 @@ def test_stop_strings(llama: Llama) -> None:
             assert got["finish_reason"] == "stop"
             assert "".join(got["tokens"]) == expected
             assert len(got["tokens"]) == len(got["logprobs"])
-            chunks = llama.stream_text(["the little dog"], temperature=0, max_gen_len=40, stop=stops)
+            chunks = list(llama.stream_text(["the little dog"], temperature=0, max_gen_len=40, stop=stops))
             assert joined(chunks, 1) == [expected]
+            assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
 
 
 @pytest.mark.parametrize("length", [1, 7, 20])
