@@ -148,6 +148,12 @@ def test_what_chunks_hold(logprobs: Any, echo: bool, llama: Llama) -> None:
         assert {key: len(items) for key, items in held.items()} == dict.fromkeys(lists, len(ids) + 12)
         assert "".join(part["text"] for part in parts) == whole["generation"]
         assert held.get("logprobs") == pytest.approx(whole.get("logprobs"), abs=1e-5)
+        if logprobs == 2:
+            assert held["top_logprobs"][:-12] == [[] for _ in ids]
+            for token, logprob, (best, second) in list(zip(held["tokens"], held["logprobs"], held["top_logprobs"]))[-12:]:
+                assert best == {"id": token, "text": llama.tokenizer.decode([token]), "logprob": logprob}
+                assert second == {**second, "text": llama.tokenizer.decode([second["id"]])}
+                assert second["logprob"] <= logprob
 
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 11])
