@@ -46,7 +46,7 @@ class Watch:
         self._classes: list[type] = []
         self._attributes: list[tuple[str, dict[str, Any]]] = []  # a name that may be patched, and its part's attributes
         self._hooks: list[Any] = []
-        self._known = False
+        self._known: bool  # whether the parts that were listed last are all of original classes
 
     def sees_no_change(self, model: nn.Module) -> bool:
         """Whether the model's parts are of the original classes, unpatched and unhooked, and outside autocast.

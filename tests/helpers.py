@@ -50,12 +50,14 @@ def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:
     return "\n".join(line for line in lines if not line.startswith("Loaded in "))
 
 
-def chosen(logits: torch.Tensor, sampling: Sampling, prompt: Sequence[int] = (), new: Sequence[int] = ()) -> torch.Tensor:
+def chosen(
+    logits: torch.Tensor, sampling: Sampling, prompt: Sequence[int] = (), new: Sequence[int] = (), grammar: Any = None
+) -> torch.Tensor:
     """The next ids of rows with these logits (N, V), options, prompts and new ids, drawn from the global generator."""
     params = SimpleNamespace(vocab_size=logits.shape[-1])
     chooser = Chooser(SimpleNamespace(device=logits.device, model=SimpleNamespace(params=params), batch_invariant=False))  # type: ignore[arg-type]
     source = Source(len(logits))
-    rows = [Row(Request(list(prompt), 9, sampling), i, source, None, lane=i) for i in range(len(logits))]
+    rows = [Row(Request(list(prompt), 9, sampling, grammar=grammar), i, source, None, lane=i) for i in range(len(logits))]
     for row in rows:
         chooser.admit(row)
     for token in new:

@@ -5,6 +5,7 @@ nothing.
 
 Without names, of all files. A copy of the checkout is changed, not the checkout. The test files that belong to a file must
 pass on it unchanged; then they run on each mutant until the first that fails, which notices it, as does whatever takes long.
+The numbers in SPEED are left as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -32,21 +34,30 @@ import torch  # noqa: F401, once, for all the children
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
-# The test files of each file that has none of its own name, or whose behaviour others test as well.
+# The tests of each file that has no test file of its own name, or whose behaviour others test as well: files, or file::test.
 TESTS = {
-    "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts",
-    "calls": "scheduler threads", "choosing": "scheduler streams sampling", "held": "scheduler", "pace": "scheduler",
-    "requests": "generation", "rows": "scheduler streams", "scheduler": "scheduler streams threads",
-    "verifying": "drafting draft_model",
-    "cache_use": "own_parts", "checks": "options sampling", "cli": "terminal", "compiler": "packages",
-    "console": "terminal", "conversation": "terminal",
-    "completion": "streams options", "engine": "streams", "fingerprint": "peers", "folders": "terminal convert",
-    "gpu_step": "emulated_cuda", "draft_model": "draft_model", "loading": "loading draft_model",
-    "int4": "quantization", "int8": "quantization", "jobs": "terminal", "launch": "runtime", "meta": "checkpoint files",
-    "metas_way": "own_parts",
-    "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels", "quantized": "quantization",
-    "rounding": "quantization", "sampling": "sampling streams", "staging": "loading", "triton_kernels": "kernels",
-    "writers": "convert",
+    "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts", "cache_use": "own_parts",
+    "calls": "scheduler threads", "checks": "options sampling",
+    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes huggingface::test_ids_without_a_piece_are_left_out",
+    "choosing": "scheduler streams sampling", "cli": "terminal",
+    "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
+                "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
+    "compiler": "packages", "completion": "streams options", "console": "terminal", "conversation": "terminal",
+    "convert": "convert quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
+    "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued", "fingerprint": "peers",
+    "folders": "terminal convert", "gpu_step": "emulated_cuda", "held": "scheduler",
+    "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
+    "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model",
+    "meta": "checkpoint files", "metas_way": "own_parts", "decoding/invariant": "scheduler", "layers/invariant": "scheduler",
+    "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
+    "quantized": "quantization", "requests": "generation options", "rounding": "quantization", "rows": "scheduler streams",
+    "sampling": "sampling streams", "scheduler": "scheduler streams threads", "staging": "loading",
+    "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",
+}  # fmt: skip
+# Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
+SPEED = {
+    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "LOGITS_BYTES", "PASS", "PIECE",
+    "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "TRIES",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
@@ -57,6 +68,33 @@ NAMES = {"min": "max", "max": "min", "all": "any", "any": "all"}
 UNSEEN = ("annotation", "returns", "decorator_list")  # fields that change no result
 SILENT = ast.JoinedStr, ast.Raise  # what words say
 Change = tuple[ast.AST, str, Callable[[], None]]  # of which node, what its text is afterwards, and what makes it so
+
+
+def sources() -> dict[str, Path]:
+    """The files of llama/ by their names; where two have one name, with that of the folder."""
+    paths = sorted((ROOT / "llama").glob("**/[a-z]*.py"))
+    stems = Counter(path.stem for path in paths)
+    return {path.stem if stems[path.stem] == 1 else f"{path.parent.name}/{path.stem}": path for path in paths}
+
+
+def tests_of(name: str) -> list[str]:
+    """What pytest is to run for a file of llama/."""
+    places = [test.split("::") for test in TESTS.get(name, name).split()]
+    return ["::".join([f"tests/test_{file}.py", *parts]) for file, *parts in places]
+
+
+def missing() -> list[str]:
+    """What TESTS and SPEED name that is not there."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "llama").glob("**/*.py"))
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    files = {name: tests_of(name) for name in sources()}
+    wrong = [name for name in TESTS if name not in files]
+    wrong += [name for name in SPEED if not re.search(rf"^(\w+, )?{name}\b.* = ", code, re.MULTILINE)]
+    for name, tests in files.items():
+        for file, _, test in (test.removeprefix("tests/").partition("::") for test in tests):
+            if file not in texts or (test and f"def {test}(" not in texts[file]):
+                wrong.append(f"{name}: {file} {test}")
+    return wrong
 
 
 def without(items: list[Any], i: int) -> list[Any]:
@@ -95,6 +133,8 @@ def changes(node: ast.AST, in_function: bool = False) -> Iterator[Change]:
     for field, value in ast.iter_fields(node):
         for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if field in UNSEEN or not isinstance(child, ast.AST) or isinstance(child, SILENT):
+                continue
+            if isinstance(child, ast.Assign) and any(getattr(part, "id", None) in SPEED for part in ast.walk(child.targets[0])):
                 continue
             inside = in_function or isinstance(node, ast.FunctionDef)
             for other in others(child, inside):
@@ -141,10 +181,12 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    files = {path.stem: path for path in sorted((ROOT / "llama").glob("**/[a-z]*.py"))}
-    names = args.names or list(files)
-    sources = {name: files[name].read_text(encoding="utf-8") for name in names}
-    places = [(name, i) for name, source in sources.items() for i, _ in enumerate(changes(ast.parse(source)))]
+    if wrong := missing():
+        sys.exit("what TESTS or SPEED names is not there: " + ", ".join(wrong))
+    paths = sources()
+    names = args.names or list(paths)
+    texts = {name: paths[name].read_text(encoding="utf-8") for name in names}
+    places = [(name, i) for name, source in texts.items() for i, _ in enumerate(changes(ast.parse(source)))]
     drawn = sorted(random.Random(args.seed).sample(places, min(args.mutants, len(places))))
     outcomes, survivors = Counter[str](), []
     limits: dict[str, float] = {}
@@ -152,21 +194,21 @@ def main() -> None:
         folder = Path(root) / "copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".scratch", "__pycache__"))
         for name, number in drawn:
-            path = folder / files[name].relative_to(ROOT)
-            tests = [f"tests/test_{test}.py" for test in TESTS.get(name, name).split()]
+            path = folder / paths[name].relative_to(ROOT)
+            tests = tests_of(name)
             if name not in limits:
-                path.write_text(ast.unparse(ast.parse(sources[name])), encoding="utf-8")
+                path.write_text(ast.unparse(ast.parse(texts[name])), encoding="utf-8")
                 began = time.monotonic()
                 if (result := verdict(folder, tests)) != "survived":
                     sys.exit(f"{' '.join(tests)} must pass before anything is changed: {result}")
                 limits[name] = 60 + 3 * (time.monotonic() - began)
-            tree = ast.parse(sources[name])
+            tree = ast.parse(texts[name])
             node, after, change = list(changes(tree))[number]
             told = f"{name}.py:{getattr(node, 'lineno', 0)} {ast.unparse(node)} -> {after}"
             change()
             path.write_text(ast.unparse(tree), encoding="utf-8")
             result = verdict(folder, tests, limits[name])
-            path.write_text(sources[name], encoding="utf-8")
+            path.write_text(texts[name], encoding="utf-8")
             print(f"{told}: {result}", flush=True)
             outcomes[result.partition(":")[0]] += 1
             survivors += [told] * (result == "survived")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,52 @@ def test_bench_in_words(flags: list[str], capsys: pytest.CaptureFixture[str], mo
     assert [line.split()[0] for line in lines[1:7]] == ["load", "prefill", "first", "decode", "weights", "memory"]
 
 
+REPORT = {
+    "checkpoint": "a\nfolder", "quantize": None, "compile": None, "load_s": 1.234, "device": "cpu", "dtype": "bfloat16",
+    "processes": 1, "threads": 1, "batch_size": 1, "prompt_tokens": 480, "new_tokens": 64, "prefill_tok_s": 123.45,
+    "first_token_s": 0.12345, "decode_tok_s": 45.678, "step_s": 0.0123, "weights_bytes": 2_500_000, "weights_GB_s": 12.34,
+    "memory_GB_s": 23.46, "share_of_memory_rate": 0.526, "fits_cache": False,
+}  # fmt: skip
+WORDS = """a
+folder: bfloat16 on cpu, 1 process, 1 thread
+  load      1.23 s
+  prefill   123.5 tok/s (480 tokens)
+  first     0.1235 s to the first token
+  decode    45.68 tok/s (12.30 ms a step, 64 new tokens)
+  weights   2.5 MB a step, 12.3 GB/s
+  memory    23.5 GB/s in plain reads: decode takes 53% of that"""
+SEVERAL = [
+    ("bfloat16 on cpu, 1 process, 1 thread", "bfloat16, int8, compiled on cuda:0, 4 processes"),
+    ("(480 tokens)", "(480 tokens in each of 3 prompts)"), ("tok/s (12", "tok/s of 3 prompts together (12"),
+    ("a step, 12.3", "a step on each process, 12.3"), ("in plain reads", "in copies on each process"),
+]  # fmt: skip
+
+
+def test_a_report_in_words() -> None:
+    """Of one prompt on one process, and of several on several GPUs."""
+    assert bench._in_words(REPORT) == WORDS
+    changes = {"processes": 4, "batch_size": 3, "device": "cuda:0", "quantize": "int8", "compile": True}
+    words = WORDS
+    for old, new in SEVERAL:
+        words = words.replace(old, new)
+    assert bench._in_words({**REPORT, **changes, "threads": 9}) == words
+    assert bench._place({**REPORT, "processes": 2, "threads": 3}) == "cpu, 2 processes, 3 threads each"
+    *same, note = bench._in_words({**REPORT, "fits_cache": True, "compile": False}).splitlines()
+    assert same == WORDS.splitlines()
+    assert note.strip() == "(the weights fit this processor's largest cache, so more than 100% is possible)"
+
+
+def test_the_largest_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "Path", lambda _: tmp_path)
+    assert bench.largest_cache() == 0
+    for i, size in enumerate(["48K", "2048K\n", "32M\n", "unknown", "9"]):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(size)
+        assert bench.largest_cache() == [48 * 2**10, 2**21, 2**25, 2**25, 2**25][i]
+    (tmp_path / "index0" / "size").write_text("1G")
+    assert bench.largest_cache() == 2**30
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -94,6 +141,40 @@ def test_bench_refuses_before_it_works(options: dict[str, Any], said: str, monke
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it measured"))
     with pytest.raises(ValueError, match=said):
         command("bench", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "positions"),
+    [({}, 512), ({"new_tokens": 12}, 492), ({"new_tokens": 511}, 512), ({"new_tokens": 600}, 601),
+     ({"new_tokens": 600, "ckpt_dir": "a folder"}, 1080), ({"prompt_tokens": 7, "new_tokens": 2}, 9)],
+)  # fmt: skip
+def test_prompts_leave_room_for_what_is_asked_for(
+    options: dict[str, Any], positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """480 tokens if not given, or as many as the demo model's context allows, but at least one."""
+
+    class Built(Exception):
+        pass
+
+    def build(args: Any, max_seq_len: int, max_batch_size: int) -> None:
+        raise Built(max_seq_len)
+
+    monkeypatch.setattr(bench, "build", build)
+    with pytest.raises(Built, match=rf"^{positions}$"):
+        command("bench", **options)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_device_is_waited_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its work is only queued, so each run is timed to its end; and one run comes before those that count."""
+    done: list[str] = []
+    clock = iter([5.0, 105.0, *(t for i in range(bench.TRIES) for t in (0.0, 2.0 + i))])
+    monkeypatch.setattr(bench, "device_kind", lambda _: kind)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: done.append("wait"))
+    monkeypatch.setattr(time, "perf_counter", lambda: done.append("look") or next(clock))
+    assert bench._seconds(lambda: done.append("work"), torch.device("cpu")) == 2.0 + bench.TRIES // 2
+    once = ["look", "work", "look"] if kind == "cpu" else ["look", "work", "wait", "look"]
+    assert done == once * (1 + bench.TRIES)
 
 
 def test_a_timed_run_is_greedy_and_passes_eos(tiny: Path, tokenizer_path: str) -> None:

@@ -233,7 +233,7 @@ def test_weights_in_other_forms(dtype: torch.dtype, tmp_path: Path, tokenizer_pa
     weights = random_weights()
     weights["layers.1.attention.wq.weight"] = weights["layers.1.attention.wq.weight"].to(dtype)
     folder = write_checkpoint(tmp_path, weights)
-    refuse(folder, tokenizer_path, "wq.weight is torch.*use float32 or bfloat16 or float16", tiny)
+    refuse(folder, tokenizer_path, f"wq.weight is {dtype}.*use float32 or bfloat16 or float16", tiny)
 
 
 def test_damaged_files(tmp_path: Path, tokenizer_path: str, tiny: Path) -> None:

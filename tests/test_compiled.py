@@ -10,6 +10,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from conftest import PARAMS, random_weights, write_checkpoint
+from emulated_cuda import emulated
 from helpers import COLUMNS, PROMPTS, build
 from workers import Pool
 
@@ -176,6 +177,25 @@ def test_looking_ahead(tiny: Path, tokenizer_path: str, temperature: float, monk
     assert len(steps) - before == 19  # the prompt gave the first id, and nothing was queued that was known to be in vain
 
 
+@pytest.mark.parametrize("backend", [None, "eager", "inductor"])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_ways_of_a_step(
+    device: str, backend: Optional[str], tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest first, and each is what is fallen back to; inductor's longer search is for what a GPU runs."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda step, **options: asked.append(options) or step)
+    with emulated():
+        llama = Llama.build(str(tiny), tokenizer_path, COLUMNS, 1, device=device, compile=False)
+        ways = compiled.Recorded(llama.model, backend)._ways
+    on_gpu = device == "emulated"
+    expected = [("compiled", on_gpu)] * (backend is not None) + [("recorded", True)] * on_gpu + [("plain", False)]
+    assert [(way.kind, way.captured) for way in ways] == expected
+    options = {"coordinate_descent_tuning": True} if on_gpu and backend == "inductor" else None
+    expected_calls = [{"fullgraph": True, "dynamic": False, "backend": backend, "options": options}]
+    assert asked == expected_calls * (backend is not None)
+
+
 def test_one_graph_for_each_number_of_rows(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fullgraph=True means no breaks; and no span, position, slot or ragged batch makes it compile again."""
     monkeypatch.setattr(compiled, "LEAST_COLUMNS", 16)
@@ -184,6 +204,7 @@ def test_one_graph_for_each_number_of_rows(tiny: Path, tokenizer_path: str, monk
 
     def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
+        assert torch._dynamo.config.recompile_limit >= 32  # numbers of rows are powers of two
         return graph.forward
 
     llama = build(tiny, tokenizer_path)
@@ -199,17 +220,21 @@ def test_one_graph_for_each_number_of_rows(tiny: Path, tokenizer_path: str, monk
     assert not any("complex" in str(node.meta.get("example_value", "")) for graph in graphs for node in graph.graph.nodes)
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_compiled_runs_as_it_is(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no triton here\nand more")
 
     torch._dynamo.reset()
     llama = build(tiny, tokenizer_path)
     record(llama, fail)  # type: ignore[arg-type]
+    made = count_calls(monkeypatch, compiled.Recorded, "_new")
     ids = llama.generate(PROMPTS, 5, 0)
     out = capsys.readouterr().out
     assert out.count("The decode step is not compiled, and runs as it is: ") == 1
     assert "and more" not in out
+    assert len(made) == 1  # the buffers stay
     assert ids == build(tiny, tokenizer_path, compile=False).generate(PROMPTS, 5, 0)
 
 

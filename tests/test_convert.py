@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from conftest import PARAMS, ROOT, random_weights, shared, write_checkpoint
 from helpers import TWINS, environment, write_twin
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tqdm import tqdm
 from workers import Pool
 
 from llama import Llama, ModelArgs, Tokenizer
@@ -89,6 +92,67 @@ def test_any_shards_to_any(first: int, second: int, tmp_path: Path) -> None:
     assert len(list((tmp_path / "b").glob("*.pth"))) == second
     for before, after in zip(sorted(source.glob("*.pth")), sorted((tmp_path / "c").glob("*.pth")), strict=True):
         assert_same(torch.load(before), torch.load(after))
+
+
+def test_files_of_a_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are needed, none larger than it may be unless one tensor is; an index says what lies where."""
+    weights = random_weights()
+    source = write_checkpoint(tmp_path / "a", weights)
+    largest = max(weight.nbytes for weight in weights.values())
+    monkeypatch.setattr("llama.commands.convert.PART_BYTES", 3 * 64 * 64 * 4)  # three square matrices; the embedding is larger
+    convert(source, tmp_path / "hf", "hf")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    parts = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert [path.name for path in parts] == [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    sizes: list[int] = []
+    for path in parts:
+        held = load_file(path)
+        assert {name for name, part in index["weight_map"].items() if part == path.name} == held.keys()
+        first = next(name for name, part in index["weight_map"].items() if part == path.name)
+        assert not sizes or sizes[-1] + held[first].nbytes > 3 * 64 * 64 * 4  # it found no room in the file before
+        sizes.append(sum(tensor.nbytes for tensor in held.values()))
+        assert sizes[-1] <= 3 * 64 * 64 * 4 or len(held) == 1
+    assert index["metadata"] == {"total_size": sum(sizes)}
+    assert max(sizes) == largest
+    convert(tmp_path / "hf", tmp_path / "b", "meta")
+    assert_same(tensors(tmp_path / "b"), weights)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rope_theta", "positions"),
+    [(None, 10000.0, 4096), (torch.bfloat16, 1e6, 16384), (torch.float16, 10000.0, 4096)],
+)
+def test_what_a_config_says(dtype: Any, rope_theta: float, positions: int, tmp_path: Path) -> None:
+    """All that transformers would take from its own defaults. Without a tokenizer the ids of BOS and EOS are Llama 2's."""
+    source = write_checkpoint(tmp_path / "a", random_weights(), params={**PARAMS, "rope_theta": rope_theta})
+    convert(source, tmp_path / "hf", "hf", dtype=dtype)
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == ids
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 192,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 400,
+        "rms_norm_eps": 1e-5, "rope_theta": rope_theta, "rope_scaling": None, "hidden_act": "silu",
+        "max_position_embeddings": positions, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+        "torch_dtype": str(dtype or torch.float32).removeprefix("torch."), **ids,
+    }  # fmt: skip
+    if os.name == "posix":
+        assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("to", ["hf", "meta"])
+def test_the_bar_counts_tensors(to: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal (None: tqdm looks whether stderr is one)."""
+    bars: list[Any] = []
+
+    def bar(**options: Any) -> Any:
+        assert options.pop("disable") is None
+        bars.append(tqdm(disable=False, **options))
+        return bars[-1]
+
+    monkeypatch.setattr("llama.commands.convert.tqdm", bar)
+    convert(tiny, tmp_path / "new", to)
+    assert bars[0].n == bars[0].total == len(random_weights()) + (to == "meta")  # a table of rotations is copied too
 
 
 def test_shards_are_those_of_torch_save(tmp_path: Path) -> None:
@@ -231,6 +295,16 @@ def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     refuse("no tokenizer at", tokenizer_path=tmp_path / "tokenizer.model")
     broken = write_checkpoint(tmp_path / "broken", random_weights(), params={**PARAMS, "n_layers": 3})
     refuse("layers.2.attention.wq.weight is missing", source=broken)
+    odd = write_checkpoint(tmp_path / "odd", random_weights(), params={**PARAMS, "n_heads": 7})
+    refuse(r"odd: dim \(64\) must be n_heads \(7\) times an even head size", source=odd)
+
+
+def test_a_model_of_one_head(tmp_path: Path) -> None:
+    """No two processes could share it, and none need to."""
+    params = {**PARAMS, "n_heads": 1, "n_kv_heads": 1}
+    convert(write_checkpoint(tmp_path / "a", random_weights(params), params=params), tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "b", "meta")
+    assert_same(tensors(tmp_path / "b"), random_weights(params))
 
 
 def test_a_full_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

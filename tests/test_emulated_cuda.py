@@ -239,6 +239,17 @@ def test_a_step_waits_for_nothing_but_its_ids(
     assert not machine.violations
 
 
+def test_ids_are_fetched_behind_what_is_queued(tiny: Path, tokenizer_path: str, machine: Machine) -> None:
+    """In one wait for all of them, which comes last."""
+    engine, queued = build(tiny, tokenizer_path)._engine, []
+    numbers = [runtime.to_device(row, engine.device) for row in ([1, 2], [3, 4, 5])]
+    machine.waits.clear()
+    assert engine.fetch(numbers, lambda: queued.append(sum(machine.waits.values()))) == [[1, 2], [3, 4, 5]]
+    assert queued == [0]
+    assert sum(machine.waits.values()) == 1
+    assert engine.fetch(numbers) == [[1, 2], [3, 4, 5]]
+
+
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_launches(quantize: Optional[str], tiny: Path, tokenizer_path: str, machine: Machine) -> None:
     """Nine launches a layer, of which attention takes two; around them the embedding, a norm, the output and its float32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from llama import Llama, model
 from llama.commands import jobs
 from llama.commands.console import given_text
 from llama.commands.convert import convert
-from llama.system.files import Number, listed, read_file, read_json
+from llama.system.files import MappedFiles, Number, contents, listed, read_file, read_json
 from llama.weights import huggingface, meta
 
 NAN, INF = float("nan"), float("inf")
@@ -111,6 +112,15 @@ def test_other_things_than_texts(odd: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"text {message}"):
             read()
+
+
+def test_contents(tmp_path: Path) -> None:
+    """What a message says of a folder: the names, sorted and escaped; that there are none; or why they are not known."""
+    assert contents(tmp_path) == "nothing"
+    for name in ["b\n", *(f"c{i:02d}" for i in range(12)), "a"]:
+        (tmp_path / name).touch()
+    assert contents(tmp_path) == "a, b\\n, " + ", ".join(f"c{i:02d}" for i in range(10)) + " and 2 more"
+    assert contents(tmp_path / "none") == "what cannot be listed (No such file or directory)"
 
 
 @pytest.mark.parametrize(
@@ -358,6 +368,48 @@ def test_tokenizers_without_marks_or_with_wrong_bits(make: Any, message: str, ti
 
 
 # Files that change under a model
+
+
+def test_pages_that_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that lie within a tensor, and no others. Here they were written to, so the file's zeros come back to them."""
+    page = mmap.PAGESIZE
+    path = tmp_path / "zeros"
+    path.write_bytes(bytes(16 * page))
+    files = MappedFiles([path])
+    whole = torch.from_file(str(path), shared=False, size=16 * page, dtype=torch.uint8)
+    pages = whole.view(16, page)
+    if not files.ranges:
+        pytest.skip("the system does not say what is mapped")
+
+    def released(*tensors: torch.Tensor) -> list[int]:
+        whole.fill_(1)
+        for tensor in tensors:
+            files.release(tensor)
+        assert {int(line.sum()) for line in pages} <= {0, page}
+        return [i for i, line in enumerate(pages) if not line.any()]
+
+    assert released(whole) == list(range(16))
+    assert released(whole[page : 3 * page], whole[5 * page :]) == [1, 2, *range(5, 16)]
+    assert released(whole[page + 1 : 4 * page - 1]) == [2]
+    assert released(whole[page : 2 * page - 1], whole[1 : page + 1]) == []
+    assert released(whole.view(torch.float32)[page // 4 : page]) == [1, 2, 3]
+    assert released(pages[2:6, :100], pages[9:11, 1:]) == [2, 3, 4, 10]
+    assert released(whole[page:page], pages[:, :0], pages[3:3], torch.empty(0), torch.zeros(4 * page)) == []
+    monkeypatch.setattr("llama.system.files.COPY_BYTES", 3 * page)
+    pieces: list[int] = []
+    release = files.release
+    monkeypatch.setattr(files, "release", lambda tensor: pieces.append(len(tensor)) or release(tensor))
+    for source, rows in (
+        (pages, [3, 3, 3, 3, 3, 1]), (pages.view(64, -1), [12, 12, 12, 12, 12, 4]), (pages.view(2, -1), [1, 1]),
+        (pages[:, :5], [3, 3, 3, 3, 3, 1]), (whole[: 4 * page], [3 * page, page]), (whole[:1].expand(9), [9]), (whole[:0], []),
+    ):  # fmt: skip
+        whole.copy_(torch.arange(len(whole)) % 251)
+        expected, target = source.clone(), torch.zeros(source.shape, dtype=torch.uint8)
+        pieces.clear()
+        files.copy(source, target)
+        assert torch.equal(target, expected)
+        assert pieces == rows
+        assert source.numel() < len(whole) or not whole.any()
 
 
 def test_files_that_are_written_to_under_a_model(tmp_path: Path, tokenizer_path: str) -> None:

@@ -12,6 +12,7 @@ from workers import Pool
 
 from llama import Llama
 from llama.chat import UNSAFE_ERROR, DialogError
+from llama.decoding.calls import Call
 
 RAGGED = [[1, 20, 30], [1, 50, 60, 70, 80, 90, 100, 110, 120], [1, 7, 8, 9, 10]]
 
@@ -190,6 +191,40 @@ def test_bad_calls(arguments: tuple[Any, ...], message: str, llama: Llama) -> No
     assert llama.generate([[1, 5]], 2)[0]
 
 
+def test_options_of_one_prompt(llama: Llama) -> None:
+    """Are checked as a call does it: one seed, and one answer."""
+    for good in ({}, {"seed": 3}, {"seed": [3]}, {"n": 1, "temperature": 0.5}):
+        llama.check_options(good)
+    for bad, message in (
+        ({"seed": []}, "0 seeds for 1 prompts"), ({"seed": [3, 4]}, "2 seeds for 1 prompts"), ({"n": 2}, "n=2: here a prompt"),
+        ({"max_gen_length": 2}, "unknown option max_gen_length"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            llama.check_options(bad)
+
+
+def test_who_waits_for_each_step(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only of calls whose steps somebody reads as they come are other prompts read in pieces."""
+    streams: list[bool] = []
+
+    class Seen(Call):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            streams.append(self.streams)
+
+    monkeypatch.setattr("llama.generation.Call", Seen)
+    dialog: Any = [{"role": "user", "content": "a"}]
+    llama.generate([[1, 5]], 2)
+    llama.text_completion(["a"], max_gen_len=2)
+    llama.chat_completion([dialog], max_gen_len=2)
+    llama.score(["a dog"])
+    assert streams == [False] * 4
+    for stream in (llama.steps([[1, 5]], max_gen_len=2), llama.stream_text(["a"], max_gen_len=2),
+                   llama.stream_chat([dialog], max_gen_len=2), llama.continue_ids([1, 5], max_gen_len=2)):  # fmt: skip
+        list(stream)
+    assert streams[4:] == [True] * 4
+
+
 def test_a_lone_text_is_no_list(llama: Llama) -> None:
     with pytest.raises(ValueError, match="put one text into a list"):
         llama.text_completion("Once upon a time")
@@ -235,8 +270,9 @@ def test_build_leaves_the_process_as_it_was(tiny: Path, tokenizer_path: str, cap
 
 
 def test_positions_beyond_training_are_announced(tiny: Path, tokenizer_path: str) -> None:
-    with pytest.warns(UserWarning, match="max_seq_len=5000 goes beyond the 4096 positions"):
+    with pytest.warns(UserWarning, match="max_seq_len=5000 goes beyond the 4096 positions") as told:
         Llama.build(str(tiny), tokenizer_path, 5000, 1, device="cpu")
+    assert [warning.filename for warning in told] == [__file__]  # the line that a reader can change
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Llama.build(str(tiny), tokenizer_path, 4096, 1, device="cpu")

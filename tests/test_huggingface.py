@@ -165,8 +165,9 @@ def test_a_config_of_another_model(change: dict[str, Any], message: str, twins: 
 def test_ids_without_a_piece_are_left_out(tmp_path: Path, tokenizer_path: str) -> None:
     """Fine-tunes that added a padding token have 32001 rows, and ran on one process only; the tokenizer has 32000 pieces."""
     folder = write_twin(tmp_path / "hf", {"vocab_size": 403})
-    with pytest.warns(UserWarning, match="has 403 ids, but the tokenizer has 400 pieces"):
+    with pytest.warns(UserWarning, match="has 403 ids, but the tokenizer has 400 pieces") as told:
         llama = Llama.build(str(folder), tokenizer_path, 16, 1, device="cpu")
+    assert [warning.filename for warning in told] == [__file__]
     assert llama.model.output.weight.shape == llama.model.tok_embeddings.weight.shape == (400, 64)
     checkpoint = open_checkpoint(folder)
     with pytest.warns(UserWarning, match="left out"):

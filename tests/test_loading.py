@@ -15,6 +15,7 @@ from helpers import TWINS, write_twin
 from workers import Pool
 
 from llama import Llama, Transformer, memory
+from llama.commands.convert import convert
 from llama.layers.quantized import Quantized
 from llama.weights import staging
 
@@ -65,6 +66,18 @@ def test_loading_neither_waits_nor_converts_on_the_host(
         assert slow(machine) == {}
         assert not machine.violations
         assert_same(model, on_cpu)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("int8", "scales"), ("int4", "zeros")])
+def test_scales_that_no_rounding_makes(kind: str, name: str, tiny: Path, tmp_path: Path, tokenizer_path: str) -> None:
+    """Are refused as on a CPU: see test_files.py."""
+    convert(tiny, tmp_path / "q", "meta", quantize=kind)
+    path = tmp_path / "q" / "consolidated.00.pth"
+    stored = torch.load(path)
+    stored[f"layers.1.feed_forward.w2.{name}"].view(-1)[5] = float("nan")
+    torch.save(stored, path)
+    with emulated(), pytest.raises(ValueError, match=rf"layers.1.feed_forward.w2.{name} goes from .*the file is damaged"):
+        Llama.build(str(tmp_path / "q"), tokenizer_path, 16, 1, device="emulated")
 
 
 @pytest.mark.parametrize("kind", [None, "int8"])

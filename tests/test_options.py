@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import deque
 from fractions import Fraction
@@ -14,7 +15,9 @@ import torch
 
 from llama import Llama
 from llama.chat import DialogError
+from llama.decoding.requests import LEAST_SHARED, Request
 from llama.decoding.sampling import Sampling
+from llama.options import DEFAULTS, IN_JSON, METAS_OPTIONS, SETTABLE, Options
 from llama.system.checks import whole_number
 
 NAN, INF = math.nan, math.inf
@@ -28,6 +31,30 @@ def llama(tiny: Path, tokenizer_path: str) -> Llama:
 def ids(llama: Llama, **options: Any) -> Any:
     chunks = list(llama.stream_text(["the tree"], **{"max_gen_len": 4, "temperature": 0.7, "seed": 1, **options}))
     return [i for chunk in chunks for i in chunk["tokens"]]
+
+
+def test_every_option_has_one_default() -> None:
+    """The same in Python, in the terminal and in a line of --jsonl, where some have no place."""
+    assert DEFAULTS == {
+        "temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "logit_bias": None, "max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (),
+        "seed": None, "draft": None, "n": 1,
+    }  # fmt: skip
+    assert DEFAULTS.keys() == {*Options.__annotations__, *METAS_OPTIONS}
+    for call in (Llama.text_completion, Llama.chat_completion, Llama.stream_text, Llama.stream_chat, Llama.steps):
+        parameters = inspect.signature(call).parameters
+        assert {name: parameters[name].default for name in METAS_OPTIONS} == {name: DEFAULTS[name] for name in METAS_OPTIONS}
+    assert set(IN_JSON) == DEFAULTS.keys() - {"logprobs", "logit_bias", "seed", "n"}
+    assert set(SETTABLE) == DEFAULTS.keys() - {"logprobs", "logit_bias", "stop_ids", "draft", "n"}
+
+
+def test_a_request_by_default() -> None:
+    """Takes the best ids, ends at none of them, reports no numbers, and has lists of its own."""
+    request = Request([1, 5], 3)
+    assert (request.draws, request.sampling, request.seed, request.ends) == (False, Sampling(temperature=0), None, frozenset())
+    assert (request.logprobs, request.alternatives, request.score_prompt) == (False, 0, False)
+    assert (request.draft, request.grammar, request.least_shared) == (None, None, LEAST_SHARED)
+    assert Request([1, 5], 3, Sampling(1e-9)).draws
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

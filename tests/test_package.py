@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mutants
 import pytest
 from conftest import ROOT
 from helpers import environment, run, text_of
@@ -158,6 +159,18 @@ def test_the_readmes_map_is_complete() -> None:
         assert len(ast.parse((ROOT / f"llama/{name}.py").read_text()).body) == 1
     for path in ROOT.glob("*.py"):
         assert path.name in README or path.name == "setup.py", path
+
+
+def test_mutants_names_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes hours, and what it looks for at its end must be there at its start."""
+    assert mutants.missing() == []
+    for name, tests in (("int8", "gone"), ("gone", "model"), ("held", "scheduler::test_nothing")):
+        monkeypatch.setitem(mutants.TESTS, name, tests)
+    monkeypatch.setattr(mutants, "SPEED", {"TRIES", "TRI"})
+    assert mutants.missing() == ["gone", "TRI", "held: test_scheduler.py test_nothing", "int8: test_gone.py "]
+    monkeypatch.setattr(sys, "argv", ["mutants.py"])
+    with pytest.raises(SystemExit, match="names is not there: gone, TRI, held"):
+        mutants.main()
 
 
 def imported(name: str) -> Iterator[str]:

@@ -10,14 +10,16 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import PARAMS
 from helpers import PROMPTS, build
 
-from llama import runtime
+from llama import ModelArgs, Transformer, runtime
 from llama.decoding import compiled, compiler, packages
 
 unix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no owners and modes")
@@ -337,6 +339,18 @@ def test_a_package_is_of_all_that_it_depends_on(tiny: Path, tokenizer_path: str,
             patch.setattr(*change)
             names.add(compiled.code_key(model))
     assert len(names) == 1 + len(changes)
+
+
+@pytest.mark.parametrize(("rows", "bounds"), [(4, [(2, 4), (2, 128)]), (2, [(2, 128)])])
+def test_sizes_that_a_package_is_for(rows: int, bounds: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and columns, from what `Packaged` may ask for first to the largest; a size that stands alone is no variable."""
+    made: list[Any] = []
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: made.append(program))
+    monkeypatch.setattr(torch._inductor.config.aot_inductor, "precompile_headers", False, raising=False)
+    args = ModelArgs(**{**PARAMS, "n_layers": 1}, vocab_size=9, max_seq_len=128, max_batch_size=rows)
+    request = {"args": asdict(args), **compiled.described(Transformer(args)), "several": True}
+    compiler.make({**request, "threads": torch.get_num_threads()}, Path("nowhere"))
+    assert sorted((int(sizes.lower), int(sizes.upper)) for sizes in made[0].range_constraints.values()) == bounds
 
 
 def test_a_processor_that_torch_does_not_describe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,36 @@ def test_many_rows_take_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_near(layer(x), x, numbers(layer), 2**-7)
 
 
+EVEN, ODD = slice(0, None, 2), slice(1, None, 2)
+
+
+@pytest.mark.parametrize("columns", ["in order", "in another order"])
+@pytest.mark.parametrize(
+    ("height", "halves"),
+    [*[(h, (slice(0, h // 2), slice(h // 2, h))) for h in (16, 32, 64)], *[(h, (EVEN, ODD)) for h in (16, 32, 64)],
+     (64, (ODD, EVEN)), (8, (EVEN, ODD)), (128, (EVEN, ODD)), (32, (slice(0, 16), slice(0, 16)))],
+)  # fmt: skip
+def test_how_a_processor_packs_is_found_out(
+    height: int, halves: tuple[slice, slice], columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processors than this one have blocks of other heights, of which each byte has a row of either half, or two that
+    are neighbours. What is not understood is left to torch."""
+
+    def pack(numbers: torch.Tensor, _: int) -> torch.Tensor:
+        blocks = numbers.view(-1, height, numbers.shape[1]).transpose(1, 2)
+        blocks = blocks.flip(1) if columns == "in another order" else blocks
+        return (blocks[..., halves[0]] + 16 * blocks[..., halves[1]]).to(torch.uint8).reshape(len(numbers), -1)
+
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack_for_cpu", pack)
+    found = int4.packed_layout.__wrapped__()
+    if columns == "in another order" or height not in (16, 32, 64) or halves[0] == halves[1]:
+        assert found is None
+    else:
+        rows = list(range(height))
+        assert found is not None
+        assert (found[0], [rows[half] for half in found[1]]) == (height, [rows[half] for half in halves])
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 9, 10, 12, 13])
 def test_blocks_of_rows_leave_none_out(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

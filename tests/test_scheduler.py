@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ from typing import Any
 import events
 import pytest
 import torch
+from helpers import chosen
 from hypothesis import given
 from hypothesis import strategies as st
 from workers import Pool
@@ -300,6 +302,18 @@ def test_grammars_are_obeyed_while_rows_move(llama: Llama) -> None:
             assert grammar.accepted == tokens
             assert all(token % 2 == 0 for token in tokens)
     assert any(token % 2 for tokens in found for token in tokens)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 64, 992, 1000])
+def test_a_grammar_has_a_bit_for_each_id(vocab_size: int) -> None:
+    """In as few int32 as hold them, and the last id is one of them."""
+
+    class OnlyLast(events.OnlyEven):
+        def fill(self, bits: torch.Tensor) -> None:
+            assert (bits.shape, bits.dtype) == ((math.ceil(vocab_size / 32),), torch.int32)
+            bits.numpy().view("uint32")[-1] = 1 << (vocab_size - 1) % 32
+
+    assert chosen(torch.zeros(1, vocab_size), Sampling(), grammar=OnlyLast()).tolist() == [vocab_size - 1]
 
 
 # What goes wrong

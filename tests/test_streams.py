@@ -125,6 +125,48 @@ def test_an_interrupted_call(llama: Llama, alone: list[str], monkeypatch: pytest
     assert llama.text_completion([PROMPTS[5]], temperature=0, max_gen_len=3 + len(PROMPTS[5]) % 11)[0]["generation"] == alone[5]
 
 
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("logprobs", [False, True, 2])
+def test_what_chunks_hold(logprobs: Any, echo: bool, llama: Llama) -> None:
+    """Each has text or is the last; what they hold is together what the call returns, with a number for each id."""
+    options: dict[str, Any] = {"temperature": 0, "max_gen_len": 12, "logprobs": logprobs, "echo": echo}
+    chunks = list(llama.stream_text(PROMPTS[:5], **options))
+    lists = ["tokens", *["logprobs"] * bool(logprobs), *["top_logprobs"] * (logprobs == 2)]
+    for index, whole in enumerate(llama.text_completion(PROMPTS[:5], **options)):
+        *others, last = (chunk for chunk in chunks if chunk["index"] == index)
+        for chunk in others:
+            assert list(chunk) == ["index", "text", "tokens", "finish_reason", *lists[1:]]
+            assert chunk["text"]
+            assert chunk["finish_reason"] is None
+        assert last.keys() == {"index", "text", "tokens", "finish_reason", *lists[1:], "cached_tokens"}
+        assert last["finish_reason"] == whole["finish_reason"] == "length"
+        assert last["cached_tokens"] in range(len(llama.tokenizer.encode(PROMPTS[index], True, False)))
+        parts: list[Any] = [*others, last]
+        ids = [*llama.tokenizer.encode(PROMPTS[index], True, False)] * echo
+        held = {key: [item for part in parts for item in part[key]] for key in lists}
+        assert held["tokens"][:-12] == ids
+        assert {key: len(items) for key, items in held.items()} == dict.fromkeys(lists, len(ids) + 12)
+        assert "".join(part["text"] for part in parts) == whole["generation"]
+        assert held.get("logprobs") == pytest.approx(whole.get("logprobs"), abs=1e-5)
+        if logprobs == 2:
+            assert held["top_logprobs"][:-12] == [[] for _ in ids]
+            for token, logprob, (best, second) in list(zip(held["tokens"], held["logprobs"], held["top_logprobs"]))[-12:]:
+                assert best == {"id": token, "text": llama.tokenizer.decode([token]), "logprob": logprob}
+                assert second == {**second, "text": llama.tokenizer.decode([second["id"]])}
+                assert second["logprob"] <= logprob
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 11])
+def test_a_text_goes_on_from_its_ids(cut: int, llama: Llama) -> None:
+    """Two parts are together the whole text, with the space between two words, where the second would begin without one."""
+    prompt = llama.tokenizer.encode("the little dog", True, False)
+    ids = [step.token for step in llama.steps([prompt], 0, max_gen_len=16) if step.token is not None]
+    begun = ids[:cut]
+    chunks = list(llama.continue_ids([*prompt, *begun], 0, max_gen_len=16 - cut, begun=begun))
+    assert [token for chunk in chunks for token in chunk["tokens"]] == ids[cut:]
+    assert llama.tokenizer.decode(begun) + joined(chunks, 1)[0] == llama.tokenizer.decode(ids)
+
+
 # Stops
 
 
@@ -141,8 +183,21 @@ def test_stop_strings(llama: Llama) -> None:
             assert got["finish_reason"] == "stop"
             assert "".join(got["tokens"]) == expected
             assert len(got["tokens"]) == len(got["logprobs"])
-            chunks = llama.stream_text(["the little dog"], temperature=0, max_gen_len=40, stop=stops)
+            chunks = list(llama.stream_text(["the little dog"], temperature=0, max_gen_len=40, stop=stops))
             assert joined(chunks, 1) == [expected]
+            assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+@pytest.mark.parametrize("length", [1, 7, 20])
+def test_what_a_stop_held_back_comes_at_the_end(length: int, llama: Llama) -> None:
+    """The text ends with what might have begun a stop string, and never became one."""
+    [free] = llama.text_completion(["the little dog"], temperature=0, max_gen_len=length)
+    stop = free["generation"][-2:] + " and never this"
+    [got] = llama.text_completion(["the little dog"], temperature=0, max_gen_len=length, stop=stop)
+    assert (got["generation"], got["finish_reason"]) == (free["generation"], "length")
+    chunks = list(llama.stream_text(["the little dog"], temperature=0, max_gen_len=length, stop=stop))
+    assert joined(chunks, 1) == [free["generation"]]
+    assert chunks[-1]["text"].endswith(free["generation"][-2:])
 
 
 @settings(max_examples=300, deadline=None)

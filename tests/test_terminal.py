@@ -171,6 +171,12 @@ def test_what_cannot_be_said_or_loaded_ends_nothing(llama: Llama, tmp_path: Path
     assert "/dev/null is no file that could be written over" in err
 
 
+@pytest.mark.parametrize("value", ["[1, 2]", '["a", 2]', "[", "[]]", '{"a": 1}', "a", "[" * 100_000])
+def test_what_is_no_list_of_texts_is_a_text(value: str) -> None:
+    assert console.texts(value) == value
+    assert console.texts('["a", "[b"]') == ["a", "[b"]
+
+
 def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     story = "the little dog ran " * 20
     conversation = talk(llama, *[story] * 6, max_gen_len=1)
@@ -607,6 +613,13 @@ def test_tokenize(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split() for line in table[:5]] == [["1", "<s>"], ["4", "▁"], ["0", "测试"], ["11", "一"], ["141", "下"]]
     assert ids == "11 ids: 1 4 0 11 141 3 76 76 0 317 310"
     assert decoded == 'they decode to " ⁇ 一下,看看 ⁇ 情况"'
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_only_the_first_process_reads(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.Launch, "read", lambda: SimpleNamespace(rank=rank))
+    assert console.given_text(None, "none", "text") == console.given_text(None, None, "text") == ""
+    assert console.given_text("a", None, "text") == "a"
 
 
 def test_tokenize_other_ways(

@@ -195,7 +195,7 @@ def texts(value: str) -> Union[str, list[str]]:
             several = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        if isinstance(several, list) and all(isinstance(text, str) for text in several):
+        if all(isinstance(text, str) for text in several):
             return several
     return value
 
