@@ -251,6 +251,19 @@ def test_every_hook_is_seen(where: str, whole: Llama) -> None:
     assert whole.model.as_built
 
 
+def test_a_part_of_another_class_is_seen(whole: Llama) -> None:
+    """The same object, whose class was assigned."""
+
+    class Own(RMSNorm):
+        pass
+
+    assert whole.model.as_built
+    whole.model.layers[1].ffn_norm.__class__ = Own
+    assert not whole.model.as_built
+    whole.model.layers[1].ffn_norm.__class__ = RMSNorm
+    assert whole.model.as_built
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_autocast_of_any_device_is_seen(device: str, whole: Llama) -> None:
     torch.set_autocast_enabled(device, True)
