@@ -48,7 +48,7 @@ TESTS = {
     "folders": "terminal convert", "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model",
-    "meta": "checkpoint files", "metas_way": "own_parts", "decoding/invariant": "scheduler", "layers/invariant": "scheduler",
+    "meta": "checkpoint files", "metas_way": "own_parts", "decoding/invariant": "invariant", "layers/invariant": "invariant",
     "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
     "quantized": "quantization", "requests": "generation options", "rounding": "quantization", "rows": "scheduler streams",
     "sampling": "sampling streams", "scheduler": "scheduler streams threads", "staging": "loading",

@@ -235,6 +235,45 @@ def test_a_model_is_fast_again(whole: Llama) -> None:
     assert generate(whole) == before
 
 
+HOOKS = ("forward_pre", "forward", "full_backward_pre", "full_backward")
+
+
+@pytest.mark.parametrize("where", ["", "layers.1", "layers.1.attention.wo", "layers.0.ffn_norm", "output"])
+def test_every_hook_is_seen(where: str, whole: Llama) -> None:
+    """Of any kind, on any part, and on all modules at once."""
+    part = whole.model.get_submodule(where)
+    for kind in HOOKS:
+        for register in (getattr(part, f"register_{kind}_hook"), getattr(nn.modules.module, f"register_module_{kind}_hook")):
+            assert whole.model.as_built
+            handle = register(lambda *_: None)
+            assert not whole.model.as_built, register
+            handle.remove()
+    assert whole.model.as_built
+
+
+def test_a_part_of_another_class_is_seen(whole: Llama) -> None:
+    """The same object, whose class was assigned."""
+
+    class Own(RMSNorm):
+        pass
+
+    assert whole.model.as_built
+    whole.model.layers[1].ffn_norm.__class__ = Own
+    assert not whole.model.as_built
+    whole.model.layers[1].ffn_norm.__class__ = RMSNorm
+    assert whole.model.as_built
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast_of_any_device_is_seen(device: str, whole: Llama) -> None:
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert not whole.model.as_built
+    finally:
+        torch.set_autocast_enabled(device, False)
+    assert whole.model.as_built
+
+
 def test_metas_way_through_the_parts(whole: Llama) -> None:
     model, ids = whole.model, torch.tensor([[1, 5, 6, 7]])
     with torch.no_grad():

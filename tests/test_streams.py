@@ -377,6 +377,16 @@ def test_windows_cover_every_token(length: int, size: int, stride: int) -> None:
     assert len(starts) == 1 or starts[-2] + size < length
 
 
+def test_perplexity() -> None:
+    """The inverse of the geometric mean of the probabilities; the first id is BOS, which nothing predicts."""
+    halves = [0.0, *[-math.log(2.0)] * 3]
+    assert completion.perplexity(halves) == pytest.approx(2.0)
+    assert completion.perplexity([-7.0, math.log(1 / 2), math.log(1 / 8)]) == pytest.approx(4.0)
+    assert completion.perplexity([-7.0, math.log(1 / 3)]) == pytest.approx(3.0)
+    assert math.isnan(completion.perplexity([0.0]))
+    assert math.isnan(completion.perplexity([]))
+
+
 def test_hidden_states(llama: Llama) -> None:
     ids = torch.tensor([llama.tokenizer.encode("the tree ran", bos=True, eos=False)])
     with torch.inference_mode():
