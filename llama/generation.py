@@ -232,8 +232,8 @@ class Llama:
 
         Copies of the model (`model_parallel_size` below the number of processes) share the requests: each goes to the one
         with the most room. Rows without a seed draw from seeds of their own. Returns what `work` does; None on the other
-        processes, which raise RuntimeError if `work` raises. The model must be as it was built, and its own call, `model(…)`,
-        is for all processes alike: not for `work`.
+        processes, which raise RuntimeError if `work` raises. The model must be as it was built. What all processes do alike is
+        not for `work`: the model's own call, `model(…)`, and another `Llama`.
         """
         if self._leader is not None:
             raise ValueError("this process leads the others already; call lead() once, and in it whatever is to run")
@@ -251,19 +251,20 @@ class Llama:
         except BaseException as error:
             leader.end(error)
             raise
+        else:
+            leader.end(None)
+            return result
         finally:
             self._leader = None
-        leader.end(None)
-        return result
 
     @contextmanager
     def _alike(self, name: str, *arguments: Any) -> Iterator[None]:
         """A block that does what the method `name` does; the processes that follow this one run that."""
-        if self._leader is None:
+        if (leader := self._leader) is None:
             yield
             return
         with self.lock:
-            self._leader.tell_all(name, *arguments)
+            leader.tell_all(name, *arguments)
             yield
 
     def __repr__(self) -> str:

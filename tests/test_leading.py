@@ -126,6 +126,8 @@ def refusing(folder: str, tokenizer_path: str, case: str) -> Any:
             list(Call(llama._leader, [Request([1, 5], 4, grammar=grammar)], Source(1)))
         elif case == "id":
             llama.generate([[1, 10**6]], 4)
+        elif case == "texts":
+            llama.embed(text for text in TEXTS)  # type: ignore[arg-type]
         elif case == "layer":
             llama.embed(["x"], layer=99)
         elif case == "hook later":
@@ -147,8 +149,9 @@ def refusing(folder: str, tokenizer_path: str, case: str) -> Any:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("grammar", "a grammar must be such that pickle can send it to the other processes: it has a lock"),
+        ("grammar", "pickle can send it to the other processes: it has a lock"),
         ("id", "prompt 0 has the id 1000000"),
+        ("texts", "pickle can send it to the other processes"),
         ("layer", "layer=99 must be from 0"),
         ("hook later", "needs a model that is as it was built"),
         ("within", "leads the others already"),

@@ -139,27 +139,25 @@ class Leader:
 
     def submit(self, call: Call) -> None:
         """Share a call's requests out: each goes to the copy with the most room, and all to one if they draw together."""
-        try:
-            pickle.dumps([request.grammar for request in call.requests])
-        except Exception as error:
-            raise ValueError(f"a grammar must be such that pickle can send it to the other processes: {error}") from error
         number, shares = next(self._numbers), dict[int, list[int]]()
+        seed = 0 if call.source.generator is None else call.source.generator.initial_seed()
         with self.scheduler.engine.lock:
+            load = list(self._load)
             for place in range(len(call.requests)):
-                copy = next(iter(shares)) if shares and call.together else self._load.index(min(self._load))
+                copy = next(iter(shares)) if shares and call.together else load.index(min(load))
                 shares.setdefault(copy, []).append(place)
-                self._load[copy] += 1
+                load[copy] += 1
             if not shares:
                 return  # a call of no requests is over
-            self._where[number] = {place: copy for copy, places in shares.items() for place in places}
-            seed = 0 if call.source.generator is None else call.source.generator.initial_seed()
             more = (seed, call.source.draw, call.streams)
-            self._new.append(
-                (call, [
-                    _Came(number, copy, places, [call.requests[i] for i in places], min(call.lanes, len(places)), *more)
-                    for copy, places in shares.items()
-                ])
-            )  # fmt: skip
+            came = [
+                _Came(number, copy, places, [call.requests[i] for i in places], min(call.lanes, len(places)), *more)
+                for copy, places in shares.items()
+            ]
+            _check_it_can_be_sent(came)
+            self._load = load
+            self._where[number] = {place: copy for copy, places in shares.items() for place in places}
+            self._new.append((call, came))
 
     def advance(self, call: Call) -> None:
         if self._over:
@@ -167,28 +165,35 @@ class Leader:
         self.scheduler.advance(call, self._step)
 
     def let_go(self) -> None:
-        """The next step tells the others."""
+        """The next step tells the others that a call was left. Nobody is woken: the garbage collector may run this anywhere."""
 
     def tell_all(self, name: str, *arguments: Any) -> None:
         """Let the other processes run a method of `Llama`, which this one runs next. Hold the lock for both."""
-        self._send([_Do(name, arguments)])
+        if self._over:
+            raise RuntimeError(OVER)
+        message = [_Do(name, arguments)]
+        _check_it_can_be_sent(message)
+        self._send(message)
 
     def end(self, error: Optional[BaseException]) -> None:
         """Let the other processes go."""
+        done = error is None or (isinstance(error, SystemExit) and not error.code)
         with self.scheduler.engine.lock:
             self._over = True
             for call in [*self._calls.values(), *(call for call, _ in self._new)]:
                 call.error = call.error or RuntimeError(OVER)
             if self._whole:  # otherwise they wait within a step, and end with this process
-                self._send([_End(None if error is None else f"{type(error).__name__}: {error}")])
+                self._send([_End(None if done else f"{type(error).__name__}: {error}")])
                 self._copy.close()
+        self.scheduler.wake_others(instead=True)
 
-    def _send(self, message: list[Any]) -> None:
+    def _send(self, message: list[Any], goes_on: bool = False) -> None:
+        """goes_on: what follows is part of the same step."""
         if not self._whole:
             raise RuntimeError(OVER)
         self._whole = False
         from_first_process(message)
-        self._whole = True
+        self._whole = not goes_on
 
     def _step(self) -> None:
         changes: list[Union[_Came, _Went]] = []
@@ -197,8 +202,7 @@ class Leader:
             self._calls[shares[0].call] = call
             changes += shares
         changes += self._gone()
-        self._send(changes)
-        self._whole = False
+        self._send(changes, goes_on=True)
         for decided in self._copy.step(changes):
             self._hand_on(decided)
         self._whole = True
@@ -208,7 +212,8 @@ class Leader:
         gone = []
         for number, call in list(self._calls.items()):
             where = self._where[number]
-            if places := [place for place in where if call.is_over or place in call.over]:
+            over = call.over
+            if places := list(where) if call.is_over else [place for place in where if place in over] if over else []:
                 gone.append(_Went(number, places))
                 self._forget(number, places)
         return gone
@@ -246,11 +251,20 @@ def follow(scheduler: Scheduler, do: Callable[..., Any]) -> None:
                 raise error
             return
         if isinstance(first, _Do):
-            with suppress(Exception):  # it is the first process's as well, which raises it
+            with suppress(ValueError):  # it is the first process's as well, which raises it
                 do(first.name, *first.arguments)
         else:
             with scheduler.stepping():
                 copy.step(message)
+
+
+def _check_it_can_be_sent(message: list[Any]) -> None:
+    try:
+        pickle.dumps(message)
+    except Exception as error:
+        raise ValueError(
+            f"what is asked within lead() must be such that pickle can send it to the other processes: {error}"
+        ) from error
 
 
 def _sent(error: BaseException) -> Exception:

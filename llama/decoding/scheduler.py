@@ -125,14 +125,15 @@ class Scheduler:
             goes_on = not call.has_news and not call.is_over
         finally:
             lock.release()
-            self._wake_others(instead=not goes_on)
+            self.wake_others(instead=not goes_on)
 
-    def _wake_others(self, instead: bool) -> None:
+    def wake_others(self, instead: bool) -> None:
         """Wake those for whom there is news; and one more to step in this thread's place, if it leaves. If all woke, they would
         take the interpreter's lock from whoever steps."""
         for call in list(self._waiters):
-            if call.has_news or instead:
-                instead = instead and call.has_news
+            leaves = call.has_news or call.is_over
+            if leaves or instead:
+                instead = instead and leaves
                 call.wake.set()
 
     def let_go(self) -> None:
