@@ -11,7 +11,7 @@ import torch
 
 from .calls import Call, Source
 from .drafting import Drafter
-from .requests import Request, Step
+from .requests import FinishReason, Request, Step
 from .sampling import exponential_noise
 
 
@@ -114,16 +114,16 @@ class Row:
 
     def step(self, decision: Decision, limit: int) -> Step:
         """What a decision means; `accept` makes it so."""
-        step = Step(self.index, prompt_logprobs=self.prompt_logprobs)
-        room = self.room(limit)
+        wanted = self.request.max_new - self.generated
+        room = min(limit - len(self.ids), wanted)
         if room > 0 and decision.token in self.request.ends:
-            step.finish_reason = "stop"
-            return step
-        if room > 0:
-            step.token, step.logprob, step.alternatives = decision.token, decision.logprob, decision.alternatives
+            return Step(self.index, finish_reason="stop", prompt_logprobs=self.prompt_logprobs)
+        reason: Optional[FinishReason] = None
         if room <= 1:
-            step.finish_reason = "length" if room == self.request.max_new - self.generated else "context"
-        return step
+            reason = "length" if room == wanted else "context"
+        if room <= 0:
+            return Step(self.index, finish_reason=reason, prompt_logprobs=self.prompt_logprobs)
+        return Step(self.index, decision.token, decision.logprob, decision.alternatives, reason, self.prompt_logprobs)
 
     def accept(self, step: Step) -> None:
         """Make the step's id the newest of the row."""

@@ -204,13 +204,13 @@ class Scheduler:
         if self._inbox or self._waiting:
             self._admit()
         self._close_gaps()
-        began, read = time.perf_counter(), 0
+        began, read, rows = time.perf_counter(), 0, self.rows
         ahead = self._begun[0] if self._begun else None
-        if ahead is None or ahead.chosen is None or ahead.rows != self.rows or any(row.reading for row in self.rows):
+        if ahead is None or ahead.chosen is None or ahead.rows != rows or any(row.reading for row in rows):
             self._take_back()
             read = self._read_prompts()
-            if rows := self._deciding():
-                self._begin(rows)
+            if deciding := self._deciding():
+                self._begin(deciding)
         decided = len(self._begun[0].rows) if self._begun else 0
         plain = decided == 0 or self._begun[0].decisions is None
         if decided:
@@ -260,21 +260,22 @@ class Scheduler:
     def _tell(self) -> None:
         begun = self._begun[0]
         assert begun.decisions is not None
-        decided = zip(begun.rows, begun.lengths, begun.decisions)
+        decided, limit = zip(begun.rows, begun.lengths, begun.decisions), self._limit
         for row, length, decisions in sorted(decided, key=lambda each: each[0].number):
+            call = row.call
             for number, decision in enumerate(decisions, start=length - row.prompt_length):
-                if row.finished or row.generated != number or row.call.is_over or row not in self._slots:
+                if row.finished or row.generated != number or call.is_over or row not in self._slots:
                     continue
-                if decision.token < 0 and row.room(self._limit) > 0:
-                    row.call.error = self._refused(row, decision.token)
+                if decision.token < 0 and row.room(limit) > 0:
+                    call.error = self._refused(row, decision.token)
                     continue
                 row.proven = row.proven or decision.token >= 0
-                step = row.step(decision, self._limit)
-                row.call.tell(number, step)  # twice rather than never, if this thread is interrupted
+                step = row.step(decision, limit)
+                call.tell(number, step)  # twice rather than never, if this thread is interrupted
                 try:
                     row.accept(step)
                 except Exception as error:  # of the row's grammar
-                    row.call.error = error
+                    call.error = error
         self._begun.popleft()
 
     def _refused(self, row: Row, token: int) -> ValueError:
@@ -403,7 +404,7 @@ class Scheduler:
 
     def _close_gaps(self) -> None:
         """Let the rows that run have the first slots."""
-        for gap in range(len(self.rows)):
+        for gap in range(len(self._slots) - self._slots.count(None)):
             if self._slots[gap] is None:
                 last = max(slot for slot, row in enumerate(self._slots) if row is not None)
                 row = self._slots[last]
@@ -507,7 +508,7 @@ class Scheduler:
     def _deciding(self) -> list[Row]:
         """The rows for which an id is to be chosen now: those whose ids are all in the cache, but for the newest."""
         rows = self.rows
-        late = {row.call for row in rows if row.reading and row.call.together}
+        late = {row.call for row in rows if row.reading and row.call.together} if any(row.reading for row in rows) else ()
         return [row for row in rows if not row.reading and row.call.error is None and row.call not in late]
 
     def _advance(self, begun: _Begun, known: bool = True) -> None:

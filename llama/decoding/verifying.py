@@ -44,17 +44,18 @@ class Verifier:
 
     def _looks_up(self, row: Row) -> bool:
         """Whether it has those that its own ids suggest."""
-        wanted, sampling = row.request.draft, row.request.sampling
-        if wanted is None:
-            changes_no_id = self.engine.dtype == torch.float32 or self.engine.batch_invariant
-            wanted = changes_no_id and device_kind(self.engine.device) == "cpu"
-        return wanted and not row.request.draws and not sampling.counts_ids and row.request.grammar is None
+        request = row.request
+        if request.draft is False or request.draws or request.sampling.counts_ids or request.grammar is not None:
+            return False
+        changes_no_id = self.engine.dtype == torch.float32 or self.engine.batch_invariant
+        return request.draft or (changes_no_id and device_kind(self.engine.device) == "cpu")
 
     def _asks(self, row: Row) -> bool:
         """Whether it has those of the draft model."""
-        usable = self.draft_model is not None and self.draft_model.usable
+        if self.draft_model is None or not self.draft_model.usable:
+            return False
         guessable = row.noise is not None or not row.request.draws
-        return usable and guessable and row.request.draft is not False and row.request.grammar is None
+        return guessable and row.request.draft is not False and row.request.grammar is None
 
     def decide(self, rows: list[Row]) -> Optional[list[list[Decision]]]:
         """What comes next in each row: one id, or several if guesses hold. None for what a plain step decides as well."""
