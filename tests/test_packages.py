@@ -312,8 +312,9 @@ def test_no_process_outlives_the_one_that_waits_for_it(number: int, tmp_path: Pa
         pids = [int(pid) for pid in lines.readline().split()]
         assert len(pids) == 2
         assert all(map(is_alive, pids))
-        caller.send_signal(number)
-        caller.wait()
+        while caller.poll() is None:  # a signal that comes just before it waits is noticed behind that only
+            caller.send_signal(number)
+            time.sleep(0.2)
     deadline = time.monotonic() + 20
     while any(map(is_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
