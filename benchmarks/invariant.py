@@ -24,11 +24,10 @@ from gpu_kernels import Place
 from gpu_parts import random_model
 
 from llama import Llama, ModelArgs
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.engine import Engine
 from llama.decoding.invariant import InvariantEngine
 from llama.decoding.requests import Request
-from llama.decoding.rows import Source
 from llama.decoding.sampling import Sampling
 
 FORMS: list[tuple[str, Optional[str]]] = [("bfloat16", None), ("float16", None), ("bfloat16", "int8"), ("bfloat16", "int4")]

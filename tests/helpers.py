@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeVar, Union
 
 import pytest
 import torch
@@ -19,10 +19,12 @@ from llama import Llama
 from llama.commands import cli
 from llama.decoding.calls import Source
 from llama.decoding.choosing import Chooser
+from llama.decoding.engine import Engine
 from llama.decoding.requests import Request
 from llama.decoding.rows import Row
 from llama.decoding.sampling import Sampling
 
+T = TypeVar("T")
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 NOISE = ("OMP_NUM_THREADS", "*****", "NOTE: Redirects are currently not supported")
 
@@ -48,6 +50,21 @@ def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:
     lines = result.stdout.splitlines()
     assert sum(line.startswith("Loaded in ") for line in lines) == 1
     return "\n".join(line for line in lines if not line.startswith("Loaded in "))
+
+
+def watch_prefill(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, told: Callable[[Sequence[Sequence[int]], int], T]
+) -> list[T]:
+    """What `told` says of each pass over prompts: of their ids, and of the position that it starts at. Grows as they run."""
+    seen: list[T] = []
+    prefill = engine.prefill
+
+    def watched(prompts: Any, slots: Any, start: int = 0, **more: Any) -> Any:
+        seen.append(told(prompts, start))
+        return prefill(prompts, slots, start, **more)
+
+    monkeypatch.setattr(engine, "prefill", watched)
+    return seen
 
 
 def chosen(

@@ -13,7 +13,7 @@ import events
 import pytest
 import torch
 from conftest import PARAMS, near, random_weights, shared, write_checkpoint
-from helpers import COLUMNS, PROMPTS, build, command
+from helpers import COLUMNS, PROMPTS, build, command, watch_prefill
 from workers import Pool
 
 from llama import Llama, memory
@@ -339,15 +339,7 @@ def read(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of prompts that the draft model reads."""
     model = llama._scheduler.draft_model
     assert model is not None
-    seen: list[int] = []
-    prefill = model.engine.prefill
-
-    def counted(prompts: Any, slots: Any, start: int = 0, **more: Any) -> Any:
-        seen.append(sum(map(len, prompts)) - start)
-        return prefill(prompts, slots, start, **more)
-
-    monkeypatch.setattr(model.engine, "prefill", counted)
-    return seen
+    return watch_prefill(model.engine, monkeypatch, lambda prompts, start: sum(map(len, prompts)) - start)
 
 
 def test_rows_that_move_and_share_are_read_once(

@@ -13,9 +13,8 @@ import torch
 from workers import Pool
 
 from llama import Llama
-from llama.decoding.calls import Call
+from llama.decoding.calls import Call, Source
 from llama.decoding.requests import Request
-from llama.decoding.rows import Source
 from llama.layers.parallel import is_first_process
 
 TEXTS = ["Once upon a time", "The dog", "Lily", "A big red ball", "There was", "One day"]

@@ -16,7 +16,7 @@ from typing import Any
 import events
 import pytest
 import torch
-from helpers import chosen
+from helpers import chosen, watch_prefill
 from hypothesis import given
 from hypothesis import strategies as st
 from workers import Pool
@@ -45,15 +45,7 @@ def alone(tiny: Path, tokenizer_path: str) -> events.Alone:
 def passes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(rows, tokens of each) of the passes over prompts."""
     llama.forget()
-    seen: list[tuple[int, int]] = []
-    prefill = llama._engine.prefill
-
-    def counted(prompts: Any, slots: Any, start: int = 0, **more: Any) -> Any:
-        seen.append((len(prompts), max(map(len, prompts)) - start))
-        return prefill(prompts, slots, start, **more)
-
-    monkeypatch.setattr(llama._engine, "prefill", counted)
-    return seen
+    return watch_prefill(llama._engine, monkeypatch, lambda prompts, start: (len(prompts), max(map(len, prompts)) - start))
 
 
 def ids(steps: Iterator[Step] | Call) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from chat_files import fuzz
+from helpers import watch_prefill
 
 from llama import Llama
 from llama.chat import DialogError, encode_dialog
@@ -25,15 +26,7 @@ def llama(tiny: Path, tokenizer_path: str) -> Llama:
 @pytest.fixture
 def columns(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompt columns each call runs."""
-    ran: list[int] = []
-    prefill = llama._engine.prefill
-
-    def counting(prompts: Any, slots: Any, start: int = 0, **more: Any) -> Any:
-        ran.append(max(map(len, prompts)) - start)
-        return prefill(prompts, slots, start, **more)
-
-    monkeypatch.setattr(llama._engine, "prefill", counting)
-    return ran
+    return watch_prefill(llama._engine, monkeypatch, lambda prompts, start: max(map(len, prompts)) - start)
 
 
 def asked(llama: Llama, message: str, system: Optional[str]) -> list[int]:

@@ -430,7 +430,7 @@ class Scheduler:
                 rows, end = rows[:1], len(rows[0].ids)
             if left < len(rows) * (end - start) <= budget:
                 break  # in one piece, with the next step
-            end = min(end, start + int(min(left, end)))
+            end = int(min(end, start + left))
             self._read(rows, start, end)
             read += len(rows) * (end - start)
             left = budget - read
@@ -508,7 +508,7 @@ class Scheduler:
     def _deciding(self) -> list[Row]:
         """The rows for which an id is to be chosen now: those whose ids are all in the cache, but for the newest."""
         rows = self.rows
-        late = {row.call for row in rows if row.reading and row.call.together} if any(row.reading for row in rows) else ()
+        late = {row.call for row in rows if row.reading and row.call.together}
         return [row for row in rows if not row.reading and row.call.error is None and row.call not in late]
 
     def _advance(self, begun: _Begun, known: bool = True) -> None:
