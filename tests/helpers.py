@@ -17,7 +17,7 @@ from forks import Ended
 
 from llama import Llama
 from llama.commands import cli
-from llama.decoding.calls import Source
+from llama.decoding.calls import Call, Source
 from llama.decoding.choosing import Chooser
 from llama.decoding.engine import Engine
 from llama.decoding.requests import Request
@@ -73,8 +73,9 @@ def chosen(
     """The next ids of rows with these logits (N, V), options, prompts and new ids, drawn from the global generator."""
     params = SimpleNamespace(vocab_size=logits.shape[-1])
     chooser = Chooser(SimpleNamespace(device=logits.device, model=SimpleNamespace(params=params), batch_invariant=False))  # type: ignore[arg-type]
-    source = Source(len(logits))
-    rows = [Row(Request(list(prompt), 9, sampling, grammar=grammar), i, source, None, lane=i) for i in range(len(logits))]
+    requests = [Request(list(prompt), 9, sampling, grammar=grammar) for _ in logits]
+    call = Call(None, requests, Source(len(logits)))  # type: ignore[arg-type]
+    rows = [Row(call, i, 99, lane=i) for i in range(len(logits))]
     for row in rows:
         chooser.admit(row)
     for token in new:

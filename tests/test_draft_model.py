@@ -270,7 +270,7 @@ def test_equal_models_guess_all_that_is_drawn(tiny: Path, tokenizer_path: str) -
 
 
 def row(number: int = 0) -> Row:
-    return Row(Request([1, 2], 9), number, Source(1), None)
+    return Row(Call(None, [Request([1, 2], 9)], Source(1)), 0, 99, number=number)  # type: ignore[arg-type]
 
 
 @pytest.fixture

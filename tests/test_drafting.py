@@ -257,7 +257,9 @@ def test_only_greedy_rows_draft(tiny_model: Counting, monkeypatch: pytest.Monkey
 def test_a_pass_has_room_for_guesses_only(tiny_model: Counting) -> None:
     """One row of many that repeats itself does not make a pass wide for all."""
     verifier = tiny_model.llama._scheduler.verifier
-    rows = [Row(Request([1, i, *([50, 60, 70] * 5 if i < 2 else range(100, 115))], 99), i, Source(1), None) for i in range(8)]
+    requests = [Request([1, i, *([50, 60, 70] * 5 if i < 2 else range(100, 115))], 99) for i in range(8)]
+    call = Call(tiny_model.llama._scheduler, requests, Source(1))
+    rows = [Row(call, i, 128) for i in range(8)]
     for row in rows:
         row.drafter.credit = 16.0
     assert list(map(len, verifier._look_up(rows[:2], [15] * 2))) == [15] * 2

@@ -26,7 +26,11 @@ class _Plan:
         self.biased = self._places(lambda row: bool(row.request.sampling.logit_bias))
         self.ruled = self._places(lambda row: row.request.grammar is not None)
         self.drawn = self._places(lambda row: row.request.draws and row.source.draw is None)
-        self.drawn_by_others = [i for i, row in enumerate(rows) if row.request.draws and row.source.draw is not None]
+        self.drawn_by_others = self._places(lambda row: row.request.draws and row.source.draw is not None)
+        self.scored = any(row.request.logprobs for row in rows)
+        self.alternatives = max(row.request.alternatives for row in rows)
+        # Whose noise a step of these rows draws.
+        self.sources = list(dict.fromkeys(row.draws_with for row in rows if row.request.draws and row.noise is None))
         if self.counted:
             some = [rows[i] for i in self.counted]
             self.penalties = Penalties.of([row.request.sampling for row in some], device)
@@ -226,10 +230,9 @@ class Chooser:
             except Exception as error:
                 plan.rows[together[0]].call.error = error
 
-    def generators(self, rows: Sequence[Row]) -> list[torch.Generator]:
+    def generators(self, rows: list[Row]) -> list[torch.Generator]:
         """The generators that a step of these rows draws with."""
-        sources = dict.fromkeys(row.draws_with for row in rows if row.request.draws and row.noise is None)
-        return [source.generator or self._device_generator for source in sources]
+        return [source.generator or self._device_generator for source in self._plan(rows).sources]
 
     @property
     def _device_generator(self) -> torch.Generator:
@@ -240,29 +243,29 @@ class Chooser:
         self,
         logits: torch.Tensor,
         chosen: torch.Tensor,
-        rows: Sequence[Row],
+        rows: list[Row],
         *,
         more: Optional[torch.Tensor] = None,
         meanwhile: Optional[Callable[[], None]] = None,
     ) -> tuple[list[Decision], list[Any]]:
         """The chosen ids on the host, with the log-probabilities that were asked for, and the numbers of `more`, in one wait.
         meanwhile: see `Engine.fetch`. If the places are all of one row, its options count for each."""
-        scored = any(row.request.logprobs for row in rows)
-        most = max(row.request.alternatives for row in rows)
+        plan = self._plan(rows)
         wanted = [chosen]
-        if scored:
+        if plan.scored:
             wanted.append(self.engine.of_rows(token_logprobs, logits, chosen.clamp(min=0)))
-        if most:
-            top = self.engine.of_rows(partial(torch.log_softmax, dim=-1), logits).topk(min(most, self._vocab_size), dim=-1)
+        if plan.alternatives:
+            most = min(plan.alternatives, self._vocab_size)
+            top = self.engine.of_rows(partial(torch.log_softmax, dim=-1), logits).topk(most, dim=-1)
             wanted += [top.indices, top.values]
         if more is not None:
             wanted.append(more)
         tokens, *others = self.engine.fetch(wanted, meanwhile)
         decisions = [Decision(token) for token in tokens]
-        if scored:
+        if plan.scored:
             for decision, logprob in zip(decisions, others.pop(0)):
                 decision.logprob = logprob
-        if most:
+        if plan.alternatives:
             places = rows if len(rows) == len(decisions) else [rows[0]] * len(decisions)
             for decision, row, ids, values in zip(decisions, places, others.pop(0), others.pop(0)):
                 decision.alternatives = list(zip(ids, values))[: row.request.alternatives]

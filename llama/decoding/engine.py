@@ -168,7 +168,7 @@ class Engine:
     def fetch(self, tensors: Sequence[torch.Tensor], meanwhile: Optional[Callable[[], None]] = None) -> list[Any]:
         """Tensors of the device as lists of numbers, with one wait for all. meanwhile: may queue work there, which is not
         waited for."""
-        if device_kind(self.device) != "cuda":
+        if device_kind(tensors[0]) != "cuda":
             if meanwhile is not None:
                 meanwhile()
             return [tensor.tolist() for tensor in tensors]

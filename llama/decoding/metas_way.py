@@ -24,7 +24,8 @@ def steps(call: Call, engine: Engine, chooser: Chooser) -> Iterator[None]:
     for first in range(0, len(call.requests), size):
         engine.refresh()
         engine.take(call)
-        rows = [Row(r, first + lane, call.source, call, lane) for lane, r in enumerate(call.requests[first : first + size])]
+        lanes, limit = range(min(size, len(call.requests) - first)), engine.model.params.max_seq_len
+        rows = [Row(call, first + lane, limit, lane=lane) for lane in lanes]
         call.admitted += len(rows)
         for row in rows:
             chooser.admit(row)
@@ -32,7 +33,7 @@ def steps(call: Call, engine: Engine, chooser: Chooser) -> Iterator[None]:
 
 
 def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> Iterator[None]:
-    device, limit = engine.device, engine.model.params.max_seq_len
+    device = engine.device
     prompts = [row.request.prompt for row in rows]
     longest = max(map(len, prompts))
     tokens = to_device([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device)
@@ -56,9 +57,9 @@ def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> 
             chooser.count(chosen[places], some)
             decisions, _ = chooser.read(logits[places, -1], chosen[places], some)
             for row, decision in zip(some, decisions):
-                if decision.token < 0 and row.room(limit) > 0:
+                if decision.token < 0 and row.room > 0:
                     raise chooser.error(row, decision.token)
-                step = row.step(decision, limit)
+                step = row.step(decision)
                 call.tell(row.generated, step)
                 row.accept(step)
             yield

@@ -57,7 +57,7 @@ class Request:
         return self.sampling.temperature > 0
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     """What one step decided for the prompt `index`. The last step of each prompt has a finish_reason.
 

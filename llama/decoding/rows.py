@@ -11,7 +11,7 @@ import torch
 
 from .calls import Call, Source
 from .drafting import Drafter
-from .requests import FinishReason, Request, Step
+from .requests import FinishReason, Step
 from .sampling import exponential_noise
 
 
@@ -44,7 +44,7 @@ class Noise:
 NOT_FINITE, NONE_ALLOWED = -1, -2  # stand in place of an id: the logits were not finite, the row's grammar allows no id
 
 
-@dataclass
+@dataclass(slots=True)
 class Decision:
     """What a step chose for one row, on the host."""
 
@@ -56,11 +56,16 @@ class Decision:
 class Row:
     """A request that runs. Its state lies here, and not in a slot, since rows move between slots."""
 
-    def __init__(self, request: Request, index: int, source: Source, call: Call, lane: int = 0, number: int = 0) -> None:
-        """index: among the requests of its call. lane: its row of the source's noise. number: counts the rows as they come."""
-        self.request, self.index, self.source, self.call, self.lane, self.number = request, index, source, call, lane, number
-        self.ids = list(request.prompt)  # the generated ones follow
-        self.prompt_length = len(request.prompt)
+    def __init__(self, call: Call, index: int, limit: int, *, lane: int = 0, number: int = 0) -> None:
+        """Of the call's request `index`, in a cache of `limit` columns. lane: its row of the source's noise. number: counts the
+        rows as they come."""
+        self.call, self.index, self.lane, self.number = call, index, lane, number
+        self.request, self.source = call.requests[index], call.source
+        self.ids = list(self.request.prompt)  # the generated ones follow
+        self.prompt_length = len(self.ids)
+        wanted = self.prompt_length + self.request.max_new
+        self.end = min(limit, wanted)  # as many ids as there may be
+        self.ends_by: FinishReason = "length" if wanted <= limit else "context"  # what it is then
         self.finished = False
         self.proven = False  # whether logits behind its ids were finite, so that its columns may be shared
         # Its place in the cache:
@@ -103,26 +108,24 @@ class Row:
         """Whose noise it takes."""
         return self.source if self.generator is None else self
 
-    def room(self, limit: int) -> int:
-        """How many ids may still follow, in a cache of `limit` columns."""
-        return min(limit - len(self.ids), self.request.max_new - self.generated)
+    @property
+    def room(self) -> int:
+        """How many ids may still follow."""
+        return self.end - len(self.ids)
 
     def take_scores(self, values: list[float]) -> bool:
         """Keep the log-probabilities of the prompt's ids but the first, for the next step. -> whether all are numbers"""
         self.scores, self.prompt_logprobs = [], [0.0, *values]
         return not any(map(math.isnan, values))
 
-    def step(self, decision: Decision, limit: int) -> Step:
+    def step(self, decision: Decision) -> Step:
         """What a decision means; `accept` makes it so."""
-        wanted = self.request.max_new - self.generated
-        room = min(limit - len(self.ids), wanted)
-        if room > 0 and decision.token in self.request.ends:
-            return Step(self.index, finish_reason="stop", prompt_logprobs=self.prompt_logprobs)
-        reason: Optional[FinishReason] = None
-        if room <= 1:
-            reason = "length" if room == wanted else "context"
+        room = self.end - len(self.ids)
         if room <= 0:
-            return Step(self.index, finish_reason=reason, prompt_logprobs=self.prompt_logprobs)
+            return Step(self.index, finish_reason=self.ends_by, prompt_logprobs=self.prompt_logprobs)
+        if decision.token in self.request.ends:
+            return Step(self.index, finish_reason="stop", prompt_logprobs=self.prompt_logprobs)
+        reason = self.ends_by if room == 1 else None
         return Step(self.index, decision.token, decision.logprob, decision.alternatives, reason, self.prompt_logprobs)
 
     def accept(self, step: Step) -> None:

@@ -260,17 +260,17 @@ class Scheduler:
     def _tell(self) -> None:
         begun = self._begun[0]
         assert begun.decisions is not None
-        decided, limit = zip(begun.rows, begun.lengths, begun.decisions), self._limit
+        decided = zip(begun.rows, begun.lengths, begun.decisions)
         for row, length, decisions in sorted(decided, key=lambda each: each[0].number):
             call = row.call
             for number, decision in enumerate(decisions, start=length - row.prompt_length):
-                if row.finished or row.generated != number or call.is_over or row not in self._slots:
+                if row.is_over or row.generated != number:
                     continue
-                if decision.token < 0 and row.room(limit) > 0:
+                if decision.token < 0 and row.room > 0:
                     call.error = self._refused(row, decision.token)
                     continue
                 row.proven = row.proven or decision.token >= 0
-                step = row.step(decision, limit)
+                step = row.step(decision)
                 call.tell(number, step)  # twice rather than never, if this thread is interrupted
                 try:
                     row.accept(step)
@@ -361,7 +361,7 @@ class Scheduler:
     def _place(self, call: Call) -> None:
         """Give the call's next request a slot."""
         index = call.admitted
-        row = Row(call.requests[index], index, call.source, call, lane=self._free_lane(call) or 0, number=next(self._numbers))
+        row = Row(call, index, self._limit, lane=self._free_lane(call) or 0, number=next(self._numbers))
         if index not in call.over:
             self.chooser.admit(row)
             slot = self._share(row)
@@ -541,7 +541,7 @@ class Scheduler:
         among = [row for row in self._slots[:end] if row is not None]
         last = self._limit - 1
         if rows == self._newest[0] == among:
-            tokens = self._newest[1].clamp(min=0)
+            tokens = self._newest[1] if known else self._newest[1].clamp(min=0)  # a row without an id is not known to be over
         else:
             assert known
             tokens = to_device([row.ids[-1] for row in among], self.engine.device)
@@ -559,7 +559,7 @@ class Scheduler:
         rows = self._begun[0].rows
         guesses = any(map(self.verifier.takes, rows))
         waits = rows != self.rows or any(row.request.grammar is not None or row.call.source.draw is not None for row in rows)
-        if not waits and not guesses and not self._inbox and all(row.room(self._limit) > 1 for row in rows):
+        if not waits and not guesses and not self._inbox and all(row.room > 1 for row in rows):
             lasts = [row.last for row in rows]
             for row in rows:
                 row.last = None
@@ -567,14 +567,16 @@ class Scheduler:
             for row, state in zip(rows, lasts):
                 row.last = state
 
-    @torch.inference_mode()
     def _take_back(self) -> None:
         """Undo steps that were begun, and are not told: what they drew is drawn again."""
         while self._begun and self._begun[-1].decisions is None:
-            begun = self._begun.pop()
-            if begun.chosen is not None:
-                self.chooser.count(begun.chosen, begun.rows, -1)
-            for generator, before, after in begun.states:
-                if after is None or torch.equal(generator.get_state(), after):  # otherwise somebody has seeded it meanwhile
-                    generator.set_state(before)
-            self._newest = [], self._newest[1]
+            with torch.inference_mode():
+                self._undo(self._begun.pop())
+
+    def _undo(self, begun: _Begun) -> None:
+        if begun.chosen is not None:
+            self.chooser.count(begun.chosen, begun.rows, -1)
+        for generator, before, after in begun.states:
+            if after is None or torch.equal(generator.get_state(), after):  # otherwise somebody has seeded it meanwhile
+                generator.set_state(before)
+        self._newest = [], self._newest[1]

@@ -62,7 +62,7 @@ class Verifier:
         limit = self.engine.model.params.max_seq_len
         # A row can have no guess for the last id that there is room for, and none has columns behind the end of the cache.
         end = min(limit - len(row.ids) for row in rows)
-        most = [min(row.room(limit) - 1, end) for row in rows]
+        most = [min(row.room - 1, end) for row in rows]
         guesses = self._look_up(rows, most)
         asking = [i for i, row in enumerate(rows) if most[i] > 0 and not guesses[i] and self._asks(row)]
         if self.draft_model is not None and asking:
