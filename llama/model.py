@@ -197,8 +197,9 @@ def hides_infinity(q: torch.Tensor) -> bool:
     that are not finite lead there. Every prompt shows those; with fused attention on CPUs it does only thanks to this NaN. A
     step on a GPU is left alone, because it would take another launch.
     """
-    on_cpu, several = device_kind(q) == "cpu", q.shape[1] > 1
-    return (on_cpu and several) or (q.dtype == torch.float16 and (on_cpu or several))
+    if q.dtype == torch.float16:
+        return q.shape[1] > 1 or device_kind(q) == "cpu"
+    return q.shape[1] > 1 and device_kind(q) == "cpu"
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool) -> torch.Tensor:
@@ -221,7 +222,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
     # For one query, the heads of a group take the place of the queries, so that every key is read once.
     q = q.view(B, K, H // K, D)
     mask = None if mask is None else mask[:, None]
-    if device_kind(q) == "cpu" and AMX:
+    if AMX and device_kind(q) == "cpu":
         if mask is None and T < NAN_COLUMNS:
             mask = torch.ones(1, 1, 1, T, dtype=torch.bool, device=q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, S, H * D)

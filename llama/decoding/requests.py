@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Optional, Protocol
 
 import torch
@@ -55,6 +56,11 @@ class Request:
     def draws(self) -> bool:
         """Whether its ids are drawn, and not the best."""
         return self.sampling.temperature > 0
+
+    @cached_property
+    def looks_up(self) -> bool:
+        """Whether guesses from its own ids cannot go wrong: the best id is taken, and depends on nothing else."""
+        return self.draft is not False and not self.draws and not self.sampling.counts_ids and self.grammar is None
 
 
 @dataclass(slots=True)

@@ -231,7 +231,7 @@ class Scheduler:
         """Run and choose; or verify guesses, if all rows run."""
         begun = _Begun(rows, [len(row.ids) for row in rows], [])
         run = rows == self.rows and all(row.last is None for row in rows)
-        if run and self._doubt is None and any(map(self.verifier.takes, rows)):
+        if run and self._doubt is None and self.verifier.takes(rows):
             begun.states = [(g, g.get_state(), None) for g in self.chooser.generators(rows)]
             self._begun.append(begun)
             begun.decisions = self.verifier.decide(rows)
@@ -557,9 +557,8 @@ class Scheduler:
         """Queue the next step before the host knows this one's ids: the device need not wait for it. If a row turns out to
         have ended, the step leaves only columns that are overwritten before any query reads them."""
         rows = self._begun[0].rows
-        guesses = any(map(self.verifier.takes, rows))
         waits = rows != self.rows or any(row.request.grammar is not None or row.call.source.draw is not None for row in rows)
-        if not waits and not guesses and not self._inbox and all(row.room > 1 for row in rows):
+        if not waits and not self.verifier.takes(rows) and not self._inbox and all(row.room > 1 for row in rows):
             lasts = [row.last for row in rows]
             for row in rows:
                 row.last = None

@@ -38,17 +38,19 @@ class Verifier:
     def __init__(self, engine: Engine, chooser: Chooser, pace: Pace, draft_model: Optional[DraftModel] = None) -> None:
         self.engine, self.chooser, self.pace, self.draft_model = engine, chooser, pace, draft_model
 
-    def takes(self, row: Row) -> bool:
-        """Whether the row is to have guesses."""
-        return self._looks_up(row) or self._asks(row)
+    def takes(self, rows: list[Row]) -> bool:
+        """Whether any of the rows is to have guesses."""
+        return bool(self._looking_up(rows)) or any(map(self._asks, rows))
 
-    def _looks_up(self, row: Row) -> bool:
-        """Whether it has those that its own ids suggest."""
-        request = row.request
-        if request.draft is False or request.draws or request.sampling.counts_ids or request.grammar is not None:
-            return False
+    def _looking_up(self, rows: list[Row]) -> list[int]:
+        """The rows that are to have guesses that their own ids suggest."""
+        allowed = [i for i, row in enumerate(rows) if row.request.looks_up]
+        if not allowed or all(rows[i].request.draft for i in allowed):
+            return allowed
         changes_no_id = self.engine.dtype == torch.float32 or self.engine.batch_invariant
-        return request.draft or (changes_no_id and device_kind(self.engine.device) == "cpu")
+        if changes_no_id and device_kind(self.engine.device) == "cpu":
+            return allowed
+        return [i for i in allowed if rows[i].request.draft]
 
     def _asks(self, row: Row) -> bool:
         """Whether it has those of the draft model."""
@@ -83,10 +85,10 @@ class Verifier:
     def _look_up(self, rows: list[Row], most: list[int]) -> list[list[int]]:
         """What the rows' own ids suggest, up to so many for each."""
         guesses: list[list[int]] = [[] for _ in rows]
-        for i, row in enumerate(rows):
-            if self._looks_up(row):
-                row.drafter.read(row.ids[len(row.drafter.ids) :])
-                guesses[i] = row.drafter.draft(most[i])
+        for i in self._looking_up(rows):
+            drafter = rows[i].drafter
+            drafter.read(rows[i].ids[len(drafter.ids) :])
+            guesses[i] = drafter.draft(most[i])
         width = max(map(len, guesses))
         while width and sum(min(len(some), width) for some in guesses) < FILLED * width * len(rows):
             width -= 1

@@ -28,7 +28,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> t
 
     any_order: the result may lie in memory feature by feature, if that is faster; elementwise operations are as fast on it.
     """
-    if device_kind(x) != "cpu" or x.dtype != torch.bfloat16 or weight.dtype != x.dtype:  # autocast: two dtypes
+    if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or device_kind(x) != "cpu":  # autocast: two dtypes
         return F.linear(to_memory(x), weight)
     flat = x.reshape(-1, x.shape[-1])  # (M, in_features)
     if flat.shape[0] == 1:
