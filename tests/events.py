@@ -102,7 +102,7 @@ class Alone:
         key = repr((request.prompt, request.max_new, request.sampling, request.seed, request.grammar is None, draft))
         if key not in self.known:
             self.llama.forget()
-            fresh = Request(**{**vars(request), "draft": draft, "grammar": OnlyEven() if request.grammar else None})
+            fresh = replace(request, draft=draft, grammar=OnlyEven() if request.grammar else None)
             steps = list(Call(self.llama._scheduler, [fresh], Source(1)))
             self.known[key] = [s.token for s in steps if s.token is not None], steps[-1].finish_reason
         return self.known[key]
@@ -229,7 +229,7 @@ def run_exactly(llama: Llama, alone: Llama, mixtures: int, seed: int) -> dict[st
     rng, compared, known = random.Random(seed), 0, dict[str, list[Any]]()
 
     def expected(request: Request) -> list[Any]:
-        key = repr({**vars(request), "draft": None, "grammar": request.grammar is None})
+        key = repr((replace(request, draft=None, grammar=None), request.grammar is None))
         if key not in known:
             alone.forget()
             fresh = replace(request, draft=False, grammar=OnlyEven() if request.grammar else None)
