@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import events
 import pytest
 import torch
 from emulated_cuda import StandIns, emulated
+from workers import Pool
 
 from llama import Llama
 from llama.layers import invariant, kernels
@@ -49,6 +50,19 @@ def test_on_emulated_cuda(tiny: Path, tokenizer_path: str) -> None:
         assert events.run_exactly(shared, alone, 1, 1)["steps"] > 3
         assert shared._engine.graph._ways[0].kind == "recorded"  # type: ignore[union-attr]
         assert not machine.violations
+
+
+def mixed(folder: str, tokenizer_path: str, dtype: str, quantize: Optional[str]) -> Any:
+    """On each of the processes that share the model, which make the same calls."""
+    models = [build(Path(folder), tokenizer_path, rows, dtype, quantize) for rows in (4, 1)]
+    return events.run_exactly(*models, mixtures=10, seed=5)
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", None), ("bfloat16", "int8"), ("float32", None)])
+def test_on_several_processes(dtype: str, quantize: Optional[str], tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    first, *others = pool.run(mixed, str(tiny), tokenizer_path, dtype, quantize)
+    assert first["steps"] > 100
+    assert others == [first] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
