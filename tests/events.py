@@ -87,15 +87,25 @@ class Alone:
         self.ties = 0
 
     @torch.inference_mode()
-    def is_tie(self, request: Request, new: list[int]) -> bool:
-        """Whether rounding may choose another id behind these: two of the likeliest are as likely as each other. Noise
-        belongs to ranks, as in Meta's release, so a draw may turn on which of two such ids is the likelier."""
+    def is_tie(self, request: Request, ours: list[int], theirs: list[int]) -> bool:
+        """Whether rounding may choose either id where the two part: they are as likely as each other. Noise belongs to ranks,
+        as in Meta's release, so a draw may turn on which of two such ids is the likelier. Where the ids do not tell, since one
+        of them ended its row or penalties changed them, any two of the likeliest count."""
         if not (request.draws or self.greedy):
             return False
-        logits = self.llama.model(torch.tensor([request.prompt + new]), 0)[0, -1]
-        best = torch.softmax(logits / (request.sampling.temperature or 1.0), -1).sort(descending=True).values
-        best = best[: 60 if request.draws or request.sampling.counts_ids else 2]
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs)))
+        logits = self.llama.model(torch.tensor([request.prompt + theirs[:same]]), 0)[0, -1]
+        probs = torch.softmax(logits / (request.sampling.temperature or 1.0), -1)
+        if same < min(len(ours), len(theirs)) and not request.sampling.counts_ids:
+            one, other = probs[ours[same]], probs[theirs[same]]
+            return bool((one - other).abs() < self.near * torch.minimum(one, other)) or self._is_at_an_edge(request, probs)
+        best = probs.sort(descending=True).values[: 60 if request.draws or request.sampling.counts_ids else 2]
         return bool((best[:-1] - best[1:] < self.near * best[1:]).any())
+
+    def _is_at_an_edge(self, request: Request, probs: torch.Tensor) -> bool:
+        """Whether rounding may let the last id of the nucleus be in it or not."""
+        mass = probs.sort(descending=True).values.cumsum(0)
+        return request.draws and bool(((mass - request.sampling.top_p).abs() < self.near * probs.max()).any())
 
     def __call__(self, request: Request) -> tuple[list[int], Optional[str]]:
         draft = None if self.guessed and request.draws and request.draft is not False else False
@@ -136,8 +146,7 @@ class Open:
             ended = whole and i not in self.cancelled
             same_so_far = self.tokens[i] == tokens[: len(self.tokens[i])]
             if not same_so_far or (ended and (len(self.tokens[i]), self.reasons[i]) != (len(tokens), reason)):
-                same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens[i], tokens)))
-                assert alone.is_tie(request, tokens[:same]), (request, self.tokens[i], tokens)
+                assert alone.is_tie(request, self.tokens[i], tokens), (request, self.tokens[i], tokens)
                 alone.ties += 1
                 continue
             if request.grammar is not None:
@@ -195,7 +204,7 @@ class Known(Alone):
     def __init__(self, known: Answers, guessed: bool = False) -> None:
         self.known, self.ties, self.guessed = known, 0, guessed
 
-    def is_tie(self, request: Request, new: list[int]) -> bool:
+    def is_tie(self, request: Request, ours: list[int], theirs: list[int]) -> bool:
         return False
 
 
