@@ -65,8 +65,9 @@ from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_optio
 from .session import ChatSession
 from .system.checks import whole, whole_number
 from .system.printable import shortened
-from .tokenizer import Tokenizer, need_tokenizer, split, user_path
-from .weights.checkpoint import fit_vocabulary, open_checkpoint
+from .tokenizer import Tokenizer, split, user_path
+from .tokenizer_files import need_tokenizer, open_tokenizer
+from .weights.checkpoint import fit_vocabulary, known_ids, open_checkpoint
 from .weights.fingerprint import fingerprints
 
 T = TypeVar("T")
@@ -143,7 +144,7 @@ class Llama:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             checkpoint = open_checkpoint(folder)
             tokenizer_file = need_tokenizer(folder, tokenizer_path)
-            tokenizer = Tokenizer(str(tokenizer_file))
+            tokenizer = open_tokenizer(folder, tokenizer_file, known_ids(checkpoint))
             args = fit_vocabulary(checkpoint, tokenizer.n_words)
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             model, _, placement = main = prepared(checkpoint, args, place, dtype, quantize)
@@ -195,7 +196,9 @@ class Llama:
 
     def _new_scheduler(self) -> Scheduler:
         engine = (InvariantEngine if self._batch_invariant else Engine)(self.model, self._compile)
-        return Scheduler(engine, self._group, None if self.draft_model is None else Engine(self.draft_model, self._compile))
+        draft = None if self.draft_model is None else Engine(self.draft_model, self._compile)
+        never = self.tokenizer.nameless if isinstance(self.tokenizer, Tokenizer) else ()
+        return Scheduler(engine, self._group, draft, never)
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -563,7 +566,8 @@ class Llama:
             if group is not None:  # a row of one process only would wait for the others for ever
                 agreement.values = {**agreement.values, "streams under way": self._scheduler.running}
         prompts = prompts._replace(ids=ids).times(choice.n)
-        ends = frozenset({self.tokenizer.eos_id, *choice.stop_ids})
+        stops = self.tokenizer.stop_ids if isinstance(self.tokenizer, Tokenizer) else {self.tokenizer.eos_id}
+        ends = frozenset({*stops, *choice.stop_ids})
         least = 1 if asked.continues else LEAST_SHARED
         options = (choice.scored, choice.alternatives, choice.scored and asked.echo, choice.draft)
         requests = [

@@ -13,7 +13,8 @@ from .layers.parallel import group_size, model_parallel_group
 from .model import ModelArgs, Transformer, check_args
 from .system.checks import whole
 from .system.files import is_there, read_json
-from .tokenizer import Tokenizer, find_tokenizer, user_path
+from .tokenizer import Tokenizer, user_path
+from .tokenizer_files import find_tokenizer, open_tokenizer
 from .weights.checkpoint import Checkpoint, fill, open_checkpoint, prepare
 
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
@@ -61,7 +62,7 @@ def prepared_draft(
     if stated not in (-1, wanted) and (stated < wanted or not checkpoint.leave_out_ids(wanted)):
         raise ValueError(f"the draft model in {path} has {stated} ids, but the model has {wanted}; {way_out}")
     own = find_tokenizer(path)
-    if own is not None and _pieces(Tokenizer(str(own))) != _pieces(tokenizer):
+    if own is not None and _names(open_tokenizer(path, own)) != _names(tokenizer):
         raise ValueError(f"the draft model in {path} has another tokenizer than the model, {own}; {way_out}")
     positions = _positions(checkpoint)
     if positions is not None and positions < limits.max_seq_len:
@@ -73,8 +74,8 @@ def prepared_draft(
     return prepared(checkpoint, replace(checkpoint.args, vocab_size=wanted, **sizes), of.device, dtype)
 
 
-def _pieces(tokenizer: Tokenizer) -> list[str]:
-    return list(tokenizer.sp_model.IdToPiece(list(range(tokenizer.n_words))))
+def _names(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.piece(i) for i in range(tokenizer.n_words) if i not in tokenizer.nameless]
 
 
 def _positions(checkpoint: Checkpoint) -> Optional[int]:

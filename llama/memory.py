@@ -86,9 +86,10 @@ def estimate(placement: Placement) -> Need:
     width = args.ffn_width // processes
     columns_cut = matrix(args.dim, queries, processes) + matrix(args.dim, width, processes)  # wo and w2
     layer = matrix(queries + 2 * keys + 2 * width, args.dim) + columns_cut + size * 2 * args.dim
-    ids = args.vocab_size // processes
+    ids = -(-args.vocab_size // processes)
+    columns = args.dim // processes  # of the embedding
     output = Quantization("int8").nbytes(ids, args.dim, args.dim) if quantization else size * ids * args.dim
-    weights = args.n_layers * layer + output + size * (args.dim * ids + args.dim)
+    weights = args.n_layers * layer + output + size * (args.vocab_size * columns + args.dim)
     tokens = args.max_batch_size * args.max_seq_len
     attention = 3 * args.dim + 2 * queries + 2 * keys  # the stream, its norm and sum; q, k, v and the result
     rotating = 4 * 3 * queries  # q in float32, its halves turned

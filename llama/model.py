@@ -95,7 +95,7 @@ def process_counts(args: ModelArgs) -> list[int]:
 
     With more processes than key/value heads, neighbours hold the same one: 4 heads on 8 processes lie 0 0 1 1 2 2 3 3.
     """
-    shared = (args.n_heads, args.dim, args.vocab_size, args.ffn_width)
+    shared = (args.n_heads, args.dim, args.ffn_width)
     heads = args.kv_heads
     return [
         n for n in range(1, args.n_heads + 1) if all(size % n == 0 for size in shared) and (heads % n == 0 or n % heads == 0)
@@ -115,8 +115,8 @@ def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -
         problem = f"n_heads ({args.n_heads}) must be a multiple of n_kv_heads ({args.kv_heads})"
     elif processes not in (counts := process_counts(args)):
         problem = (
-            f"{args.n_heads} query heads, {args.kv_heads} key/value heads and a vocabulary of {args.vocab_size} cannot be "
-            f"shared by {processes} processes; use {' or '.join(map(str, counts))}"
+            f"{args.n_heads} query heads, {args.kv_heads} key/value heads, a width of {args.dim} and one of {args.ffn_width} "
+            f"cannot be shared by {processes} processes; use {' or '.join(map(str, counts))}"
         )
     if problem:
         raise ValueError(problem if source is None else f"{source}: {problem}")

@@ -1,13 +1,15 @@
-"""SentencePiece text <-> ids; ids -> text while they arrive. Pieces and ids are the model file's own."""
+"""SentencePiece text <-> ids; ids -> text while they arrive. Pieces and ids are the model file's own, and those that a
+fine-tune has added. `tokenizer_files` finds them in a folder."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from logging import getLogger
 from os import PathLike
 from pathlib import Path
-from typing import Optional, Union
+from typing import Literal, NamedTuple, Optional, Union
 
 from sentencepiece import SentencePieceProcessor
 
@@ -28,42 +30,50 @@ def user_path(path: Union[str, PathLike[str]]) -> Path:
         raise ValueError(f"{path} begins with a home folder that does not exist") from error
 
 
-def find_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Optional[Path]:
-    """The path that was given, or the checkpoint's tokenizer.model; None if there is no such file.
+class AddedToken(NamedTuple):
+    """A token that a fine-tune has added. Text becomes its id only where that is asked for.
 
-    Meta's layout has one file beside the folders of all models; other layouts have one in each folder.
+    lstrip, rstrip: it takes the spaces before or behind it with it.
     """
-    if given is not None:
-        return user_path(given)
-    places = (ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model")
-    return next((path for path in places if is_there(path)), None)
 
-
-def need_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Path:
-    """As `find_tokenizer`, but ValueError if there is no such file."""
-    if path := find_tokenizer(ckpt_dir, given):
-        return path
-    if not ckpt_dir.is_dir():
-        raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
-    raise ValueError(f"no tokenizer.model in {ckpt_dir} or in the folder above it; pass tokenizer_path (--tokenizer_path)")
+    id: int
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class Tokenizer:
-    """A SentencePiece model. pad_id is -1 for Llama 2: it has no padding piece.
+    """A SentencePiece model, and tokens that were added to it. pad_id is -1 for Llama 2: it has no padding piece.
 
-    ValueError if `model_path` is missing, or is not a SentencePiece model.
+    n_words: the ids of its model; `rows` if given, some of which may have no name. named: text -> id of what text never
+    becomes by itself, control pieces and added tokens. nameless: ids that have no text, and are never drawn. stop_ids: those
+    that end an answer; eos_id is one of them. chat_template: the folder's own, in Jinja. spaced: which parts of a text get
+    SentencePiece's space in front, where control pieces split it: "all", as SentencePiece does it; "words", those that begin
+    without a space; or only the "first", if it begins without one. transformers knows these three.
+
+    ValueError if `model_path` is missing, or is not a SentencePiece model. proto: its bytes, if they do not lie there.
     """
 
-    def __init__(self, model_path: str) -> None:
+    chat_template: Optional[str] = None
+    spaced: Literal["all", "words", "first"] = "all"
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        added: Sequence[AddedToken] = (),
+        rows: Optional[int] = None,
+        proto: Optional[bytes] = None,
+    ) -> None:
         path = user_path(model_path)
         if not is_there(path):
             raise ValueError(f"no tokenizer at {path}; pass the path of Llama 2's tokenizer.model")
-        model = read_file(path, MODEL_BYTES, "a tokenizer.model has a few million bytes at most")
+        model = proto or read_file(path, MODEL_BYTES, "a tokenizer.model has a few million bytes at most")
         self.sp_model = SentencePieceProcessor()
         try:
             self.sp_model.LoadFromSerializedProto(model)
-            self.n_words: int = self.sp_model.vocab_size()
-            self.sp_model.DecodeIds(list(range(self.n_words)))  # fails if the text of a piece is damaged
+            self._pieces: int = self.sp_model.vocab_size()
+            self.sp_model.DecodeIds(list(range(self._pieces)))  # fails if the text of a piece is damaged
         except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a SentencePiece model, or damaged; pass the path of a tokenizer.model") from error
         self.bos_id: int = self.sp_model.bos_id()
@@ -74,26 +84,108 @@ class Tokenizer:
                 f"{path} has no two control pieces for the begin and the end of a text (<s> has the id {self.bos_id}, </s> "
                 f"{self.eos_id}); pass the tokenizer.model that belongs to the checkpoint"
             )
+        own = {self.bos_id, self.eos_id, self.pad_id, self.sp_model.unk_id()}
+        self.added = {token.id: token for token in added if token.id not in own and (rows is None or token.id < rows)}
+        self.n_words: int = max(rows or 0, self._pieces, *(i + 1 for i in self.added), 0)
+        self.named = {self.sp_model.IdToPiece(i): i for i in range(self._pieces) if self.sp_model.IsControl(i)}
+        self.named.update((token.content, i) for i, token in self.added.items())
+        unused = filter(self.sp_model.IsUnused, range(self._pieces))
+        self.nameless = frozenset([*unused, *range(self._pieces, self.n_words)]) - self.added.keys()
+        self.other_stops: frozenset[int] = frozenset()
         logger.info("%s: %d pieces, BOS %d, EOS %d", path, self.n_words, self.bos_id, self.eos_id)
 
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of `s`. Text never becomes a control id: `</s>` in it is read as ordinary characters."""
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return self.other_stops | {self.eos_id}
+
+    def encode(self, s: str, bos: bool, eos: bool, *, special: bool = False) -> list[int]:
+        """The ids of `s`. Text never becomes a control id: `</s>` in it is read as ordinary characters. special=True: what is
+        in `named` becomes its id."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {type(s).__name__}")
-        try:
-            ids: list[int] = self.sp_model.EncodeAsIds(s)
-        except RuntimeError as error:  # half of a surrogate pair
-            raise ValueError(f"{s!r} has characters that UTF-8 cannot encode") from error
+        ids: list[int] = []
+        begun = False  # whether something lies before the text that comes next
+        for text, control in self._parts(s) if special else [(s, None)]:
+            if text or not special:
+                bare = special and self.spaced != "all" and (text[0] == " " or (begun and self.spaced == "first"))
+                ids += self.encode_behind(text) if bare else self._encode(self.sp_model, text)
+            if control is not None:
+                ids.append(control)
+            begun = True
         return ([self.bos_id] if bos else []) + ids + ([self.eos_id] if eos else [])
 
+    def encode_behind(self, s: str) -> list[int]:
+        """The ids of `s` as they are behind other text, without SentencePiece's space in front."""
+        return self._encode(self._without_space, s)
+
+    @staticmethod
+    def _encode(model: SentencePieceProcessor, text: str) -> list[int]:
+        try:
+            ids: list[int] = model.EncodeAsIds(text)
+        except RuntimeError as error:  # half of a surrogate pair
+            raise ValueError(f"{text!r} has characters that UTF-8 cannot encode") from error
+        return ids
+
+    @cached_property
+    def _without_space(self) -> SentencePieceProcessor:
+        """The same SentencePiece model, but for the space that it puts in front of a text."""
+        from sentencepiece import sentencepiece_model_pb2 as protos
+
+        model, proto = SentencePieceProcessor(), protos.ModelProto.FromString(self.sp_model.serialized_model_proto())  # type: ignore[attr-defined]
+        proto.normalizer_spec.add_dummy_prefix = False
+        model.LoadFromSerializedProto(proto.SerializeToString())
+        return model
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        """What is in `named`, the longest first."""
+        strips = {token.content: (token.lstrip, token.rstrip) for token in self.added.values()}
+        patterns = []
+        for text in sorted(self.named, key=len, reverse=True):
+            left, right = strips.get(text, (False, False))
+            patterns.append(rf"{left * '[ ]*'}({re.escape(text)}){right * '[ ]*'}".replace("[ ]", r"\s"))
+        return re.compile("|".join(patterns) or "(?!)")
+
+    def _parts(self, s: str) -> Iterable[tuple[str, Optional[int]]]:
+        """Texts of `s`, each with the control id behind it."""
+        at = 0
+        for found in self._controls.finditer(s):
+            yield s[at : found.start()], self.named[found[found.lastindex or 0]]
+            at = found.end()
+        yield s[at:], None
+
     def decode(self, t: Union[int, Sequence[int]]) -> str:
-        """The text of one id or of many. SentencePiece's space before a text is dropped; control ids give no text."""
+        """The text of one id or of many. SentencePiece's space before a text is dropped; its control ids give no text, added
+        tokens theirs."""
         ids = [t] if isinstance(t, int) else [int(i) for i in t]
         for i in ids:
             if not 0 <= i < self.n_words:
                 raise ValueError(f"id {i} is outside the vocabulary; ids go from 0 to {self.n_words - 1}")
-        text: str = self.sp_model.DecodeIds(ids)
-        return text
+        if not self._beyond:
+            text: str = self.sp_model.DecodeIds(ids)
+            return text
+        texts, pieces = [""], list[int]()
+        for token in [*ids, None]:
+            if token is not None and token not in self._beyond:
+                pieces.append(token)
+                continue
+            if pieces and len(texts) > 1:  # behind an added token a space is part of the text
+                texts.append(self.sp_model.DecodeIds([self._anchor, *pieces])[len(self.sp_model.DecodeIds(self._anchor)) :])
+            else:
+                texts.append(self.sp_model.DecodeIds(pieces))
+            pieces = []
+            if token is not None:
+                texts.append(self._beyond[token])
+        return "".join(texts)
+
+    def piece(self, i: int) -> str:
+        """The name of an id, as SentencePiece has it."""
+        return self.added[i].content if i in self.added else f"<{i}>" if i in self.nameless else self.sp_model.IdToPiece(i)
+
+    @cached_property
+    def _beyond(self) -> dict[int, str]:
+        """Text of the ids that SentencePiece does not know as such."""
+        return {**dict.fromkeys(self.nameless, ""), **{i: token.content for i, token in self.added.items()}}
 
     def split(self, ids: Iterable[int]) -> list[str]:
         """What each id adds to the text: as many strings as ids, which joined are exactly `decode(ids)`."""
@@ -105,9 +197,14 @@ class Tokenizer:
         return texts
 
     @cached_property
+    def controls(self) -> frozenset[int]:
+        """The ids in `named`."""
+        return frozenset(self.named.values())
+
+    @cached_property
     def _anchor(self) -> int:
         """The id of a piece to decode before others: at the start of a text their space would be dropped."""
-        for i in range(self.n_words):
+        for i in range(self._pieces):
             piece: str = self.sp_model.IdToPiece(i)
             if not (self.sp_model.IsControl(i) or self.sp_model.IsUnknown(i) or self.sp_model.IsByte(i)) and "▁" not in piece:
                 return i
@@ -128,7 +225,7 @@ def split(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
 def is_control(tokenizer: Tokenizer, token: int) -> bool:
     """Whether an id has no text. Of a user's own tokenizer only BOS and EOS are known."""
     if isinstance(tokenizer, Tokenizer):
-        return bool(tokenizer.sp_model.IsControl(token))
+        return token in tokenizer.controls
     return token in (tokenizer.bos_id, tokenizer.eos_id)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from workers import Pool
 
 from llama import Llama
-from llama.weights.checkpoint import fit_vocabulary, open_checkpoint
+from llama.weights.checkpoint import open_checkpoint
 from llama.weights.huggingface import read_config
 
 
@@ -152,7 +152,7 @@ def test_all_reasons_come_at_once(tmp_path: Path) -> None:
         ({"intermediate_size": 176}, r"layers.0.feed_forward.w1.weight has shape \[168, 64\] instead of \[176, 64\]"),
         ({"hidden_size": 2**20, "num_attention_heads": 1, "num_key_value_heads": 1}, "has shape"),
         ({"num_attention_heads": 7}, r"dim \(64\) must be n_heads \(7\)"),
-        ({"vocab_size": 300}, "says vocab_size=300, but the tokenizer has 400 pieces"),
+        ({"vocab_size": 300}, "config.json says vocab_size=300, but model.embed_tokens.weight has 400 rows"),
     ],
 )
 def test_a_config_of_another_model(change: dict[str, Any], message: str, twins: dict[str, Path], tmp_path: Path) -> None:
@@ -160,19 +160,6 @@ def test_a_config_of_another_model(change: dict[str, Any], message: str, twins: 
     write_config(folder, change)
     with pytest.raises(ValueError, match=message):
         Llama.build(str(folder), None, 16, 1, device="cpu")
-
-
-def test_ids_without_a_piece_are_left_out(tmp_path: Path, tokenizer_path: str) -> None:
-    """Fine-tunes that added a padding token have 32001 rows, and ran on one process only; the tokenizer has 32000 pieces."""
-    folder = write_twin(tmp_path / "hf", {"vocab_size": 403})
-    with pytest.warns(UserWarning, match="has 403 ids, but the tokenizer has 400 pieces") as told:
-        llama = Llama.build(str(folder), tokenizer_path, 16, 1, device="cpu")
-    assert [warning.filename for warning in told] == [__file__]
-    assert llama.model.output.weight.shape == llama.model.tok_embeddings.weight.shape == (400, 64)
-    checkpoint = open_checkpoint(folder)
-    with pytest.warns(UserWarning, match="left out"):
-        assert fit_vocabulary(checkpoint, 400).vocab_size == checkpoint.shape("output.weight", 0)[0] == 400
-    assert checkpoint.args.vocab_size == 403  # what was read stays as it was
 
 
 def rewrite(folder: Path, change: Any) -> Path:
@@ -198,14 +185,81 @@ def test_weights_that_do_not_fit(twins: dict[str, Path], tmp_path: Path) -> None
     check("names", lambda t: {**t, "norm.weight": torch.zeros(64)}, "'norm.weight' is unexpected")
     check("bias", lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "q_proj.bias' is unexpected")
     check("empty", lambda t: {"a": torch.zeros(1)}, "has no model.embed_tokens.weight")
+    for rows in (399, 401):
+        other = torch.zeros(rows, 64)
+        check(
+            f"rows{rows}", lambda t, x=other: {**t, "lm_head.weight": x}, f"vocab_size=400, but lm_head.weight has {rows} rows"
+        )
     # What does no harm: tables of positions, and an output matrix that is tied anyway.
     harmless = rewrite(
         shutil.copytree(twins["tied"], tmp_path / "harmless"),
-        lambda t: {**t, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "lm_head.weight": torch.zeros(400, 64)},
+        lambda t: {
+            **t,
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+            "lm_head.weight": t["model.embed_tokens.weight"].clone(),
+        },
     )
     model = Llama.build(str(harmless), None, 16, 1, device="cpu").model
     assert torch.equal(model.output.weight, model.tok_embeddings.weight)
-    assert model.output.weight.any()
+    assert open_checkpoint(harmless).tied
+
+
+def test_an_output_matrix_of_its_own_counts(twins: dict[str, Path], tmp_path: Path) -> None:
+    """config.json says that the two are one, and both are stored, with other numbers: as transformers 5 takes it."""
+    folder = shutil.copytree(twins["tied"], tmp_path / "hf")
+    rewrite(folder, lambda t: {**t, "lm_head.weight": torch.ones(400, 64)})
+    with pytest.warns(UserWarning, match="another lm_head.weight is stored, which is used"):
+        assert (Llama.build(str(folder), None, 16, 1, device="cpu").model.output.weight == 1).all()
+
+
+def pickled(folder: Path, files: int = 1) -> Path:
+    """The folder with its safetensors as files of torch.save."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if files == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return folder
+    where = {name: f"pytorch_model-{i % files + 1:05d}-of-{files:05d}.bin" for i, name in enumerate(tensors)}
+    for part in set(where.values()):
+        torch.save({name: tensor for name, tensor in tensors.items() if where[name] == part}, folder / part)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_pickled_weights(files: int, twins: dict[str, Path], tmp_path: Path, pool: Pool) -> None:
+    folder = pickled(shutil.copytree(twins["code"], tmp_path / "hf"), files)
+    before, after = (Llama.build(str(path), None, 16, 1, device="cpu").model for path in (twins["code"], folder))
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+    tokens = [[1, 5, 6]]
+    for ours in pool.run(logits, str(folder), tokens, 2):
+        torch.testing.assert_close(ours, before(torch.tensor(tokens), 0), atol=1e-4, rtol=0)
+
+
+def test_pickles_that_hold_more_than_tensors(twins: dict[str, Path], tmp_path: Path) -> None:
+    folder = pickled(shutil.copytree(twins["code"], tmp_path / "hf"))
+    torch.save({"model.norm.weight": torch.zeros(64), "x": Path("a")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds something other than tensors, which could run code"):
+        open_checkpoint(folder)
+    torch.save({"model.embed_tokens.weight": torch.zeros(400, 64, dtype=torch.float64)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="model.embed_tokens.weight in .* is stored as torch.float64, which is not"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
+def test_pointers_of_git_lfs(name: str, twins: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(twins["code"], tmp_path / "hf")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976576152\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS, and not the file itself"):
+        Llama.build(str(folder), None, 16, 1, device="cpu")
+
+
+@pytest.mark.parametrize("stray", ["params.json", "consolidated.00.pth"])
+def test_one_of_metas_files_alone_is_a_stray(stray: str, twins: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(twins["code"], tmp_path / "hf")
+    (folder / stray).write_text("{}")
+    assert open_checkpoint(folder).format == "Hugging Face"
 
 
 def test_folders_without_weights(twins: dict[str, Path], tmp_path: Path) -> None:
@@ -215,14 +269,16 @@ def test_folders_without_weights(twins: dict[str, Path], tmp_path: Path) -> None
     with pytest.raises(ValueError, match="config.json is missing.*adapter alone"):
         open_checkpoint(folder)
     write_config(folder, {})
-    with pytest.raises(ValueError, match="neither model.safetensors nor .*index.json; it holds an adapter alone: merge it"):
+    with pytest.raises(
+        ValueError, match="neither model.safetensors nor pytorch_model.bin, .*; it holds an adapter alone: merge"
+    ):
         open_checkpoint(folder)
     (folder / "adapter_config.json").unlink()
     (folder / "pytorch_model-00001-of-00002.bin").touch()
-    with pytest.raises(ValueError, match="it holds pickled weights: save them as safetensors"):
+    with pytest.raises(ValueError, match="nor an index of several such files; it holds config.json, pytorch_model-00001"):
         open_checkpoint(folder)
     shutil.copy(twins["code"] / "model.safetensors", folder)
-    with pytest.raises(ValueError, match="no tokenizer.model in .*; pass tokenizer_path"):
+    with pytest.raises(ValueError, match="no tokenizer.model or tokenizer.json in .*; pass tokenizer_path"):
         Llama.build(str(folder), None, 16, 1, device="cpu")
 
 
@@ -239,8 +295,10 @@ def test_folders_without_weights(twins: dict[str, Path], tmp_path: Path) -> None
         (lambda index: repoint(index, "a\0.safetensors"), "points to .*, which is not"),
         (lambda index: repoint(index, "gone.safetensors"), "points to gone.safetensors, which is missing"),
         (lambda index: repoint(index, "model-00001-of"), "points to 'model-00001-of', which is not"),
-        (lambda index: drop(index), "disagree about model.norm.weight"),
-        (lambda index: repoint(index, index["weight_map"]["model.embed_tokens.weight"]), "disagree about model.norm.weight"),
+        (
+            lambda index: repoint(index, index["weight_map"]["model.embed_tokens.weight"]),
+            "has no model.norm.weight",
+        ),
     ],
 )
 def test_an_index_that_misleads(change: Any, message: str, parted: Path, tmp_path: Path) -> None:
@@ -261,15 +319,20 @@ def repoint(index: dict[str, Any], part: str) -> dict[str, Any]:
     return {"weight_map": {**index["weight_map"], "model.norm.weight": part}}
 
 
-def drop(index: dict[str, Any]) -> dict[str, Any]:
-    return {"weight_map": {name: part for name, part in index["weight_map"].items() if name != "model.norm.weight"}}
+def test_a_tensor_that_the_index_does_not_name(parted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(parted, tmp_path / "hf")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    assert open_checkpoint(folder).dtypes.keys() == open_checkpoint(parted).dtypes.keys()
 
 
 def test_a_part_is_missing_or_there_twice(parted: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(parted, tmp_path / "hf")
     first, second, *_ = sorted(folder.glob("*.safetensors"))
     shutil.copy(first, second)
-    with pytest.raises(ValueError, match="disagree about"):
+    with pytest.raises(ValueError, match="has no model.layers.0.* which the index beside it names"):
         open_checkpoint(folder)
     second.unlink()
     with pytest.raises(ValueError, match="which is missing"):

@@ -25,7 +25,18 @@ from ..layers.rounding import Quantization
 from ..model import ModelArgs, Transformer, check_args, feed_forward_width
 from ..system.checks import whole_number
 from ..tokenizer import Tokenizer
-from ..weights.checkpoint import Checkpoint, cut, fit_vocabulary, open_checkpoint, prepare, quantized, quantized_layers
+from ..tokenizer_files import open_tokenizer
+from ..tokenizer_json import hf_tokenizer, whole_model
+from ..weights.checkpoint import (
+    Checkpoint,
+    cut,
+    fit_vocabulary,
+    known_ids,
+    open_checkpoint,
+    prepare,
+    quantized,
+    quantized_layers,
+)
 from ..weights.huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from ..weights.writers import Entry, write_pth, write_safetensors
 
@@ -53,7 +64,7 @@ def convert(
     if os.path.lexists(target):
         raise ValueError(f"{target} exists, and nothing is written over; name another folder, or remove it")
     checkpoint = open_checkpoint(source)
-    tokenizer = Tokenizer(str(tokenizer_path)) if tokenizer_path else None
+    tokenizer = open_tokenizer(source, tokenizer_path, known_ids(checkpoint)) if tokenizer_path else None
     args = _full_args(checkpoint, tokenizer)
     check_args(args, 1, source)
     with torch.device("meta"):
@@ -68,11 +79,11 @@ def convert(
         with tqdm(total=sum(map(len, files.values())), desc="Converting", unit="tensor", disable=None) as progress:
             for name, entries in files.items():
                 write(folder / name, entries, progress)
-        if tokenizer_path:
-            shutil.copyfile(tokenizer_path, folder / "tokenizer.model")
         if to == "hf":
-            _write_hf_config(folder, args, dtype or checkpoint.dtype, files, tokenizer)
+            _write_hf_config(folder, args, dtype or checkpoint.dtype, files, tokenizer, checkpoint.tied)
         else:
+            if tokenizer:
+                _write_meta_tokenizer(folder, tokenizer)
             _write_json(folder / "params.json", meta_params(args) | quantization_params(quantization))
             _write_checklist(folder)
 
@@ -110,6 +121,8 @@ def _meta_files(
     kv_heads = model.params.kv_heads
     shards = whole_number("shards", shards, 1)
     check_args(model.params, shards)
+    if model.params.vocab_size % shards:
+        raise ValueError(f"{model.params.vocab_size} ids cannot be cut into {shards} shards; use a divisor")
     if kv_heads % shards:
         raise ValueError(f"{kv_heads} key/value heads cannot be cut into {shards} shards; use a divisor of {kv_heads}")
     plan, layers = cut(model), quantized_layers(model)
@@ -163,6 +176,8 @@ def _hf_files(checkpoint: Checkpoint, model: Transformer, dtype: Optional[torch.
     """model.safetensors, or several files of at most PART_BYTES."""
     parts: list[list[Entry]] = [[]]
     for name, (shape, dim, _) in cut(model).items():
+        if checkpoint.tied and name == "output.weight":
+            continue
         read = _reader(checkpoint, name, dim, 0, 0 if dim is None else shape[dim])
         if name.endswith(ROTATED):
             read = _in_hf_order(read, model.params.head_size, checkpoint)
@@ -215,16 +230,33 @@ def quantization_params(quantization: Optional[Quantization]) -> dict[str, Any]:
     return {"quantization": {"kind": quantization.kind, **group}}
 
 
+def _write_meta_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """tokenizer.model with a piece for each id, so that Meta's code counts right; and beside it what it cannot say."""
+    (folder / "tokenizer.model").write_bytes(whole_model(tokenizer))
+    if tokenizer.added:
+        _write_json(folder / "added_tokens.json", {token.content: i for i, token in tokenizer.added.items()})
+    if len(tokenizer.stop_ids) > 1:
+        _write_json(folder / "generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})
+
+
 def _write_hf_config(
-    folder: Path, args: ModelArgs, dtype: torch.dtype, files: dict[str, list[Entry]], tokenizer: Optional[Tokenizer]
+    folder: Path,
+    args: ModelArgs,
+    dtype: torch.dtype,
+    files: dict[str, list[Entry]],
+    tokenizer: Optional[Tokenizer],
+    tied: bool,
 ) -> None:
     if len(files) > 1:
         where = {entry.name: name for name, entries in files.items() for entry in entries}
         total = sum(entry.nbytes for entries in files.values() for entry in entries)
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    ids = {"bos_token_id": tokenizer.bos_id if tokenizer else 1, "eos_token_id": tokenizer.eos_id if tokenizer else 2}
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
     if tokenizer:
+        stops = sorted(tokenizer.stop_ids)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
         piece = tokenizer.sp_model.IdToPiece
+        (folder / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
         _write_json(folder / "tokenizer.json", hf_tokenizer(tokenizer))
         _write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": piece(tokenizer.bos_id),
@@ -238,55 +270,8 @@ def _write_hf_config(
         "num_key_value_heads": args.kv_heads, "head_dim": args.head_size, "vocab_size": args.vocab_size,
         "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta, "rope_scaling": None, "hidden_act": "silu",
         "max_position_embeddings": 4096 if args.rope_theta == 10000.0 else 16384, "attention_bias": False,
-        "mlp_bias": False, "tie_word_embeddings": False, "torch_dtype": str(dtype).removeprefix("torch."), **ids,
+        "mlp_bias": False, "tie_word_embeddings": tied, "torch_dtype": str(dtype).removeprefix("torch."), **ids,
     })  # fmt: skip
-
-
-def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json: the same pieces and ids, for transformers, which then needs no other file.
-
-    SentencePiece joins the two neighbours whose piece scores best; tokenizer.json lists the pairs in that order.
-    """
-    model = tokenizer.sp_model
-    pieces = [model.IdToPiece(i) for i in range(tokenizer.n_words)]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    special = [i for i in range(tokenizer.n_words) if model.IsControl(i) or model.IsUnknown(i)]
-    apart = {*special, *(i for i in ids.values() if model.IsByte(i) or model.IsUnused(i))}
-    merges: list[tuple[str, str]] = []
-    for i in sorted(set(ids.values()) - apart, key=lambda i: (-model.GetScore(i), i)):
-        splits = ((pieces[i][:at], pieces[i][at:]) for at in range(1, len(pieces[i])))
-        merges += sorted((s for s in splits if s[0] in ids and s[1] in ids), key=lambda s: (ids[s[0]], ids[s[1]]))
-    spaces: list[dict[str, Any]] = []
-    if model.EncodeAsIds("a  b") == model.EncodeAsIds("a b"):  # not Llama's: its vocabulary has runs of spaces
-        spaces = [{"type": "Strip", "strip_left": True, "strip_right": True},
-                  {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]  # fmt: skip
-    begin = {"SpecialToken": {"id": pieces[tokenizer.bos_id], "type_id": 0}}
-    text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
-        "added_tokens": [
-            {"id": i, "content": pieces[i], "special": True, "normalized": False, "single_word": False, "lstrip": False,
-             "rstrip": False} for i in special
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            *spaces, {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        ]},
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [begin, text[0]], "pair": [begin, text[0], begin, text[1]],
-            "special_tokens": {pieces[tokenizer.bos_id]: {
-                "id": pieces[tokenizer.bos_id], "ids": [tokenizer.bos_id], "tokens": [pieces[tokenizer.bos_id]],
-            }},
-        },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ]},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": pieces[model.unk_id()], "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": ids,
-            "merges": [" ".join(pair) for pair in merges],
-        },
-    }  # fmt: skip
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

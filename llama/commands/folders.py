@@ -14,8 +14,9 @@ from .. import memory, runtime
 from ..model import check_args, process_counts
 from ..system.checks import whole_number
 from ..system.printable import counted, escaped
-from ..tokenizer import Tokenizer, find_tokenizer, user_path
-from ..weights.checkpoint import Checkpoint, choose_quantization, fit_vocabulary, open_checkpoint
+from ..tokenizer import Tokenizer, user_path
+from ..tokenizer_files import find_tokenizer, open_tokenizer
+from ..weights.checkpoint import Checkpoint, choose_quantization, fit_vocabulary, known_ids, open_checkpoint
 from .arguments import MODEL, REQUIRED, Command, Option, a_name, a_number, some_of_model
 from .convert import convert as convert_checkpoint
 
@@ -27,7 +28,7 @@ def info(args: Namespace) -> None:
     checkpoint = open_checkpoint(user_path(args.ckpt_dir))
     stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
     path = find_tokenizer(checkpoint.folder, args.tokenizer_path)
-    tokenizer = Tokenizer(str(path)) if path else None
+    tokenizer = open_tokenizer(checkpoint.folder, path, known_ids(checkpoint)) if path else None
     model = fit_vocabulary(checkpoint, tokenizer.n_words if tokenizer else rows)
     model = replace(model, max_batch_size=args.max_batch_size, max_seq_len=args.max_seq_len)
     check_args(model, args.processes)
@@ -59,7 +60,10 @@ def _holds(
     nbytes = memory.estimate(memory.Placement(args, checkpoint.dtype, quantization=stored)).weights
     pieces = "none here or in the folder above; pass --tokenizer_path"
     if tokenizer:
-        pieces = f"{escaped(str(path))}: {tokenizer.n_words} pieces, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}"
+        stops = ", ".join(map(str, sorted(tokenizer.stop_ids)))
+        pieces = (
+            f"{escaped(str(path))}: {tokenizer.n_words - len(tokenizer.nameless)} pieces, BOS {tokenizer.bos_id}, EOS {stops}"
+        )
     return {
         "model": model + ", one matrix for embedding and output" * checkpoint.tied,
         "parameters": f"{parameters:,} in {stored.kind if stored else _name(checkpoint.dtype)}, {memory.gigabytes(nbytes)}",

@@ -11,7 +11,8 @@ from typing import Any
 from ..loading import DEMO
 from ..runtime import Launch
 from ..system.printable import counted, json_line
-from ..tokenizer import Tokenizer, need_tokenizer, user_path
+from ..tokenizer import user_path
+from ..tokenizer_files import open_tokenizer
 from . import conversation, jobs
 from .arguments import ANSWERS, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
 from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say, typed_lines
@@ -86,14 +87,14 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
 def tokenize(args: Namespace) -> None:
     """Show the ids and pieces of a TEXT, of a --file or of a pipe; or the text of --ids 1,306,4658. Loads no model."""
     folder = DEMO if args.ckpt_dir is None else user_path(args.ckpt_dir)
-    tokenizer = Tokenizer(str(need_tokenizer(folder, args.tokenizer_path)))
+    tokenizer = open_tokenizer(folder, args.tokenizer_path)
     text = args.text
     if args.ids is not None:
         if text is not None or args.file is not None:
             raise ValueError("give a text or --ids, not both")
         numbers = numbers_in(args.ids)
         decoded = tokenizer.decode(numbers)  # raises for ids that are not there
-        pieces = [tokenizer.sp_model.IdToPiece(i) for i in numbers]
+        pieces = [tokenizer.piece(i) for i in numbers]
     else:
         text = given_text(text, args.file, "text")
         numbers = tokenizer.encode(text, args.bos, args.eos)

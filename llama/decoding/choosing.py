@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, Optional
@@ -68,10 +68,11 @@ class _Plan:
 class Chooser:
     """Chooses for the rows of one engine."""
 
-    def __init__(self, engine: Engine, guessed: bool = False) -> None:
-        """guessed: whether a draft model is to guess what rows draw."""
-        self.engine, self.guessed = engine, guessed
+    def __init__(self, engine: Engine, guessed: bool = False, never: Collection[int] = ()) -> None:
+        """guessed: whether a draft model is to guess what rows draw. never: ids that are not to be chosen."""
+        self.engine, self.guessed, self.never = engine, guessed, never
         self._last: Optional[_Plan] = None
+        self._never_there: Optional[torch.Tensor] = None  # `never`, on the device
 
     @property
     def _vocab_size(self) -> int:
@@ -157,13 +158,20 @@ class Chooser:
         return logits
 
     def _weighed(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        """Logits with the rows' penalties and biases."""
+        """Logits with the rows' penalties and biases, and without what is never chosen."""
+        if self.never:
+            logits = logits.index_fill(-1, self._never(logits.device), -torch.inf)
         if plan.counted:
             some = penalize(plan.take(logits, plan.counted), plan.in_prompt, plan.counts, plan.penalties)
             logits = plan.put(logits, plan.counted, some)
         if plan.biased:
             logits = plan.put(logits, plan.biased, plan.take(logits, plan.biased) + plan.bias)
         return logits
+
+    def _never(self, device: torch.device) -> torch.Tensor:
+        if self._never_there is None or self._never_there.device != device:
+            self._never_there = to_device(sorted(self.never), device)
+        return self._never_there
 
     def lead(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
         """How far the best id of each row leads the second, in standard deviations of its logits: (rows, V) -> (rows,). As if

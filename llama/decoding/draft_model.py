@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 
 import torch
@@ -29,10 +29,10 @@ PERIOD = 64  # passes after which a plain step is measured again
 class DraftModel:
     """The engine of a draft model, with a cache as large as the model's, and rows in the same slots."""
 
-    def __init__(self, engine: Engine, group: Group = None) -> None:
-        """group: the processes that share both models."""
+    def __init__(self, engine: Engine, group: Group = None, never: Collection[int] = ()) -> None:
+        """group: the processes that share both models. never: ids that are not to be guessed."""
         self.engine, self.group = engine, group
-        self.chooser = Chooser(engine)
+        self.chooser = Chooser(engine, never=never)
         self.usable = False  # whether it can guess for what the model has become; `refresh` looks
         self.agreement = LIKELY  # of all rows
         self._holds: list[list[int]] = [[] for _ in range(engine.model.params.max_batch_size)]  # the ids in each slot

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..layers import proven
 from ..layers.int4 import Int4
 from ..layers.int8 import Int8
-from ..layers.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, all_gather, all_reduce
+from ..layers.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, all_reduce
 from ..layers.quantized import STORED_ROWS, Quantized
 from ..model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
 
@@ -49,7 +49,7 @@ def step(
         x = multiply(x, _joined(feed_forward), gated=True)
         delta = all_reduce(multiply(x, feed_forward.w2), group)
     h, x = proven.add_norm(h, delta, model.norm.weight, model.norm.eps)
-    return all_gather(multiply(x, model.output), group).float()
+    return model.output.gathered(multiply(x, model.output)).float()
 
 
 def _joined(block: Union[Attention, FeedForward]) -> Any:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .. import runtime
 from ..layers import proven
 from ..layers.invariant import Products, silu_mul
-from ..layers.parallel import all_gather, sum_in_order
+from ..layers.parallel import sum_in_order
 from ..model import Attention, Transformer, TransformerBlock
 from ..runtime import device_kind, to_device
 from .compiled import Recorded, rotations
@@ -173,7 +173,7 @@ class InvariantEngine(Engine):
         return torch.cat([self._products(x, layer) for layer in layers], dim=-1)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return all_gather(self._products(hidden, self.model.output), self.model.output.group).float()
+        return self.model.output.gathered(self._products(hidden, self.model.output)).float()
 
     def _attend_by_kernel(
         self, positions: torch.Tensor, slots: torch.Tensor

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Optional
@@ -53,12 +53,15 @@ class _Begun:
 class Scheduler:
     """Runs the requests of all calls over one engine."""
 
-    def __init__(self, engine: Engine, group: Group = None, draft: Optional[Engine] = None) -> None:
-        """group: the processes that share the model, and make the same calls. draft: of a model that guesses for it."""
+    def __init__(
+        self, engine: Engine, group: Group = None, draft: Optional[Engine] = None, never: Collection[int] = ()
+    ) -> None:
+        """group: the processes that share the model, and make the same calls. draft: of a model that guesses for it. never: ids
+        that are not to be chosen."""
         self.engine, self.group = engine, group
         self.pace = Pace()
-        self.chooser = Chooser(engine, guessed=draft is not None)
-        self.draft_model = None if draft is None else DraftModel(draft, group)
+        self.chooser = Chooser(engine, guessed=draft is not None, never=never)
+        self.draft_model = None if draft is None else DraftModel(draft, group, never)
         self.verifier = Verifier(engine, self.chooser, self.pace, self.draft_model)
         slots = engine.model.params.max_batch_size
         self.held = Held(slots)

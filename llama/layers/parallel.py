@@ -345,7 +345,8 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     (..., out_features).
 
     parts: how many W is cut into, by default one for each rank; 4 parts on 8 ranks lie 0 0 1 1 2 2 3 3. Copies have no
-    gradient, and gather no output. fairscale's constructor is not run: on more than one rank it fills the full matrix first.
+    gradient, and gather no output. With gather_output the parts need not be even: the last ones are filled up, and what is
+    gathered ends after out_features. fairscale's constructor is not run: on more than one rank it fills the full matrix first.
     """
 
     shard_dim = 0
@@ -357,7 +358,8 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         self.gather_output = gather_output
         self.group = model_parallel_group()
         self.copies = group_size(self.group) // (parts or group_size(self.group))
-        self.output_size_per_partition = split(out_features, "out_features", self.group, parts)
+        even = -(-out_features // group_size(self.group)) * group_size(self.group) if gather_output else out_features
+        self.output_size_per_partition = split(even, "out_features", self.group, parts)
         self.weight = _new_weight(self.output_size_per_partition, in_features)
         self.register_parameter("bias", None)
 
@@ -367,9 +369,16 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
                 raise ValueError(
                     f"no gradients where {self.copies} processes have the same heads; use fewer processes, or torch.no_grad()"
                 )
-            return super().forward(x)
+            return self._without_filling(super().forward(x)) if self.gather_output else super().forward(x)
         y = self.product(x)
-        return all_gather(y, self.group) if self.gather_output else y
+        return self.gathered(y) if self.gather_output else y
+
+    def gathered(self, y: torch.Tensor) -> torch.Tensor:
+        """The whole of what each rank has a part of."""
+        return self._without_filling(all_gather(y, self.group))
+
+    def _without_filling(self, y: torch.Tensor) -> torch.Tensor:
+        return y[..., : self.out_features] if y.shape[-1] > self.out_features else y
 
     def shared(self, x: torch.Tensor) -> Any:
         """The form of x that `product` multiplies, if it must be made: layers of one kind and input can share it."""

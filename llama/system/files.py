@@ -97,12 +97,21 @@ def check_file(path: Path) -> os.stat_result:
     return found
 
 
+def refuse_pointer(path: Path, size: int) -> None:
+    """ValueError if the file only stands for one that Git LFS keeps elsewhere."""
+    if size < 1024 and path.read_bytes().startswith(b"version https://git-lfs.github.com/"):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS, and not the file itself; fetch it with `git lfs pull`, or download it again"
+        )
+
+
 def read_file(path: Path, most: Optional[int] = None, usual: str = "") -> bytes:
     """The bytes of a file. ValueError if they cannot be read or are more than `most`; `usual` says what such a file has."""
     size = check_file(path).st_size
     if most is not None and size > most:
         raise ValueError(f"{path} has {size} bytes; {usual}")
     try:
+        refuse_pointer(path, size)
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -165,6 +174,8 @@ class MappedFiles:
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = list(paths)
         self._found = [check_file(path) for path in self.paths]
+        for path, found in zip(self.paths, self._found):
+            refuse_pointer(path, found.st_size)
 
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:

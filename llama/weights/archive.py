@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from ..system.files import check_file
-from ..system.printable import shortened
+from ..system.printable import escaped, shortened
 
 PICKLE_BYTES = 2**20  # largest pickle of a .pth file; 70B's has 0.1 MB. Reading it takes a second at most
 # Largest part that is compared with its checksum: norms and scales, whose numbers matter most. Reading the matrices too would
@@ -63,6 +63,27 @@ class Numbers(NamedTuple):
 
     bytes: Any
     dtype: torch.dtype
+
+
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file of torch.save, by name, mapped into memory. Nothing in it is run. ValueError if it is damaged, or
+    holds other things."""
+    check_file(path)
+    try:
+        tensors = read_archive(path)
+    except Foreign as error:
+        raise ValueError(
+            f"{path} holds something other than tensors, which could run code, so it was not loaded ({error}); save a "
+            "dictionary of plain tensors that lie on the CPU"
+        ) from error
+    except Exception as error:  # a damaged archive raises almost anything
+        raise ValueError(
+            f"{path} cannot be read: it is cut short, damaged, or not in the zip format of torch.save "
+            f"({escaped(str(error).splitlines()[0]) if str(error) else type(error).__name__}); download or save it again"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} is not a flat dictionary of tensors; pass a checkpoint in Meta's or Hugging Face's format")
+    return tensors
 
 
 def read_archive(path: Path) -> Any:

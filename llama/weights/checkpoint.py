@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,8 @@ from ..memory import return_freed
 from ..model import ModelArgs, Transformer
 from ..runtime import device_kind
 from ..system.files import MappedFiles, is_there, listed
-from ..system.printable import counted, escaped
-from .huggingface import HuggingFaceCheckpoint
+from ..system.printable import counted
+from .huggingface import HuggingFaceCheckpoint, has_weights
 from .meta import MetaCheckpoint
 from .staging import Job, Sender, run_jobs
 
@@ -78,27 +77,25 @@ def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
             f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json, "
             "or config.json and model.safetensors"
         )
-    metas = is_there(ckpt_dir / "params.json") or any(ckpt_dir.glob("consolidated.*.pth"))
-    if metas or not (is_there(ckpt_dir / "config.json") or is_there(ckpt_dir / "adapter_config.json")):
+    metas = [is_there(ckpt_dir / "params.json"), any(ckpt_dir.glob("consolidated.*.pth"))]
+    theirs = is_there(ckpt_dir / "config.json")
+    if theirs and (not all(metas)) and has_weights(ckpt_dir):  # one of Meta's files alone is a stray
+        return HuggingFaceCheckpoint(ckpt_dir)
+    if any(metas) or not (theirs or is_there(ckpt_dir / "adapter_config.json")):
         return MetaCheckpoint(ckpt_dir)
     return HuggingFaceCheckpoint(ckpt_dir)
 
 
-def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
-    """The checkpoint's args with vocab_size=pieces, the tokenizer's.
-
-    If the checkpoint has more ids and its format allows it, they are left out, with a warning. Any other difference is a
-    ValueError.
-    """
+def known_ids(checkpoint: Checkpoint) -> Optional[int]:
+    """How many ids a folder says that its model has; None if it does not say so, or its weights have another number."""
     stated = checkpoint.args.vocab_size
-    if stated > pieces and checkpoint.leave_out_ids(pieces):
-        if is_first_process():
-            warnings.warn(
-                f"{escaped(str(checkpoint.folder))} has {stated} ids, but the tokenizer has {pieces} pieces; "
-                "the ids beyond are left out",
-                stacklevel=3,
-            )
-    elif stated not in (-1, pieces):
+    return stated if [stated] == checkpoint.shape("tok_embeddings.weight", 1)[:1] else None
+
+
+def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
+    """The checkpoint's args with vocab_size=pieces, the tokenizer's ids. ValueError if the folder says another number."""
+    stated = checkpoint.args.vocab_size
+    if stated not in (-1, pieces):
         raise ValueError(
             f"{checkpoint.folder} says vocab_size={stated}, but the tokenizer has {pieces} pieces; "
             "pass the tokenizer that belongs to the checkpoint"
@@ -112,9 +109,10 @@ def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
     plan = {}
     for prefix, module in model.named_modules():
         dims, copies = getattr(module, "shard_dims", None), getattr(module, "copies", 1)
+        rows = module.out_features if getattr(module, "gather_output", False) else math.inf  # without what fills up its parts
         for name, parameter in module.named_parameters(recurse=False):
             dim = getattr(module, "shard_dim", None) if dims is None else dims[name]
-            shape = [n * (ranks // copies) if i == dim else n for i, n in enumerate(parameter.shape)]
+            shape = [int(min(n * (ranks // copies), rows)) if i == dim else n for i, n in enumerate(parameter.shape)]
             plan[f"{prefix}.{name}"] = shape, dim, copies
     return plan
 
@@ -235,18 +233,24 @@ def _progress(tensors: int) -> Any:
 
 
 class Part(NamedTuple):
-    """This rank's part of one tensor of the checkpoint: entries start … stop along `dim`."""
+    """This rank's part of one tensor of the checkpoint: entries start … stop along `dim`, filled up to `size` with zeros."""
 
     name: str
     dim: Optional[int]
     start: int
     stop: int
+    size: int
     layer: Optional[Quantized]  # rounds the weight, if given; its other tensors then have no parts of their own
 
     @property
     def prefix(self) -> str:
         """The name of the layer that the tensor belongs to."""
         return self.name.rpartition(".")[0]
+
+    def filled(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor with zeros behind its rows, if it has fewer than the part."""
+        missing = self.size - (self.stop - self.start)
+        return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:]))) if missing else tensor
 
 
 def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
@@ -259,10 +263,12 @@ def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
         layer = to_round.get(prefix)
         if layer is not None and what != "weight":
             continue
-        size = 0 if dim is None else shape[dim] * copies // ranks
+        full = 0 if dim is None else shape[dim]
+        size = -(-full * copies // ranks)
         if layer is not None and dim == 1:
-            size = layer.in_features // ranks  # counts numbers; `shape` counts bytes, which may hold two
-        parts.append(Part(name, dim, rank // copies * size, (rank // copies + 1) * size, layer))
+            full, size = layer.in_features, layer.in_features // ranks  # numbers; `shape` counts bytes, which may hold two
+        start, stop = (min(i * size, full) for i in (rank // copies, rank // copies + 1))
+        parts.append(Part(name, dim, start, stop, size, layer))
     return parts
 
 
@@ -292,6 +298,8 @@ def _copy_part(checkpoint: Checkpoint, part: Part, weight: torch.Tensor, sender:
         check_scales(part.name, tensor, checkpoint)
     for rows, piece in sender.pieces(stored, part.dim):
         weight[rows].copy_(piece)  # the device converts it
+    if part.dim == 0:
+        weight[part.stop - part.start :].zero_()
 
 
 def _round_part(checkpoint: Checkpoint, part: Part, layer: Quantized, sender: Sender) -> None:
@@ -302,6 +310,9 @@ def _round_part(checkpoint: Checkpoint, part: Part, layer: Quantized, sender: Se
     for rows, piece in sender.pieces(checkpoint.parts(part.name, part.dim, start, stop), part.dim):
         into = {name: tensor[rows] for name, tensor in weights.items()}
         layer.round(piece[:, columns].to(layer.device, torch.float32), row_maxima(piece).to(layer.device), into)
+    if part.dim == 0:
+        for tensor in weights.values():
+            tensor[part.stop - part.start :].zero_()
 
 
 def _fill_on_host(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -337,7 +348,7 @@ def _round_on_host(checkpoint: Checkpoint, part: Part, layer: Quantized, dtype: 
     made = quantized(checkpoint, part.prefix, layer, part.start, part.stop, torch.device("cpu"))
     for what in made:
         check_scales(f"{part.prefix}.{what}", made[what], checkpoint)
-    layer.load_state_dict(made, assign=True)
+    layer.load_state_dict({what: part.filled(tensor) for what, tensor in made.items()}, assign=True)
     del made  # no other reference keeps the tensors that are packed next
     layer.pack(dtype)
     return_freed()
@@ -347,6 +358,7 @@ def _read_on_host(checkpoint: Checkpoint, part: Part, dtype: Optional[torch.dtyp
     """The tensor in `dtype` (None: the stored one), and whether it needed no change and lies in the mapping."""
     stored = checkpoint.read(part.name, part.dim, part.start, part.stop)
     check_scales(part.name, stored, checkpoint)
+    stored = part.filled(stored)
     if dtype in (None, stored.dtype) and stored.is_contiguous():
         return stored, True
     copy = torch.empty(stored.shape, dtype=dtype or stored.dtype, device="cpu")

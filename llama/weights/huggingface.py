@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..layers.parallel import is_first_process
 from ..layers.rounding import Quantization
 from ..model import ModelArgs
 from ..runtime import DTYPES
 from ..system.files import MappedFiles, Number, check_file, contents, is_there, listed, read_json
 from ..system.printable import escaped, shortened
+from .archive import map_tensors
 
 # Meta's name of a tensor (without ".weight") and Hugging Face's; N is the layer.
 NAMES = {
@@ -48,6 +51,9 @@ _CONFIG = [
     ("rope_theta", "rope_theta", Number(float, 1.0, 1e12)),
 ]
 ADAPTER = "it holds an adapter alone: merge it into its base model and save that"
+FILES = {"model.safetensors": ".safetensors", "pytorch_model.bin": ".bin"}  # one file, and how several end
+INDEX = ".index.json"
+IGNORED = "rotary_emb.inv_freq"  # old folders carry this table, which is computed here
 LLAMA_3_VOCABULARY = 128256
 LLAMA_3 = "this is a Llama 3 model, with another tokenizer and chat format; this library runs Llama 2 and Code Llama"
 
@@ -100,10 +106,11 @@ def read_config(folder: Path) -> tuple[ModelArgs, bool]:
 def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     problems = []
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if config.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+    ours = str(architectures).lower() == "['llamaforcausallm']"  # once spelled LLaMAForCausalLM
+    if config.get("model_type") != "llama" or not ours:
         problems.append(
             f"its architecture is {shortened(architectures)} (model_type {shortened(config.get('model_type'))}), "
-            "only 'LlamaForCausalLM' (model_type 'llama') is computed"
+            "only 'LlamaForCausalLM' (model_type 'llama') is computed: Llama 2, Code Llama, and what was made of them"
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -117,7 +124,10 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
         problems.append(f"hidden_act={shortened(config['hidden_act'])}, but only 'silu' is computed")
     if (quantized := config.get("quantization_config")) is not None:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
-        problems.append(f"its weights are quantized ({shortened(method)}); take the folder with the original ones")
+        problems.append(
+            f"its weights are quantized ({shortened(method)}); take the folder with the original ones, with quantize='int8' or "
+            "'int4' if memory is short"
+        )
     if config.get("tie_word_embeddings") not in (None, True, False):
         problems.append(f"tie_word_embeddings={shortened(config['tie_word_embeddings'])} is neither true nor false")
     if config.get("vocab_size") == LLAMA_3_VOCABULARY:
@@ -125,36 +135,75 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     return problems
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has files of weights in this format, or an index of them."""
+    return any(is_there(folder / f"{name}{index}") for name in FILES for index in ("", INDEX))
+
+
 def find_parts(folder: Path) -> tuple[list[Path], Optional[dict[str, str]]]:
-    """The safetensors files of a folder, and its index, name -> file (None: one file without index).
+    """The files of weights of a folder, and its index, name -> file (None: one file without index). safetensors come first,
+    then pickled ones.
 
     ValueError if a file or the index is missing or wrong.
     """
-    if is_there(folder / "model.safetensors"):
-        return [folder / "model.safetensors"], None
-    path = folder / "model.safetensors.index.json"
-    if not is_there(path):
-        if is_there(folder / "adapter_config.json"):
-            way_out = ADAPTER
-        elif any(folder.glob("pytorch_model*")):
-            way_out = "it holds pickled weights: save them as safetensors (save_pretrained of transformers does)"
-        else:
-            way_out = f"it holds {contents(folder)}"
-        raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; {way_out}")
+    for name in FILES:
+        if is_there(folder / name):
+            return [folder / name], None
+        if is_there(folder / (name + INDEX)):
+            return _indexed(folder / (name + INDEX), FILES[name])
+    way_out = ADAPTER if is_there(folder / "adapter_config.json") else f"it holds {contents(folder)}"
+    raise ValueError(f"{folder} has neither {' nor '.join(FILES)}, nor an index of several such files; {way_out}")
+
+
+def _indexed(path: Path, suffix: str) -> tuple[list[Path], dict[str, str]]:
+    folder = path.parent
     index = read_json(path, "an index has some hundred thousand bytes at most", 2**26).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(part, str) for part in index.values()):
         raise ValueError(f"{path} has no weight_map from names to files")
     for part in sorted(set(index.values())):
-        if not re.fullmatch(r"[\w.+-]+\.safetensors", part, flags=re.ASCII):
-            raise ValueError(f"{path} points to {shortened(part)}, which is not a safetensors file of this folder")
+        if not re.fullmatch(r"[\w.+-]+", part, flags=re.ASCII) or not part.endswith(suffix):
+            raise ValueError(f"{path} points to {shortened(part)}, which is not a {suffix} file of this folder")
         if not is_there(folder / part):
             raise ValueError(f"{path} points to {part}, which is missing from {folder}; download it again")
     return [folder / part for part in sorted(set(index.values()))], index
 
 
+class _Pickled:
+    """The tensors of a file of torch.save, as safetensors' `safe_open` gives them."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = map_tensors(path)
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def get_slice(self, name: str) -> _PickledSlice:
+        return _PickledSlice(self._tensors[name])
+
+
+class _PickledSlice:
+    """One of them, which is read in parts."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return next(
+            (name for name, dtype in SAFETENSORS_DTYPES.items() if dtype == self._tensor.dtype), str(self._tensor.dtype)
+        )
+
+    def __getitem__(self, place: Any) -> torch.Tensor:
+        return self._tensor[place]
+
+
 def map_part(path: Path) -> Any:
-    """A safetensors file, mapped. ValueError if it is damaged."""
+    """A file of weights, mapped. ValueError if it is damaged, or a pickle that holds more than tensors."""
     check_file(path)
+    if path.suffix == ".bin":
+        return _Pickled(path)
     try:
         return safe_open(path, framework="pt", device="cpu").__enter__()
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
@@ -184,23 +233,47 @@ class HuggingFaceCheckpoint:
             part = map_part(path)
             found = set(part.keys())
             named = found if index is None else {name for name, file in index.items() if file == path.name}
-            if found != named:
-                raise ValueError(
-                    f"{path} and model.safetensors.index.json disagree about {listed(sorted(found ^ named))}; download again"
-                )
+            if missing := [name for name in sorted(named - found) if not name.endswith(IGNORED)]:
+                raise ValueError(f"{path} has no {listed(missing)}, which the index beside it names; download again")
             for theirs in found:
-                if not theirs.endswith("rotary_emb.inv_freq"):  # old folders carry this table, which is computed here
+                if not theirs.endswith(IGNORED) and (theirs in named or theirs not in (index or {})):
                     name = other_name(theirs, _META_NAMES) or repr(theirs)
                     self._parts[name], self._theirs[name] = part, theirs
         if self.tied and "tok_embeddings.weight" in self._parts:
-            self._parts["output.weight"] = self._parts["tok_embeddings.weight"]
-            self._theirs["output.weight"] = self._theirs["tok_embeddings.weight"]
+            self._tie()
         self.dtypes = {name: self._dtype(name) for name in self._parts}
         self.tables: dict[str, torch.dtype] = {}
         if "tok_embeddings.weight" not in self.dtypes:
             raise ValueError(f"{folder} has no model.embed_tokens.weight, but {listed(sorted(self._theirs.values()))}; "
                              "it is not a Llama checkpoint")  # fmt: skip
         self.dtype = self.dtypes["tok_embeddings.weight"]
+        for name in ("tok_embeddings.weight", "output.weight"):
+            if name in self._parts and (rows := self._shape(name)[:1]) != [self.ids]:
+                raise ValueError(
+                    f"{folder}: config.json says vocab_size={self.ids}, but {self._theirs[name]} has {listed(map(str, rows))} "
+                    "rows; correct vocab_size there, or take the config.json that belongs to the weights"
+                )
+
+    def _tie(self) -> None:
+        """Let the embedding be the output matrix too, unless another one is stored: then that counts, as in transformers 5."""
+        stored = [self._whole(name) for name in ("tok_embeddings.weight", "output.weight") if name in self._parts]
+        if len(stored) == 2 and not torch.equal(*stored):
+            self.tied = False
+            if is_first_process():
+                warnings.warn(
+                    f"{escaped(str(self.folder))}: config.json says that the embedding is the output matrix too, but another "
+                    "lm_head.weight is stored, which is used",
+                    stacklevel=4,
+                )
+            return
+        self._parts["output.weight"] = self._parts["tok_embeddings.weight"]
+        self._theirs["output.weight"] = self._theirs["tok_embeddings.weight"]
+
+    def _shape(self, name: str) -> list[int]:
+        return list(self._parts[name].get_slice(self._theirs[name]).get_shape())
+
+    def _whole(self, name: str) -> torch.Tensor:
+        return self._parts[name].get_slice(self._theirs[name])[:]
 
     def _dtype(self, name: str) -> torch.dtype:
         stored = self._parts[name].get_slice(self._theirs[name]).get_dtype()
@@ -223,7 +296,7 @@ class HuggingFaceCheckpoint:
         """Nothing to compare: each tensor is there once."""
 
     def shape(self, name: str, shard_dim: Optional[int]) -> list[int]:
-        shape = list(self._parts[name].get_slice(self._theirs[name]).get_shape())
+        shape = self._shape(name)
         if name in ("tok_embeddings.weight", "output.weight") and shape:
             shape[0] = min(shape[0], self.ids)
         return shape

@@ -11,12 +11,12 @@ import torch
 from ..layers.rounding import Quantization
 from ..model import ModelArgs
 from ..runtime import DTYPES
-from ..system.files import MappedFiles, Number, check_file, contents, listed, read_json
+from ..system.files import MappedFiles, Number, contents, listed, read_json
 from ..system.printable import escaped, shortened
-from .archive import Foreign, read_archive
+from .archive import map_tensors
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY
 
-IGNORED = {"rope.freqs"}  # Meta's files carry this table, which is computed here
+IGNORED = "rope.freqs"  # Meta's files carry this table, 7B's of LLaMA 1 in each layer; it is computed here
 
 # The numbers of params.json. The last two are not Meta's: converted models may need them.
 PARAMS = {
@@ -86,23 +86,9 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 def map_shard(path: Path, quantized: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of one .pth file, by name, mapped into memory. Nothing in it is run. ValueError if it is damaged, or holds
     other things or other dtypes. quantized: int8 and uint8 are allowed."""
-    check_file(path)
-    try:
-        tensors = read_archive(path)
-    except Foreign as error:
-        raise ValueError(
-            f"{path} holds something other than tensors, which could run code, so it was not loaded ({error}); save a "
-            "dictionary of plain tensors that lie on the CPU"
-        ) from error
-    except Exception as error:  # a damaged archive raises almost anything
-        raise ValueError(
-            f"{path} cannot be read: it is cut short, damaged, or not in the zip format of torch.save "
-            f"({escaped(str(error).splitlines()[0]) if str(error) else type(error).__name__}); download or save it again"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} is not a flat dictionary of tensors; pass a checkpoint in Meta's format")
+    tensors = map_tensors(path)
     known = [*DTYPES.values(), *((torch.int8, torch.uint8) if quantized else ())]
-    other = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in known and name not in IGNORED]
+    other = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in known and not name.endswith(IGNORED)]
     if other:
         raise ValueError(f"{path} has weights in a form that is not computed here: {listed(other)}; use {' or '.join(DTYPES)}")
     return tensors
@@ -129,8 +115,8 @@ class MetaCheckpoint:
                 if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
                     raise ValueError(f"{path.name} and {self.paths[0].name} in {ckpt_dir} disagree about {escaped(name)}; "
                                      "they are not shards of one model")  # fmt: skip
-        self.dtypes = {name: tensor.dtype for name, tensor in first.items() if name not in IGNORED}
-        self.tables = {name: tensor.dtype for name, tensor in first.items() if name in IGNORED}
+        self.dtypes = {name: tensor.dtype for name, tensor in first.items() if not name.endswith(IGNORED)}
+        self.tables = {name: tensor.dtype for name, tensor in first.items() if name.endswith(IGNORED)}
         if "tok_embeddings.weight" not in first:
             raise ValueError(f"{self.paths[0]} has no tok_embeddings.weight, but {listed(sorted(first)) or 'nothing'}; "
                              "it is not a checkpoint in Meta's format")  # fmt: skip

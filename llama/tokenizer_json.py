@@ -1,0 +1,219 @@
+"""tokenizer.json <-> SentencePiece: the vocabulary of transformers, and that of Meta's tokenizer.model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from .system.files import read_json
+from .system.printable import shortened
+from .tokenizer import AddedToken, Tokenizer
+
+JSON_BYTES = 2**27  # a larger tokenizer.json is refused; Llama 2's has two million bytes
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, as SentencePiece numbers them
+
+
+def sentencepiece_model(
+    pieces: Sequence[tuple[str, float, int]],
+    *,
+    bos_id: int,
+    eos_id: int,
+    unk_id: int,
+    pad_id: int,
+    add_dummy_prefix: bool,
+    remove_extra_whitespaces: bool = False,
+) -> bytes:
+    """The bytes of a SentencePiece BPE model, as a tokenizer.model has them, with Llama's way of reading text.
+
+    pieces: text, score (the two neighbours whose piece scores best are joined first) and kind of each id. The pieces of bos_id,
+    eos_id and pad_id become control pieces, and that of unk_id the unknown one; an id is -1 where there is none.
+    add_dummy_prefix: whether a space goes before each text. remove_extra_whitespaces: whether runs of spaces are read as one,
+    and those at the ends as none; Llama 2 keeps them. ValueError for another kind, an id without a piece, no unk_id, or
+    text that UTF-8 cannot encode.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    named = {"bos_id": bos_id, "eos_id": eos_id, "unk_id": unk_id, "pad_id": pad_id}
+    for name, i in named.items():
+        if not (name == "unk_id") - 1 <= i < len(pieces):
+            raise ValueError(f"{name}={i} has no piece; there are {len(pieces)}")
+    kinds = [kind for _, _, kind in pieces]
+    for i in (pad_id, bos_id, eos_id):
+        if i >= 0:
+            kinds[i] = CONTROL
+    kinds[unk_id] = UNKNOWN
+    model = schema.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+    for i, (text, score, _) in enumerate(pieces):
+        if not NORMAL <= kinds[i] <= BYTE:
+            raise ValueError(f"the piece {i} is of kind {kinds[i]}; there are {NORMAL} to {BYTE}")
+        model.pieces.add(piece=text, score=score, type=kinds[i])
+    trainer = model.trainer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(pieces), BYTE in kinds
+    for name, i in named.items():
+        setattr(trainer, name, i)
+        setattr(trainer, name.replace("id", "piece"), pieces[i][0] if i >= 0 else "")
+    normalizer = model.normalizer_spec
+    normalizer.name, normalizer.add_dummy_prefix = "identity", add_dummy_prefix
+    normalizer.remove_extra_whitespaces = remove_extra_whitespaces
+    return bytes(model.SerializeToString())
+
+
+def whole_model(tokenizer: Tokenizer) -> bytes:
+    """The bytes of a SentencePiece model that has a piece for each id, the added tokens too: control pieces, which text never
+    becomes. Ids without a name are unused pieces."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    own: bytes = tokenizer.sp_model.serialized_model_proto()
+    if tokenizer.n_words == tokenizer.sp_model.vocab_size():
+        return own
+    model = schema.ModelProto.FromString(own)  # type: ignore[attr-defined]
+    taken = {piece.piece for piece in model.pieces}
+    for i in range(len(model.pieces), tokenizer.n_words):
+        text = tokenizer.piece(i) if tokenizer.piece(i) not in taken else f"<{i}>"
+        model.pieces.add(piece=text, score=0.0, type=UNUSED if i in tokenizer.nameless else CONTROL)
+        taken.add(text)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return bytes(model.SerializeToString())
+
+
+def steps(step: Any) -> list[dict[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer, one after another."""
+    if not isinstance(step, dict):
+        return []
+    inner = step.get("normalizers") or step.get("pretokenizers")
+    return [each for each in inner if isinstance(each, dict)] if isinstance(inner, list) else [step]
+
+
+def rebuilt(path: Path, bos: Optional[str] = None, eos: Optional[str] = None) -> bytes:
+    """The SentencePiece model that a tokenizer.json was made from, as bytes. bos, eos: the texts of those two pieces.
+
+    The pairs that it merges, in their order, are the order of the pieces' scores. ValueError for another kind of tokenizer.
+    """
+    tokenizer = read_json(path, "a tokenizer.json has a few million bytes", JSON_BYTES)
+    model = tokenizer.get("model")
+    model = model if isinstance(model, dict) else {}
+    if problem := _kind_problem(tokenizer, model) or _vocab_problem(model):
+        raise ValueError(f"{path} is no tokenizer of Llama 2's kind: {problem}; pass the path of a tokenizer.model")
+    vocab = model["vocab"]
+    added = {entry.get("content") for entry in tokenizer.get("added_tokens") or () if isinstance(entry, dict)}
+    texts = {i: text for text, i in vocab.items()}
+    rank: dict[str, int] = {}  # of the first merge that makes a piece
+    for i, merge in enumerate(model["merges"]):
+        rank.setdefault("".join(_pair(merge)), i)
+    # Those of a fine-tune may be added tokens; the pieces of the SentencePiece model are still its own.
+    unknown = model.get("unk_token") or "<unk>"
+    begin, end = (text if text in vocab else own for text, own in ((bos, "<s>"), (eos, "</s>")))
+    if missing := [text for text in (unknown, begin, end) if text not in vocab]:
+        raise ValueError(f"{path} has no piece {shortened(missing[0])}; pass the path of a tokenizer.model")
+
+    def piece(i: int) -> tuple[str, float, int]:
+        text = texts[i]
+        if text == unknown:
+            return text, 0.0, UNKNOWN
+        if text in added or text in (begin, end):
+            return text, 0.0, CONTROL
+        if re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return text, 0.0, BYTE
+        if not text.strip("▁"):  # runs of spaces, which are joined last
+            return text, -1e9, NORMAL
+        return text, -float(rank[text]) if text in rank else -1e6 - i, NORMAL
+
+    kinds = [step.get("type") for step in steps(tokenizer.get("normalizer"))]
+    before = steps(tokenizer.get("pre_tokenizer"))
+    return sentencepiece_model(
+        [piece(i) for i in range(len(texts))],
+        bos_id=vocab[begin], eos_id=vocab[end], unk_id=vocab[unknown], pad_id=-1,
+        add_dummy_prefix="Prepend" in kinds or any(step.get("prepend_scheme") != "never" for step in before),
+        remove_extra_whitespaces="Strip" in kinds,
+    )  # fmt: skip
+
+
+def _kind_problem(tokenizer: dict[str, Any], model: dict[str, Any]) -> str:
+    """Why this is not SentencePiece's BPE with byte pieces; empty if it is."""
+    if (kind := model.get("type")) != "BPE":
+        return f"its model is {shortened(kind)}, and not BPE"
+    before = [step.get("type") for key in ("pre_tokenizer", "decoder") for step in steps(tokenizer.get(key))]
+    if "ByteLevel" in before:
+        return "it is byte-level BPE, as GPT-2's and Llama 3's"
+    if model.get("byte_fallback") is not True:
+        return "it has no byte pieces for what the vocabulary lacks"
+    if other := {"continuing_subword_prefix", "end_of_word_suffix", "dropout"} & {key for key in model if model[key]}:
+        return f"it has {', '.join(sorted(other))}"
+    allowed = {"normalizer": {"Prepend", "Replace", "Strip"}, "pre_tokenizer": {"Metaspace"}}
+    for key, kinds in allowed.items():
+        for step in steps(tokenizer.get(key)):
+            if step.get("type") not in kinds or step.get("split") is True:
+                return f"its {key} is {shortened(step.get('type'))}"
+    return ""
+
+
+def _vocab_problem(model: dict[str, Any]) -> str:
+    """What is wrong with its pieces and merges; empty if nothing is."""
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list) or not vocab:
+        return "it has no vocabulary, or no merges"
+    if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
+        return f"the ids of its {len(vocab)} pieces are not 0 to {len(vocab) - 1}"
+    for merge in merges:
+        if (pair := _pair(merge)) is None or not {*pair, "".join(pair)} <= vocab.keys():
+            return f"it merges {shortened(merge)}, which are no two pieces that make a third"
+    return ""
+
+
+def _pair(merge: Any) -> Any:
+    """A merge, "a b" or ["a", "b"], as its two texts; None if it is none."""
+    pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) if isinstance(merge, list) else ()
+    return pair if len(pair) == 2 and all(isinstance(text, str) for text in pair) else None
+
+
+def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer.json: the same pieces and ids, for transformers, which then needs no other file.
+
+    SentencePiece joins the two neighbours whose piece scores best; tokenizer.json lists the pairs in that order.
+    """
+    model = tokenizer.sp_model
+    pieces = [model.IdToPiece(i) for i in range(model.vocab_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    special = [i for i in range(len(pieces)) if model.IsControl(i) or model.IsUnknown(i)]
+    apart = {*special, *(i for i in ids.values() if model.IsByte(i) or model.IsUnused(i))}
+    merges: list[tuple[str, str]] = []
+    for i in sorted(set(ids.values()) - apart, key=lambda i: (-model.GetScore(i), i)):
+        splits = ((pieces[i][:at], pieces[i][at:]) for at in range(1, len(pieces[i])))
+        merges += sorted((s for s in splits if s[0] in ids and s[1] in ids), key=lambda s: (ids[s[0]], ids[s[1]]))
+    spaces: list[dict[str, Any]] = []
+    if model.EncodeAsIds("a  b") == model.EncodeAsIds("a b"):  # not Llama's: its vocabulary has runs of spaces
+        spaces = [{"type": "Strip", "strip_left": True, "strip_right": True},
+                  {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]  # fmt: skip
+    scheme = {"words": "always", "first": "first"}.get(tokenizer.spaced)
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    begin = {"SpecialToken": {"id": pieces[tokenizer.bos_id], "type_id": 0}}
+    text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "pre_tokenizer": metaspace if scheme else None,
+        "added_tokens": [
+            {"id": token.id, "content": token.content, "special": True, "normalized": False, "single_word": False,
+             "lstrip": token.lstrip, "rstrip": token.rstrip}
+            for token in [*(AddedToken(i, pieces[i]) for i in special if i not in tokenizer.added), *tokenizer.added.values()]
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [*spaces, *([] if scheme else [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ])]},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [begin, text[0]], "pair": [begin, text[0], begin, text[1]],
+            "special_tokens": {pieces[tokenizer.bos_id]: {
+                "id": pieces[tokenizer.bos_id], "ids": [tokenizer.bos_id], "tokens": [pieces[tokenizer.bos_id]],
+            }},
+        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": pieces[model.unk_id()], "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": ids,
+            "merges": [" ".join(pair) for pair in merges],
+        },
+    }  # fmt: skip
