@@ -38,7 +38,7 @@ SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 TESTS = {
     "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts", "cache_use": "own_parts",
     "calls": "scheduler threads", "checks": "options sampling",
-    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes huggingface::test_ids_without_a_piece_are_left_out",
+    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens",
     "choosing": "scheduler streams sampling", "cli": "terminal",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
@@ -52,7 +52,7 @@ TESTS = {
     "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
     "quantized": "quantization", "requests": "generation options", "rounding": "quantization", "rows": "scheduler streams",
     "sampling": "sampling streams", "scheduler": "scheduler streams threads", "staging": "loading",
-    "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",
+    "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
 SPEED = {
