@@ -52,7 +52,8 @@ TESTS = {
     "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
     "quantized": "quantization", "requests": "generation options", "rounding": "quantization", "rows": "scheduler streams",
     "sampling": "sampling streams", "scheduler": "scheduler streams threads", "staging": "loading",
-    "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",
+    "tokenizer_files": "added_tokens tokenizer_json",
+    "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
 SPEED = {
