@@ -59,9 +59,10 @@ from .layers.parallel import (
     replica,
     several_processes,
 )
-from .loading import DEMO, DEMO_POSITIONS, prepared, prepared_draft
+from .loading import DEMO, prepared, prepared_draft, trained_positions
 from .model import ModelArgs, Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options
+from .rotary import metas_positions
 from .session import ChatSession
 from .system.checks import whole, whole_number
 from .system.printable import shortened
@@ -72,6 +73,7 @@ from .weights.fingerprint import fingerprints
 
 T = TypeVar("T")
 SAMPLE_TOP_P = sample_top_p  # if somebody puts another one in its place, that one draws
+UNSTATED = 2048  # max_seq_len if it is not given
 NOT_AS_BUILT = "needs a model that is as it was built, without hooks, patches or parts of somebody's own"
 
 __all__ = [
@@ -107,7 +109,7 @@ class Llama:
 
         ckpt_dir: the demo model that comes with this package if not given. tokenizer_path: if not given, the file
         tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt and answer
-        together; 2048 if not given, 512 for the demo model) and prompts that the cache has room for.
+        together; if not given 2048, or fewer if the folder says so) and prompts that the cache has room for.
         model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
         the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu";
         if not given, the first of these that is there. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
@@ -128,10 +130,8 @@ class Llama:
         # Tensors made in inference mode could not be used outside it.
         with together(everyone=True) as agreement, torch.inference_mode(False):
             folder = DEMO if ckpt_dir is None else user_path(ckpt_dir)
-            trained = DEMO_POSITIONS if folder == DEMO else None
-            if max_seq_len is None:
-                max_seq_len = trained or 2048
-            max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "of 1 or more, and below 2**31")
+            if max_seq_len is not None:
+                max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "of 1 or more, and below 2**31")
             max_batch_size = whole_number("max_batch_size", max_batch_size, 1, 2**31 - 1, "of 1 or more, and below 2**31")
             seed = whole_number("seed", seed, -(2**63), 2**64 - 1, "of 64 bits")
             if compile not in (None, True, False):
@@ -143,6 +143,9 @@ class Llama:
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             checkpoint = open_checkpoint(folder)
+            trained = trained_positions(checkpoint)
+            if max_seq_len is None:
+                max_seq_len = min(trained or UNSTATED, UNSTATED)
             tokenizer_file = need_tokenizer(folder, tokenizer_path)
             tokenizer = open_tokenizer(folder, tokenizer_file, known_ids(checkpoint))
             args = fit_vocabulary(checkpoint, tokenizer.n_words)
@@ -497,7 +500,8 @@ class Llama:
         with self._engine.turn():
             slot = self._scheduler.lend_slot()
             for prompt in prompts:
-                chunks = [hidden[0].float() for _, hidden, _ in self._engine.prefill([prompt], [slot], layers=layer)]
+                passes = self._engine.prefill([prompt], [slot], layers=layer, pass_length=len(prompt))
+                chunks = [hidden[0].float() for _, hidden, _ in passes]
                 vectors.append(torch.cat(chunks).mean(0) if pooling == "mean" else chunks[-1][-1])
             if not vectors:
                 return torch.empty(0, self.model.params.dim, dtype=torch.float32, device=self._engine.device)
@@ -647,7 +651,7 @@ def _given(
 
 
 def _warn_beyond_training(args: ModelArgs, trained: Optional[int]) -> None:
-    trained = trained or (4096 if args.rope_theta == 10000.0 else 16384)  # Llama 2, Code Llama
+    trained = trained or metas_positions(args.rope_theta)
     if args.max_seq_len > trained and is_first_process():
         warnings.warn(
             f"max_seq_len={args.max_seq_len} goes beyond the {trained} positions that the model was trained on; "

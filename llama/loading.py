@@ -64,25 +64,27 @@ def prepared_draft(
     own = find_tokenizer(path)
     if own is not None and _names(open_tokenizer(path, own)) != _names(tokenizer):
         raise ValueError(f"the draft model in {path} has another tokenizer than the model, {own}; {way_out}")
-    positions = _positions(checkpoint)
+    positions = trained_positions(checkpoint)
     if positions is not None and positions < limits.max_seq_len:
         raise ValueError(
             f"the draft model in {path} was made for {positions} positions, but max_seq_len is {limits.max_seq_len}; "
             f"build with max_seq_len={positions} or less, or without this draft"
         )
-    sizes = {"max_seq_len": limits.max_seq_len, "max_batch_size": limits.max_batch_size}
-    return prepared(checkpoint, replace(checkpoint.args, vocab_size=wanted, **sizes), of.device, dtype)
+    args = replace(checkpoint.args, vocab_size=wanted, max_seq_len=limits.max_seq_len, max_batch_size=limits.max_batch_size)
+    return prepared(checkpoint, args, of.device, dtype)
 
 
 def _names(tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.piece(i) for i in range(tokenizer.n_words) if i not in tokenizer.nameless]
 
 
-def _positions(checkpoint: Checkpoint) -> Optional[int]:
-    """How many positions the model of a checkpoint was made for, if its folder says so."""
-    config = checkpoint.folder / "config.json"
+def trained_positions(checkpoint: Checkpoint) -> Optional[int]:
+    """How many positions the model of a checkpoint was made for, scaled ones included, if its folder says so."""
+    config, scaling = checkpoint.folder / "config.json", checkpoint.args.rope_scaling
     if checkpoint.folder.absolute() == DEMO:
         return DEMO_POSITIONS
+    if scaling is not None:
+        return scaling.positions
     if checkpoint.config != config.name or not is_there(config):
         return None
     return whole(read_json(config, "a config.json has a few hundred bytes").get("max_position_embeddings"))

@@ -35,6 +35,7 @@ from .layers.parallel import (
 from .layers.products import AMX
 from .layers.quantization import QUANTIZED, join_quantized
 from .layers.quantized import Quantized
+from .rotary import RotaryScaling, scaled_freqs_cis
 from .runtime import device_kind
 from .system.checks import whole
 from .system.files import MappedFiles
@@ -65,6 +66,7 @@ class ModelArgs:
     rope_theta: float = field(default=10000.0, repr=False)  # Code Llama: 1e6
     head_dim: Optional[int] = field(default=None, repr=False)  # None: dim // n_heads
     ffn_dim: Optional[int] = field(default=None, repr=False)  # None: `feed_forward_width`
+    rope_scaling: Optional[RotaryScaling] = field(default=None, repr=False)  # None: Meta's rotary positions
 
     @property
     def kv_heads(self) -> int:
@@ -113,6 +115,8 @@ def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -
         problem = f"dim ({args.dim}) must be n_heads ({args.n_heads}) times an even head size, not {args.head_size}"
     elif args.n_heads % args.kv_heads:
         problem = f"n_heads ({args.n_heads}) must be a multiple of n_kv_heads ({args.kv_heads})"
+    elif args.rope_scaling is not None and (args.head_size < 4 or args.rope_theta <= 1):
+        problem = f"scaled rotary positions need heads of 4 or more, not {args.head_size}, and a rope_theta above 1"
     elif processes not in (counts := process_counts(args)):
         problem = (
             f"{args.n_heads} query heads, {args.kv_heads} key/value heads, a width of {args.dim} and one of {args.ffn_width} "
@@ -406,8 +410,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """The decoder. ValueError for a shape that this launcher's processes cannot share.
 
-    freqs_cis: complex64 (2 * max_seq_len, D / 2), Meta's table of rotations. It follows the model to a device, never to a
-    dtype. The model uses a table that is put in its place.
+    freqs_cis: complex64 (2 * max_seq_len, D / 2), Meta's table of rotations, by `rope_scaling` if there is one. It follows the
+    model to a device, never to a dtype. The model uses a table that is put in its place.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -426,13 +430,30 @@ class Transformer(nn.Module):
         self._watch = Watch(ORIGINALS)
 
     def _rotations(self, device: torch.device) -> torch.Tensor:
-        args = self.params
+        args, rows = self.params, 2 * self.params.max_seq_len
         if device_kind(device) == "meta":  # computing there would only import torch's compiler
-            return torch.empty(2 * args.max_seq_len, args.head_size // 2, dtype=torch.complex64, device=device)
+            return torch.empty(rows, args.head_size // 2, dtype=torch.complex64, device=device)
+        if args.rope_scaling is not None:
+            return self._scaled(device, 0, rows)
         with torch.device("cpu"):
-            table = precompute_freqs_cis(args.head_size, 2 * args.max_seq_len, args.rope_theta)
-        # Pinned memory spares the host a wait for the GPU.
-        return table.pin_memory().to(device, non_blocking=True) if device_kind(device) == "cuda" else table.to(device)
+            return _placed(precompute_freqs_cis(args.head_size, rows, args.rope_theta), device)
+
+    def _scaled(self, device: torch.device, start: int, end: int, pass_length: int = 0) -> torch.Tensor:
+        """`scaled_freqs_cis`"""
+        scaling = self.params.rope_scaling
+        assert scaling is not None
+        table = scaled_freqs_cis(self.params.head_size, start, end, self.params.rope_theta, scaling, pass_length)
+        return _placed(table, device)
+
+    def turns(self, start: int, end: int, pass_length: Optional[int]) -> torch.Tensor:
+        """The rotations of positions start … end - 1: complex64 (S, D / 2). pass_length: see `hidden_states`."""
+        table, scaling = self.freqs_cis[start:end], self.params.rope_scaling
+        length = end if pass_length is None else pass_length
+        if scaling is None or not scaling.one_pass(length):
+            return table
+        ours = self._scaled(table.device, start, end)
+        is_ours = torch.allclose(table, ours, rtol=0, atol=0.1)  # otherwise somebody has put another table in its place
+        return self._scaled(table.device, start, end, length) if is_ours else table
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Transformer:
         fused = [module for module, _ in self._fusable() if module.fused is not None or module.joined is not None]
@@ -537,20 +558,23 @@ class Transformer(nn.Module):
         slots: Optional[torch.Tensor] = None,
         span: Optional[int] = None,
         layers: int = -1,
+        pass_length: Optional[int] = None,
     ) -> torch.Tensor:
         """The states that `output` turns into logits, (B, S, dim) in the model's dtype. New keys and values enter the cache.
 
         tokens (B, S) int64. start_pos: the position of every row's first new token; an int (Meta's), or int64 (B,), one
         for each row. slots int64 (B,): the cache rows of the batch rows; by default 0 … B-1. span, for a tensor of
         start_pos: how many cache columns to read, at least its maximum + S; without it the host must wait for that maximum.
-        layers: how many blocks to run, without the last norm; negative: all. ValueError for tokens that are no ids, and for
+        layers: how many blocks to run, without the last norm; negative: all. pass_length: for dynamic scaling of positions, how
+        many tokens are read as one, from position 0 on, though in several calls; if not given, each row's end with this call,
+        as in transformers; 0: each token comes alone. ValueError for tokens that are no ids, and for
         rows and positions that the cache has no room for.
         """
         if torch.compiler.is_compiling():  # compiled code cannot take locks
             self.cache_use.called = True
-            return self._hidden_states(tokens, start_pos, slots, span, layers)
+            return self._hidden_states(tokens, start_pos, slots, span, layers, pass_length)
         with self.cache_use.call():
-            return self._hidden_states(tokens, start_pos, slots, span, layers)
+            return self._hidden_states(tokens, start_pos, slots, span, layers, pass_length)
 
     def _hidden_states(
         self,
@@ -559,6 +583,7 @@ class Transformer(nn.Module):
         slots: Optional[torch.Tensor],
         span: Optional[int],
         layers: int,
+        pass_length: Optional[int],
     ) -> torch.Tensor:
         blocks = self.layers if layers < 0 else self.layers[:layers]
         h = self._embedded(tokens)
@@ -569,13 +594,13 @@ class Transformer(nn.Module):
             raise ValueError(f"start_pos={shortened(start_pos)} must be a whole number, or a tensor with one for each row")
         if self._watch.sees_no_change(self):
             self.keep_fused()
-            window = self._window(tokens, start_pos, slots, span)
+            window = self._window(tokens, start_pos, slots, span, pass_length)
             for block in cast(Iterable[TransformerBlock], blocks):
                 h = block.run(h, window)
             return self.norm.run(h) if layers < 0 else h
         start_pos = self._only_position(tokens, start_pos, slots)
         S, mask = tokens.shape[1], None
-        rotations = self.freqs_cis[start_pos : start_pos + S].to(h.device)
+        rotations = self.turns(start_pos, start_pos + S, pass_length).to(h.device)
         if S > 1:
             mask = torch.full((S, S), -math.inf, dtype=h.dtype, device=h.device).triu(1)
             mask = torch.cat((mask.new_zeros(S, start_pos), mask), 1)
@@ -642,12 +667,24 @@ class Transformer(nn.Module):
         return self.output(self.norm.run(h))[:, 0].float()
 
     def _window(
-        self, tokens: torch.Tensor, start_pos: Union[int, torch.Tensor], slots: Optional[torch.Tensor], span: Optional[int]
+        self,
+        tokens: torch.Tensor,
+        start_pos: Union[int, torch.Tensor],
+        slots: Optional[torch.Tensor],
+        span: Optional[int],
+        pass_length: Optional[int],
     ) -> Window:
         """`hidden_states` says what the arguments are."""
+        S, scaling = tokens.shape[1], self.params.rope_scaling
         if isinstance(start_pos, torch.Tensor):
-            return self._window_apart(tokens, start_pos, slots, span)
-        return self._window_together(tokens, index(start_pos), slots)
+            window = self._window_apart(tokens, start_pos, slots, span)
+        else:
+            window = self._window_together(tokens, index(start_pos), slots)
+        if scaling is not None and scaling.kind == "dynamic" and (S > 1 if pass_length is None else pass_length > 0):
+            starts = start_pos.tolist() if isinstance(start_pos, torch.Tensor) else [index(start_pos)]
+            turns = torch.stack([self.turns(start, start + S, pass_length) for start in starts])
+            window.rotary = torch.view_as_real(turns)[:, :, None]
+        return window
 
     def _window_together(self, tokens: torch.Tensor, start: int, slots: Optional[torch.Tensor]) -> Window:
         """The window of rows that all stand at one position."""
@@ -675,6 +712,11 @@ class Transformer(nn.Module):
     def _rotary(self, positions: torch.Tensor) -> torch.Tensor:
         """(1 or B, S) -> float32 (1 or B, S, 1, D/2, 2)"""
         return torch.view_as_real(self.freqs_cis)[positions][:, :, None]
+
+
+def _placed(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table from the CPU on the device. Pinned memory spares the host a wait for the GPU."""
+    return table.pin_memory().to(device, non_blocking=True) if device_kind(device) == "cuda" else table.to(device)
 
 
 def _cache_rows(B: int, slots: Optional[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Union[slice, torch.Tensor]]:

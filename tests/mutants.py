@@ -50,7 +50,7 @@ TESTS = {
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model",
     "meta": "checkpoint files", "metas_way": "own_parts", "decoding/invariant": "invariant", "layers/invariant": "invariant",
     "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
-    "quantized": "quantization", "requests": "generation options", "rounding": "quantization", "rows": "scheduler streams",
+    "quantized": "quantization", "requests": "generation options", "rope": "rotary", "rounding": "quantization", "rows": "scheduler streams",
     "sampling": "sampling streams", "scheduler": "scheduler streams threads", "staging": "loading",
     "tokenizer_files": "added_tokens tokenizer_json",
     "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",

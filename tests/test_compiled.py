@@ -34,12 +34,13 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = {**PARAMS, "n_layers": 1}
+SCALED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer: most of the time goes into headers, but not all."""
-    return write_checkpoint(tmp_path_factory.mktemp("small"), random_weights(SMALL), params=SMALL)
+    """One layer: most of the time goes into headers, but not all. Its positions are scaled."""
+    return write_checkpoint(tmp_path_factory.mktemp("small"), random_weights(SMALL), params={**SMALL, "rope_scaling": SCALED})
 
 
 @needs_compiler

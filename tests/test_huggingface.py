@@ -108,7 +108,7 @@ def write_config(folder: Path, change: dict[str, Any]) -> None:
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "its architecture is .*Mistral"),
         ({"model_type": "absent"}, "its architecture is"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "positions are scaled .'llama3'."),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "positions are scaled .'linear'."),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "positions are scaled .'longrope'., which is not computed"),
         ({"rope_scaling": 3}, "positions are scaled .3."),
         ({"rope_parameters": {"rope_type": "yarn"}}, "positions are scaled .'yarn'."),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only a part .0.5. of each head"),

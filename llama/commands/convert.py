@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..layers.quantized import Quantized
 from ..layers.rounding import Quantization
 from ..model import ModelArgs, Transformer, check_args, feed_forward_width
+from ..rotary import metas_positions
 from ..system.checks import whole_number
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import open_tokenizer
@@ -38,6 +39,7 @@ from ..weights.checkpoint import (
     quantized_layers,
 )
 from ..weights.huggingface import NAMES, ROTATED, other_name, to_hf_rows
+from ..weights.rope import meta_rope, rope_settings, stated_positions
 from ..weights.writers import Entry, write_pth, write_safetensors
 
 PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder is no larger, unless a single tensor is
@@ -217,7 +219,7 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
         "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads,
         "vocab_size": args.vocab_size, "multiple_of": multiple_of, "ffn_dim_multiplier": multiplier,
         "norm_eps": args.norm_eps, "rope_theta": None if args.rope_theta == 10000.0 else args.rope_theta,
-        "head_dim": args.head_dim,
+        "head_dim": args.head_dim, "rope_scaling": args.rope_scaling and meta_rope(args.rope_scaling),
     }  # fmt: skip
     return {key: value for key, value in params.items() if value is not None}
 
@@ -264,12 +266,14 @@ def _write_hf_config(
             "clean_up_tokenization_spaces": False,
         })  # fmt: skip
     _write_json(folder / "generation_config.json", ids)
+    scaling = args.rope_scaling
+    positions = stated_positions(scaling, args.rope_theta) if scaling else metas_positions(args.rope_theta)
     _write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": args.dim,
         "intermediate_size": args.ffn_width, "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.kv_heads, "head_dim": args.head_size, "vocab_size": args.vocab_size,
-        "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta, "rope_scaling": None, "hidden_act": "silu",
-        "max_position_embeddings": 4096 if args.rope_theta == 10000.0 else 16384, "attention_bias": False,
+        "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta, "rope_scaling": scaling and rope_settings(scaling),
+        "max_position_embeddings": positions, "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, "tie_word_embeddings": tied, "torch_dtype": str(dtype).removeprefix("torch."), **ids,
     })  # fmt: skip
 

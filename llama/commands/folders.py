@@ -56,6 +56,11 @@ def _holds(
         f"{args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, {args.kv_heads} key/value "
         f"heads, feed-forward {args.ffn_width}, {args.vocab_size} ids, rotary base {args.rope_theta:g}"
     )
+    if (scaling := args.rope_scaling) is not None:
+        model += (
+            f", positions scaled ({scaling.kind}, factor {scaling.factor:g}) from "
+            f"{scaling.original_max_position_embeddings} to {scaling.positions}"
+        )
     parameters = memory.estimate(memory.Placement(args, torch.int8)).weights
     nbytes = memory.estimate(memory.Placement(args, checkpoint.dtype, quantization=stored)).weights
     pieces = "none here or in the folder above; pass --tokenizer_path"

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -166,7 +166,9 @@ class Packaged:
             running: dict[bool, Any] = {}
             for several, path in absent.items():
                 place = work / path.stem
-                request = {"args": asdict(self.model.params), **described(self.model), "several": several}
+                # The step is given the rotations: it is the same with scaled ones.
+                args = asdict(replace(self.model.params, rope_scaling=None))
+                request = {"args": args, **described(self.model), "several": several}
                 request["threads"] = torch.get_num_threads()
                 running[several] = stack.enter_context(compiler.started(request, place, runtime.compiler_environment(place)))
             for several, process in running.items():

@@ -142,7 +142,7 @@ class DraftModel:
         """Read what is missing of a row's ids before the newest, if it is much."""
         held = len(self._holds[slot])
         if held + LATE < len(row.ids):
-            for _ in self.engine.prefill([row.ids[:-1]], [slot], held):
+            for _ in self.engine.prefill([row.ids[:-1]], [slot], held, pass_length=row.prompt_length):
                 pass
             self._holds[slot] = row.ids[:-1]
 

@@ -122,13 +122,19 @@ class Engine:
             return self.model.forward(tokens, start_pos).float()
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], slots: Sequence[int], start: int = 0, *, layers: int = -1
+        self,
+        prompts: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        start: int = 0,
+        *,
+        layers: int = -1,
+        pass_length: int = 0,
     ) -> Iterator[tuple[list[int], torch.Tensor, int]]:
         """Read prompts into slots, a chunk of columns at a time. start: how many of their first tokens are there already.
 
         Yields (rows, hidden, at): the rows whose prompts reach the chunk, its hidden states (rows, columns, dim), and the
         position of its first column. Shorter rows are filled up on the right. The padding is never read: attention is
-        causal, and each padded column is overwritten by a real token before any query reaches it. layers: as in
+        causal, and each padded column is overwritten by a real token before any query reaches it. layers, pass_length: as in
         the model.
         """
         lengths = [len(prompt) for prompt in prompts]
@@ -140,7 +146,8 @@ class Engine:
             ids = [[*prompts[row][at:end], *[0] * (end - max(at, lengths[row]))] for row in rows]
             owned = runtime.to_device([slots[row] for row in rows], self.device)
             with self._explained(), runtime.current(self.device):
-                hidden = self.model.hidden_states(runtime.to_device(ids, self.device), at, slots=owned, layers=layers)
+                batch, how = runtime.to_device(ids, self.device), {"layers": layers, "pass_length": pass_length}
+                hidden = self.model.hidden_states(batch, at, slots=owned, **how)
             yield rows, hidden, at
 
     def decode(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
@@ -197,7 +204,8 @@ class Engine:
             batch = runtime.to_device(tokens, self.device)
             start_pos = positions[0] if len(set(positions)) == 1 else runtime.to_device(positions, self.device)
             owned = None if slots is None else runtime.to_device(slots, self.device)
-            return self.model.output(self.model.hidden_states(batch, start_pos, slots=owned, span=span)).float()
+            hidden = self.model.hidden_states(batch, start_pos, slots=owned, span=span, pass_length=0)
+            return self.model.output(hidden).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, dim) -> float32 (B, vocab_size)"""

@@ -72,15 +72,22 @@ class InvariantEngine(Engine):
         raise ValueError(INVARIANT_AS_BUILT)
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], slots: Sequence[int], start: int = 0, *, layers: int = -1
+        self,
+        prompts: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        start: int = 0,
+        *,
+        layers: int = -1,
+        pass_length: int = 0,
     ) -> Iterator[tuple[list[int], torch.Tensor, int]]:
+        table = self._table(max(map(len, prompts)), pass_length)
         on_gpu = device_kind(self.device) == "cuda"
         chunk = max(1, ON_GPU // len(prompts)) if on_gpu else max(CHUNK, PASS // len(prompts))
         for at in range(start, max(map(len, prompts)), chunk):
             rows = [row for row, prompt in enumerate(prompts) if len(prompt) > at]
             parts = [prompts[row][at : at + chunk] for row in rows]
             runs = [Run(slots[row], at, len(part)) for row, part in zip(rows, parts)]
-            hidden = self._pass([token for part in parts for token in part], runs, layers)
+            hidden = self._pass([token for part in parts for token in part], runs, layers, table)
             by_row = hidden.split([len(part) for part in parts])
             yield rows, torch.nn.utils.rnn.pad_sequence(list(by_row), batch_first=True), at
 
@@ -111,8 +118,16 @@ class InvariantEngine(Engine):
         on_cpu = device_kind(self.device) == "cpu"
         return without_onednn.kept_out() if on_cpu and self.dtype == torch.bfloat16 else nullcontext()
 
-    def _pass(self, tokens: Any, runs: Sequence[Run], layers: int = -1) -> torch.Tensor:
-        """Run tokens, those of each run after those of the one before -> hidden states (tokens, dim)"""
+    def _table(self, end: int, pass_length: int) -> torch.Tensor:
+        """`rotations` for tokens in front of `end`, of which those in front of pass_length are read as one."""
+        scaling = self.model.params.rope_scaling
+        if scaling is None or not scaling.one_pass(pass_length):
+            return rotations(self.model)
+        return torch.view_as_real(self.model.turns(0, end, pass_length))
+
+    def _pass(self, tokens: Any, runs: Sequence[Run], layers: int = -1, table: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Run tokens, those of each run after those of the one before -> hidden states (tokens, dim). table: of
+        rotations, if it is not the model's."""
         slots = [run.slot for run in runs for _ in range(run.length)]
         positions = [position for run in runs for position in range(run.start, run.start + run.length)]
         ids = tokens if isinstance(tokens, torch.Tensor) else to_device(list(tokens), self.device)
@@ -126,7 +141,8 @@ class InvariantEngine(Engine):
             self._attend_by_kernel(*places) if self._by_kernels else _Tiles(runs, self.model.params.max_seq_len, self.device)
         )
         with self._explained(), runtime.current(self.device), self._same_kernels():
-            return self._states(ids, *places, rotations(self.model), attend, layers)[:count]
+            table = rotations(self.model) if table is None else table
+            return self._states(ids, *places, table, attend, layers)[:count]
 
     def _step(
         self, tokens: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor, rotations: torch.Tensor

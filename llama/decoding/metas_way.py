@@ -20,7 +20,9 @@ from .rows import Row
 @torch.inference_mode()
 def steps(call: Call, engine: Engine, chooser: Chooser) -> Iterator[None]:
     """Run the call's requests, max_batch_size of them at a time, and tell it what they decide, step by step."""
-    size = engine.model.params.max_batch_size
+    size, scaling = engine.model.params.max_batch_size, engine.model.params.rope_scaling
+    if scaling is not None and any(scaling.one_pass(len(request.prompt)) for request in call.requests):
+        size = 1  # each prompt is to be read whole, in a pass of its own length
     for first in range(0, len(call.requests), size):
         engine.refresh()
         engine.take(call)

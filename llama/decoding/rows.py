@@ -73,6 +73,7 @@ class Row:
         self.read = 0  # while reading: ids whose keys and values are in the cache
         self.behind: Optional[Row] = None  # once this row has read the first `cached` ids, they are copied from it
         self.cached = 0  # ids of the prompt that are not read, since a slot held them
+        self.apart = False  # its columns are turned by its prompt's own length, so it shares none with others
         self.last: Optional[torch.Tensor] = None  # hidden state (dim,) behind all ids, until an id is chosen by it
         self.scores: list[torch.Tensor] = []
         self.prompt_logprobs: Optional[list[float]] = None

@@ -329,7 +329,8 @@ class Scheduler:
         for slot, row in enumerate(self._slots):
             if row is not None and row.is_over:
                 # The last column may be overwritten by steps that are filled up.
-                self.held.set(slot, row.ids[: min(row.columns, self._limit - 1)] if row.proven else [])
+                kept = row.proven and not row.apart
+                self.held.set(slot, row.ids[: min(row.columns, self._limit - 1)] if kept else [])
                 if not row.proven:
                     self.engine.clear(slot)
                 self._slots[slot] = None
@@ -365,6 +366,8 @@ class Scheduler:
         """Give the call's next request a slot."""
         index = call.admitted
         row = Row(call, index, self._limit, lane=self._free_lane(call) or 0, number=next(self._numbers))
+        scaling = self.engine.model.params.rope_scaling
+        row.apart = scaling is not None and scaling.one_pass(row.prompt_length)
         if index not in call.over:
             self.chooser.admit(row)
             slot = self._share(row)
@@ -376,10 +379,11 @@ class Scheduler:
     def _share(self, row: Row) -> int:
         """Choose a free slot for a row; let it start behind the longest prefix that any slot has, or is about to have."""
         free = [slot for slot, other in enumerate(self._slots) if other is None]
-        if row.request.score_prompt:  # which needs all of its hidden states
+        if row.request.score_prompt or row.apart:  # scores need all of its hidden states
             return self.held.oldest(free)
         *beginning, _ = row.request.prompt  # the last id runs in any case
-        holds = [self.held.ids[i] if other is None else other.ids[: other.columns] for i, other in enumerate(self._slots)]
+        rows = [None if other is not None and other.apart else other for other in self._slots]
+        holds = [self.held.ids[i] if other is None else other.ids[: other.columns] for i, other in enumerate(rows)]
 
         def common(ids: list[int]) -> int:
             count = common_prefix(ids, beginning)
@@ -387,7 +391,7 @@ class Scheduler:
 
         shared = [common(ids) for ids in holds]
         best = max(range(len(shared)), key=lambda slot: (shared[slot], slot in free))
-        coming = [(common(other.ids), other) for other in self.rows if other.reading]
+        coming = [(common(other.ids), other) for other in rows if other is not None and other.reading]
         row.cached, later = max(coming, key=lambda pair: pair[0], default=(0, None))
         if later is not None and row.cached > shared[best]:
             row.behind = later
@@ -450,7 +454,13 @@ class Scheduler:
         rows.sort(key=lambda row: row.number)
         # What is scored is so to the bit as if its call had come alone.
         return [
-            row for row in rows if row.read == rows[0].read and (row.call is rows[0].call or not self._scores(row, rows[0]))
+            row
+            for row in rows
+            if row is rows[0]
+            or (
+                (row.read == rows[0].read and not (row.apart or rows[0].apart))
+                and (row.call is rows[0].call or not self._scores(row, rows[0]))
+            )
         ]
 
     @staticmethod
@@ -487,7 +497,7 @@ class Scheduler:
     def _pass(self, rows: list[Row], start: int, end: int) -> None:
         slots = [self._slots.index(row) for row in rows]
         parts = [row.ids[:end] for row in rows]
-        for which, hidden, at in self.engine.prefill(parts, slots, start):
+        for which, hidden, at in self.engine.prefill(parts, slots, start, pass_length=rows[0].prompt_length):
             for states, i in zip(hidden, which):
                 row, length = rows[i], len(rows[i].ids)
                 if row.request.score_prompt and not row.generated:

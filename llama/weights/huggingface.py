@@ -18,6 +18,7 @@ from ..runtime import DTYPES
 from ..system.files import MappedFiles, Number, check_file, contents, is_there, listed, read_json
 from ..system.printable import escaped, shortened
 from .archive import map_tensors
+from .rope import read_rope
 
 # Meta's name of a tensor (without ".weight") and Hugging Face's; N is the layer.
 NAMES = {
@@ -86,13 +87,10 @@ def read_config(folder: Path) -> tuple[ModelArgs, bool]:
     if not is_there(path) and is_there(folder / "adapter_config.json"):
         raise ValueError(f"{path} is missing; {ADAPTER}")
     config = read_json(path, "a config.json has a few hundred bytes")
-    rope: dict[str, Any] = {}  # the settings of positions; each version of transformers has its place for them
-    for key in ("rope_scaling", "rope_parameters"):
-        part = config.get(key) or {}
-        rope.update(part if isinstance(part, dict) else {"rope_type": part})
-    values = {**config, "rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
+    theta, scaling, rope_problems = read_rope(config)
+    values = {**config, "rope_theta": theta}
     problems = [problem for key, _, number in _CONFIG for problem in number.problem(key, values)]
-    problems += _unsupported(config, rope)
+    problems += rope_problems + _unsupported(config)
     if problems:
         raise ValueError(f"{path} describes a model that cannot be run here: {'; '.join(problems)}")
     found = {name: values[key] for key, name, _ in _CONFIG if values.get(key) is not None}
@@ -100,10 +98,10 @@ def read_config(folder: Path) -> tuple[ModelArgs, bool]:
         found["norm_eps"] = 1e-6  # transformers' default; Meta's differs
     if found.get("head_dim") == found["dim"] / found["n_heads"]:
         del found["head_dim"]
-    return ModelArgs(**found), config.get("tie_word_embeddings") is True
+    return ModelArgs(**found, rope_scaling=scaling), config.get("tie_word_embeddings") is True
 
 
-def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+def _unsupported(config: dict[str, Any]) -> list[str]:
     problems = []
     architectures = config.get("architectures") or ["LlamaForCausalLM"]
     ours = str(architectures).lower() == "['llamaforcausallm']"  # once spelled LLaMAForCausalLM
@@ -112,11 +110,6 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
             f"its architecture is {shortened(architectures)} (model_type {shortened(config.get('model_type'))}), "
             "only 'LlamaForCausalLM' (model_type 'llama') is computed: Llama 2, Code Llama, and what was made of them"
         )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        problems.append(f"its rotary positions are scaled ({shortened(kind)}), which is not computed")
-    if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) not in (None, 1):
-        problems.append(f"only a part ({shortened(partial)}) of each head is rotated, which is not computed")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key) not in (None, False):
             problems.append(f"{key}={shortened(config[key])}, but biases are not computed")

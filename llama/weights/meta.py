@@ -15,6 +15,7 @@ from ..system.files import MappedFiles, Number, contents, listed, read_json
 from ..system.printable import escaped, shortened
 from .archive import map_tensors
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY
+from .rope import read_meta_rope
 
 IGNORED = "rope.freqs"  # Meta's files carry this table, 7B's of LLaMA 1 in each layer; it is computed here
 
@@ -40,13 +41,19 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
     """
     path = ckpt_dir / "params.json"
     params = read_json(path, "a params.json has a few hundred bytes")
-    problems = [f"unknown key {key!r}" for key in params if key not in PARAMS and key != "quantization"]
+    problems = [f"unknown key {key!r}" for key in params if key not in PARAMS and key not in ("quantization", "rope_scaling")]
     problems += [problem for key, number in PARAMS.items() for problem in number.problem(key, params)]
+    scaling = None
+    if (stated := params.get("rope_scaling")) is not None:
+        try:
+            scaling = read_meta_rope(stated)
+        except ValueError as error:
+            problems.append(str(error))
     if "use_scaled_rope" in params or params.get("vocab_size") == LLAMA_3_VOCABULARY:
         problems.append(LLAMA_3)
     if problems:
         raise ValueError(f"{path}: {listed(problems)}; a Llama 2 checkpoint has {', '.join(PARAMS)}")
-    return ModelArgs(**{key: params[key] for key in PARAMS if params.get(key) is not None})
+    return ModelArgs(**{key: params[key] for key in PARAMS if params.get(key) is not None}, rope_scaling=scaling)
 
 
 def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
