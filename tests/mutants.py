@@ -49,7 +49,8 @@ TESTS = {
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model",
     "meta": "checkpoint files", "metas_way": "own_parts", "decoding/invariant": "invariant", "layers/invariant": "invariant",
-    "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
+    "pace": "scheduler", "parallel": "collectives", "patterns": "adapter", "peft": "adapter",
+    "pipes": "terminal printable", "proven": "kernels",
     "quantized": "quantization", "requests": "generation options", "rounding": "quantization", "rows": "scheduler streams",
     "sampling": "sampling streams", "scheduler": "scheduler streams threads", "staging": "loading",
     "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",
@@ -57,7 +58,7 @@ TESTS = {
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
 SPEED = {
     "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "LOGITS_BYTES", "PASS", "PIECE",
-    "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "TRIES",
+    "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "SUM_BYTES", "TRIES",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
