@@ -68,8 +68,10 @@ from .system.checks import whole, whole_number
 from .system.printable import shortened
 from .tokenizer import Tokenizer, split, user_path
 from .tokenizer_files import need_tokenizer, open_tokenizer
+from .weights.adapter import add_adapter, tokenizer_folder
 from .weights.checkpoint import fit_vocabulary, known_ids, open_checkpoint
 from .weights.fingerprint import fingerprints
+from .weights.peft import CONFIG
 
 T = TypeVar("T")
 SAMPLE_TOP_P = sample_top_p  # if somebody puts another one in its place, that one draws
@@ -101,6 +103,7 @@ class Llama:
         device: Union[str, torch.device, None] = None,
         dtype: Union[str, torch.dtype, None] = None,
         quantize: Optional[str] = None,
+        adapter: Optional[str] = None,
         compile: Optional[bool] = None,
         draft: Optional[str] = None,
         batch_invariant: bool = False,
@@ -115,7 +118,8 @@ class Llama:
         if not given, the first of these that is there. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
         if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16, and bfloat16 for a
         float16 one on an x86 processor, which is slow in float16; a line says so). quantize: "int8" or
-        "int4" rounds the matrices while they are loaded; a folder that `convert` has rounded needs none of this. compile: True
+        "int4" rounds the matrices while they are loaded; a folder that `convert` has rounded needs none of this. adapter:
+        a folder that PEFT saved a LoRA adapter of this checkpoint in; it is added before anything is rounded. compile: True
         compiles the decode step (once, in a minute or two on a CPU, which needs a C++ compiler), False does not. If not
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used. draft: a folder
         with a smaller model of the same tokenizer, which guesses what the model will write; the model verifies several
@@ -142,12 +146,14 @@ class Llama:
                 check_invariant(place, compile)
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
-            checkpoint = open_checkpoint(folder)
+            added = None if adapter is None else user_path(adapter)
+            checkpoint = add_adapter(open_checkpoint(folder), added)
             trained = trained_positions(checkpoint)
             if max_seq_len is None:
                 max_seq_len = min(trained or UNSTATED, UNSTATED)
-            tokenizer_file = need_tokenizer(folder, tokenizer_path)
-            tokenizer = open_tokenizer(folder, tokenizer_file, known_ids(checkpoint))
+            home = tokenizer_folder(checkpoint)
+            tokenizer_file = need_tokenizer(home, tokenizer_path)
+            tokenizer = open_tokenizer(home, tokenizer_file, known_ids(checkpoint))
             args = fit_vocabulary(checkpoint, tokenizer.n_words)
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             model, _, placement = main = prepared(checkpoint, args, place, dtype, quantize)
@@ -158,9 +164,10 @@ class Llama:
             memory.check_fits(placement)
             agreement.values = {
                 **vars(args), "dtype": chosen_dtype, "quantize": placement.quantization, "compile": compile,
-                "draft": other is not None, "batch_invariant": bool(batch_invariant),
+                "adapter": added is not None, "draft": other is not None, "batch_invariant": bool(batch_invariant),
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
                 **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
+                **fingerprints([added / CONFIG] if added and several_processes() else []),
                 **fingerprints(other.checkpoint.paths if other and several_processes() else [], "draft's "),
             }  # fmt: skip
         with together(everyone=True), torch.inference_mode(False), memory.explained(placement):

@@ -15,6 +15,7 @@ from .system.checks import whole
 from .system.files import is_there, read_json
 from .tokenizer import Tokenizer, user_path
 from .tokenizer_files import find_tokenizer, open_tokenizer
+from .weights.adapter import add_adapter
 from .weights.checkpoint import Checkpoint, fill, open_checkpoint, prepare
 
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
@@ -56,7 +57,7 @@ def prepared_draft(
     """The draft model in a folder, as it is stored, for the model that is placed there. ValueError unless both have the same
     ids, and it is made for as many positions."""
     path, limits = user_path(folder), of.args
-    checkpoint = open_checkpoint(path)
+    checkpoint = add_adapter(open_checkpoint(path), None)
     way_out = "take a draft model that was made with the model's own tokenizer.model, or none"
     stated, wanted = checkpoint.args.vocab_size, tokenizer.n_words
     if stated not in (-1, wanted) and (stated < wanted or not checkpoint.leave_out_ids(wanted)):

@@ -37,28 +37,27 @@ SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 # The tests of each file that has no test file of its own name, or whose behaviour others test as well: files, or file::test.
 TESTS = {
     "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts", "cache_use": "own_parts",
-    "calls": "scheduler threads", "checks": "options sampling",
-    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens",
-    "choosing": "scheduler streams sampling", "cli": "terminal",
+    "calls": "scheduler threads", "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens",
+    "checks": "options sampling", "choosing": "scheduler streams sampling", "cli": "terminal",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal", "conversation": "terminal",
     "convert": "convert quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
-    "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued", "fingerprint": "peers",
-    "folders": "terminal convert", "gpu_step": "emulated_cuda", "held": "scheduler",
+    "decoding/invariant": "invariant", "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued",
+    "fingerprint": "peers", "folders": "terminal convert", "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
-    "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model",
-    "meta": "checkpoint files", "metas_way": "own_parts", "decoding/invariant": "invariant", "layers/invariant": "invariant",
-    "pace": "scheduler", "parallel": "collectives", "pipes": "terminal printable", "proven": "kernels",
-    "quantized": "quantization", "requests": "generation options", "rope": "rotary", "rounding": "quantization", "rows": "scheduler streams",
-    "sampling": "sampling streams", "scheduler": "scheduler streams threads", "staging": "loading",
-    "tokenizer_files": "added_tokens tokenizer_json",
-    "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert",
+    "int8": "quantization", "jobs": "terminal", "launch": "runtime", "layers/invariant": "invariant",
+    "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts", "pace": "scheduler",
+    "parallel": "collectives", "patterns": "adapter", "peft": "adapter", "pipes": "terminal printable", "proven": "kernels",
+    "quantized": "quantization", "requests": "generation options", "rope": "rotary", "rounding": "quantization",
+    "rows": "scheduler streams", "sampling": "sampling streams", "scheduler": "scheduler streams threads",
+    "staging": "loading", "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels",
+    "verifying": "drafting draft_model", "writers": "convert",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
 SPEED = {
     "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "LOGITS_BYTES", "PASS", "PIECE",
-    "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "TRIES",
+    "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "SUM_BYTES", "TRIES",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,

@@ -159,8 +159,11 @@ def mutations(folder: Path, rng: random.Random) -> Iterator[Mutation]:
     """For ever: each of another file of the folder, damaged in another way."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     unread = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-    names = [name for name in files if name not in unread and name.endswith((".json", ".pth", ".safetensors", ".model"))]
-    names += [name for name in names if name.endswith((".pth", ".safetensors"))]  # which have the most in them
+    names = [
+        name for name in files if name not in unread and name.endswith((".json", ".pth", ".bin", ".safetensors", ".model"))
+    ]
+    names = [name for name in names if name.startswith("adapter_")] or names  # an adapter's own files, and not its base's
+    names += [name for name in names if name.endswith((".pth", ".bin", ".safetensors"))]  # which have the most in them
     while True:
         name = rng.choice(names)
         data = files[name]
@@ -197,7 +200,8 @@ def answer(folder: Path) -> Any:
     from llama import Llama
 
     with contextlib.redirect_stdout(io.StringIO()):
-        llama = Llama.build(str(folder), max_seq_len=24, max_batch_size=2, device="cpu")
+        adapter = str(folder) if (folder / "adapter_config.json").exists() else None
+        llama = Llama.build(str(folder), max_seq_len=24, max_batch_size=2, device="cpu", adapter=adapter)
         return llama.text_completion(["the tree", "a"], max_gen_len=2, temperature=0, logprobs=True, echo=True)
 
 
@@ -265,8 +269,27 @@ class Child:
         self.process.join(20)
 
 
+def write_adapter(folder: Path, pickled: bool) -> None:
+    """An adapter beside its base."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"model.embed_tokens.lora_embedding_A": (2, 400), "model.embed_tokens.lora_embedding_B": (64, 2)}
+    for i in (0, 1):
+        shapes |= {f"model.layers.{i}.self_attn.q_proj.lora_{x}.weight": (2, 64) if x == "A" else (64, 2) for x in "AB"}
+    tensors = {f"base_model.model.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if pickled:
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "embed_tokens"],
+              "alpha_pattern": {"1.self_attn.q_proj": 3}, "rank_pattern": {}, "use_rslora": True}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 def make_folders(root: Path) -> list[Path]:
-    """A tiny model in each format: one and two shards, int8, int4, safetensors in one file and in parts."""
+    """A tiny model in each format: one and two shards, int8, int4, safetensors in one file and in parts; with adapters."""
     from conftest import random_weights, train_tokenizer, write_checkpoint
 
     from llama.commands import convert
@@ -284,6 +307,9 @@ def make_folders(root: Path) -> list[Path]:
         finally:
             convert.PART_BYTES = usual
         folders.append(root / name)
+    for name in ("adapter", "pickled adapter"):
+        folders.append(shutil.copytree(root / "hf", root / name))
+        write_adapter(folders[-1], name.startswith("pickled"))
     for folder in folders:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
     return folders

@@ -270,7 +270,7 @@ def test_folders_without_weights(twins: dict[str, Path], tmp_path: Path) -> None
         open_checkpoint(folder)
     write_config(folder, {})
     with pytest.raises(
-        ValueError, match="neither model.safetensors nor pytorch_model.bin, .*; it holds an adapter alone: merge"
+        ValueError, match="neither model.safetensors nor pytorch_model.bin, .*; it holds an adapter alone, which is"
     ):
         open_checkpoint(folder)
     (folder / "adapter_config.json").unlink()

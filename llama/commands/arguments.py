@@ -78,6 +78,7 @@ MODEL = {
     "device": Option(a_name, None, "cuda, mps or cpu; the first of these that is there if not given"),
     "dtype": Option(a_name, None, "float32, bfloat16 or float16; the checkpoint's own if not given"),
     "quantize": Option(a_name, None, "int8 or int4 rounds the matrices while they are loaded; as stored if not given"),
+    "adapter": Option(a_name, None, "a folder with a LoRA adapter of PEFT, which is added to the checkpoint's weights"),
     "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
     "draft": Option(a_name, None, "a folder with a smaller model of the same tokenizer, whose guesses the model verifies"),
     "batch_invariant": Option(truth, False, "let no answer depend on what else runs, to the bit; costs speed"),

@@ -28,6 +28,7 @@ from ..system.checks import whole_number
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import open_tokenizer
 from ..tokenizer_json import hf_tokenizer, whole_model
+from ..weights.adapter import add_adapter, tokenizer_folder
 from ..weights.checkpoint import (
     Checkpoint,
     cut,
@@ -53,20 +54,22 @@ def convert(
     dtype: Optional[torch.dtype] = None,
     tokenizer_path: Optional[Path] = None,
     quantize: Optional[str] = None,
+    adapter: Optional[Path] = None,
 ) -> None:
     """Write the checkpoint `source` into the new folder `target`, to="meta" (with `shards`) or "hf".
 
     dtype: of all weights; each keeps its own if not given. tokenizer_path: is copied too; a Hugging Face folder needs it.
     quantize: "int8" or "int4" for the matrices of Meta's format; if not given, quantized matrices stay as they are, whatever
-    `dtype` says. ValueError if an argument or the source is wrong, the target exists, or the disk has too little room; then
-    nothing is written.
+    `dtype` says. adapter: a folder of PEFT, whose adapter is added. ValueError if an argument or the source is wrong, the
+    target exists, or the disk has too little room; then nothing is written.
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to={to!r} must be 'meta' or 'hf'")
     if os.path.lexists(target):
         raise ValueError(f"{target} exists, and nothing is written over; name another folder, or remove it")
-    checkpoint = open_checkpoint(source)
-    tokenizer = open_tokenizer(source, tokenizer_path, known_ids(checkpoint)) if tokenizer_path else None
+    checkpoint = add_adapter(open_checkpoint(source), adapter)
+    home = tokenizer_folder(checkpoint)
+    tokenizer = open_tokenizer(home, tokenizer_path, known_ids(checkpoint)) if tokenizer_path else None
     args = _full_args(checkpoint, tokenizer)
     check_args(args, 1, source)
     with torch.device("meta"):

@@ -16,6 +16,7 @@ from ..system.checks import whole_number
 from ..system.printable import counted, escaped
 from ..tokenizer import Tokenizer, user_path
 from ..tokenizer_files import find_tokenizer, open_tokenizer
+from ..weights.adapter import AdaptedCheckpoint, add_adapter, tokenizer_folder
 from ..weights.checkpoint import Checkpoint, choose_quantization, fit_vocabulary, known_ids, open_checkpoint
 from .arguments import MODEL, REQUIRED, Command, Option, a_name, a_number, some_of_model
 from .convert import convert as convert_checkpoint
@@ -25,10 +26,11 @@ def info(args: Namespace) -> None:
     """Say what model a checkpoint folder holds, on how many processes it runs, and what memory it needs. Loads nothing."""
     for name in ("max_batch_size", "max_seq_len", "processes"):
         whole_number(name, getattr(args, name), 1)
-    checkpoint = open_checkpoint(user_path(args.ckpt_dir))
+    checkpoint = add_adapter(open_checkpoint(user_path(args.ckpt_dir)), _adapter(args))
     stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
-    path = find_tokenizer(checkpoint.folder, args.tokenizer_path)
-    tokenizer = open_tokenizer(checkpoint.folder, path, known_ids(checkpoint)) if path else None
+    home = tokenizer_folder(checkpoint)
+    path = find_tokenizer(home, args.tokenizer_path)
+    tokenizer = open_tokenizer(home, path, known_ids(checkpoint)) if path else None
     model = fit_vocabulary(checkpoint, tokenizer.n_words if tokenizer else rows)
     model = replace(model, max_batch_size=args.max_batch_size, max_seq_len=args.max_seq_len)
     check_args(model, args.processes)
@@ -41,6 +43,10 @@ def info(args: Namespace) -> None:
     print(f"{escaped(str(checkpoint.folder))}: {checkpoint.format} format, {files} of weights")
     for label, line in {**_holds(checkpoint, placement, path, tokenizer), **_needs(placement)}.items():
         print(f"  {label:12}{line}")
+
+
+def _adapter(args: Namespace) -> Optional[Path]:
+    return None if args.adapter is None else user_path(args.adapter)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -69,7 +75,13 @@ def _holds(
         pieces = (
             f"{escaped(str(path))}: {tokenizer.n_words - len(tokenizer.nameless)} pieces, BOS {tokenizer.bos_id}, EOS {stops}"
         )
-    return {
+    adapter = {}
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        whole = sum(change.whole is not None for change in checkpoint.changes.values())
+        sums = sum(change.a is not None for change in checkpoint.changes.values())
+        told = f"LoRA for {counted(sums, 'weight')}, {whole} replaced whole"
+        adapter = {"adapter": f"{escaped(str(checkpoint.adapter))}: {told}"}
+    return adapter | {
         "model": model + ", one matrix for embedding and output" * checkpoint.tied,
         "parameters": f"{parameters:,} in {stored.kind if stored else _name(checkpoint.dtype)}, {memory.gigabytes(nbytes)}",
         "tokenizer": pieces,
@@ -101,7 +113,7 @@ def convert(args: Namespace) -> None:
     source, target = user_path(args.src), user_path(args.dst)
     tokenizer = find_tokenizer(source, args.tokenizer_path)
     dtype = None if args.dtype is None else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
-    convert_checkpoint(source, target, args.to, args.shards, dtype, tokenizer, args.quantize)
+    convert_checkpoint(source, target, args.to, args.shards, dtype, tokenizer, args.quantize, _adapter(args))
     if tokenizer is None and args.to == "hf":
         told = f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path"
         print(escaped(told), file=sys.stderr)
@@ -118,10 +130,11 @@ COMMANDS = {
             "dtype": Option(a_name, None, "float32, bfloat16 or float16; each weight's own if not given"),
             "tokenizer_path": Option(str, None, "the tokenizer.model to copy; the one in SRC or above it if not given"),
             "quantize": Option(a_name, None, "int8 or int4, in Meta's format: a half or a quarter of the bytes, quick to load"),
+            **some_of_model("adapter"),
         },
     }),
     "info": Command(info, ["ckpt_dir"], {
-        "the checkpoint": {"ckpt_dir": Option(str, REQUIRED, "its folder"), **some_of_model("tokenizer_path")},
+        "the checkpoint": {"ckpt_dir": Option(str, REQUIRED, "its folder"), **some_of_model("tokenizer_path", "adapter")},
         "how it is to run": {
             "max_batch_size": MODEL["max_batch_size"]._replace(default=4),
             "max_seq_len": Option(a_number, 2048, "tokens of a prompt and its answer that there is room for"),

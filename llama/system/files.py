@@ -177,17 +177,23 @@ class MappedFiles:
         for path, found in zip(self.paths, self._found):
             refuse_pointer(path, found.st_size)
 
+    def joined(self, other: MappedFiles) -> MappedFiles:
+        """The files of both, with the sizes and times that each has noted."""
+        both = MappedFiles(())
+        both.paths, both._found = [*self.paths, *other.paths], [*self._found, *other._found]
+        return both
+
     @cached_property
-    def ranges(self) -> list[tuple[int, int]]:
-        """The addresses, from and to, where the files are mapped. Empty except on Linux."""
+    def ranges(self) -> list[tuple[int, int, str]]:
+        """The addresses, from and to, where the files are mapped, and each one's resolved name. Empty except on Linux."""
         names = {str(path.resolve()) for path in self.paths}
         maps = Path("/proc/self/maps")
-        ranges = []
+        ranges: list[tuple[int, int, str]] = []
         for line in maps.read_text(errors="replace").splitlines() if maps.exists() else []:
             place, *_, name = line.split(maxsplit=5)
             if name in names:
                 low, high = (int(end, 16) for end in place.split("-"))
-                ranges.append((low, high))
+                ranges.append((low, high, name))
         return ranges
 
     def check_unchanged(self, readers: Iterable[torch.Tensor] = ()) -> None:
@@ -200,16 +206,21 @@ class MappedFiles:
                 continue  # the file was removed; the mapping stays
             same_file = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
             changed = same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
-            if changed and self._are_read_by(list(readers)):
+            if changed and self._is_read_by(path, list(readers)):
                 raise ValueError(
                     f"{path} was written to after it was loaded ({before.st_size} bytes then, {now.st_size} now), and the "
                     "model reads its weights from it; build it again, and replace files by renaming new ones"
                 )
 
-    def _are_read_by(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether one of the tensors lies in the files, or that is not known."""
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the files, or that is not known."""
+        return not self.ranges or any(low <= tensor.data_ptr() < high for low, high, _ in self.ranges)
+
+    def _is_read_by(self, path: Path, tensors: list[torch.Tensor]) -> bool:
+        """Whether one of the tensors lies in the file, or that is not known."""
         places = [t.data_ptr() for t in tensors]
-        return not (places and self.ranges) or any(low <= at < high for at in places for low, high in self.ranges)
+        ranges = [(low, high) for low, high, name in self.ranges if name == str(path.resolve())]
+        return not (places and self.ranges) or any(low <= at < high for at in places for low, high in ranges)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """target[...] = source, some rows at a time. Their pages are released, so that little of the file counts as ours."""
@@ -228,6 +239,6 @@ class MappedFiles:
         entries = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
         low = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         high = (start + entries * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
-        if low < high and any(first <= low and high <= last for first, last in self.ranges):
+        if low < high and any(first <= low and high <= last for first, last, _ in self.ranges):
             madvise = ctypes.CDLL(None).madvise
             madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), mmap.MADV_DONTNEED)

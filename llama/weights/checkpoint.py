@@ -360,7 +360,7 @@ def _read_on_host(checkpoint: Checkpoint, part: Part, dtype: Optional[torch.dtyp
     check_scales(part.name, stored, checkpoint)
     stored = part.filled(stored)
     if dtype in (None, stored.dtype) and stored.is_contiguous():
-        return stored, True
+        return stored, checkpoint.mapped.holds(stored)
     copy = torch.empty(stored.shape, dtype=dtype or stored.dtype, device="cpu")
     checkpoint.mapped.copy(stored, copy)
     return copy, False

@@ -51,7 +51,6 @@ _CONFIG = [
     ("head_dim", "head_dim", Number(int, 2, 2**16)),
     ("rope_theta", "rope_theta", Number(float, 1.0, 1e12)),
 ]
-ADAPTER = "it holds an adapter alone: merge it into its base model and save that"
 FILES = {"model.safetensors": ".safetensors", "pytorch_model.bin": ".bin"}  # one file, and how several end
 INDEX = ".index.json"
 IGNORED = "rotary_emb.inv_freq"  # old folders carry this table, which is computed here
@@ -85,7 +84,7 @@ def read_config(folder: Path) -> tuple[ModelArgs, bool]:
     """
     path = folder / "config.json"
     if not is_there(path) and is_there(folder / "adapter_config.json"):
-        raise ValueError(f"{path} is missing; {ADAPTER}")
+        raise ValueError(f"{path} is missing; {adapter_alone(folder)}")
     config = read_json(path, "a config.json has a few hundred bytes")
     theta, scaling, rope_problems = read_rope(config)
     values = {**config, "rope_theta": theta}
@@ -99,6 +98,21 @@ def read_config(folder: Path) -> tuple[ModelArgs, bool]:
     if found.get("head_dim") == found["dim"] / found["n_heads"]:
         del found["head_dim"]
     return ModelArgs(**found, rope_scaling=scaling), config.get("tie_word_embeddings") is True
+
+
+def base_of_adapter(folder: Path) -> str:
+    """What the config of an adapter says of its base, for a message."""
+    try:
+        config = read_json(folder / "adapter_config.json", "an adapter_config.json has a thousand bytes")
+    except ValueError:
+        return "its config does not say which"
+    return shortened(config.get("base_model_name_or_path"))
+
+
+def adapter_alone(folder: Path) -> str:
+    """What to do with a folder that holds an adapter and no weights of a base, for a message."""
+    asked = f"build(ckpt_dir=BASE, adapter={escaped(str(folder))!r}), or --ckpt_dir and --adapter"
+    return f"it holds an adapter alone, which is added to its base ({base_of_adapter(folder)}) by {asked}"
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:
@@ -144,7 +158,7 @@ def find_parts(folder: Path) -> tuple[list[Path], Optional[dict[str, str]]]:
             return [folder / name], None
         if is_there(folder / (name + INDEX)):
             return _indexed(folder / (name + INDEX), FILES[name])
-    way_out = ADAPTER if is_there(folder / "adapter_config.json") else f"it holds {contents(folder)}"
+    way_out = adapter_alone(folder) if is_there(folder / "adapter_config.json") else f"it holds {contents(folder)}"
     raise ValueError(f"{folder} has neither {' nor '.join(FILES)}, nor an index of several such files; {way_out}")
 
 
