@@ -59,13 +59,13 @@ from .layers.parallel import (
     replica,
     several_processes,
 )
-from .loading import DEMO, DEMO_POSITIONS, prepared, prepared_draft
+from .loading import DEMO, DEMO_POSITIONS, checkpoint_folders, prepared, prepared_draft
 from .model import ModelArgs, Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options
 from .session import ChatSession
 from .system.checks import whole, whole_number
 from .system.printable import shortened
-from .tokenizer import Tokenizer, split, user_path
+from .tokenizer import Tokenizer, split
 from .tokenizer_files import need_tokenizer, open_tokenizer
 from .weights.checkpoint import fit_vocabulary, known_ids, open_checkpoint
 from .weights.fingerprint import fingerprints
@@ -105,9 +105,10 @@ class Llama:
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
 
-        ckpt_dir: the demo model that comes with this package if not given. tokenizer_path: if not given, the file
-        tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt and answer
-        together; 2048 if not given, 512 for the demo model) and prompts that the cache has room for.
+        ckpt_dir: a folder, or a model on the Hugging Face Hub (org/name or org/name@revision), which is fetched into the
+        hub's cache if it is not there; the demo model that comes with this package if not given. tokenizer_path: if not
+        given, the file tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt
+        and answer together; 2048 if not given, 512 for the demo model) and prompts that the cache has room for.
         model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
         the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu";
         if not given, the first of these that is there. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
@@ -116,8 +117,9 @@ class Llama:
         "int4" rounds the matrices while they are loaded; a folder that `convert` has rounded needs none of this. compile: True
         compiles the decode step (once, in a minute or two on a CPU, which needs a C++ compiler), False does not. If not
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used. draft: a folder
-        with a smaller model of the same tokenizer, which guesses what the model will write; the model verifies several
-        guesses in one pass, as many as pay. Greedy ids stay what they are, and so does the distribution of drawn ones.
+        (or a name on the hub) with a smaller model of the same tokenizer, which guesses what the model will write; the model
+        verifies several guesses in one pass, as many as pay. Greedy ids stay what they are, and so does the distribution of
+        drawn ones.
         batch_invariant: the ids and log-probabilities of a prompt do not depend, to the bit, on what runs beside it or ran
         before, also in 16 bits and with quantized weights; it costs speed (README), and takes no compile=True.
 
@@ -125,13 +127,9 @@ class Llama:
         """
         started = time.time()
         place = runtime.start(device, model_parallel_size)
-        # Tensors made in inference mode could not be used outside it.
-        with together(everyone=True) as agreement, torch.inference_mode(False):
-            folder = DEMO if ckpt_dir is None else user_path(ckpt_dir)
-            trained = DEMO_POSITIONS if folder == DEMO else None
-            if max_seq_len is None:
-                max_seq_len = trained or 2048
-            max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "of 1 or more, and below 2**31")
+        with together(everyone=True) as agreement:
+            if max_seq_len is not None:
+                max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "of 1 or more, and below 2**31")
             max_batch_size = whole_number("max_batch_size", max_batch_size, 1, 2**31 - 1, "of 1 or more, and below 2**31")
             seed = whole_number("seed", seed, -(2**63), 2**64 - 1, "of 64 bits")
             if compile not in (None, True, False):
@@ -142,6 +140,13 @@ class Llama:
                 check_invariant(place, compile)
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
+            agreement.values = {"the call": "build"}
+        folder, draft_folder = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft)
+        assert folder is not None
+        # Tensors made in inference mode could not be used outside it.
+        with together(everyone=True) as agreement, torch.inference_mode(False):
+            trained = DEMO_POSITIONS if folder == DEMO else None
+            max_seq_len = max_seq_len or trained or 2048
             checkpoint = open_checkpoint(folder)
             tokenizer_file = need_tokenizer(folder, tokenizer_path)
             tokenizer = open_tokenizer(folder, tokenizer_file, known_ids(checkpoint))
@@ -149,8 +154,8 @@ class Llama:
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             model, _, placement = main = prepared(checkpoint, args, place, dtype, quantize)
             chosen_dtype, other = placement.dtype, None
-            if draft is not None:
-                other = prepared_draft(draft, tokenizer, placement, dtype)
+            if draft_folder is not None:
+                other = prepared_draft(draft_folder, tokenizer, placement, dtype)
                 placement = replace(placement, draft=other.placement)
             memory.check_fits(placement)
             agreement.values = {

@@ -1,4 +1,5 @@
-"""The commands on a folder of weights: info says what it holds and what that needs to run, convert writes another."""
+"""The commands on a folder of weights: info says what it holds and what that needs to run, convert writes another, pull
+fetches one."""
 
 from __future__ import annotations
 
@@ -19,13 +20,14 @@ from ..tokenizer_files import find_tokenizer, open_tokenizer
 from ..weights.checkpoint import Checkpoint, choose_quantization, fit_vocabulary, known_ids, open_checkpoint
 from .arguments import MODEL, REQUIRED, Command, Option, a_name, a_number, some_of_model
 from .convert import convert as convert_checkpoint
+from .fetching import agreed_folder, pull
 
 
 def info(args: Namespace) -> None:
     """Say what model a checkpoint folder holds, on how many processes it runs, and what memory it needs. Loads nothing."""
     for name in ("max_batch_size", "max_seq_len", "processes"):
         whole_number(name, getattr(args, name), 1)
-    checkpoint = open_checkpoint(user_path(args.ckpt_dir))
+    checkpoint = open_checkpoint(agreed_folder(args.ckpt_dir))
     stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
     path = find_tokenizer(checkpoint.folder, args.tokenizer_path)
     tokenizer = open_tokenizer(checkpoint.folder, path, known_ids(checkpoint)) if path else None
@@ -93,7 +95,7 @@ def _needs(placement: memory.Placement) -> dict[str, str]:
 
 def convert(args: Namespace) -> None:
     """Write the checkpoint folder SRC as a new folder DST in the other format, or with other shards, or in another dtype."""
-    source, target = user_path(args.src), user_path(args.dst)
+    source, target = agreed_folder(args.src), user_path(args.dst)
     tokenizer = find_tokenizer(source, args.tokenizer_path)
     dtype = None if args.dtype is None else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
     convert_checkpoint(source, target, args.to, args.shards, dtype, tokenizer, args.quantize)
@@ -106,7 +108,7 @@ def convert(args: Namespace) -> None:
 COMMANDS = {
     "convert": Command(convert, ["src", "dst", "to", "shards", "dtype", "tokenizer_path", "quantize"], {
         "what is written": {
-            "src": Option(str, REQUIRED, "the folder that is read"),
+            "src": Option(str, REQUIRED, "the folder that is read, or a name on the hub"),
             "dst": Option(str, REQUIRED, "the folder that is made"),
             "to": Option(str, REQUIRED, "hf (safetensors, for transformers) or meta (consolidated.NN.pth)"),
             "shards": Option(a_number, 1, "files of Meta's format"),
@@ -116,12 +118,17 @@ COMMANDS = {
         },
     }),
     "info": Command(info, ["ckpt_dir"], {
-        "the checkpoint": {"ckpt_dir": Option(str, REQUIRED, "its folder"), **some_of_model("tokenizer_path")},
+        "the checkpoint": {
+            "ckpt_dir": Option(str, REQUIRED, "its folder, or its name on the hub"), **some_of_model("tokenizer_path"),
+        },
         "how it is to run": {
             "max_batch_size": MODEL["max_batch_size"]._replace(default=4),
             "max_seq_len": Option(a_number, 2048, "tokens of a prompt and its answer that there is room for"),
             "processes": Option(a_number, 1, "processes that share it"),
             **some_of_model("device", "dtype", "quantize"),
         },
+    }),
+    "pull": Command(pull, ["id"], {
+        "what is fetched": {"id": Option(str, REQUIRED, "org/name or org/name@revision on the Hugging Face Hub")},
     }),
 }  # fmt: skip
