@@ -44,7 +44,7 @@ TESTS = {
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal", "conversation": "terminal",
     "convert": "convert quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
-    "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued", "fingerprint": "peers",
+    "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued", "fetching": "hub", "fingerprint": "peers",
     "folders": "terminal convert", "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "loading": "loading draft_model",

@@ -208,7 +208,7 @@ class MappedFiles:
 
     def _are_read_by(self, tensors: list[torch.Tensor]) -> bool:
         """Whether one of the tensors lies in the files, or that is not known."""
-        places = [t.data_ptr() for t in tensors]
+        places = [t.data_ptr() for t in tensors if not t.is_mkldnn]  # a packed one is a copy, which has no address
         return not (places and self.ranges) or any(low <= at < high for at in places for low, high in self.ranges)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
