@@ -79,17 +79,22 @@ def _needs(placement: memory.Placement) -> dict[str, str]:
     args, processes, device = placement.args, placement.processes, placement.device
     need, free = memory.estimate(placement), memory.free_bytes(device)
     form = f", matrices in {placement.quantization.kind}" if placement.quantization else ""
+    told = f"{need}, and up to {memory.gigabytes(need.temporary)} while prompts are read"
+    if runtime.device_kind(device) == "cpu":  # this process has imported what each of the others will; its own ends
+        own = memory.own_bytes()
+        told += f"; with {memory.gigabytes(own)} for Python and torch, {memory.gigabytes(own + need.resident + need.temporary)}"
+        free = None if free is None else max(0, free - own * (placement.sharers - 1))
     if free is None:
-        told = f"{device} does not tell"
+        room = f"{device} does not tell"
     elif need.resident * placement.sharers <= free:
-        told = f"{memory.gigabytes(free)} on {device}: it fits"
+        room = f"{memory.gigabytes(free)} on {device}: it fits"
     else:
-        told = f"{memory.gigabytes(free)} on {device}: it does not fit; {memory.way_out(placement, free)}"
+        room = f"{memory.gigabytes(free)} on {device}: it does not fit; {memory.way_out(placement, free)}"
     return {
         "memory": f"{counted(processes, 'process')}, max_batch_size={args.max_batch_size}, "
         f"max_seq_len={args.max_seq_len}, dtype={_name(placement.dtype)}{form}; on each process:",
-        "": f"{need}, and up to {memory.gigabytes(need.temporary)} while prompts are read",
-        "free": told,
+        "": told,
+        "free": room,
     }
 
 
