@@ -59,14 +59,14 @@ from .layers.parallel import (
     replica,
     several_processes,
 )
-from .loading import DEMO, prepared, prepared_draft, trained_positions
+from .loading import DEMO, checkpoint_folders, prepared, prepared_draft, trained_positions
 from .model import ModelArgs, Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options
 from .rotary import metas_positions
 from .session import ChatSession
 from .system.checks import whole, whole_number
 from .system.printable import shortened
-from .tokenizer import Tokenizer, split, user_path
+from .tokenizer import Tokenizer, split
 from .tokenizer_files import need_tokenizer, open_tokenizer
 from .weights.adapter import add_adapter, tokenizer_folder
 from .weights.checkpoint import fit_vocabulary, known_ids, open_checkpoint
@@ -110,9 +110,10 @@ class Llama:
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
 
-        ckpt_dir: the demo model that comes with this package if not given. tokenizer_path: if not given, the file
-        tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt and answer
-        together; if not given 2048, or fewer if the folder says so) and prompts that the cache has room for.
+        ckpt_dir: a folder, or a model on the Hugging Face Hub (org/name or org/name@revision), which is fetched into the
+        hub's cache if it is not there; the demo model that comes with this package if not given. tokenizer_path: if not
+        given, the file tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt
+        and answer together; if not given 2048, or fewer if the folder says so) and prompts that the cache has room for.
         model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
         the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu";
         if not given, the first of these that is there. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
@@ -122,8 +123,9 @@ class Llama:
         a folder that PEFT saved a LoRA adapter of this checkpoint in; it is added before anything is rounded. compile: True
         compiles the decode step (once, in a minute or two on a CPU, which needs a C++ compiler), False does not. If not
         given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used. draft: a folder
-        with a smaller model of the same tokenizer, which guesses what the model will write; the model verifies several
-        guesses in one pass, as many as pay. Greedy ids stay what they are, and so does the distribution of drawn ones.
+        (or a name on the hub) with a smaller model of the same tokenizer, which guesses what the model will write; the model
+        verifies several guesses in one pass, as many as pay. Greedy ids stay what they are, and so does the distribution of
+        drawn ones.
         batch_invariant: the ids and log-probabilities of a prompt do not depend, to the bit, on what runs beside it or ran
         before, also in 16 bits and with quantized weights; it costs speed (README), and takes no compile=True.
 
@@ -131,9 +133,7 @@ class Llama:
         """
         started = time.time()
         place = runtime.start(device, model_parallel_size)
-        # Tensors made in inference mode could not be used outside it.
-        with together(everyone=True) as agreement, torch.inference_mode(False):
-            folder = DEMO if ckpt_dir is None else user_path(ckpt_dir)
+        with together(everyone=True) as agreement:
             if max_seq_len is not None:
                 max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "of 1 or more, and below 2**31")
             max_batch_size = whole_number("max_batch_size", max_batch_size, 1, 2**31 - 1, "of 1 or more, and below 2**31")
@@ -146,7 +146,11 @@ class Llama:
                 check_invariant(place, compile)
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
-            added = None if adapter is None else user_path(adapter)
+            agreement.values = {"the call": "build"}
+        folder, draft_folder, added = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft, adapter)
+        assert folder is not None
+        # Tensors made in inference mode could not be used outside it.
+        with together(everyone=True) as agreement, torch.inference_mode(False):
             checkpoint = add_adapter(open_checkpoint(folder), added)
             trained = trained_positions(checkpoint)
             if max_seq_len is None:
@@ -158,8 +162,8 @@ class Llama:
             args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             model, _, placement = main = prepared(checkpoint, args, place, dtype, quantize)
             chosen_dtype, other = placement.dtype, None
-            if draft is not None:
-                other = prepared_draft(draft, tokenizer, placement, dtype)
+            if draft_folder is not None:
+                other = prepared_draft(draft_folder, tokenizer, placement, dtype)
                 placement = replace(placement, draft=other.placement)
             memory.check_fits(placement)
             agreement.values = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -9,17 +10,62 @@ from typing import NamedTuple, Optional, Union
 import torch
 
 from . import memory, runtime
-from .layers.parallel import group_size, model_parallel_group
+from .layers.agreement import together
+from .layers.parallel import all_alike, group_size, model_parallel_group, several_processes
 from .model import ModelArgs, Transformer, check_args
 from .system.checks import whole
 from .system.files import is_there, read_json
 from .tokenizer import Tokenizer, user_path
 from .tokenizer_files import find_tokenizer, open_tokenizer
+from .weights import hub
 from .weights.adapter import add_adapter
 from .weights.checkpoint import Checkpoint, fill, open_checkpoint, prepare
 
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
 DEMO_POSITIONS = 512
+PATIENCE = 1.0  # seconds between two looks at a download, which may outlast any collective's time limit
+
+
+def checkpoint_folder(given: Union[str, Path], fetching: bool = True) -> Path:
+    """The folder of a path, or of a name on the Hugging Face Hub (org/name, org/name@revision), which is fetched into the hub's
+    cache if it is not there. ValueError if it cannot be had."""
+    return hub.locate(str(given), user_path(given), fetching)
+
+
+def checkpoint_folders(*given: Union[str, Path, None]) -> list[Optional[Path]]:
+    """`checkpoint_folder` of each that is given, on all processes together. The first process of each node fetches; the others
+    then find it in the cache. All wait for it in short meetings, so a long download meets no time limit."""
+
+    def find(fetching: bool) -> list[Optional[Path]]:
+        return [None if name is None else checkpoint_folder(name, fetching) for name in given]
+
+    if not several_processes():
+        return find(True)
+    outcome: list[tuple[list[Optional[Path]], Optional[Exception]]] = []
+
+    def fetch() -> None:
+        try:
+            outcome.append((find(True), None))
+        except Exception as error:
+            outcome.append(([], error))
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    if fetches := runtime.Launch.read().local_rank == 0:
+        thread.start()
+    while not all_alike(None if fetches and _runs(thread) else "all have looked", None):
+        pass
+    with together(everyone=True):
+        if not fetches:
+            return find(False)
+        ((found, failure),) = outcome
+        if failure is not None:
+            raise failure
+        return found
+
+
+def _runs(thread: threading.Thread) -> bool:
+    thread.join(PATIENCE)
+    return thread.is_alive()
 
 
 class Prepared(NamedTuple):

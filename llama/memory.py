@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,6 +25,10 @@ NCCL_BYTES = 768 * 2**20  # each process has a few MiB for each channel, peer an
 # A recorded step keeps its logits in the model's dtype and in float32. There are graphs for one row, and for 2, 4, 8 … rows,
 # which add up to twice the last.
 GRAPH_LOGITS = 2 * 2
+# A CPU's process needs memory beside tensors and what its imports took: code of torch and oneDNN that comes from disk when it
+# is first called (16 to 33 MB), gloo's buffers, and what the allocator keeps of freed pieces.
+CODE_BYTES = 32 * 2**20
+INT8_ROWS = 512  # tokens that int8 and int4 layers multiply at a time, with two results in float32
 HOST = torch.device("cpu")
 
 
@@ -53,12 +58,14 @@ class Placement:
 
 
 class Need(NamedTuple):
-    """Bytes on one process."""
+    """Bytes that one process comes to hold beside what its imports took (`own_bytes`). Weights that stay in mapped files count:
+    the system may drop their pages, but every step would then read them from disk again."""
 
     weights: int
     cache: int
     temporary: int  # peak of a prefill of the whole cache
-    overhead: int = 0  # workspaces, code, recorded steps and buffers of the collectives on a GPU
+    overhead: int  # code, workspaces, buffers of the collectives, and recorded steps on a GPU
+    place: str = "cpu"
 
     @property
     def resident(self) -> int:
@@ -66,9 +73,10 @@ class Need(NamedTuple):
         return self.weights + self.cache + self.overhead
 
     def __str__(self) -> str:
+        beside = {"cpu": "libraries and their buffers", "cuda": "CUDA's libraries and recorded steps"}.get(self.place)
         parts = [f"{gigabytes(self.weights)} of weights", f"{gigabytes(self.cache)} of cache"]
-        if self.overhead:
-            parts.append(f"{gigabytes(self.overhead)} for CUDA's libraries and recorded steps")
+        if beside is not None:
+            parts.append(f"{gigabytes(self.overhead)} for {beside}")
         return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -94,22 +102,37 @@ def estimate(placement: Placement) -> Need:
     attention = 3 * args.dim + 2 * queries + 2 * keys  # the stream, its norm and sum; q, k, v and the result
     rotating = 4 * 3 * queries  # q in float32, its halves turned
     feed_forward = 4 * args.dim + 3 * width
+    place = device_kind(placement.device)
+    int8_results = 2 * 4 * min(tokens, INT8_ROWS) * 2 * width if quantization and place == "cpu" else 0
     need = Need(
         weights=weights,
         cache=size * 2 * args.n_layers * tokens * keys,
-        temporary=tokens * max(size * attention + rotating, size * feed_forward),
-        overhead=_overhead(args, processes) if device_kind(placement.device) == "cuda" else 0,
+        temporary=tokens * max(size * attention + rotating, size * feed_forward) + int8_results,
+        overhead=_overhead(placement, 0 if quantization else size * args.dim * 2 * width),
+        place=place,
     )
     if (draft := placement.beside()) is None:
         return need
     other = estimate(draft)  # which reads prompts at another time
     temporary = max(need.temporary, other.temporary)
-    return Need(need.weights + other.weights, need.cache + other.cache, temporary, need.overhead + other.overhead)
+    overheads = need.overhead, other.overhead
+    overhead = sum(overheads) if place == "cuda" else max(overheads)
+    return Need(need.weights + other.weights, need.cache + other.cache, temporary, overhead, place)
 
 
-def _overhead(args: ModelArgs, processes: int) -> int:
-    graphs = 4 * GRAPH_LOGITS * args.max_batch_size * args.vocab_size
-    return STREAMS * WORKSPACE_BYTES + KERNEL_BYTES + (NCCL_BYTES if processes > 1 else 0) + graphs
+def _overhead(placement: Placement, largest: int) -> int:
+    """largest: bytes of the largest matrix that oneDNN rearranges, as a copy, before it multiplies many rows with it."""
+    args, place = placement.args, device_kind(placement.device)
+    if place == "cuda":
+        graphs = 4 * GRAPH_LOGITS * args.max_batch_size * args.vocab_size
+        return STREAMS * WORKSPACE_BYTES + KERNEL_BYTES + (NCCL_BYTES if placement.processes > 1 else 0) + graphs
+    return CODE_BYTES + largest if place == "cpu" else 0
+
+
+def own_bytes() -> int:
+    """Bytes that are resident in this process now: Python, torch and its other imports. 0 if the system does not tell."""
+    counts = Path("/proc/self/statm")
+    return int(counts.read_text().split()[1]) * mmap.PAGESIZE if counts.exists() else 0
 
 
 def free_bytes(device: torch.device) -> Optional[int]:

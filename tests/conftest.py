@@ -15,6 +15,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the tests, on models so small that threads only cost
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hugging Face Hub; test_hub.py has one of its own
+
 import pytest
 import torch
 from forks import Forks

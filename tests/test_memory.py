@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import PARAMS, ROOT
 from emulated_cuda import emulated
-from helpers import environment
+from helpers import command, environment
 from workers import Pool
 
 from llama import Llama, ModelArgs, Transformer, memory
@@ -75,8 +75,8 @@ print((kb("VmHWM") - before) * 1024, need.temporary)
 def test_the_temporary_is_what_a_prefill_takes(dtype: str) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc/self/status")
-    command = [sys.executable, "-c", PREFILL, dtype]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", PREFILL, dtype]
+    result = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     taken, estimated = map(int, result.stdout.split())
     assert 0.6 * taken < estimated < 1.7 * taken
 
@@ -173,7 +173,9 @@ def test_gigabytes(nbytes: float, told: str) -> None:
 def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It used to end in exit -9, without a word."""
     began = Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
-    with pytest.raises(ValueError, match=r"not enough memory: .* 51200.0 GB of cache, but this machine has .* too little"):
+    with pytest.raises(
+        ValueError, match=r"not enough memory: .* 51200.0 GB of cache and .* but this machine has .* too little"
+    ):
         Llama.build(str(tiny), tokenizer_path, 10**8, 1000, device="cpu")
     need = memory.estimate(Placement(began.model.params, torch.float32)).resident
     monkeypatch.setattr(memory, "free_bytes", lambda device: need)
@@ -217,7 +219,7 @@ def test_running_out_later_is_explained(
     with monkeypatch.context() as patch:
         patch.setattr(llama.model, "hidden_states", fail)
         patch.setattr(memory, "free_bytes", lambda device: 0)
-        with pytest.raises(type(error), match="cpu is out of memory: .* of cache, .* dtype='bfloat16' or .* fit") as caught:
+        with pytest.raises(type(error), match="cpu is out of memory: .* of cache and .* dtype='bfloat16' or .* fit") as caught:
             llama.generate([[1]], 2)
     assert caught.value.__cause__ is error
     assert llama.generate([[1]], 2)
@@ -244,7 +246,6 @@ def test_what_a_gpu_takes_besides() -> None:
     """Workspaces and code on every GPU, logits of recorded steps by their rows, NCCL's buffers with several processes."""
     one, two = (memory.estimate(Placement(SEVENTY, torch.bfloat16, n, GPU)) for n in (1, 2))
     on_cpu = memory.estimate(Placement(SEVENTY, torch.bfloat16))
-    assert on_cpu.overhead == 0
     assert 0.2 * GB < one.overhead < 0.4 * GB
     assert two.overhead - one.overhead == memory.NCCL_BYTES
     assert one.resident == one.weights + one.cache + one.overhead
@@ -252,6 +253,41 @@ def test_what_a_gpu_takes_besides() -> None:
     assert wide.overhead - one.overhead == 60 * 32000 * 4 * memory.GRAPH_LOGITS
     assert str(one).endswith("of cache and 0.3 GB for CUDA's libraries and recorded steps")
     assert "CUDA" not in str(on_cpu)
+
+
+def test_what_a_cpus_process_takes_besides() -> None:
+    """Code and buffers once, also with a draft model; a copy of the largest matrix, which oneDNN rearranges to multiply many
+    rows, or two float32 results of the tokens that int8 layers multiply at a time. All of that was missing."""
+    one, two = (Placement(SEVENTY, torch.bfloat16, n) for n in (1, 2))
+    matrix = 2 * 8192 * 2 * SEVENTY.ffn_width
+    assert memory.estimate(one).overhead == memory.CODE_BYTES + matrix
+    assert memory.estimate(two).overhead == memory.CODE_BYTES + matrix // 2
+    assert memory.estimate(replace(one, draft=one)).overhead == memory.CODE_BYTES + matrix
+    rounded = memory.estimate(replace(one, quantization=Quantization("int8")))
+    assert rounded.overhead == memory.CODE_BYTES
+    results = 2 * 4 * memory.INT8_ROWS * 2 * SEVENTY.ffn_width
+    assert rounded.temporary == memory.estimate(one).temporary + results
+    assert memory.estimate(Placement(SEVENTY, torch.bfloat16, device=torch.device("mps"))).overhead == 0
+
+
+def test_info_counts_each_process_itself(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process of `info` ends, so only the others' imports are missing from what is free."""
+    args = ModelArgs(**PARAMS, vocab_size=400, max_batch_size=4, max_seq_len=64)
+    need, own = memory.estimate(Placement(args, torch.float32, 2)), 240 * 10**6
+    monkeypatch.setattr(memory, "own_bytes", lambda: own)
+    for missing, told in ((0, "it fits"), (1, "it does not fit")):
+        free = 2 * need.resident + own - missing
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        command("info", str(tiny), tokenizer_path=tokenizer_path, processes=2, max_seq_len=64, device="cpu")
+        shown = capsys.readouterr().out
+        assert told in shown
+        total = memory.gigabytes(own + need.resident + need.temporary)
+        assert f"while prompts are read; with 0.2 GB for Python and torch, {total}" in shown
+    if Path("/proc/self/statm").exists():
+        monkeypatch.undo()
+        assert 50e6 < memory.own_bytes() < 50e9
 
 
 def test_what_does_not_fit_a_gpu(tiny: Path, tokenizer_path: str) -> None:

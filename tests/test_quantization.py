@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -514,3 +515,20 @@ def test_the_command(tiny: Path, tmp_path: Path, tokenizer_path: str) -> None:
     result = run("info", target, "--quantize", "int8", "--device", "cpu")
     assert result.returncode == 1
     assert "is already int4" in result.stderr
+
+
+@pytest.mark.skipif(not int8.onednn_is_exact(), reason="oneDNN packs no int8 here")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_packed_matrices_generate(kind: str, tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix that oneDNN has packed has no address. The first step of every model with a large one asked for it, and failed;
+    so would the look at a file that was written to."""
+    folder, ids = write_checkpoint(tmp_path, random_weights()), []
+    for plain in (2**21, 0):
+        monkeypatch.setattr(int8, "PLAIN", plain)
+        llama = Llama.build(str(folder), tokenizer_path, 32, 1, device="cpu", quantize=kind)
+        assert llama.model.output.weight.is_mkldnn == (plain == 0)
+        ids.append(llama.generate([[1, 5, 6]], 8, temperature=0)[0])
+    assert ids[0] == ids[1]
+    os.utime(folder / "consolidated.00.pth", (0, 0))
+    with pytest.raises(ValueError, match=r"consolidated.00.pth was written to after it was loaded"):
+        llama.generate([[1, 5, 6]], 8, temperature=0)

@@ -16,6 +16,7 @@ from ..options import DEFAULTS, TOLD, parse_options
 from ..runtime import Launch
 from ..system.printable import shortened
 from .console import number, texts
+from .fetching import ask_before_fetching
 
 REQUIRED = object()  # the default of an option that has to be given
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "none": None}
@@ -67,7 +68,7 @@ def a_name(word: str) -> Optional[str]:
 
 
 MODEL = {
-    "ckpt_dir": Option(str, None, "the folder of the checkpoint; the demo model if not given"),
+    "ckpt_dir": Option(str, None, "the checkpoint's folder, or org/name[@revision] on the hub; the demo model if not given"),
     "tokenizer_path": Option(str, None, "its tokenizer.model; the one in that folder or in the folder above if not given"),
     "max_seq_len": Option(
         a_number, None, "tokens of a prompt and its answer that there is room for; 2048 if not given, 512 for the demo model"
@@ -80,7 +81,9 @@ MODEL = {
     "quantize": Option(a_name, None, "int8 or int4 rounds the matrices while they are loaded; as stored if not given"),
     "adapter": Option(a_name, None, "a folder with a LoRA adapter of PEFT, which is added to the checkpoint's weights"),
     "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
-    "draft": Option(a_name, None, "a folder with a smaller model of the same tokenizer, whose guesses the model verifies"),
+    "draft": Option(
+        a_name, None, "a smaller model of the same tokenizer (a folder or a name), whose guesses the model verifies"
+    ),
     "batch_invariant": Option(truth, False, "let no answer depend on what else runs, to the bit; costs speed"),
 }
 ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told) for name, told in TOLD.items()}
@@ -94,6 +97,7 @@ def some_of_model(*names: str) -> dict[str, Option]:
 def build(args: Namespace, **changed: Any) -> Llama:
     """The model that the options ask for. What `build` prints goes to stderr."""
     given = {name: getattr(args, name) for name in MODEL if name in args} | changed
+    ask_before_fetching(given.get("ckpt_dir"), given.get("draft"))
     # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
     with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():
         return Llama.build(**given)

@@ -1,4 +1,5 @@
-"""The commands on a folder of weights: info says what it holds and what that needs to run, convert writes another."""
+"""The commands on a folder of weights: info says what it holds and what that needs to run, convert writes another, pull
+fetches one."""
 
 from __future__ import annotations
 
@@ -20,13 +21,14 @@ from ..weights.adapter import AdaptedCheckpoint, add_adapter, tokenizer_folder
 from ..weights.checkpoint import Checkpoint, choose_quantization, fit_vocabulary, known_ids, open_checkpoint
 from .arguments import MODEL, REQUIRED, Command, Option, a_name, a_number, some_of_model
 from .convert import convert as convert_checkpoint
+from .fetching import agreed_folder, pull
 
 
 def info(args: Namespace) -> None:
     """Say what model a checkpoint folder holds, on how many processes it runs, and what memory it needs. Loads nothing."""
     for name in ("max_batch_size", "max_seq_len", "processes"):
         whole_number(name, getattr(args, name), 1)
-    checkpoint = add_adapter(open_checkpoint(user_path(args.ckpt_dir)), _adapter(args))
+    checkpoint = add_adapter(open_checkpoint(agreed_folder(args.ckpt_dir)), _adapter(args))
     stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
     home = tokenizer_folder(checkpoint)
     path = find_tokenizer(home, args.tokenizer_path)
@@ -94,23 +96,28 @@ def _needs(placement: memory.Placement) -> dict[str, str]:
     args, processes, device = placement.args, placement.processes, placement.device
     need, free = memory.estimate(placement), memory.free_bytes(device)
     form = f", matrices in {placement.quantization.kind}" if placement.quantization else ""
+    told = f"{need}, and up to {memory.gigabytes(need.temporary)} while prompts are read"
+    if runtime.device_kind(device) == "cpu":  # this process has imported what each of the others will; its own ends
+        own = memory.own_bytes()
+        told += f"; with {memory.gigabytes(own)} for Python and torch, {memory.gigabytes(own + need.resident + need.temporary)}"
+        free = None if free is None else max(0, free - own * (placement.sharers - 1))
     if free is None:
-        told = f"{device} does not tell"
+        room = f"{device} does not tell"
     elif need.resident * placement.sharers <= free:
-        told = f"{memory.gigabytes(free)} on {device}: it fits"
+        room = f"{memory.gigabytes(free)} on {device}: it fits"
     else:
-        told = f"{memory.gigabytes(free)} on {device}: it does not fit; {memory.way_out(placement, free)}"
+        room = f"{memory.gigabytes(free)} on {device}: it does not fit; {memory.way_out(placement, free)}"
     return {
         "memory": f"{counted(processes, 'process')}, max_batch_size={args.max_batch_size}, "
         f"max_seq_len={args.max_seq_len}, dtype={_name(placement.dtype)}{form}; on each process:",
-        "": f"{need}, and up to {memory.gigabytes(need.temporary)} while prompts are read",
-        "free": told,
+        "": told,
+        "free": room,
     }
 
 
 def convert(args: Namespace) -> None:
     """Write the checkpoint folder SRC as a new folder DST in the other format, or with other shards, or in another dtype."""
-    source, target = user_path(args.src), user_path(args.dst)
+    source, target = agreed_folder(args.src), user_path(args.dst)
     tokenizer = find_tokenizer(source, args.tokenizer_path)
     dtype = None if args.dtype is None else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
     convert_checkpoint(source, target, args.to, args.shards, dtype, tokenizer, args.quantize, _adapter(args))
@@ -123,7 +130,7 @@ def convert(args: Namespace) -> None:
 COMMANDS = {
     "convert": Command(convert, ["src", "dst", "to", "shards", "dtype", "tokenizer_path", "quantize"], {
         "what is written": {
-            "src": Option(str, REQUIRED, "the folder that is read"),
+            "src": Option(str, REQUIRED, "the folder that is read, or a name on the hub"),
             "dst": Option(str, REQUIRED, "the folder that is made"),
             "to": Option(str, REQUIRED, "hf (safetensors, for transformers) or meta (consolidated.NN.pth)"),
             "shards": Option(a_number, 1, "files of Meta's format"),
@@ -134,12 +141,18 @@ COMMANDS = {
         },
     }),
     "info": Command(info, ["ckpt_dir"], {
-        "the checkpoint": {"ckpt_dir": Option(str, REQUIRED, "its folder"), **some_of_model("tokenizer_path", "adapter")},
+        "the checkpoint": {
+            "ckpt_dir": Option(str, REQUIRED, "its folder, or its name on the hub"),
+            **some_of_model("tokenizer_path", "adapter"),
+        },
         "how it is to run": {
             "max_batch_size": MODEL["max_batch_size"]._replace(default=4),
             "max_seq_len": Option(a_number, 2048, "tokens of a prompt and its answer that there is room for"),
             "processes": Option(a_number, 1, "processes that share it"),
             **some_of_model("device", "dtype", "quantize"),
         },
+    }),
+    "pull": Command(pull, ["id"], {
+        "what is fetched": {"id": Option(str, REQUIRED, "org/name or org/name@revision on the Hugging Face Hub")},
     }),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from ..tokenizer_files import open_tokenizer
 from . import conversation, jobs
 from .arguments import ANSWERS, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
 from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say, typed_lines
+from .fetching import agreed_folder
 
 
 def chat(args: Namespace) -> None:
@@ -86,7 +87,7 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
 
 def tokenize(args: Namespace) -> None:
     """Show the ids and pieces of a TEXT, of a --file or of a pipe; or the text of --ids 1,306,4658. Loads no model."""
-    folder = DEMO if args.ckpt_dir is None else user_path(args.ckpt_dir)
+    folder = DEMO if args.ckpt_dir is None else agreed_folder(args.ckpt_dir)
     tokenizer = open_tokenizer(folder, args.tokenizer_path)
     text = args.text
     if args.ids is not None:

@@ -270,9 +270,10 @@ class Engine:
         table = self.model.freqs_cis
         tensors = [p for part in self.model.parts for p in part._parameters.values() if p is not None]
         tensors.append(torch.view_as_real(table) if table.is_complex() else table)
-        places = [t.data_ptr() for t in tensors]
+        plain = [t for t in tensors if not t.is_mkldnn]  # a matrix that oneDNN has packed has no address, and no numbers to see
+        places = [id(t) if t.is_mkldnn else t.data_ptr() for t in tensors]
         if places != self._samples[0]:
-            lines = [t.detach().diagonal() if t.ndim > 1 else t.detach() for t in tensors]
+            lines = [t.detach().diagonal() if t.ndim > 1 else t.detach() for t in plain]
             self._samples = places, [t.flatten()[:: max(1, t.numel() // 8)] for t in lines]
         versions = [-1 if t.is_inference() else t._version for t in tensors]
         return (self._made_for, places, versions), torch.cat(self._samples[1])

@@ -218,7 +218,7 @@ class MappedFiles:
 
     def _is_read_by(self, path: Path, tensors: list[torch.Tensor]) -> bool:
         """Whether one of the tensors lies in the file, or that is not known."""
-        places = [t.data_ptr() for t in tensors]
+        places = [t.data_ptr() for t in tensors if not t.is_mkldnn]  # a packed one is a copy, which has no address
         ranges = [(low, high) for low, high, name in self.ranges if name == str(path.resolve())]
         return not (places and self.ranges) or any(low <= at < high for at in places for low, high in ranges)
 

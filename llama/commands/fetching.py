@@ -1,0 +1,61 @@
+"""Names of models on the Hugging Face Hub at the terminal: asks before a download, and the command pull."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Optional
+
+from ..loading import checkpoint_folder
+from ..memory import gigabytes
+from ..runtime import Launch
+from ..system.files import is_there
+from ..system.printable import counted, escaped
+from ..tokenizer import user_path
+from ..weights import hub
+from .console import note, pipe_may_close, say
+
+
+def agreed_folder(given: str) -> Path:
+    """The folder of a path or a name, which is fetched if the user agrees."""
+    ask_before_fetching(given)
+    return checkpoint_folder(given)
+
+
+def ask_before_fetching(*given: Optional[str]) -> None:
+    """Ask the user, if there is one at a terminal, whether what the hub's cache lacks of these is to be fetched. ValueError if
+    not."""
+    if Launch.read().rank > 0 or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    for text in given:
+        name = None if text is None else hub.absent(str(text), user_path(text))
+        if name is None:
+            continue
+        listing = hub.look_up(name)
+        print(f"{_told(listing)}\nfetch it? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise ValueError(f"{name} was not fetched; pass the path of a folder that is here")
+
+
+def _told(listing: hub.Listing) -> str:
+    what = f"{listing.name}: {gigabytes(listing.nbytes)} of {counted(len(listing.files), 'file')} to fetch"
+    return f"{what} into {escaped(str(listing.cache))}, where {gigabytes(listing.free)} are free"
+
+
+def pull(args: Namespace) -> None:
+    """Fetch the model ID (org/name or org/name@revision) from the Hugging Face Hub into its cache, or what changed there since.
+
+    The folder that it lies in goes to stdout. An interrupted pull goes on with the files that it lacks when it is run again.
+    """
+    name = hub.parse(args.id)
+    if name is None:
+        raise ValueError(f"{escaped(args.id)} is no name on the hub; one looks like org/name or org/name@revision")
+    if Launch.read().local_rank > 0:
+        return  # one process fetches for all of a node
+    listing = hub.look_up(name)
+    note(_told(listing))
+    folder = hub.fetch(listing)
+    with pipe_may_close():
+        say(f"{folder}\n")
+    note(f"python -m llama chat --ckpt_dir {folder if is_there(user_path(args.id)) else name}")
