@@ -76,8 +76,12 @@ def scaled(plain: Path, name: str, generation: int = 5) -> Path:
 
 
 def build(folder: Path, rows: int = 4, **options: Any) -> Llama:
-    llama = Llama.build(str(folder), None, COLUMNS, rows, device="cpu", **options)
-    llama.tokenizer.eos_id = -1  # random weights may choose it
+    return endless(Llama.build(str(folder), None, COLUMNS, rows, device="cpu", **options))
+
+
+def endless(llama: Llama) -> Llama:
+    """It does not stop: random weights may choose any id."""
+    llama.tokenizer.eos_id, llama.tokenizer.other_stops = -1, frozenset()
     return llama
 
 
@@ -186,8 +190,7 @@ def test_who_shares_under_dynamic_scaling(plain: Path, monkeypatch: pytest.Monke
 
 
 def answers(folder: str, prompts: list[list[int]], processes: int) -> tuple[torch.Tensor, list[list[int]]]:
-    llama = Llama.build(folder, None, COLUMNS, 4, processes, device="cpu")
-    llama.tokenizer.eos_id = -1
+    llama = endless(Llama.build(folder, None, COLUMNS, 4, processes, device="cpu"))
     with torch.inference_mode():
         return llama.model(torch.tensor([of_length(100)]), 0), written(llama, prompts, 8)
 
@@ -210,8 +213,7 @@ def test_recorded_steps(kind: str, tmp_path: Path, tokenizer_path: str, monkeypa
     expected = written(build(folder, compile=False), prompts, 30)
     monkeypatch.setattr(compiled, "LEAST_COLUMNS", 32)
     with emulated() as machine:
-        llama = Llama.build(str(folder), None, COLUMNS, 4, device="emulated")
-        llama.tokenizer.eos_id = -1
+        llama = endless(Llama.build(str(folder), None, COLUMNS, 4, device="emulated"))
         assert written(llama, prompts, 30) == expected
         assert machine.replays > 50
     assert not machine.violations
