@@ -11,6 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn, Optional, Union
 
+from ..chat_formats import FORMATS
 from ..generation import Llama
 from ..options import DEFAULTS, TOLD, parse_options
 from ..runtime import Launch
@@ -81,6 +82,11 @@ MODEL = {
     "adapter": Option(a_name, None, "a folder with a LoRA adapter of PEFT, which is added to the checkpoint's weights"),
     "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
     "draft": Option(a_name, None, "a folder with a smaller model of the same tokenizer, whose guesses the model verifies"),
+    "chat_format": Option(
+        a_name,
+        None,
+        f"how dialogs are written: {', '.join(FORMATS)}, template (the folder's own); as the folder says if not given",
+    ),
     "batch_invariant": Option(truth, False, "let no answer depend on what else runs, to the bit; costs speed"),
 }
 ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told) for name, told in TOLD.items()}
