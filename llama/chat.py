@@ -1,4 +1,4 @@
-"""The Llama-2 dialog format: types, tags, checks, and the ids of a dialog's prompt."""
+"""Dialogs and their checks; the Llama-2 format: its tags, and the ids of a dialog's prompt. `chat_formats` has the others."""
 
 from __future__ import annotations
 
@@ -58,9 +58,16 @@ def check_dialog(dialog: Sequence[Message], begun: bool = False) -> None:
         raise DialogError(f"Last message must be from {last}, got {dialog[-1]['role']}")
 
 
-def is_unsafe(dialog: Sequence[Message]) -> bool:
-    """Whether a message contains one of the format's own tags."""
-    return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
+def is_unsafe(dialog: Sequence[Message], tags: Sequence[str] = SPECIAL_TAGS) -> bool:
+    """Whether a message contains one of a format's own tags."""
+    return any(tag in message["content"] for message in dialog for tag in tags)
+
+
+def turn_messages(user: str, assistant: Optional[str] = None, system: Optional[str] = None) -> Dialog:
+    """A turn as messages. assistant: None if it is still to be said."""
+    messages: Dialog = [] if system is None else [Message(role="system", content=system)]
+    messages.append(Message(role="user", content=user))
+    return messages if assistant is None else [*messages, Message(role="assistant", content=assistant)]
 
 
 def encode_turn(user: str, assistant: str, tokenizer: Tokenizer, system: Optional[str] = None) -> list[int]:

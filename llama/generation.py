@@ -26,9 +26,9 @@ from .chat import (
     Message,
     Role,
     check_dialog,
-    encode_dialog,
     is_unsafe,
 )
+from .chat_formats import ChatFormat, check_format, choose_format, ending, in_common
 from .completion import (
     ChatPrediction,
     Chunk,
@@ -49,6 +49,7 @@ from .decoding.leading import Leader, follow
 from .decoding.requests import LEAST_SHARED, FinishReason, Request, check_prompts
 from .decoding.sampling import sample_top_p
 from .decoding.scheduler import Scheduler
+from .infilling import infilling_ids, infilling_prompts
 from .layers.agreement import keep_pace, together
 from .layers.parallel import (
     all_agree,
@@ -61,7 +62,7 @@ from .layers.parallel import (
 )
 from .loading import DEMO, checkpoint_folders, prepared, prepared_draft, trained_positions
 from .model import ModelArgs, Transformer
-from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options
+from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options, with_stops
 from .rotary import metas_positions
 from .session import ChatSession
 from .system.checks import whole, whole_number
@@ -107,6 +108,7 @@ class Llama:
         compile: Optional[bool] = None,
         draft: Optional[str] = None,
         batch_invariant: bool = False,
+        chat_format: Optional[str] = None,
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
 
@@ -127,7 +129,9 @@ class Llama:
         verifies several guesses in one pass, as many as pay. Greedy ids stay what they are, and so does the distribution of
         drawn ones.
         batch_invariant: the ids and log-probabilities of a prompt do not depend, to the bit, on what runs beside it or ran
-        before, also in 16 bits and with quantized weights; it costs speed (README), and takes no compile=True.
+        before, also in 16 bits and with quantized weights; it costs speed (README), and takes no compile=True. chat_format: a
+        name in `chat_formats.FORMATS`, "template" (the folder's own chat template, of whatever format), or a template in
+        Jinja; if not given, the format that the folder's template is recognised as, and Llama 2's for a folder without one.
 
         Raises ValueError, on every process, before any weight is copied, if an argument or a file is not right.
         """
@@ -144,6 +148,7 @@ class Llama:
                 raise ValueError(f"batch_invariant={shortened(batch_invariant)} must be True or False")
             if batch_invariant:
                 check_invariant(place, compile)
+            check_format(chat_format)
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             agreement.values = {"the call": "build"}
@@ -169,6 +174,7 @@ class Llama:
             agreement.values = {
                 **vars(args), "dtype": chosen_dtype, "quantize": placement.quantization, "compile": compile,
                 "adapter": added is not None, "draft": other is not None, "batch_invariant": bool(batch_invariant),
+                "chat_format": chat_format,
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
                 **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
                 **fingerprints([added / CONFIG] if added and several_processes() else []),
@@ -188,7 +194,9 @@ class Llama:
                 "This is the demo model, which tells small children's stories. For Llama 2, download its weights "
                 "(see README.md) and pass ckpt_dir (--ckpt_dir)."
             )
-        return Llama(model, tokenizer, compile=compile, draft_model=draft_model, batch_invariant=batch_invariant)
+        return Llama(
+            model, tokenizer, compile=compile, draft_model=draft_model, batch_invariant=batch_invariant, chat_format=chat_format
+        )
 
     def __init__(
         self,
@@ -198,11 +206,13 @@ class Llama:
         compile: Optional[bool] = False,
         draft_model: Optional[Transformer] = None,
         batch_invariant: bool = False,
+        chat_format: Optional[str] = None,
     ) -> None:
+        check_format(chat_format)
         self.model = model
         self.draft_model = draft_model
         self.tokenizer = tokenizer
-        self._compile, self._batch_invariant = compile, batch_invariant
+        self._compile, self._batch_invariant, self._chat_format = compile, batch_invariant, chat_format
         output = getattr(model, "output", None)
         self._group = getattr(output, "group", None)  # the processes that share this model
         self._scheduler_of_model = self._new_scheduler()
@@ -237,6 +247,11 @@ class Llama:
     @property
     def _engine(self) -> Engine:
         return self._scheduler.engine
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How dialogs are written for this model. ValueError if its folder has a chat template of no known format."""
+        return choose_format(self._chat_format, self.tokenizer)
 
     def forget(self) -> None:
         """Forget what the cache holds of earlier prompts: the next ones are read from their first id on."""
@@ -402,7 +417,7 @@ class Llama:
         continue_final_message: the dialogs end with the beginning of the assistant's reply, and the predictions are what
         follows it: the two texts, joined, are the reply.
         """
-        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        given = ending(self.chat_format, self.tokenizer, _given(temperature, top_p, max_gen_len, logprobs, options))
         asked = Asked(lambda: self._encode_dialogs(dialogs, on_unsafe, continue_final_message), given)
         if not self._replaced_generate:
             prompts, completions = self._complete(asked)
@@ -426,9 +441,47 @@ class Llama:
         **options: Unpack[Options],
     ) -> Iterator[Chunk]:
         """`chat_completion` as it is decided. The replies to unsafe dialogs come first."""
-        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        given = ending(self.chat_format, self.tokenizer, _given(temperature, top_p, max_gen_len, logprobs, options))
         prompts, chunks = self._stream(Asked(lambda: self._encode_dialogs(dialogs, on_unsafe, continue_final_message), given))
         return chat_chunks(chunks, prompts.places, len(dialogs) * options.get("n", 1))
+
+    def infill(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: Optional[int] = None,
+        logprobs: Union[bool, int] = False,
+        *,
+        suffix_first: bool = False,
+        **options: Unpack[Options],
+    ) -> list[CompletionPrediction]:
+        """What stands between each prefix and its suffix, for models with Code Llama's pieces for it. For the other arguments
+        and errors see `text_completion`. suffix_first: the order in which the model reads the two; Meta's default is False.
+        """
+        asked = self._between(prefixes, suffixes, suffix_first, _given(temperature, top_p, max_gen_len, logprobs, options))
+        return self._by_generate(asked)[1] if self._replaced_generate else self._complete(asked)[1]
+
+    def stream_infill(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: Optional[int] = None,
+        logprobs: Union[bool, int] = False,
+        *,
+        suffix_first: bool = False,
+        **options: Unpack[Options],
+    ) -> Iterator[Chunk]:
+        """`infill` as it is decided, as `stream_text` has it."""
+        given = _given(temperature, top_p, max_gen_len, logprobs, options)
+        return self._stream(self._between(prefixes, suffixes, suffix_first, given))[1]
+
+    def _between(self, prefixes: Sequence[str], suffixes: Sequence[str], suffix_first: bool, given: dict[str, Any]) -> Asked:
+        given = with_stops(given, [infilling_ids(self.tokenizer).eot])
+        return Asked(lambda: infilling_prompts(prefixes, suffixes, self.tokenizer, suffix_first), given)
 
     def chat(self, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> ChatSession:
         """A conversation that remembers: each turn runs only what is new. For the arguments see `ChatSession`."""
@@ -556,15 +609,18 @@ class Llama:
             raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}")
         if on_unsafe not in ("reply", "raise"):
             raise ValueError(f"on_unsafe={shortened(on_unsafe)} must be 'reply' or 'raise'")
+        written, tokenizer = self.chat_format, self.tokenizer
+        tags = written.tags(tokenizer)
         for dialog in dialogs:
             check_dialog(dialog, continue_final_message)
-        safe = [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog)]
+        safe = [i for i, dialog in enumerate(dialogs) if not is_unsafe(dialog, tags)]
         if on_unsafe == "raise" and len(safe) < len(dialogs):
             raise DialogError(f"{UNSAFE_ERROR} (dialog {min(set(range(len(dialogs))) - set(safe))})")
-        prompts = [encode_dialog(dialogs[i], self.tokenizer, continue_final_message) for i in safe]
+        prompts = [written.encode_dialog(dialogs[i], tokenizer, continue_final_message) for i in safe]
         if not continue_final_message:
             return Prompts(prompts, places=safe)
-        begun = [ids[len(encode_dialog(dialogs[i][:-1], self.tokenizer)) :] for i, ids in zip(safe, prompts)]
+        asked = [written.encode_dialog(dialogs[i][:-1], tokenizer) for i in safe]
+        begun = [ids[in_common(ids, before) :] for ids, before in zip(prompts, asked)]
         return Prompts(prompts, begun, safe)
 
     def _start(self, asked: Asked, share: tuple[int, int] = (0, 1), *, streams: bool = False) -> Running:

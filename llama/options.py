@@ -131,6 +131,17 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
     return stops
 
 
+def with_stops(options: Mapping[str, Any], ids: Sequence[int] = (), texts: Sequence[str] = ()) -> dict[str, Any]:
+    """The options, with further ids and texts that end an answer."""
+    added: dict[str, Any] = {}
+    if ids:
+        given = options.get("stop_ids")
+        added["stop_ids"] = (*(() if given is None else _several("stop_ids", given, "ids")), *ids)
+    if texts:
+        added["stop"] = (*stop_strings(options.get("stop")), *texts)
+    return {**options, **added}
+
+
 def _seeds(given: Any, prompts: int) -> tuple[Optional[int], tuple[Optional[int], ...]]:
     """The option `seed` as (the call's seed, the seed of each prompt)."""
     is_one = given is None or whole(given) is not None or not isinstance(given, Collection) or isinstance(given, (str, Set))

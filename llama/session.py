@@ -7,19 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Optional, Protocol, TypedDict, Union
 
-from .chat import (
-    SPECIAL_TAGS,
-    UNSAFE_ERROR,
-    Dialog,
-    DialogError,
-    Message,
-    check_dialog,
-    check_messages,
-    encode_dialog,
-    encode_turn,
-)
+from .chat import UNSAFE_ERROR, Dialog, DialogError, Message, check_dialog, check_messages, turn_messages
+from .chat_formats import ChatFormat, ending, in_common
 from .completion import Chunk
-from .options import stop_strings
 from .system.checks import whole_number
 from .system.files import parse_json, read_file, replace_file
 from .system.printable import escaped, json_line, shortened
@@ -34,7 +24,7 @@ class _Said(TypedDict):
 
 
 class Turn(_Said, total=False):
-    """What the user said and the assistant answered, and the ids that the two are to the model, from BOS to EOS."""
+    """What the user said and the assistant answered, and the ids that the two are to the model, up to the reply's end."""
 
     ids: list[int]
 
@@ -47,6 +37,9 @@ class Talker(Protocol):
 
     @property
     def lock(self) -> AbstractContextManager[Any]: ...
+
+    @property
+    def chat_format(self) -> ChatFormat: ...
 
     def check_options(self, options: Mapping[str, Any]) -> None: ...
 
@@ -83,14 +76,14 @@ class ChatSession:
         self.llama, self.options = llama, options
         self._turns: list[Turn] = []
         self._system: Optional[str] = None
-        # (user, assistant, system message) -> ids that were found to say these texts: finding out takes milliseconds.
-        self._proven: dict[tuple[str, str, Optional[str]], tuple[int, ...]] = {}
+        # (user, assistant, system message, whether first) -> ids that were found to say these texts: it takes milliseconds.
+        self._proven: dict[tuple[str, str, Optional[str], bool], tuple[int, ...]] = {}
         if dialog is not None:
             self.dialog = dialog
+        self._check("" if system is None else system)  # also raises if there is no format for chats
         if system is not None:
             if self.system is not None:
                 raise ValueError("the dialog has a system message of its own; leave one of the two out")
-            self._check(system)
             self._system = system
 
     @property
@@ -108,9 +101,9 @@ class ChatSession:
     @property
     def turns(self) -> list[Turn]:
         """What was said, to be read and changed. `ids` follow the texts: they are brought up to date here."""
-        for turn, system in self._placed():
+        for turn, first in self._placed():
             try:
-                turn["ids"] = self._ids(turn, system)
+                turn["ids"] = self._ids(turn, first)
             except ValueError:  # `send` says what is wrong with it
                 if isinstance(turn, dict):
                     turn.pop("ids", None)
@@ -164,7 +157,7 @@ class ChatSession:
         chosen = self._chosen(options)
         with self.llama.lock:
             history = self._history()
-            prompt = self._encode(message, None if history else self.system)
+            prompt = self._encode(message, not history)
             self._check_room(history, message, len(prompt))
             return self._reply(history, prompt, [], Turn(user=message, assistant=""), self._end(), chosen)
 
@@ -181,12 +174,12 @@ class ChatSession:
         if not self._turns:
             raise ValueError("there is no reply that could go on; send() a message first")
         *history, last = self._history()
-        turn, system = self._turns[-1], None if history else self.system
-        prompt = self._encode(turn["user"], system)
-        reply = last[len(prompt) : -1]
-        made = last == encode_turn(turn["user"], turn["assistant"], self.llama.tokenizer, system)
-        if made or turn["assistant"].endswith(REPLACEMENT):  # it may end in half a character
-            reply = self._encode(turn["user"], system, turn["assistant"])[len(prompt) :]
+        turn, first = self._turns[-1], not history
+        prompt = self._encode(turn["user"], first)
+        reply = self._open(last)[len(prompt) :]
+        if last == self._finished(turn, first) or turn["assistant"].endswith(REPLACEMENT):  # it may end in half a character
+            begun = self._encode(turn["user"], first, turn["assistant"])
+            prompt, reply = begun[: (same := in_common(begun, prompt))], begun[same:]
         self._check_room(history, turn["user"], len(prompt) + len(reply))
         return self._reply(history, prompt, reply, turn, self._end(), self._chosen(options))
 
@@ -213,6 +206,7 @@ class ChatSession:
         generated = self.llama.tokenizer.decode(reply) if reply else ""
         # Spaces at the end of a generated reply are in its ids, but not in its text.
         missing = generated[len(generated.rstrip()) :] if said == said.rstrip() else ""
+        close = self._format.close(self.llama.tokenizer)
         ids = [i for part in (*history, prompt, reply) for i in part]
         chunks = self.llama.continue_ids(ids, begun=reply, **options)
         while True:
@@ -228,7 +222,7 @@ class ChatSession:
                 chunk["text"], missing = missing + chunk["text"], ""
                 said += chunk["text"]
                 new += chunk["tokens"]
-                turn.update(Turn(user=turn["user"], assistant=said.strip(), ids=[*prompt, *new, self.llama.tokenizer.eos_id]))
+                turn.update(Turn(user=turn["user"], assistant=said.strip(), ids=[*prompt, *new, *close]))
                 if turn is not newest:
                     turns.append(turn)
                     newest = turn
@@ -237,7 +231,7 @@ class ChatSession:
     def _chosen(self, options: dict[str, Any]) -> dict[str, Any]:
         chosen = {**self.options, **options}
         self.llama.check_options(chosen)
-        return {**chosen, "stop": (*stop_strings(chosen.get("stop")), *SPECIAL_TAGS)}
+        return ending(self._format, self.llama.tokenizer, chosen, *self._format.tags(self.llama.tokenizer))
 
     def undo(self) -> Optional[Turn]:
         """Take the last turn back, and return it."""
@@ -260,9 +254,9 @@ class ChatSession:
     def save(self, path: Union[str, Path]) -> None:
         """Write the session as JSON. What was at `path` stays as it was until all is written."""
         turns: list[Turn] = []
-        for (turn, system), ids in zip(self._placed(), self._history()):  # turns that could not be loaded again are not written
+        for (turn, first), ids in zip(self._placed(), self._history()):  # turns that could not be loaded again are not written
             turns.append(Turn(user=turn["user"], assistant=turn["assistant"]))
-            if self._is_exact(ids, turn, system):
+            if self._is_exact(ids, turn, first):
                 turns[-1]["ids"] = ids
         replace_file(user_path(path), json_line({"system": self.system, "turns": turns}).encode())
 
@@ -284,42 +278,57 @@ class ChatSession:
             loaded.turns = state["turns"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{source} is not a saved session; `save` writes one ({escaped(str(error))})") from error
-        for stored, (turn, system), ids in zip(state["turns"], loaded._placed(), loaded._history()):
-            if "ids" in stored and not (stored["ids"] == ids and self._is_exact(ids, turn, system)):
+        for stored, (turn, first), ids in zip(state["turns"], loaded._placed(), loaded._history()):
+            if "ids" in stored and not (stored["ids"] == ids and loaded._is_exact(ids, turn, first)):
                 raise ValueError(
                     f"{source} has ids that do not say what their texts say: it was saved with another tokenizer, or changed; "
                     "take the ids out, and they are made from the texts"
                 )
         self._system, self._turns = loaded.system, loaded.turns
 
-    def _placed(self) -> Iterator[tuple[Turn, Optional[str]]]:
-        """Each turn, and the system message that belongs to it: the first one has it."""
-        return ((turn, None if i else self.system) for i, turn in enumerate(self._turns))
+    @property
+    def _format(self) -> ChatFormat:
+        return self.llama.chat_format
+
+    def _placed(self) -> Iterator[tuple[Turn, bool]]:
+        """Each turn, and whether it is the first, which has the system message."""
+        return ((turn, not i) for i, turn in enumerate(self._turns))
 
     def _history(self) -> list[list[int]]:
         """The ids of each turn. ValueError for one that is not in order."""
-        return [self._ids(turn, system) for turn, system in self._placed()]
+        return [self._ids(turn, first) for turn, first in self._placed()]
 
-    def _ids(self, turn: Turn, system: Optional[str]) -> list[int]:
+    def _ids(self, turn: Turn, first: bool) -> list[int]:
         """The turn's own ids if they say what its texts say, with the reply as it was generated; otherwise ids of these."""
         self._check_turn(turn)
-        ids, said = turn.get("ids"), (turn["user"], turn["assistant"], system)
+        ids, said = turn.get("ids"), (turn["user"], turn["assistant"], self.system if first else None, first)
         if said in self._proven and ids == list(self._proven[said]):
             return list(self._proven[said])
         if len(self._proven) > 2 * len(self._turns) + 16:
             self._proven.clear()
-        found = self._made(turn, system)
+        found = self._made(turn, first)
         self._proven[said] = tuple(found)
         return found
 
-    def _made(self, turn: Turn, system: Optional[str]) -> list[int]:
-        ids = turn.get("ids")
-        if isinstance(ids, list) and ids[-1:] == [self.llama.tokenizer.eos_id]:
-            for before in (system, self.system, None):  # the turn may have become the first one
-                asked = self._encode(turn["user"], before)
-                if ids[: len(asked)] == asked and self._says(ids[len(asked) : -1], turn["assistant"]):
-                    return [*self._encode(turn["user"], system), *ids[len(asked) :]]
-        return encode_turn(turn["user"], turn["assistant"], self.llama.tokenizer, system)
+    def _made(self, turn: Turn, first: bool) -> list[int]:
+        ids, close = turn.get("ids"), self._format.close(self.llama.tokenizer)
+        if isinstance(ids, list) and ids[len(ids) - len(close) :] == close:
+            own = self._encode(turn["user"], first)
+            # The turn may have become the first one, or no longer be it; the system message may be new.
+            for place in ((self.system if first else None, first), (self.system, True), (None, True), (None, False)):
+                asked = self._encode_as(turn["user"], *place)
+                if ids[: len(asked)] == asked and self._says(self._open(ids)[len(asked) :], turn["assistant"]):
+                    return [*own, *ids[len(asked) :]]
+        return self._finished(turn, first)
+
+    def _finished(self, turn: Turn, first: bool) -> list[int]:
+        """The ids of a turn, from its texts."""
+        system = self.system if first else None
+        return self._format.encode_turn(turn["user"], turn["assistant"], self.llama.tokenizer, system, first)
+
+    def _open(self, ids: list[int]) -> list[int]:
+        """The ids of a turn, without the one that closes the reply."""
+        return ids[: len(ids) - len(self._format.close(self.llama.tokenizer))]
 
     def _says(self, ids: list[int], text: str) -> bool:
         """Whether these ids say this text, and none is hidden; spaces at the ends, which the format strips, aside."""
@@ -329,23 +338,23 @@ class ChatSession:
             and tokenizer.decode(ids).strip() == text.strip()
         )
 
-    def _is_exact(self, ids: list[int], turn: Turn, system: Optional[str]) -> bool:
+    def _is_exact(self, ids: list[int], turn: Turn, first: bool) -> bool:
         """Whether a turn's ids have no other spaces at the ends of the reply than those that the format puts there."""
-        said = self.llama.tokenizer.decode(ids[len(self._encode(turn["user"], system)) : -1])
+        said = self.llama.tokenizer.decode(self._open(ids)[len(self._encode(turn["user"], first)) :])
         return said.removesuffix(" ") == turn["assistant"].strip()
 
-    def _encode(self, message: str, system: Optional[str], beginning: Optional[str] = None) -> list[int]:
-        messages = [Message(role="system", content=system)] if system is not None else []
-        messages.append(Message(role="user", content=message))
-        if beginning is not None:
-            messages.append(Message(role="assistant", content=beginning))
-        return encode_dialog(messages, self.llama.tokenizer, begun=beginning is not None)
+    def _encode(self, message: str, first: bool, beginning: Optional[str] = None) -> list[int]:
+        """The ids of a message, up to the reply or with its beginning. first: no turn stands before it."""
+        return self._encode_as(message, self.system if first else None, first, beginning)
 
-    @staticmethod
-    def _check(text: str) -> None:
+    def _encode_as(self, message: str, system: Optional[str], first: bool, beginning: Optional[str] = None) -> list[int]:
+        messages = turn_messages(message, beginning, system)
+        return self._format.encode_dialog(messages, self.llama.tokenizer, beginning is not None, first)
+
+    def _check(self, text: str) -> None:
         if not isinstance(text, str):
             raise ValueError(f"a message is a text, not {type(text).__name__}")
-        if any(tag in text for tag in SPECIAL_TAGS):
+        if any(tag in text for tag in self._format.tags(self.llama.tokenizer)):
             raise DialogError(UNSAFE_ERROR)
         try:
             text.encode()
@@ -367,8 +376,8 @@ class ChatSession:
         left = missing
         for drop in range(1, len(history) + 1):
             # The system message moves to the turn that becomes the first, or to the message.
-            first = self._turns[drop]["user"] if drop < len(history) else message
-            moved = len(self._encode(first, self.system)) - len(self._encode(first, None))
+            user = self._turns[drop]["user"] if drop < len(history) else message
+            moved = len(self._encode(user, True)) - len(self._encode(user, False))
             left = missing + moved - sum(map(len, history[:drop]))
             if left <= 0:
                 oldest = "the oldest turn" if drop == 1 else f"the {drop} oldest turns"

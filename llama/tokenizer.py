@@ -4,7 +4,7 @@ fine-tune has added. `tokenizer_files` finds them in a folder."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from logging import getLogger
 from os import PathLike
@@ -47,14 +47,16 @@ class Tokenizer:
 
     n_words: the ids of its model; `rows` if given, some of which may have no name. named: text -> id of what text never
     becomes by itself, control pieces and added tokens. nameless: ids that have no text, and are never drawn. stop_ids: those
-    that end an answer; eos_id is one of them. chat_template: the folder's own, in Jinja. spaced: which parts of a text get
-    SentencePiece's space in front, where control pieces split it: "all", as SentencePiece does it; "words", those that begin
-    without a space; or only the "first", if it begins without one. transformers knows these three.
+    that end an answer; eos_id is one of them. chat_template: the folder's own, in Jinja; boundaries: its bos_token and
+    eos_token, if the folder names them. spaced: which parts of a text get SentencePiece's space in front, where control pieces
+    split it: "all", as SentencePiece does it; "words", those that begin without a space; or only the "first", if it begins
+    without one. transformers knows these three.
 
     ValueError if `model_path` is missing, or is not a SentencePiece model. proto: its bytes, if they do not lie there.
     """
 
     chat_template: Optional[str] = None
+    boundaries: tuple[Optional[str], Optional[str]] = (None, None)
     spaced: Literal["all", "words", "first"] = "all"
 
     def __init__(
@@ -107,12 +109,15 @@ class Tokenizer:
         begun = False  # whether something lies before the text that comes next
         for text, control in self._parts(s) if special else [(s, None)]:
             if text or not special:
-                bare = special and self.spaced != "all" and (text[0] == " " or (begun and self.spaced == "first"))
-                ids += self.encode_behind(text) if bare else self._encode(self.sp_model, text)
+                ids += self.encode_behind(text) if special and self.is_bare(text, begun) else self._encode(self.sp_model, text)
             if control is not None:
                 ids.append(control)
             begun = True
         return ([self.bos_id] if bos else []) + ids + ([self.eos_id] if eos else [])
+
+    def is_bare(self, text: str, begun: bool) -> bool:
+        """Whether a text between control pieces gets none of SentencePiece's space. begun: something lies before it."""
+        return self.spaced != "all" and (text[:1] == " " or (begun and self.spaced == "first"))
 
     def encode_behind(self, s: str) -> list[int]:
         """The ids of `s` as they are behind other text, without SentencePiece's space in front."""
@@ -227,6 +232,18 @@ def is_control(tokenizer: Tokenizer, token: int) -> bool:
     if isinstance(tokenizer, Tokenizer):
         return token in tokenizer.controls
     return token in (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def encode_plain(tokenizer: Tokenizer, text: str, controls: Collection[int], *, behind: bool = False) -> list[int]:
+    """The ids of a text, none of them in `controls`: some vocabularies have these as pieces that text becomes.
+
+    behind: other text stands before it, so it gets none of SentencePiece's space in front.
+    """
+    ids = tokenizer.encode_behind(text) if behind else tokenizer.encode(text, bos=False, eos=False)
+    if set(controls).isdisjoint(ids):
+        return ids
+    start, rest = ([], text) if behind else (tokenizer.encode(text[0], bos=False, eos=False), text[1:])
+    return [*start, *(i for character in rest for i in tokenizer.encode_behind(character))]
 
 
 class StreamDecoder:

@@ -69,6 +69,7 @@ def open_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
         )
     tokenizer.other_stops = frozenset(i for i in described.stops if i < tokenizer.n_words)
     tokenizer.chat_template = described.chat_template
+    tokenizer.boundaries = described.bos, described.eos
     tokenizer.spaced = described.spaced
     return tokenizer
 

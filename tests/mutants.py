@@ -37,8 +37,9 @@ SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 # The tests of each file that has no test file of its own name, or whose behaviour others test as well: files, or file::test.
 TESTS = {
     "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts", "cache_use": "own_parts",
-    "calls": "scheduler threads", "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens",
-    "checks": "options sampling", "choosing": "scheduler streams sampling", "cli": "terminal",
+    "calls": "scheduler threads", "chat_template": "chat_formats",
+    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens", "checks": "options sampling",
+    "choosing": "scheduler streams sampling", "cli": "terminal",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal", "conversation": "terminal",

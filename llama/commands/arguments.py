@@ -11,6 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn, Optional, Union
 
+from ..chat_formats import FORMATS
 from ..generation import Llama
 from ..options import DEFAULTS, TOLD, parse_options
 from ..runtime import Launch
@@ -83,6 +84,11 @@ MODEL = {
     "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
     "draft": Option(
         a_name, None, "a smaller model of the same tokenizer (a folder or a name), whose guesses the model verifies"
+    ),
+    "chat_format": Option(
+        a_name,
+        None,
+        f"how dialogs are written: {', '.join(FORMATS)}, template (the folder's own); as the folder says if not given",
     ),
     "batch_invariant": Option(truth, False, "let no answer depend on what else runs, to the bit; costs speed"),
 }

@@ -20,6 +20,8 @@ from typing import Any, Optional
 import torch
 from tqdm import tqdm
 
+from ..chat_formats import LLAMA2
+from ..chat_template import boundaries
 from ..layers.quantized import Quantized
 from ..layers.rounding import Quantization
 from ..model import ModelArgs, Transformer, check_args, feed_forward_width
@@ -260,13 +262,13 @@ def _write_hf_config(
     if tokenizer:
         stops = sorted(tokenizer.stop_ids)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
-        piece = tokenizer.sp_model.IdToPiece
+        bos, eos = boundaries(tokenizer)
         (folder / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
         _write_json(folder / "tokenizer.json", hf_tokenizer(tokenizer))
         _write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": piece(tokenizer.bos_id),
-            "eos_token": piece(tokenizer.eos_id), "unk_token": piece(tokenizer.sp_model.unk_id()),
-            "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos,
+            "unk_token": tokenizer.piece(tokenizer.sp_model.unk_id()),
+            "clean_up_tokenization_spaces": False, "chat_template": tokenizer.chat_template or LLAMA2.template,
         })  # fmt: skip
     _write_json(folder / "generation_config.json", ids)
     scaling = args.rope_scaling

@@ -12,6 +12,7 @@ from typing import Optional
 import torch
 
 from .. import memory, runtime
+from ..chat_formats import spoken
 from ..model import check_args, process_counts
 from ..system.checks import whole_number
 from ..system.printable import counted, escaped
@@ -87,6 +88,7 @@ def _holds(
         "model": model + ", one matrix for embedding and output" * checkpoint.tied,
         "parameters": f"{parameters:,} in {stored.kind if stored else _name(checkpoint.dtype)}, {memory.gigabytes(nbytes)}",
         "tokenizer": pieces,
+        **({"chat format": escaped(spoken(tokenizer))} if tokenizer else {}),
         "processes": ", ".join(map(str, process_counts(args))),
     }
 

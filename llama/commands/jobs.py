@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Optional
 
 from tqdm import tqdm
 
-from ..chat import check_dialog, encode_dialog, is_unsafe
+from ..chat import check_dialog, is_unsafe
 from ..decoding.requests import FinishReason
 from ..layers.parallel import replica
 from ..options import IN_JSON
@@ -110,7 +110,7 @@ def check_jobs(llama: Llama, jobs: list[Job], path: Path) -> None:
         try:
             tokenizer = llama.tokenizer
             if job.is_chat:
-                ids = encode_dialog(job.prompt, tokenizer, job.is_begun)
+                ids = llama.chat_format.encode_dialog(job.prompt, tokenizer, job.is_begun)
             else:
                 ids = tokenizer.encode(job.prompt, bos=True, eos=False)
             if len(ids) > limit:
@@ -132,7 +132,8 @@ class _Answer:
         self.job, self.text = job, ""
         self.reason: Optional[FinishReason] = None
         if job.is_chat:
-            seed = [] if is_unsafe(job.prompt) else [job.seed]  # a refused dialog is not run, so it needs none
+            refused = is_unsafe(job.prompt, llama.chat_format.tags(llama.tokenizer))
+            seed = [] if refused else [job.seed]  # a refused dialog is not run, so it needs none
             self.chunks = llama.stream_chat([job.prompt], seed=seed, continue_final_message=job.is_begun, **job.options)
         else:
             self.chunks = llama.stream_text([job.prompt], seed=[job.seed], **job.options)

@@ -40,18 +40,24 @@ def complete(args: Namespace) -> None:
     """
     options = answers(args)
     if args.jsonl is not None:
-        if args.prompt is not None or args.file is not None or args.echo:
-            raise ValueError("--jsonl brings its own prompts; leave out the prompt, --file and --echo")
+        if args.prompt is not None or args.file is not None or args.suffix is not None or args.echo:
+            raise ValueError("--jsonl brings its own prompts; leave out the prompt, --file, --suffix and --echo")
         _complete_lines(args, options)
         return
     if args.out is not None:
         raise ValueError(f"--out {args.out} is for --jsonl; the text of one completion goes to stdout")
+    if args.suffix is not None and args.echo:
+        raise ValueError("--echo shows a prompt before its continuation; leave it out with --suffix")
     text = given_text(args.prompt, args.file, "prompt")
     llama = build(args, max_batch_size=1 if args.max_batch_size is None else args.max_batch_size)
     with pipe_may_close():
         # Every process needs the text; only the first could read it.
-        last = ""
-        for chunk in llama.stream_text([on_first(lambda: text)], echo=args.echo, **options):
+        last, prompts = "", [on_first(lambda: text)]
+        if args.suffix is None:
+            chunks = llama.stream_text(prompts, echo=args.echo, **options)
+        else:
+            chunks = llama.stream_infill(prompts, [args.suffix], **options)
+        for chunk in chunks:
             last = chunk["text"] or last
             say(chunk["text"])
         say("" if last.endswith("\n") else "\n")
@@ -143,6 +149,7 @@ COMMANDS = {
         "what is continued": {
             "prompt": Option(str, None, "the text"),
             "file": FILE,
+            "suffix": Option(str, None, "what follows the text: write what stands between them (Code Llama 7B and 13B)"),
             "jsonl": Option(str, None, "a file with a prompt on each line, as JSON"),
             "out": Option(str, None, "the file for the results of --jsonl; stdout if not given"),
             "echo": Option(truth, False, "show the prompt before its continuation"),
