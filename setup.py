@@ -18,7 +18,6 @@ TRITON = ["triton>=3.5; platform_system == 'Linux'"]  # comes with torch for CUD
 HUB = ["huggingface_hub>=0.26"]
 TEST = [
     "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
-    "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
     *PLOTS, *TERMINAL, *HUB, *CHAT, *TRITON,
 ]  # fmt: skip
 BENCH = ["llama-cpp-python>=0.3.36", "gguf>=0.17", "transformers>=4.56", "matplotlib>=3.8"]
