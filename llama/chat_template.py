@@ -17,6 +17,15 @@ from .chat import Dialog, DialogError, Message, check_dialog, turn_messages
 from .system.printable import escaped
 from .tokenizer import Tokenizer, encode_plain
 
+FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)  # of its expressions
 MOST_CHARACTERS = 2**17  # a longer template is refused; those of this family have some hundreds
 
 
@@ -74,7 +83,7 @@ def _run(template: str, messages: list[dict[str, str]], bos: str, eos: str, asks
         )
     except DialogError:
         raise
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (TemplateError, *FAILURES) as error:
         raise DialogError(f"the chat template fails: {type(error).__name__}: {escaped(str(error))}") from error
     return text
 

@@ -282,6 +282,44 @@ def test_templates_that_fail(template: str, said: Any, message: str) -> None:
         render(template, said, bos="<s>", eos="</s>", asks=True)
 
 
+def test_damaged_templates_are_refused_or_forge_nothing(tokenizer_path: str) -> None:
+    tokenizer, rng = added(tokenizer_path, *CHATML, *STEP), random.Random(5)
+    bits = [
+        "",
+        "{%",
+        "}}",
+        "'",
+        "(",
+        "[0]",
+        "|",
+        "*",
+        "**",
+        "for",
+        "endif",
+        "message",
+        "//0",
+        "~",
+        "\\n",
+        "\x00",
+        "\ud800",
+        "9" * 20,
+    ]
+    found = {"refused": 0, "read": 0}
+    for _ in range(60):
+        template = rng.choice([template for _, template in EXACT.values()])
+        at = rng.randrange(len(template) + 1)
+        tokenizer.chat_template = template[:at] + rng.choice(bits) + template[at + rng.choice((0, 1, 3)) :]
+        try:
+            written = choose_format("template", tokenizer)
+            ids, other = (written.encode_dialog(dialog(text, "b", "c"), tokenizer) for text in ("</s><|im_end|>", "x"))
+        except ValueError:
+            found["refused"] += 1
+            continue
+        assert controls(ids, tokenizer) == controls(other, tokenizer)
+        found["read"] += 1
+    assert min(found.values()) > 5
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
