@@ -16,11 +16,12 @@ TERMINAL = ["prompt_toolkit>=3.0.53"]
 CHAT = ["jinja2>=3.1"]  # for the chat templates of fine-tunes; torch brings it as well
 TRITON = ["triton>=3.5; platform_system == 'Linux'"]  # comes with torch for CUDA; its interpreter runs kernels on a CPU
 HUB = ["huggingface_hub>=0.26"]
+GGUF = ["gguf>=0.17"]  # dequantizes
 TEST = [
     "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
-    *PLOTS, *TERMINAL, *HUB, *CHAT, *TRITON,
+    *PLOTS, *TERMINAL, *HUB, *CHAT, *GGUF, *TRITON,
 ]  # fmt: skip
-BENCH = ["llama-cpp-python>=0.3.36", "gguf>=0.17", "transformers>=4.56", "matplotlib>=3.8"]
+BENCH = ["llama-cpp-python>=0.3.36", *GGUF, "transformers>=4.56", "matplotlib>=3.8"]
 
 setup(
     cmdclass={"sdist": SourceDistribution},
@@ -40,6 +41,7 @@ setup(
         "terminal": TERMINAL,
         "hub": HUB,
         "chat": CHAT,
+        "gguf": GGUF,
         "notebook": [*PLOTS, "notebook>=7"],
         "bench": BENCH,
         "test": TEST,

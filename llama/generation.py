@@ -110,7 +110,7 @@ class Llama:
         batch_invariant: bool = False,
         chat_format: Optional[str] = None,
     ) -> Llama:
-        """Load a folder in Meta's or Hugging Face's format onto this process, or onto all processes that torchrun started.
+        """Load a folder in Meta's or Hugging Face's format, or a GGUF file, onto this process, or all that torchrun started.
 
         ckpt_dir: a folder, or a model on the Hugging Face Hub (org/name or org/name@revision), which is fetched into the
         hub's cache if it is not there; the demo model that comes with this package if not given. tokenizer_path: if not

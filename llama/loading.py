@@ -18,8 +18,9 @@ from .system.files import is_there, read_json
 from .tokenizer import Tokenizer, user_path
 from .tokenizer_files import find_tokenizer, open_tokenizer
 from .weights import hub
-from .weights.adapter import add_adapter
+from .weights.adapter import AdaptedCheckpoint, add_adapter
 from .weights.checkpoint import Checkpoint, fill, open_checkpoint, prepare
+from .weights.gguf import GGUFCheckpoint
 
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
 DEMO_POSITIONS = 512
@@ -126,12 +127,15 @@ def _names(tokenizer: Tokenizer) -> list[str]:
 
 
 def trained_positions(checkpoint: Checkpoint) -> Optional[int]:
-    """How many positions the model of a checkpoint was made for, scaled ones included, if its folder says so."""
+    """How many positions the model of a checkpoint was made for, scaled ones included, if its files say so."""
     config, scaling = checkpoint.folder / "config.json", checkpoint.args.rope_scaling
     if checkpoint.folder.absolute() == DEMO:
         return DEMO_POSITIONS
     if scaling is not None:
         return scaling.positions
+    base = checkpoint.base if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint
+    if isinstance(base, GGUFCheckpoint):
+        return base.positions
     if checkpoint.config != config.name or not is_there(config):
         return None
     return whole(read_json(config, "a config.json has a few hundred bytes").get("max_position_embeddings"))

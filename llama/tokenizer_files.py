@@ -10,23 +10,28 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
+from .gguf_tokenizer import Vocabulary, read_vocabulary
 from .layers.parallel import is_first_process
 from .system.checks import whole
 from .system.files import is_there, read_file, read_json
 from .system.printable import counted, escaped, shortened
 from .tokenizer import AddedToken, Tokenizer, user_path
 from .tokenizer_json import JSON_BYTES, rebuilt, steps
+from .weights.gguf import find_gguf
 
 MOST_IDS = 2**24
 
 
 def find_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Optional[Path]:
-    """The path that was given, or the checkpoint's tokenizer.model, or else its tokenizer.json; None if there is no such file.
+    """The path that was given, or a GGUF model itself, or the checkpoint's tokenizer.model, or else its tokenizer.json; None if
+    there is no such file.
 
     Meta's layout has one file beside the folders of all models; other layouts have one in each folder.
     """
     if given is not None:
         return user_path(given)
+    if files := find_gguf(ckpt_dir):
+        return files[0]
     above = ckpt_dir.absolute().parent / "tokenizer.model"
     places = (ckpt_dir / "tokenizer.model", ckpt_dir / "tokenizer.json", above)
     return next((path for path in places if is_there(path)), None)
@@ -51,8 +56,13 @@ def open_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
     ValueError if a file is missing or wrong.
     """
     path = need_tokenizer(ckpt_dir, given)
-    described = _Described(ckpt_dir)
-    proto = rebuilt(path, described.bos, described.eos) if path.suffix == ".json" else None
+    described: Union[_Described, Vocabulary]
+    if path.suffix.lower() == ".gguf":
+        described = read_vocabulary(path)
+        proto: Optional[bytes] = described.proto
+    else:
+        described = _Described(ckpt_dir)
+        proto = rebuilt(path, described.bos, described.eos) if path.suffix == ".json" else None
     tokenizer = Tokenizer(str(path), added=described.added, rows=rows, proto=proto)
     doubtful = [
         f"{i} is {shortened(token.content)} there and {shortened(piece)} in {escaped(path.name)}"

@@ -43,17 +43,18 @@ TESTS = {
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal", "conversation": "terminal",
-    "convert": "convert quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
+    "convert": "convert gguf quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
     "decoding/invariant": "invariant", "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued",
-    "fetching": "hub", "fingerprint": "peers", "folders": "terminal convert", "gpu_step": "emulated_cuda",
-    "held": "scheduler", "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
+    "fetching": "hub", "fingerprint": "peers", "folders": "terminal convert", "gguf_header": "gguf", "gguf_tokenizer": "gguf",
+    "gpu_step": "emulated_cuda", "held": "scheduler",
+    "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "layers/invariant": "invariant",
     "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts", "pace": "scheduler",
     "parallel": "collectives", "patterns": "adapter", "peft": "adapter", "pipes": "terminal printable", "proven": "kernels",
     "quantized": "quantization", "requests": "generation options", "rope": "rotary", "rounding": "quantization",
     "rows": "scheduler streams", "sampling": "sampling streams", "scheduler": "scheduler streams threads",
     "staging": "loading", "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels",
-    "verifying": "drafting draft_model", "writers": "convert",
+    "verifying": "drafting draft_model", "writers": "convert gguf",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
 SPEED = {

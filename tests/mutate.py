@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -109,6 +110,9 @@ def weight_bytes(data: bytes, name: str) -> tuple[list[range], list[range]]:
     if name.endswith(".safetensors"):
         header = 8 + int.from_bytes(data[:8], "little")
         return [range(header, len(data))], [range(header)]
+    if name.endswith(".gguf"):
+        infos, header = gguf_places(data)
+        return [range(header, len(data))], [range(infos, header)]
     numbers = []
     for record in zipfile.ZipFile(io.BytesIO(data)).infolist():
         if "/data/" in record.filename and record.file_size > CHECKED_BYTES:
@@ -116,6 +120,32 @@ def weight_bytes(data: bytes, name: str) -> tuple[list[range], list[range]]:
             numbers.append(range(start, start + record.file_size))
     edges = [0, *(edge for r in numbers for edge in (r.start, r.stop)), len(data)]
     return numbers, [range(a, b) for a, b in zip(edges[::2], edges[1::2]) if b > a]
+
+
+def gguf_places(data: bytes) -> tuple[int, int]:
+    """Of a GGUF file of `convert`: where its names and places of tensors begin, behind the metadata, and where they end."""
+    from llama.weights.gguf_header import ALIGNMENT
+
+    infos = data.index(b"token_embd.weight") - 8
+    last = data.rindex(b"output.weight") + len("output.weight")
+    return infos, -(-(last + 4 + 2 * 8 + 4 + 8) // ALIGNMENT) * ALIGNMENT
+
+
+def change_metadata(rng: random.Random, data: bytes) -> tuple[bytes, bool]:
+    """A length, count, kind, key or number of a GGUF file's metadata is another, or all of it is shifted by some bytes."""
+    infos, _ = gguf_places(data)
+    change = rng.randrange(4)
+    if change == 0:  # the counts of tensors and of keys, and the version
+        at, size = rng.choice([(4, 4), (8, 8), (16, 8)])
+    elif change == 1:  # whatever lies in front of a name or a number
+        key = rng.choice(re.findall(rb"(?:llama|general|tokenizer)\.[a-z0-9_.]+", data[:infos]))
+        at, size = data.index(key) + rng.choice([-8, len(key), len(key) + 4, len(key) + 8]), 8
+    elif change == 2:
+        at, size = rng.randrange(24, infos), rng.choice([1, 4, 8])
+    else:
+        return splice(rng, data[:infos]) + data[infos:], True
+    number = rng.choice([0, 1, 2, 3, 7, 64, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1, rng.getrandbits(64)])
+    return data[:at] + (number % 256**size).to_bytes(size, "little") + data[at + size :], True
 
 
 def change_header(rng: random.Random, data: bytes) -> tuple[bytes, bool]:
@@ -160,7 +190,9 @@ def mutations(folder: Path, rng: random.Random) -> Iterator[Mutation]:
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     unread = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
     names = [
-        name for name in files if name not in unread and name.endswith((".json", ".pth", ".bin", ".safetensors", ".model"))
+        name
+        for name in files
+        if name not in unread and name.endswith((".json", ".pth", ".bin", ".safetensors", ".model", ".gguf"))
     ]
     names = [name for name in names if name.startswith("adapter_")] or names  # an adapter's own files, and not its base's
     names += [name for name in names if name.endswith((".pth", ".bin", ".safetensors"))]  # which have the most in them
@@ -187,11 +219,15 @@ def mutations(folder: Path, rng: random.Random) -> Iterator[Mutation]:
                 yield Mutation("numbers", name, flip(rng, data, numbers), True)
             elif kind == 1 and name.endswith(".safetensors"):
                 yield Mutation("header", name, *change_header(rng, data))
+            elif kind == 1 and name.endswith(".gguf"):
+                yield Mutation("metadata", name, *change_metadata(rng, data))
             elif kind == 1:
                 yield Mutation("pickle", name, change_pickle(rng, data))
             elif kind == 2:
                 spliced = splice(rng, data)
-                yield Mutation("splice", name, spliced, bool(numbers) and spliced[: rest[0].stop] == data[: rest[0].stop])
+                metadata = slice(rest[0].start) if name.endswith(".gguf") else slice(0)
+                honest = bool(numbers) and spliced[: rest[0].stop] == data[: rest[0].stop]
+                yield Mutation("splice", name, spliced, honest or spliced[metadata] != data[metadata])
             else:
                 yield Mutation("flip", name, flip(rng, data, rest))
 
@@ -289,7 +325,8 @@ def write_adapter(folder: Path, pickled: bool) -> None:
 
 
 def make_folders(root: Path) -> list[Path]:
-    """A tiny model in each format: one and two shards, int8, int4, safetensors in one file and in parts; with adapters."""
+    """A tiny model in each format: one and two shards, int8, int4, safetensors in one file and in parts; with adapters; GGUF in
+    two kinds."""
     from conftest import random_weights, train_tokenizer, write_checkpoint
 
     from llama.commands import convert
@@ -312,6 +349,9 @@ def make_folders(root: Path) -> list[Path]:
         write_adapter(folders[-1], name.startswith("pickled"))
     for folder in folders:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    for name, kind in {"gguf": None, "q8_0": "q8_0"}.items():  # the tokenizer is in the file
+        convert.convert(folders[0], root / name / "model.gguf", "gguf", tokenizer_path=tokenizer, quantize=kind)
+        folders.append(root / name)
     return folders
 
 

@@ -283,7 +283,7 @@ def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "new").exists()
         assert not list(tmp_path.glob(".*"))
 
-    refuse("to='gguf' must be 'meta' or 'hf'", to="gguf")
+    refuse("to='onnx' must be 'meta', 'hf' or 'gguf'", to="onnx")
     (tmp_path / "old").mkdir()
     refuse("old exists, and nothing is written over", target=tmp_path / "old")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

@@ -69,7 +69,9 @@ def a_name(word: str) -> Optional[str]:
 
 
 MODEL = {
-    "ckpt_dir": Option(str, None, "the checkpoint's folder, or org/name[@revision] on the hub; the demo model if not given"),
+    "ckpt_dir": Option(
+        str, None, "the checkpoint's folder, a GGUF file, or org/name[@revision] on the hub; the demo model if not given"
+    ),
     "tokenizer_path": Option(str, None, "its tokenizer.model; the one in that folder or in the folder above if not given"),
     "max_seq_len": Option(
         a_number, None, "tokens of a prompt and its answer that there is room for; 2048 if not given, 512 for the demo model"

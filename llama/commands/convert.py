@@ -1,4 +1,5 @@
-"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype, or quantized.
+"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype, or quantized; or -> a
+GGUF file.
 
 At no time is more than one tensor in memory. Everything is written into a folder with another name, the config last, and that
 folder is renamed at the very end; an interrupted run leaves nothing that looks whole.
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,8 +24,10 @@ from tqdm import tqdm
 
 from ..chat_formats import LLAMA2
 from ..chat_template import boundaries
+from ..gguf_tokenizer import vocabulary_metadata
 from ..layers.quantized import Quantized
 from ..layers.rounding import Quantization
+from ..loading import trained_positions
 from ..model import ModelArgs, Transformer, check_args, feed_forward_width
 from ..rotary import metas_positions
 from ..system.checks import whole_number
@@ -41,10 +45,13 @@ from ..weights.checkpoint import (
     quantized,
     quantized_layers,
 )
+from ..weights.gguf import describe, metas_names, to_q8_0
+from ..weights.gguf_header import KINDS
 from ..weights.huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from ..weights.rope import meta_rope, rope_settings, stated_positions
-from ..weights.writers import Entry, write_pth, write_safetensors
+from ..weights.writers import GGUF_CODES, Entry, write_gguf, write_pth, write_safetensors
 
+GGUF_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32, torch.uint8: 7}  # of most of its tensors
 PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder is no larger, unless a single tensor is
 
 
@@ -58,15 +65,19 @@ def convert(
     quantize: Optional[str] = None,
     adapter: Optional[Path] = None,
 ) -> None:
-    """Write the checkpoint `source` into the new folder `target`, to="meta" (with `shards`) or "hf".
+    """Write the checkpoint `source` into the new folder `target`, to="meta" (with `shards`) or "hf", or the new file `target`,
+    to="gguf".
 
-    dtype: of all weights; each keeps its own if not given. tokenizer_path: is copied too; a Hugging Face folder needs it.
-    quantize: "int8" or "int4" for the matrices of Meta's format; if not given, quantized matrices stay as they are, whatever
-    `dtype` says. adapter: a folder of PEFT, whose adapter is added. ValueError if an argument or the source is wrong, the
-    target exists, or the disk has too little room; then nothing is written.
+    dtype: of all weights; each keeps its own if not given, and GGUF's matrices become float16 (its vectors are always float32).
+    tokenizer_path: is copied too; a Hugging Face folder and a GGUF file need it. quantize: "int8" or "int4" for the matrices of
+    Meta's format, "q8_0" for those of GGUF with rows of whole blocks; if not given, quantized matrices stay as they are in
+    Meta's format, whatever `dtype` says. adapter: a folder of PEFT, whose adapter is added. ValueError if an argument or the
+    source is wrong, the target exists, or the disk has too little room; then nothing is written.
     """
-    if to not in ("meta", "hf"):
-        raise ValueError(f"to={to!r} must be 'meta' or 'hf'")
+    if to not in ("meta", "hf", "gguf"):
+        raise ValueError(f"to={to!r} must be 'meta', 'hf' or 'gguf'")
+    if to == "gguf":
+        _check_gguf(source, target, tokenizer_path, quantize)
     if os.path.lexists(target):
         raise ValueError(f"{target} exists, and nothing is written over; name another folder, or remove it")
     checkpoint = add_adapter(open_checkpoint(source), adapter)
@@ -76,16 +87,29 @@ def convert(
     check_args(args, 1, source)
     with torch.device("meta"):
         model = Transformer(args)
-    quantization = prepare(model, checkpoint, quantize)
-    if quantization is not None and to == "hf":
+    quantization = prepare(model, checkpoint, None if to == "gguf" else quantize)
+    if args.rope_scaling is not None and to == "gguf":
+        raise ValueError(f"{source} has scaled rotary positions, which are not written to GGUF; convert to='hf', and that with "
+                         "llama.cpp's convert_hf_to_gguf.py")  # fmt: skip
+    if quantization is not None and to != "meta":
         where = "quantize=" + repr(quantize) if quantize else f"{source} is stored as {quantization.kind}, which"
-        raise ValueError(f"{where} is for Meta's format alone; convert to='meta', or the original weights to='hf'")
-    files = _hf_files(checkpoint, model, dtype) if to == "hf" else _meta_files(checkpoint, model, shards, dtype)
-    with _new_folder(target, sum(entry.nbytes for entries in files.values() for entry in entries)) as folder:
-        write = write_safetensors if to == "hf" else write_pth
+        raise ValueError(f"{where} is for Meta's format alone; convert to='meta', or the original weights to={to!r}")
+    if to == "gguf":
+        files = {target.name: _gguf_entries(checkpoint, model, dtype or torch.float16, quantize is not None)}
+    else:
+        files = _hf_files(checkpoint, model, dtype) if to == "hf" else _meta_files(checkpoint, model, shards, dtype)
+    nbytes = sum(entry.nbytes for entries in files.values() for entry in entries)
+    with _new_folder(target, nbytes, target.name if to == "gguf" else "") as folder:
+        write: Callable[..., None] = write_safetensors if to == "hf" else write_pth
+        if to == "gguf":
+            assert tokenizer is not None
+            positions = trained_positions(checkpoint) or metas_positions(args.rope_theta)
+            write = partial(write_gguf, metadata=_gguf_metadata(args, positions, files[target.name], tokenizer))
         with tqdm(total=sum(map(len, files.values())), desc="Converting", unit="tensor", disable=None) as progress:
             for name, entries in files.items():
                 write(folder / name, entries, progress)
+        if to == "gguf":
+            return
         if to == "hf":
             _write_hf_config(folder, args, dtype or checkpoint.dtype, files, tokenizer, checkpoint.tied)
         else:
@@ -102,9 +126,19 @@ def _full_args(checkpoint: Checkpoint, tokenizer: Optional[Tokenizer]) -> ModelA
     return replace(checkpoint.args, vocab_size=rows, max_seq_len=1, max_batch_size=1)
 
 
+def _check_gguf(source: Path, target: Path, tokenizer_path: Optional[Path], quantize: Optional[str]) -> None:
+    if target.suffix != ".gguf":
+        raise ValueError(f"{target} is to be a GGUF file; give it a name that ends in .gguf")
+    if quantize not in (None, "q8_0"):
+        raise ValueError(f"quantize={quantize!r} is no kind for GGUF that is written here; use 'q8_0', or none")
+    if tokenizer_path is None:
+        raise ValueError(f"a GGUF file has its tokenizer in it, and there is none in {source} or above it; pass tokenizer_path")
+
+
 @contextmanager
-def _new_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """A folder beside `target` to write into. It becomes `target` if the block succeeds, and is removed if it fails."""
+def _new_folder(target: Path, nbytes: int, file: str = "") -> Iterator[Path]:
+    """A folder beside `target` to write into. It, or the one file in it, becomes `target` if the block succeeds, and is removed
+    if it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
@@ -115,7 +149,9 @@ def _new_folder(target: Path, nbytes: int) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
-        folder.rename(target)
+        (folder / file).rename(target)
+        if file:
+            folder.rmdir()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -197,6 +233,43 @@ def _hf_files(checkpoint: Checkpoint, model: Transformer, dtype: Optional[torch.
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, start=1)}
+
+
+def _gguf_entries(checkpoint: Checkpoint, model: Transformer, dtype: torch.dtype, q8_0: bool) -> list[Entry]:
+    """The tensors of a GGUF file. llama.cpp wants float32 for those of one dimension."""
+    theirs = {name: other for other, name in metas_names(model.params.n_layers).items()}
+    if checkpoint.tied:
+        del theirs["output.weight"]
+    block = KINDS[GGUF_CODES[torch.uint8]]
+    entries = []
+    for name, (shape, dim, _) in cut(model).items():
+        if name not in theirs:
+            continue
+        read, stored = _reader(checkpoint, name, dim, 0, 0 if dim is None else shape[dim]), dtype
+        if len(shape) == 1:
+            stored = torch.float32
+        elif q8_0 and shape[-1] % block.block == 0:
+            read, stored = _in_q8_0(read, checkpoint), torch.uint8
+            shape = [*shape[:-1], shape[-1] // block.block * block.nbytes]
+        entries.append(Entry(theirs[name], stored, shape, read, checkpoint.mapped.release))
+    return entries
+
+
+def _in_q8_0(read: Callable[[], torch.Tensor], checkpoint: Checkpoint) -> Callable[[], torch.Tensor]:
+    def rounded() -> torch.Tensor:
+        stored = read()
+        weight = to_q8_0(stored)
+        checkpoint.mapped.release(stored)
+        return weight
+
+    return rounded
+
+
+def _gguf_metadata(args: ModelArgs, positions: int, entries: list[Entry], tokenizer: Tokenizer) -> dict[str, Any]:
+    quantized = {"general.quantization_version": 2} if any(entry.dtype is torch.uint8 for entry in entries) else {}
+    most = torch.uint8 if quantized else max((entry.dtype for entry in entries if len(entry.shape) > 1), key=str)
+    told = {"general.file_type": GGUF_FILE_TYPES[most], **quantized}
+    return describe(args, positions) | told | vocabulary_metadata(tokenizer)
 
 
 def _reader(checkpoint: Checkpoint, name: str, dim: Optional[int], start: int, stop: int) -> Callable[[], torch.Tensor]:

@@ -118,7 +118,7 @@ def _needs(placement: memory.Placement) -> dict[str, str]:
 
 
 def convert(args: Namespace) -> None:
-    """Write the checkpoint folder SRC as a new folder DST in the other format, or with other shards, or in another dtype."""
+    """Write the checkpoint SRC as a new folder or file DST, in another format, or with other shards, or in another dtype."""
     source, target = agreed_folder(args.src), user_path(args.dst)
     tokenizer = find_tokenizer(source, args.tokenizer_path)
     dtype = None if args.dtype is None else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
@@ -132,19 +132,19 @@ def convert(args: Namespace) -> None:
 COMMANDS = {
     "convert": Command(convert, ["src", "dst", "to", "shards", "dtype", "tokenizer_path", "quantize"], {
         "what is written": {
-            "src": Option(str, REQUIRED, "the folder that is read, or a name on the hub"),
-            "dst": Option(str, REQUIRED, "the folder that is made"),
-            "to": Option(str, REQUIRED, "hf (safetensors, for transformers) or meta (consolidated.NN.pth)"),
+            "src": Option(str, REQUIRED, "the folder or GGUF file that is read, or a name on the hub"),
+            "dst": Option(str, REQUIRED, "the folder that is made; a file NAME.gguf for gguf"),
+            "to": Option(str, REQUIRED, "hf (safetensors, for transformers), meta (consolidated.NN.pth), gguf (for llama.cpp)"),
             "shards": Option(a_number, 1, "files of Meta's format"),
-            "dtype": Option(a_name, None, "float32, bfloat16 or float16; each weight's own if not given"),
+            "dtype": Option(a_name, None, "float32, bfloat16 or float16; each weight's own if not given, float16 for gguf"),
             "tokenizer_path": Option(str, None, "the tokenizer.model to copy; the one in SRC or above it if not given"),
-            "quantize": Option(a_name, None, "int8 or int4, in Meta's format: a half or a quarter of the bytes, quick to load"),
+            "quantize": Option(a_name, None, "int8 or int4, in Meta's format: a half or a quarter of the bytes; q8_0 for gguf"),
             **some_of_model("adapter"),
         },
     }),
     "info": Command(info, ["ckpt_dir"], {
         "the checkpoint": {
-            "ckpt_dir": Option(str, REQUIRED, "its folder, or its name on the hub"),
+            "ckpt_dir": Option(str, REQUIRED, "its folder, a GGUF file, or its name on the hub"),
             **some_of_model("tokenizer_path", "adapter"),
         },
         "how it is to run": {

@@ -25,6 +25,7 @@ from ..model import ModelArgs, Transformer
 from ..runtime import device_kind
 from ..system.files import MappedFiles, is_there, listed
 from ..system.printable import counted
+from .gguf import GGUFCheckpoint, find_gguf
 from .huggingface import HuggingFaceCheckpoint, has_weights
 from .meta import MetaCheckpoint
 from .staging import Job, Sender, run_jobs
@@ -34,9 +35,9 @@ class Checkpoint(Protocol):
     """The weights of a folder as full matrices under Meta's names, whatever files they lie in. `shard_dim` is the dimension
     that a layer's matrix is cut along, None for a tensor that every process holds whole."""
 
-    format: str  # "Meta" or "Hugging Face"
-    config: str  # the name of the file that `args` come from
-    folder: Path
+    format: str  # "Meta", "Hugging Face", or "GGUF" with its kinds of numbers
+    config: str  # the name of what `args` come from: a file of the folder, or a part of the one file
+    folder: Path  # as it was named; a file, if it was one of GGUF
     paths: list[Path]  # the files of weights
     mapped: MappedFiles
     args: ModelArgs  # the stored shape, without limits; vocab_size is -1 if only the tokenizer tells it
@@ -67,15 +68,17 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
-    """Map the weights of a folder in either format, and read the shape of their model. Copies no weight.
+    """Map the weights of a folder in either format, or of a GGUF file, and read the shape of their model. Copies no weight.
 
-    A folder with both formats counts as Meta's. ValueError if it has neither, is damaged, or holds a model that this
-    library does not compute.
+    A folder with both formats counts as Meta's, and one with GGUF files counts as theirs if it has no others. ValueError if it
+    has none, is damaged, or holds a model that this library does not compute.
     """
+    if find_gguf(ckpt_dir):
+        return GGUFCheckpoint(ckpt_dir)
     if not os.path.isdir(ckpt_dir):
         raise ValueError(
             f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json, "
-            "or config.json and model.safetensors"
+            "or config.json and model.safetensors, or a GGUF file"
         )
     metas = [is_there(ckpt_dir / "params.json"), any(ckpt_dir.glob("consolidated.*.pth"))]
     theirs = is_there(ckpt_dir / "config.json")

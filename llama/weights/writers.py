@@ -1,4 +1,4 @@
-"""Writes .pth and safetensors files tensor by tensor; torch.save and safetensors need all tensors at once."""
+"""Writes .pth, safetensors and GGUF files tensor by tensor; torch.save and safetensors need all tensors at once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .gguf_header import ALIGNMENT as GGUF_ALIGNMENT
+from .gguf_header import ARRAY, KINDS, MAGIC, STRING
 from .huggingface import SAFETENSORS_DTYPES
 
 STORAGES = {
@@ -24,6 +26,7 @@ STORAGES = {
     torch.int8: torch.CharStorage,
     torch.uint8: torch.ByteStorage,
 }
+GGUF_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30, torch.uint8: 8}  # bytes are blocks of Q8_0
 ALIGNMENT = 64  # alignment of a tensor's first byte in a .pth file, as in torch.save
 
 
@@ -109,3 +112,43 @@ def write_pth(path: Path, entries: Sequence[Entry], progress: Any) -> None:
                 entry.write(file)
             progress.update()
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+
+
+def write_gguf(path: Path, entries: Sequence[Entry], progress: Any, metadata: dict[str, Any]) -> None:
+    """A header of metadata, names and shapes; the tensors. An entry of uint8 has the bytes of Q8_0, which its shape counts."""
+    header = [MAGIC, struct.pack("<IQQ", 3, len(entries), len(metadata))]
+    for key, value in metadata.items():
+        kind, data = _gguf_value(value)
+        header += [_gguf_text(key), struct.pack("<I", kind), data]
+    at = 0
+    for entry in entries:
+        code = GGUF_CODES[entry.dtype]
+        columns = entry.shape[-1] * entry.dtype.itemsize // KINDS[code].nbytes * KINDS[code].block
+        shape = [columns, *entry.shape[-2::-1]]
+        header += [_gguf_text(entry.name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, code, at)]
+        at += entry.nbytes + -entry.nbytes % GGUF_ALIGNMENT
+    text = b"".join(header)
+    with path.open("wb") as file:
+        file.write(text + bytes(-len(text) % GGUF_ALIGNMENT))
+        for entry in entries:
+            entry.write(file)
+            file.write(bytes(-entry.nbytes % GGUF_ALIGNMENT))
+            progress.update()
+
+
+def _gguf_text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _gguf_value(value: Any) -> tuple[int, bytes]:
+    """The code of a value's type, and its bytes. Whole numbers have 32 bits, in lists with a sign; llama.cpp reads them so."""
+    if isinstance(value, str):
+        return STRING, _gguf_text(value)
+    if isinstance(value, list):
+        if isinstance(value[0], str):
+            return ARRAY, struct.pack("<IQ", STRING, len(value)) + b"".join(map(_gguf_text, value))
+        kind, code = (6, "f") if isinstance(value[0], float) else (5, "i")
+        return ARRAY, struct.pack(f"<IQ{len(value)}{code}", kind, len(value), *value)
+    kind, code = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}[type(value)]
+    return kind, struct.pack(f"<{code}", value)
