@@ -49,7 +49,7 @@ def info(args: Namespace) -> None:
 
 
 def _adapter(args: Namespace) -> Optional[Path]:
-    return None if args.adapter is None else user_path(args.adapter)
+    return None if args.adapter is None else agreed_folder(args.adapter)
 
 
 def _name(dtype: torch.dtype) -> str:
