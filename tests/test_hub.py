@@ -167,6 +167,17 @@ def test_a_part_of_a_model_in_the_cache_is_completed(missing: str, noted: bool, 
     assert hub.gets() == sorted(missing.split())
 
 
+def test_an_adapter_needs_no_tokenizer(hub: Hub) -> None:
+    """In a cache that other programs filled, nothing notes what the hub has."""
+    hub.repos["some-org/lora"] = Repo({"main": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}})
+    folder = checkpoint_folder("some-org/lora")
+    shutil.rmtree(folder.parents[1] / "trees")
+    huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    hub.asked.clear()
+    assert checkpoint_folder("some-org/lora") == folder
+    assert hub.asked == []
+
+
 def test_parts_that_an_index_names_are_missed(tmp_path: Path) -> None:
     for name in PARTS[:2]:
         (tmp_path / name).touch()
@@ -285,7 +296,12 @@ def test_a_terminal_is_asked_first(answer: str, hub: Hub, monkeypatch: pytest.Mo
         command("complete", "a dog", ckpt_dir=NAME, max_gen_len=1, max_seq_len=8)
         assert hub.gets() == READ
     else:
-        for words in (("score", "a dog", f"--ckpt_dir={NAME}"), ("info", NAME), ("convert", NAME, "new", "meta")):
+        demo, adapter = str(ROOT / "llama/demo"), f"--adapter={NAME}"
+        for words in (
+            ("score", "a dog", f"--ckpt_dir={NAME}"), ("score", "a dog", f"--draft={NAME}"), ("score", "a dog", adapter),
+            ("info", NAME), ("info", demo, adapter), ("convert", NAME, "new", "meta"),
+            ("convert", demo, "new", "meta", adapter),
+        ):  # fmt: skip
             with pytest.raises(ValueError, match=f"{NAME} was not fetched; pass the path of a folder"):
                 command(*words)
         assert hub.gets() == []

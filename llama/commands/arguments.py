@@ -82,7 +82,7 @@ MODEL = {
     "device": Option(a_name, None, "cuda, mps or cpu; the first of these that is there if not given"),
     "dtype": Option(a_name, None, "float32, bfloat16 or float16; the checkpoint's own if not given"),
     "quantize": Option(a_name, None, "int8 or int4 rounds the matrices while they are loaded; as stored if not given"),
-    "adapter": Option(a_name, None, "a folder with a LoRA adapter of PEFT, which is added to the checkpoint's weights"),
+    "adapter": Option(a_name, None, "a LoRA adapter of PEFT (a folder or a name), which is added to the checkpoint's weights"),
     "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
     "draft": Option(
         a_name, None, "a smaller model of the same tokenizer (a folder or a name), whose guesses the model verifies"
@@ -105,7 +105,7 @@ def some_of_model(*names: str) -> dict[str, Option]:
 def build(args: Namespace, **changed: Any) -> Llama:
     """The model that the options ask for. What `build` prints goes to stderr."""
     given = {name: getattr(args, name) for name in MODEL if name in args} | changed
-    ask_before_fetching(given.get("ckpt_dir"), given.get("draft"))
+    ask_before_fetching(*map(given.get, ("ckpt_dir", "adapter", "draft")))
     # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
     with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():
         return Llama.build(**given)

@@ -49,7 +49,7 @@ def info(args: Namespace) -> None:
 
 
 def _adapter(args: Namespace) -> Optional[Path]:
-    return None if args.adapter is None else user_path(args.adapter)
+    return None if args.adapter is None else agreed_folder(args.adapter)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -101,7 +101,9 @@ def _needs(placement: memory.Placement) -> dict[str, str]:
     told = f"{need}, and up to {memory.gigabytes(need.temporary)} while prompts are read"
     if runtime.device_kind(device) == "cpu":  # this process has imported what each of the others will; its own ends
         own = memory.own_bytes()
-        told += f"; with {memory.gigabytes(own)} for Python and torch, {memory.gigabytes(own + need.resident + need.temporary)}"
+        told += (
+            f"; with {own / 1e6:,.0f} MB for Python and torch, {(own + need.resident + need.temporary) / 1e6:,.0f} MB in all"
+        )
         free = None if free is None else max(0, free - own * (placement.sharers - 1))
     if free is None:
         room = f"{device} does not tell"

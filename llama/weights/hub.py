@@ -185,7 +185,8 @@ def _lacks(name: Name, folder: Path) -> bool:
     if noted is not None:
         files = _chosen(noted)
         return not files or any(not (folder / file).exists() for file in files)
-    return _lacks_weights(folder) or not any((folder / file).exists() for file in TOKENIZERS)
+    needed = (*TOKENIZERS, "adapter_config.json")  # one of them: an adapter can do without a tokenizer of its own
+    return _lacks_weights(folder) or not any((folder / file).exists() for file in needed)
 
 
 def _noted(name: Name, folder: Path) -> Optional[list[str]]:
