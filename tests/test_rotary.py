@@ -20,6 +20,9 @@ from workers import Pool
 
 from llama import Llama, ModelArgs, Transformer
 from llama.decoding import compiled, engine
+from llama.decoding.calls import Call, Source
+from llama.decoding.requests import Request
+from llama.decoding.sampling import Sampling
 from llama.model import check_args, precompute_freqs_cis
 from llama.rotary import RotaryScaling, scaled_freqs_cis
 from llama.weights.checkpoint import open_checkpoint
@@ -184,9 +187,26 @@ def test_who_shares_under_dynamic_scaling(plain: Path, monkeypatch: pytest.Monke
     read.clear()
     llama.generate([long, [*long, 9], short, [*long, 9, 10]], 3, temperature=0)
     assert sorted(read) == [([TRAINED], 0), ([60], 0), ([61], 0), ([62], 0)]
+    # A request that goes on with a chat shares whatever there is; the ids of the long prompts stand in the slots no more.
     read.clear()
-    chat = [step.token for step in llama.steps([short], temperature=0, max_gen_len=20)]
-    assert [step.token for step in llama.steps([short], temperature=0, max_gen_len=20)] == chat
+    llama.forget()
+    for prompt in (long, short[:20], [*short[:15], 9], long):
+        list(Call(llama._scheduler, [Request(prompt, 3, Sampling(0), least_shared=1)], Source(1)))
+    assert read == [([60], 0), ([20], 0), ([16], 15), ([60], 0)]
+    read.clear()
+    beside = [Request(prompt, 3, Sampling(0), least_shared=1) for prompt in (long, [*long[:10], 9])]
+    llama.forget()
+    list(Call(llama._scheduler, beside, Source(2)))
+    assert sorted(read) == [([11], 0), ([60], 0)]
+
+
+@torch.inference_mode()
+def test_guesses_turn_as_tokens_that_come_alone(plain: Path) -> None:
+    """Transformers turns the tokens of one pass by the length that it reaches, but guesses stand for steps of one token."""
+    step, ids = build(scaled(plain, "dynamic"), rows=1)._engine, of_length(50)
+    list(step.prefill([ids[:40]], [0], pass_length=40))
+    alone = [step.decode(torch.tensor(ids[at : at + 1]), [at]).clone() for at in range(40, 50)]
+    torch.testing.assert_close(step.verify([ids[40:]], [40])[0], torch.cat(alone), atol=1e-4, rtol=0)
 
 
 def answers(folder: str, prompts: list[list[int]], processes: int) -> tuple[torch.Tensor, list[list[int]]]:

@@ -497,7 +497,8 @@ class Scheduler:
     def _pass(self, rows: list[Row], start: int, end: int) -> None:
         slots = [self._slots.index(row) for row in rows]
         parts = [row.ids[:end] for row in rows]
-        for which, hidden, at in self.engine.prefill(parts, slots, start, pass_length=rows[0].prompt_length):
+        whole = {"pass_length": rows[0].prompt_length} if rows[0].apart else {}
+        for which, hidden, at in self.engine.prefill(parts, slots, start, **whole):
             for states, i in zip(hidden, which):
                 row, length = rows[i], len(rows[i].ids)
                 if row.request.score_prompt and not row.generated:
