@@ -624,7 +624,23 @@ def test_what_convert_refuses(tiny: Path, tokenizer_path: str, tmp_path: Path) -
     convert(tiny, tmp_path / "int8", "meta", tokenizer_path=path, quantize="int8")
     with pytest.raises(ValueError, match="is stored as int8, which is for Meta's format alone"):
         convert(tmp_path / "int8", tmp_path / "a.gguf", "gguf", tokenizer_path=path)
-    assert [each.name for each in tmp_path.iterdir()] == ["int8"]
+    scaling = {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 64, "positions": 128}
+    scaled = write_checkpoint(tmp_path / "scaled", random_weights(), params={**PARAMS, "rope_scaling": scaling})
+    with pytest.raises(ValueError, match="has scaled rotary positions, which are not written to GGUF"):
+        convert(scaled, tmp_path / "a.gguf", "gguf", tokenizer_path=path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["int8", "scaled"]
+
+
+def test_adapters(tokenizer: Tokenizer, tokenizer_path: str, tmp_path: Path) -> None:
+    """They are added to what was dequantized."""
+    weights = write(tmp_path / "a.gguf", tokenizer, kind="Q4_1")
+    folder = write_checkpoint(tmp_path / "meta", weights)
+    (tmp_path / "adapter").mkdir()
+    mutate.write_adapter(tmp_path / "adapter", False)
+    options = {"adapter": str(tmp_path / "adapter")}
+    ours = logits(str(tmp_path / "a.gguf"), TOKENS, **options)
+    assert torch.equal(ours, logits(str(folder), TOKENS, tokenizer_path=tokenizer_path, **options))
+    assert not torch.equal(ours, logits(str(tmp_path / "a.gguf"), TOKENS))
 
 
 def test_commands(tiny: Path, tokenizer_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
