@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -60,23 +59,16 @@ from .layers.parallel import (
     replica,
     several_processes,
 )
-from .loading import DEMO, checkpoint_folders, prepared, prepared_draft, trained_positions
-from .model import ModelArgs, Transformer
+from .loading import DEMO, DEMO_TOLD, checkpoint_folders, open_folders
+from .model import Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options, with_stops
-from .rotary import metas_positions
 from .session import ChatSession
 from .system.checks import whole, whole_number
 from .system.printable import shortened
 from .tokenizer import Tokenizer, split
-from .tokenizer_files import need_tokenizer, open_tokenizer
-from .weights.adapter import add_adapter, tokenizer_folder
-from .weights.checkpoint import fit_vocabulary, known_ids, open_checkpoint
-from .weights.fingerprint import fingerprints
-from .weights.peft import CONFIG
 
 T = TypeVar("T")
 SAMPLE_TOP_P = sample_top_p  # if somebody puts another one in its place, that one draws
-UNSTATED = 2048  # max_seq_len if it is not given
 NOT_AS_BUILT = "needs a model that is as it was built, without hooks, patches or parts of somebody's own"
 
 __all__ = [
@@ -152,51 +144,26 @@ class Llama:
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             agreement.values = {"the call": "build"}
-        folder, draft_folder, added = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft, adapter)
-        assert folder is not None
+        folders = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft, adapter)
         # Tensors made in inference mode could not be used outside it.
         with together(everyone=True) as agreement, torch.inference_mode(False):
-            checkpoint = add_adapter(open_checkpoint(folder), added)
-            trained = trained_positions(checkpoint)
-            if max_seq_len is None:
-                max_seq_len = min(trained or UNSTATED, UNSTATED)
-            home = tokenizer_folder(checkpoint)
-            tokenizer_file = need_tokenizer(home, tokenizer_path)
-            tokenizer = open_tokenizer(home, tokenizer_file, known_ids(checkpoint))
-            args = fit_vocabulary(checkpoint, tokenizer.n_words)
-            args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            model, _, placement = main = prepared(checkpoint, args, place, dtype, quantize)
-            chosen_dtype, other = placement.dtype, None
-            if draft_folder is not None:
-                other = prepared_draft(draft_folder, tokenizer, placement, dtype)
-                placement = replace(placement, draft=other.placement)
-            memory.check_fits(placement)
+            opened = open_folders(folders, tokenizer_path, (max_seq_len, max_batch_size), place, (dtype, quantize))
             agreement.values = {
-                **vars(args), "dtype": chosen_dtype, "quantize": placement.quantization, "compile": compile,
-                "adapter": added is not None, "draft": other is not None, "batch_invariant": bool(batch_invariant),
-                "chat_format": chat_format,
+                **opened.compared(), "compile": compile, "batch_invariant": bool(batch_invariant), "chat_format": chat_format,
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
-                **fingerprints([*checkpoint.paths, tokenizer_file] if several_processes() else []),
-                **fingerprints([added / CONFIG] if added and several_processes() else []),
-                **fingerprints(other.checkpoint.paths if other and several_processes() else [], "draft's "),
             }  # fmt: skip
-        with together(everyone=True), torch.inference_mode(False), memory.explained(placement):
-            draft_model = None if other is None else other.load()
-            main.load()
-        _warn_beyond_training(args, trained)
+        with together(everyone=True), torch.inference_mode(False), memory.explained(opened.placement):
+            draft_model = None if opened.draft is None else opened.draft.load()
+            model = opened.main.load()
+        opened.warn_beyond_training()
         torch.manual_seed(seed)
         print(f"Loaded in {time.time() - started:.2f} seconds")
-        if dtype is None and chosen_dtype != checkpoint.dtype:
-            stored, used = (str(d).removeprefix("torch.") for d in (checkpoint.dtype, chosen_dtype))
-            print(f"The checkpoint is {stored}, which is slow on {place}; running in {used}. Pass dtype={stored!r} to keep it.")
+        if dtype is None and (told := opened.other_dtype()):
+            print(told)
         if ckpt_dir is None:
-            print(
-                "This is the demo model, which tells small children's stories. For Llama 2, download its weights "
-                "(see README.md) and pass ckpt_dir (--ckpt_dir)."
-            )
-        return Llama(
-            model, tokenizer, compile=compile, draft_model=draft_model, batch_invariant=batch_invariant, chat_format=chat_format
-        )
+            print(DEMO_TOLD)
+        how = {"compile": compile, "batch_invariant": batch_invariant, "chat_format": chat_format}
+        return Llama(model, opened.tokenizer, draft_model=draft_model, **how)  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -715,16 +682,6 @@ def _given(
     """Meta's arguments and the options, by name."""
     metas = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "logprobs": logprobs}
     return {**metas, **(options or {})}
-
-
-def _warn_beyond_training(args: ModelArgs, trained: Optional[int]) -> None:
-    trained = trained or metas_positions(args.rope_theta)
-    if args.max_seq_len > trained and is_first_process():
-        warnings.warn(
-            f"max_seq_len={args.max_seq_len} goes beyond the {trained} positions that the model was trained on; "
-            "what it writes there is likely to be nonsense",
-            stacklevel=3,
-        )
 
 
 GENERATE = Llama.generate

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
 from . import memory, runtime
 from .layers.agreement import together
-from .layers.parallel import all_alike, group_size, model_parallel_group, several_processes
+from .layers.parallel import all_alike, group_size, is_first_process, model_parallel_group, several_processes
 from .model import ModelArgs, Transformer, check_args
-from .system.checks import whole
-from .system.files import is_there, read_json
+from .rotary import metas_positions
 from .tokenizer import Tokenizer, user_path
-from .tokenizer_files import find_tokenizer, open_tokenizer
+from .tokenizer_files import find_tokenizer, need_tokenizer, open_tokenizer
 from .weights import hub
-from .weights.adapter import AdaptedCheckpoint, add_adapter
-from .weights.checkpoint import Checkpoint, fill, open_checkpoint, prepare
-from .weights.gguf import GGUFCheckpoint
+from .weights.adapter import add_adapter, tokenizer_folder
+from .weights.checkpoint import Checkpoint, fill, fit_vocabulary, known_ids, open_checkpoint, prepare
+from .weights.fingerprint import fingerprints
+from .weights.peft import CONFIG
 
 DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
 DEMO_POSITIONS = 512
+DEMO_TOLD = (
+    "This is the demo model, which tells small children's stories. For Llama 2, download its weights (see README.md) and pass "
+    "ckpt_dir (--ckpt_dir)."
+)
+UNSTATED = 2048  # max_seq_len if it is not given
 PATIENCE = 1.0  # seconds between two looks at a download, which may outlast any collective's time limit
 
 
@@ -67,6 +74,76 @@ def checkpoint_folders(*given: Union[str, Path, None]) -> list[Optional[Path]]:
 def _runs(thread: threading.Thread) -> bool:
     thread.join(PATIENCE)
     return thread.is_alive()
+
+
+class Opened(NamedTuple):
+    """Folders that were opened and checked."""
+
+    main: Prepared
+    draft: Optional[Prepared]
+    tokenizer: Tokenizer
+    tokenizer_file: Path
+    adapter: Optional[Path]
+    placement: memory.Placement  # of both models
+
+    def compared(self) -> dict[str, Any]:
+        """What must be the same on all processes."""
+        several = several_processes()
+        drafts = self.draft.checkpoint.paths if self.draft else []
+        return {
+            **vars(self.placement.args), "dtype": self.placement.dtype, "quantize": self.placement.quantization,
+            "adapter": self.adapter is not None, "draft": self.draft is not None,
+            **fingerprints([*self.main.checkpoint.paths, self.tokenizer_file] if several else []),
+            **fingerprints([self.adapter / CONFIG] if self.adapter and several else []),
+            **fingerprints(drafts if several else [], "draft's "),
+        }  # fmt: skip
+
+    def warn_beyond_training(self) -> None:
+        args = self.placement.args
+        trained = trained_positions(self.main.checkpoint) or metas_positions(args.rope_theta)
+        if args.max_seq_len > trained and is_first_process():
+            warnings.warn(
+                f"max_seq_len={args.max_seq_len} goes beyond the {trained} positions that the model was trained on; "
+                "what it writes there is likely to be nonsense",
+                stacklevel=3,
+            )
+
+    def other_dtype(self) -> str:
+        """A line for the user if the model runs in another dtype than the stored one; empty otherwise."""
+        stored, used = (str(d).removeprefix("torch.") for d in (self.main.checkpoint.dtype, self.placement.dtype))
+        place = self.placement.device
+        told = f"The checkpoint is {stored}, which is slow on {place}; running in {used}. Pass dtype={stored!r} to keep it."
+        return "" if stored == used else told
+
+
+def open_folders(
+    folders: Sequence[Optional[Path]],
+    tokenizer_path: Optional[str],
+    sizes: tuple[Optional[int], int],
+    place: torch.device,
+    kinds: tuple[Union[str, torch.dtype, None], Optional[str]],
+) -> Opened:
+    """Open and check what is to be loaded, on this launcher's processes; copies no weight.
+
+    folders: of the checkpoint, of its draft model, of its adapter. sizes: max_seq_len (None: UNSTATED, or fewer if the folder
+    says so) and max_batch_size. kinds: dtype and quantize. ValueError for what cannot be had so.
+    """
+    (folder, draft_folder, adapter), (max_seq_len, max_batch_size), (dtype, quantize) = folders, sizes, kinds
+    assert folder is not None
+    checkpoint = add_adapter(open_checkpoint(folder), adapter)
+    if max_seq_len is None:
+        max_seq_len = min(trained_positions(checkpoint) or UNSTATED, UNSTATED)
+    home = tokenizer_folder(checkpoint)
+    tokenizer_file = need_tokenizer(home, tokenizer_path)
+    tokenizer = open_tokenizer(home, tokenizer_file, known_ids(checkpoint))
+    args = fit_vocabulary(checkpoint, tokenizer.n_words)
+    main = prepared(checkpoint, replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size), place, dtype, quantize)
+    draft, placement = None, main.placement
+    if draft_folder is not None:
+        draft = prepared_draft(draft_folder, tokenizer, placement, dtype)
+        placement = replace(placement, draft=draft.placement)
+    memory.check_fits(placement)
+    return Opened(main, draft, tokenizer, tokenizer_file, adapter, placement)
 
 
 class Prepared(NamedTuple):
@@ -128,14 +205,7 @@ def _names(tokenizer: Tokenizer) -> list[str]:
 
 def trained_positions(checkpoint: Checkpoint) -> Optional[int]:
     """How many positions the model of a checkpoint was made for, scaled ones included, if its files say so."""
-    config, scaling = checkpoint.folder / "config.json", checkpoint.args.rope_scaling
+    scaling = checkpoint.args.rope_scaling
     if checkpoint.folder.absolute() == DEMO:
         return DEMO_POSITIONS
-    if scaling is not None:
-        return scaling.positions
-    base = checkpoint.base if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint
-    if isinstance(base, GGUFCheckpoint):
-        return base.positions
-    if checkpoint.config != config.name or not is_there(config):
-        return None
-    return whole(read_json(config, "a config.json has a few hundred bytes").get("max_position_embeddings"))
+    return checkpoint.positions if scaling is None else scaling.positions

@@ -63,7 +63,7 @@ class AdaptedCheckpoint:
             )
         self.base, self.adapter = base, folder
         self.format, self.config, self.folder, self.tables = base.format, base.config, base.folder, base.tables
-        self.dtype, self.dtypes = base.dtype, base.dtypes
+        self.dtype, self.dtypes, self.positions = base.dtype, base.dtypes, base.positions
         file = find_weights(folder)
         self.paths = [*base.paths, file]
         mapped = MappedFiles([file])

@@ -41,6 +41,7 @@ class Checkpoint(Protocol):
     paths: list[Path]  # the files of weights
     mapped: MappedFiles
     args: ModelArgs  # the stored shape, without limits; vocab_size is -1 if only the tokenizer tells it
+    positions: Optional[int]  # how many the model was made for, if the files say so; scaled ones stand in args.rope_scaling
     tied: bool  # whether the embedding is the output matrix too
     quantization: Optional[Quantization]  # the stored kind of numbers; None: not quantized
     dtype: torch.dtype  # the embedding's

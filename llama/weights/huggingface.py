@@ -15,6 +15,7 @@ from ..layers.parallel import is_first_process
 from ..layers.rounding import Quantization
 from ..model import ModelArgs
 from ..runtime import DTYPES
+from ..system.checks import whole
 from ..system.files import MappedFiles, Number, check_file, contents, is_there, listed, read_json
 from ..system.printable import escaped, shortened
 from .archive import map_tensors
@@ -77,8 +78,9 @@ def to_hf_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return weight.view(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
-def read_config(folder: Path) -> tuple[ModelArgs, bool]:
-    """config.json as `ModelArgs` (without limits), and whether the embedding is the output matrix too.
+def read_config(folder: Path) -> tuple[ModelArgs, bool, Optional[int]]:
+    """config.json as `ModelArgs` (without limits), whether the embedding is the output matrix too, and how many positions it
+    states.
 
     ValueError, with every reason in one message, if it describes a model that this library does not compute.
     """
@@ -97,7 +99,8 @@ def read_config(folder: Path) -> tuple[ModelArgs, bool]:
         found["norm_eps"] = 1e-6  # transformers' default; Meta's differs
     if found.get("head_dim") == found["dim"] / found["n_heads"]:
         del found["head_dim"]
-    return ModelArgs(**found, rope_scaling=scaling), config.get("tie_word_embeddings") is True
+    positions = whole(config.get("max_position_embeddings"))
+    return ModelArgs(**found, rope_scaling=scaling), config.get("tie_word_embeddings") is True, positions
 
 
 def base_of_adapter(folder: Path) -> str:
@@ -230,7 +233,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.args, self.tied = read_config(folder)
+        self.args, self.tied, self.positions = read_config(folder)
         self.ids = self.args.vocab_size  # rows of the embedding and the output that count
         self.paths, index = find_parts(folder)
         self.mapped = MappedFiles(self.paths)

@@ -107,6 +107,7 @@ class MetaCheckpoint:
     format = "Meta"
     config = "params.json"
     tied = False
+    positions: Optional[int] = None
 
     def __init__(self, ckpt_dir: Path) -> None:
         self.folder = ckpt_dir
