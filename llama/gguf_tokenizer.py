@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
+from .sentencepieces import CONTROL, UNUSED, USER_DEFINED, pieces_of, sentencepiece_model
 from .system.checks import whole
 from .system.printable import shortened
 from .tokenizer import AddedToken, Tokenizer
-from .tokenizer_json import CONTROL, UNUSED, USER_DEFINED, sentencepiece_model, whole_model
+from .tokenizer_json import whole_model
 from .weights.gguf import find_gguf
 from .weights.gguf_header import read_header
 
@@ -92,10 +93,9 @@ def _id(metadata: dict[str, Any], name: str, usual: int) -> int:
 
 def vocabulary_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """The metadata of a GGUF file that say what a tokenizer is; `read_vocabulary` backwards."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    model = schema.ModelProto.FromString(whole_model(tokenizer))  # type: ignore[attr-defined]
-    texts, kinds = [piece.piece for piece in model.pieces], [piece.type for piece in model.pieces]
+    model = tokenizer.sp_model
+    pieces = pieces_of(whole_model(tokenizer))
+    texts, kinds = [text for text, _, _ in pieces], [kind for _, _, kind in pieces]
     for i, token in tokenizer.added.items():
         texts[i], kinds[i] = token.content, CONTROL
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
@@ -103,12 +103,13 @@ def vocabulary_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     metadata = {
         f"{KEY}model": "llama",
         f"{KEY}tokens": texts,
-        f"{KEY}scores": [piece.score for piece in model.pieces],
+        f"{KEY}scores": [score for _, score, _ in pieces],
         f"{KEY}token_type": kinds,
         **{KEY + IDS[name][0]: i for name, i in ids.items() if i >= 0},
         **{KEY + name: i for name, i in zip(STOPS, sorted(tokenizer.stop_ids - {tokenizer.eos_id}))},
         f"{KEY}add_bos_token": True,
         f"{KEY}add_eos_token": False,
-        **{KEY + theirs: getattr(model.normalizer_spec, name) for name, (theirs, _) in SPACES.items()},
+        KEY + SPACES["add_dummy_prefix"][0]: model.Normalize("a") != "a",
+        KEY + SPACES["remove_extra_whitespaces"][0]: model.Normalize("a  b") == model.Normalize("a b"),
     }
     return metadata | ({"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})

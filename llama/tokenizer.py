@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Optional, Union
 
 from sentencepiece import SentencePieceProcessor
 
+from .sentencepieces import without_space
 from .system.files import is_there, read_file
 
 logger = getLogger(__name__)
@@ -134,11 +135,8 @@ class Tokenizer:
     @cached_property
     def _without_space(self) -> SentencePieceProcessor:
         """The same SentencePiece model, but for the space that it puts in front of a text."""
-        from sentencepiece import sentencepiece_model_pb2 as protos
-
-        model, proto = SentencePieceProcessor(), protos.ModelProto.FromString(self.sp_model.serialized_model_proto())  # type: ignore[attr-defined]
-        proto.normalizer_spec.add_dummy_prefix = False
-        model.LoadFromSerializedProto(proto.SerializeToString())
+        model = SentencePieceProcessor()
+        model.LoadFromSerializedProto(without_space(self.sp_model.serialized_model_proto()))
         return model
 
     @cached_property

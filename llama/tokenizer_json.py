@@ -3,79 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from .sentencepieces import BYTE, CONTROL, NORMAL, TRAINER, UNKNOWN, UNUSED, VOCAB_SIZE, field, more_pieces, sentencepiece_model
 from .system.files import read_json
 from .system.printable import shortened
 from .tokenizer import AddedToken, Tokenizer
 
 JSON_BYTES = 2**27  # a larger tokenizer.json is refused; Llama 2's has two million bytes
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, as SentencePiece numbers them
-
-
-def sentencepiece_model(
-    pieces: Sequence[tuple[str, float, int]],
-    *,
-    bos_id: int,
-    eos_id: int,
-    unk_id: int,
-    pad_id: int,
-    add_dummy_prefix: bool,
-    remove_extra_whitespaces: bool = False,
-) -> bytes:
-    """The bytes of a SentencePiece BPE model, as a tokenizer.model has them, with Llama's way of reading text.
-
-    pieces: text, score (the two neighbours whose piece scores best are joined first) and kind of each id. The pieces of bos_id,
-    eos_id and pad_id become control pieces, and that of unk_id the unknown one; an id is -1 where there is none.
-    add_dummy_prefix: whether a space goes before each text. remove_extra_whitespaces: whether runs of spaces are read as one,
-    and those at the ends as none; Llama 2 keeps them. ValueError for another kind, an id without a piece, no unk_id, or
-    text that UTF-8 cannot encode.
-    """
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    named = {"bos_id": bos_id, "eos_id": eos_id, "unk_id": unk_id, "pad_id": pad_id}
-    for name, i in named.items():
-        if not (name == "unk_id") - 1 <= i < len(pieces):
-            raise ValueError(f"{name}={i} has no piece; there are {len(pieces)}")
-    kinds = [kind for _, _, kind in pieces]
-    for i in (pad_id, bos_id, eos_id):
-        if i >= 0:
-            kinds[i] = CONTROL
-    kinds[unk_id] = UNKNOWN
-    model = schema.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
-    for i, (text, score, _) in enumerate(pieces):
-        if not NORMAL <= kinds[i] <= BYTE:
-            raise ValueError(f"the piece {i} is of kind {kinds[i]}; there are {NORMAL} to {BYTE}")
-        model.pieces.add(piece=text, score=score, type=kinds[i])
-    trainer = model.trainer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(pieces), BYTE in kinds
-    for name, i in named.items():
-        setattr(trainer, name, i)
-        setattr(trainer, name.replace("id", "piece"), pieces[i][0] if i >= 0 else "")
-    normalizer = model.normalizer_spec
-    normalizer.name, normalizer.add_dummy_prefix = "identity", add_dummy_prefix
-    normalizer.remove_extra_whitespaces = remove_extra_whitespaces
-    return bytes(model.SerializeToString())
 
 
 def whole_model(tokenizer: Tokenizer) -> bytes:
     """The bytes of a SentencePiece model that has a piece for each id, the added tokens too: control pieces, which text never
     becomes. Ids without a name are unused pieces."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
     own: bytes = tokenizer.sp_model.serialized_model_proto()
-    if tokenizer.n_words == tokenizer.sp_model.vocab_size():
+    count = tokenizer.sp_model.vocab_size()
+    if tokenizer.n_words == count:
         return own
-    model = schema.ModelProto.FromString(own)  # type: ignore[attr-defined]
-    taken = {piece.piece for piece in model.pieces}
-    for i in range(len(model.pieces), tokenizer.n_words):
+    taken = {tokenizer.sp_model.IdToPiece(i) for i in range(count)}
+    more = []
+    for i in range(count, tokenizer.n_words):
         text = tokenizer.piece(i) if tokenizer.piece(i) not in taken else f"<{i}>"
-        model.pieces.add(piece=text, score=0.0, type=UNUSED if i in tokenizer.nameless else CONTROL)
+        more.append((text, 0.0, UNUSED if i in tokenizer.nameless else CONTROL))
         taken.add(text)
-    model.trainer_spec.vocab_size = len(model.pieces)
-    return bytes(model.SerializeToString())
+    return own + more_pieces(more) + field(TRAINER, field(VOCAB_SIZE, tokenizer.n_words))
 
 
 def steps(step: Any) -> list[dict[str, Any]]:

@@ -53,8 +53,8 @@ TESTS = {
     "parallel": "collectives", "patterns": "adapter", "peft": "adapter", "pipes": "terminal printable", "proven": "kernels",
     "quantized": "quantization", "requests": "generation options", "rope": "rotary", "rounding": "quantization",
     "rows": "scheduler streams", "sampling": "sampling streams", "scheduler": "scheduler streams threads",
-    "staging": "loading", "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels",
-    "verifying": "drafting draft_model", "writers": "convert gguf",
+    "sentencepieces": "tokenizer_json", "staging": "loading", "tokenizer_files": "added_tokens tokenizer_json",
+    "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert gguf",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
 SPEED = {

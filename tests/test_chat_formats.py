@@ -197,7 +197,7 @@ def test_no_text_forges_a_control_id(name: str, spaced: Any, tokenizer_path: str
 
 def test_a_piece_that_text_becomes_is_no_way_round(tmp_path: Path) -> None:
     """Some vocabularies have <step> as a piece of their own kind, which SentencePiece finds in any text."""
-    from llama.tokenizer_json import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
+    from llama.sentencepieces import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
 
     user_defined = 4
     letters = [chr(i) for i in range(33, 127)] + ["▁"]

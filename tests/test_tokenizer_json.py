@@ -11,8 +11,9 @@ import pytest
 from conftest import TEXT
 
 from llama import Tokenizer
+from llama.sentencepieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, sentencepiece_model
 from llama.tokenizer_files import open_tokenizer
-from llama.tokenizer_json import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, hf_tokenizer, sentencepiece_model
+from llama.tokenizer_json import hf_tokenizer
 
 IDS: dict[str, Any] = {"bos_id": 1, "eos_id": 2, "unk_id": 0, "pad_id": -1, "add_dummy_prefix": True}
 
