@@ -35,7 +35,8 @@ from tasks import FULL, QUICK
 from llama import ModelArgs, runtime
 from llama.commands import bench
 from llama.system.checks import whole_number
-from llama.tokenizer import need_tokenizer, user_path
+from llama.tokenizer import user_path
+from llama.tokenizer_files import need_tokenizer
 from llama.weights.checkpoint import open_checkpoint
 
 Words = Union[str, Sequence[str]]  # fire makes a tuple of what has commas

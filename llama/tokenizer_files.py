@@ -70,12 +70,12 @@ def open_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
         if i < tokenizer.sp_model.vocab_size() and (piece := tokenizer.sp_model.IdToPiece(i)) != token.content
     ]
     if doubtful and is_first_process():
-        warnings.warn(f"{escaped(str(ckpt_dir))} names added tokens: {', '.join(doubtful[:3])}; the first counts", stacklevel=2)
+        warnings.warn(f"{escaped(str(ckpt_dir))} names added tokens: {', '.join(doubtful[:3])}; the first counts", stacklevel=4)
     if tokenizer.nameless and is_first_process():
         warnings.warn(
             f"{escaped(str(ckpt_dir))} has {tokenizer.n_words} ids, and {counted(len(tokenizer.nameless), 'id')} without a "
             f"name ({_span(tokenizer.nameless)}): they are never drawn",
-            stacklevel=2,
+            stacklevel=4,
         )
     tokenizer.other_stops = frozenset(i for i in described.stops if i < tokenizer.n_words)
     tokenizer.chat_template = described.chat_template

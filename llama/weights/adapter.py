@@ -35,7 +35,7 @@ def add_adapter(checkpoint: Checkpoint, folder: Optional[Path]) -> Checkpoint:
         warnings.warn(
             f"{own} also holds an adapter ({CONFIG}), which is not added to the weights; adapter={own!r} (--adapter) adds it, "
             f"and without {CONFIG} this warning ends",
-            stacklevel=3,
+            stacklevel=4,
         )
     return adapted
 

@@ -273,7 +273,7 @@ class HuggingFaceCheckpoint:
                 warnings.warn(
                     f"{escaped(str(self.folder))}: config.json says that the embedding is the output matrix too, but another "
                     "lm_head.weight is stored, which is used",
-                    stacklevel=4,
+                    stacklevel=6,
                 )
             return
         self._parts["output.weight"] = self._parts["tok_embeddings.weight"]
