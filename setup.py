@@ -19,6 +19,7 @@ HUB = ["huggingface_hub>=0.26"]
 GGUF = ["gguf>=0.17"]  # dequantizes
 TEST = [
     "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
+    "protobuf>=4.21",  # with which transformers reads a tokenizer.model
     *PLOTS, *TERMINAL, *HUB, *CHAT, *GGUF, *TRITON,
 ]  # fmt: skip
 BENCH = ["llama-cpp-python>=0.3.36", *GGUF, "transformers>=4.56", "matplotlib>=3.8"]

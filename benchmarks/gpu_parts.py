@@ -38,10 +38,10 @@ from llama.decoding.compiled import Recorded
 from llama.decoding.engine import Engine
 from llama.decoding.requests import Request
 from llama.decoding.sampling import Sampling
-from llama.generation import DEMO, DEMO_POSITIONS
 from llama.layers.quantization import quantize_layers
 from llama.layers.quantized import Quantized
 from llama.layers.rounding import Quantization
+from llama.loading import DEMO, DEMO_POSITIONS
 
 __all__ = ["about", "decode", "ids", "kernels", "liveness", "load", "place", "prefill", "tests", "tune", "two", "waits"]
 

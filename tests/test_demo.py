@@ -86,7 +86,9 @@ def test_tokenizer_in_the_folder_or_above(tmp_path: Path, tiny: Path, tokenizer_
     """Meta's layout has one for all models, above their folders."""
     folder = tmp_path / "llama-2-7b"
     shutil.copytree(tiny, folder)
-    with pytest.raises(ValueError, match="no tokenizer.model in .* or in the folder above it; pass tokenizer_path"):
+    with pytest.raises(
+        ValueError, match="no tokenizer.model or tokenizer.json in .* in the folder above it; pass tokenizer_path"
+    ):
         Llama.build(str(folder), max_seq_len=16, device="cpu")
     (tmp_path / "tokenizer.model").write_bytes(Path(tokenizer_path).read_bytes())
     assert Llama.build(str(folder), max_seq_len=16, device="cpu").tokenizer.n_words == 400

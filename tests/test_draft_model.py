@@ -445,11 +445,11 @@ def test_memory_advice_counts_the_draft(
     both = memory.Placement(args, torch.float32, draft=alone)
     one, two = memory.estimate(alone), memory.estimate(both)
     assert (two.weights, two.cache) == (2 * one.weights, 2 * one.cache)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(1.5 * one.resident))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: (one.resident + two.resident) // 2)
     memory.check_fits(alone)
     with pytest.raises(ValueError, match=r"the model and its draft model take .*; .* or no draft= would fit"):
         with_draft(tiny, tokenizer_path, str(tiny))
-    monkeypatch.setattr(memory, "free_bytes", lambda device: two.weights + two.cache // 2)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: two.resident - two.cache // 2)
     with pytest.raises(ValueError, match=r"; max_batch_size=2 or max_seq_len=64 or .*2 processes.* or no draft= "):
         with_draft(tiny, tokenizer_path, str(tiny))
 
