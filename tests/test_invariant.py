@@ -55,13 +55,13 @@ def test_on_emulated_cuda(tiny: Path, tokenizer_path: str) -> None:
 def mixed(folder: str, tokenizer_path: str, dtype: str, quantize: Optional[str]) -> Any:
     """On each of the processes that share the model, which make the same calls."""
     models = [build(Path(folder), tokenizer_path, rows, dtype, quantize) for rows in (4, 1)]
-    return events.run_exactly(*models, mixtures=10, seed=5)
+    return events.run_exactly(*models, mixtures=2, seed=5)
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", None), ("bfloat16", "int8"), ("float32", None)])
 def test_on_several_processes(dtype: str, quantize: Optional[str], tiny: Path, tokenizer_path: str, pool: Pool) -> None:
     first, *others = pool.run(mixed, str(tiny), tokenizer_path, dtype, quantize)
-    assert first["steps"] > 100
+    assert first["steps"] > 20
     assert others == [first] * 3
 
 
