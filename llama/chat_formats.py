@@ -1,5 +1,5 @@
-"""The chat formats of this family: Llama 2's, which `chat` has, and those of fine-tunes, as the templates that their makers
-published; and which of them a folder speaks."""
+"""The chat formats of this family: Llama 2's, which `chat` has, and those of fine-tunes, as templates that write what their
+makers' own write; and which of them a folder speaks."""
 
 from __future__ import annotations
 
@@ -75,85 +75,101 @@ class Llama2Format:
         return chat.encode_turn(user, assistant, tokenizer, system)
 
 
+def _template(roles: Mapping[str, str], asks: str, begin: str = "", check: str = "") -> str:
+    """A template in Jinja. roles: what is written for a message of each role, an expression with its `text`. asks: what is
+    written in front of a reply. begin, check: what stands at the beginning, and before each message."""
+    cases = "".join(f"{{% elif message['role'] == '{role}' %}}{{{{ {text} }}}}" for role, text in roles.items())
+    cases = cases.replace("elif", "if", 1)
+    each = "{% for message in messages %}{% set text = message['content'] %}" + check + cases + "{% endif %}{% endfor %}"
+    return begin + each + (f"{{% if add_generation_prompt %}}{{{{ '{asks}' }}}}{{% endif %}}" if asks else "")
+
+
+def _unless_told(system: str) -> str:
+    """A system message for dialogs without one, in Jinja."""
+    return f"{{% if messages[0]['role'] != 'system' %}}{{{{ {system!r} }}}}{{% endif %}}"
+
+
+# A user's message has an even place, and with a system message in front an odd one.
+_BY_TURNS = (
+    "{% set place = loop.index0 + (messages[0]['role'] == 'system') | int %}"
+    "{% if (message['role'] == 'user') != (place % 2 == 0) %}"
+    "{{ raise_exception('a user and the assistant speak by turns; message ' ~ loop.index0 ~ ' is out of turn') }}{% endif %}"
+)
 LLAMA2 = Llama2Format(
     "llama2",  # meta-llama/Llama-2-7b-chat-hf
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}"
-    "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}"
-    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    _template(
+        {
+            "user": "bos_token + '[INST] ' + (told + text) | trim + ' [/INST]'",
+            "assistant": "' ' + text | trim + ' ' + eos_token",
+        },
+        "",
+        check=_BY_TURNS + "{% set told = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' "
+        "if loop.index0 == 1 and messages[0]['role'] == 'system' else '' %}",
+    ),
 )
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 FORMATS: dict[str, Union[Llama2Format, TemplateFormat]] = {
     format.name: format
     for format in (
         LLAMA2,
         TemplateFormat(
             "vicuna",  # lmsys/vicuna-7b-v1.5, as FastChat writes it ("vicuna_v1.1"); WizardLM-13B-V1.2 and Xwin-LM too
-            "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
-            "{% set loop_messages = messages[1:] %}{% else %}{{ \"" + _VICUNA + " \" }}"
-            "{% set loop_messages = messages %}{% endif %}"
-            "{% for message in loop_messages %}{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
-            "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+            _template(
+                {"system": "text + ' '", "user": "'USER: ' + text + ' '", "assistant": "'ASSISTANT: ' + text + eos_token"},
+                "ASSISTANT:", "{{ bos_token }}" + _unless_told(_VICUNA),
+            ),
             "USER:", "ASSISTANT:", "ASSISTANT:", own_tags=("USER:", "ASSISTANT:"),
         ),
         TemplateFormat(
             "zephyr",  # HuggingFaceH4/zephyr-7b-beta, TinyLlama/TinyLlama-1.1B-Chat-v1.0
-            "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
-            "{{ '<|user|>\\n' + message['content'] + eos_token }}\n"
-            "{% elif message['role'] == 'system' %}\n{{ '<|system|>\\n' + message['content'] + eos_token }}\n"
-            "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n"
-            "{% endif %}\n"
-            "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+            _template(
+                {role: f"'<|{role}|>\\n' + text + eos_token + '\\n'" for role in ("system", "user", "assistant")},
+                "<|assistant|>\\n",
+            ),
             "<|user|>", "<|assistant|>", "<|assistant|>", own_tags=("<|system|>", "<|user|>", "<|assistant|>"),
         ),
         TemplateFormat(
             "chatml",  # microsoft/Orca-2-7b, teknium/OpenHermes-2.5, 01-ai/Yi-6B-Chat
-            "{% for message in messages %}"
-            "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+            _template(
+                {role: f"'<|im_start|>{role}\\n' + text + '<|im_end|>\\n'" for role in ("system", "user", "assistant")},
+                "<|im_start|>assistant\\n",
+            ),
             "<|im_start|>user", "<|im_start|>assistant", "<|im_start|>assistant", "<|im_end|>", ("<|im_start|>", "<|im_end|>"),
         ),
         TemplateFormat(
             "alpaca",  # tatsu-lab/alpaca-7b, WizardLMTeam/WizardMath-7B-V1.0, WizardCoder
-            "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n\\n' }}"
-            "{% set loop_messages = messages[1:] %}{% else %}{{ '" + _ALPACA + "\\n\\n' }}"
-            "{% set loop_messages = messages %}{% endif %}"
-            "{% for message in loop_messages %}{% if message['role'] == 'user' %}"
-            "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-            "{% else %}{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '### Response:' }}{% endif %}",
+            _template(
+                {
+                    "system": "text + '\\n\\n'", "user": "'### Instruction:\\n' + text + '\\n\\n'",
+                    "assistant": "'### Response:\\n' + text + eos_token + '\\n\\n'",
+                },
+                "### Response:", "{{ bos_token }}" + _unless_told(_ALPACA),
+            ),
             "### Instruction:", "### Response:", "### Response:", own_tags=("### Instruction:", "### Response:"),
             own_stops=("### Instruction:",),
         ),
         TemplateFormat(
             "orca",  # upstage/SOLAR-10.7B-Instruct-v1.0, pankajmathur/orca_mini; Orca-2 speaks ChatML
-            "{% for message in messages %}{% if message['role'] == 'system' %}{% if message['content']%}"
-            "{{'### System:\\n' + message['content']+'\\n\\n'}}{% endif %}{% elif message['role'] == 'user' %}"
-            "{{'### User:\\n' + message['content']+'\\n\\n'}}{% elif message['role'] == 'assistant' %}"
-            "{{'### Assistant:\\n'  + message['content']}}{% endif %}{% if loop.last and add_generation_prompt %}"
-            "{{ '### Assistant:\\n' }}{% endif %}{% endfor %}",
+            _template(
+                {
+                    "system": "'### System:\\n' + text + '\\n\\n' if text else ''", "user": "'### User:\\n' + text + '\\n\\n'",
+                    "assistant": "'### Assistant:\\n' + text",
+                },
+                "### Assistant:\\n",
+            ),
             "### User:", "### Assistant:", "### Assistant:", own_tags=("### System:", "### User:", "### Assistant:"),
             own_stops=("### User:",),
         ),
         TemplateFormat(
             "codellama70b",  # codellama/CodeLlama-70b-Instruct-hf
-            "{% if messages[0]['role'] == 'system' %}{% set user_index = 1 %}{% else %}{% set user_index = 0 %}{% endif %}"
-            "{% for message in messages %}{% if (message['role'] == 'user') != ((loop.index0 + user_index) % 2 == 0) %}"
-            "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-            "{% if loop.index0 == 0 %}{{ '<s>' }}{% endif %}"
-            "{% set content = 'Source: ' + message['role'] + '\\n\\n ' + message['content'] | trim %}"
-            "{{ content + ' <step> ' }}{% endfor %}{{'Source: assistant\\nDestination: user\\n\\n '}}",
+            _template(
+                {role: f"'Source: {role}\\n\\n ' + text | trim + ' <step> '" for role in ("system", "user", "assistant")},
+                "", "{{ bos_token }}", _BY_TURNS,
+            ) + "{{ 'Source: assistant\\nDestination: user\\n\\n ' }}",
             "Source: user", "Source: assistant", "Source: assistant\nDestination: user", "<step>", ("<step>",),
         ),
     )
