@@ -17,15 +17,8 @@ from .chat import Dialog, DialogError, Message, check_dialog, turn_messages
 from .system.printable import escaped
 from .tokenizer import Tokenizer, encode_plain
 
-FAILURES = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)  # of its expressions
+# What expressions of a template may raise.
+FAILURES = ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
 MOST_CHARACTERS = 2**17  # a longer template is refused; those of this family have some hundreds
 
 

@@ -74,7 +74,9 @@ MODEL = {
     ),
     "tokenizer_path": Option(str, None, "its tokenizer.model; the one in that folder or in the folder above if not given"),
     "max_seq_len": Option(
-        a_number, None, "tokens of a prompt and its answer that there is room for; 2048 if not given, 512 for the demo model"
+        a_number,
+        None,
+        "tokens of a prompt and its answer that there is room for; if not given 2048, or fewer if the folder says so",
     ),
     "max_batch_size": Option(a_number, 1, "prompts that run side by side"),
     "model_parallel_size": Option(a_number, None, "processes that share one copy of the model; all if not given"),

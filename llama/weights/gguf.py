@@ -224,9 +224,7 @@ class GGUFCheckpoint:
             found.update(header.tensors)
         self.args = read_args(path, headers[0].metadata, found)
         context = whole(headers[0].metadata.get("llama.context_length"))
-        self.positions = (
-            context if context is not None and 1 <= context < 2**31 else None
-        )  # that it was made for, if it says so
+        self.positions = context if context is not None and 1 <= context < 2**31 else None
         self.ids = self.args.vocab_size  # rows of the embedding and the output that count
         names = metas_names(self.args.n_layers)
         for file, header in zip(self.paths, headers):
