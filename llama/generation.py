@@ -63,6 +63,7 @@ from .loading import DEMO, DEMO_TOLD, checkpoint_folders, open_folders
 from .model import Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options, with_stops
 from .session import ChatSession
+from .system import openmp
 from .system.checks import whole, whole_number
 from .system.printable import shortened
 from .tokenizer import Tokenizer, split
@@ -156,6 +157,7 @@ class Llama:
             draft_model = None if opened.draft is None else opened.draft.load()
             model = opened.main.load()
         opened.warn_beyond_training()
+        openmp.rest()  # other threads may be the ones that generate
         torch.manual_seed(seed)
         print(f"Loaded in {time.time() - started:.2f} seconds")
         if dtype is None and (told := opened.other_dtype()):

@@ -49,12 +49,13 @@ TESTS = {
     "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "layers/invariant": "invariant",
-    "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts", "pace": "scheduler",
-    "parallel": "collectives", "patterns": "adapter", "peft": "adapter", "pipes": "terminal printable", "proven": "kernels",
-    "quantized": "quantization", "requests": "generation options", "rope": "rotary", "rounding": "quantization",
-    "rows": "scheduler streams", "sampling": "sampling streams", "scheduler": "scheduler streams threads",
-    "sentencepieces": "tokenizer_json", "staging": "loading", "tokenizer_files": "added_tokens tokenizer_json",
-    "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert gguf",
+    "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts", "openmp": "threads",
+    "pace": "scheduler", "parallel": "collectives", "patterns": "adapter", "peft": "adapter", "pipes": "terminal printable",
+    "proven": "kernels", "quantized": "quantization", "requests": "generation options", "rope": "rotary",
+    "rounding": "quantization", "rows": "scheduler streams", "sampling": "sampling streams",
+    "scheduler": "scheduler streams threads", "sentencepieces": "tokenizer_json", "staging": "loading",
+    "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels", "verifying": "drafting draft_model",
+    "writers": "convert gguf",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
 SPEED = {

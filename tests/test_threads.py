@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from llama import Llama
+from llama.system import openmp
 
 PROMPTS = ["The little dog found", "a red ball under the tree", "Once upon a time", "She laughed"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -325,3 +327,31 @@ def test_a_stream_that_ends_while_another_steps(llama: Llama) -> None:
         closing.start()
         closing.join(60)
         assert not closing.is_alive()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_openmp_keeps_no_threads_for_a_thread_that_waits() -> None:
+    """libgomp lets its threads sleep after each product where more of them live than processors: with those of the thread that
+    had built the model, each step of another thread took a tenth longer."""
+
+    def live() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def compute() -> list[bool]:
+        mine = []
+        for _ in range(2):
+            torch.randn(2**20).mul(2)
+            before, until = live(), time.monotonic() + 60
+            openmp.rest()
+            while live() > before - 2 and time.monotonic() < until:
+                time.sleep(0.001)  # they end by themselves
+            mine.append(live() <= before - 2)
+        return mine
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(compute).result() == [True, True]
+    finally:
+        torch.set_num_threads(threads)

@@ -20,6 +20,7 @@ import torch
 
 from ..layers.parallel import Group, all_agree, least
 from ..runtime import to_device
+from ..system import openmp
 from . import metas_way
 from .calls import Call
 from .choosing import Chooser
@@ -109,6 +110,7 @@ class Scheduler:
         lock = self.engine.lock
         if not lock.acquire(blocking=False):
             self._waiters.append(call)
+            openmp.rest()
             try:
                 if lock.acquire(blocking=False):  # let go of before this call stood in the list
                     lock.release()
@@ -155,6 +157,8 @@ class Scheduler:
                 if not self.rows:  # nothing here is to keep the calls that have ended
                     self._newest = [], torch.empty(0)
                     self.chooser.let_go()
+                elif self._waiters:  # another thread steps on
+                    openmp.rest()
         finally:
             self.engine.lock.release()
 
