@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .chat import UNSAFE_ERROR, Message
 from .decoding.calls import Call
-from .decoding.requests import FinishReason
+from .decoding.requests import FinishReason, Step
 from .layers.parallel import is_first_process
 from .tokenizer import TextStream, Tokenizer, split
 
@@ -91,32 +91,38 @@ class Completions:
 
     def __iter__(self) -> Iterator[Chunk]:
         for step in self.call:
-            chunk, stream = self.waiting[step.index], self.streams[step.index]
-            if step.prompt_logprobs is not None:
-                chunk["logprobs"] += step.prompt_logprobs
-                if self.call.alternatives:
-                    chunk["top_logprobs"] += [[] for _ in step.prompt_logprobs]
-            if step.token is not None:
-                chunk["text"] += stream.add(step.token)
-                chunk["tokens"].append(step.token)
-                if self.call.scored:
-                    chunk["logprobs"].append(step.logprob)
-                if self.call.alternatives:
-                    chunk["top_logprobs"].append([self._alternative(*best) for best in step.alternatives])
-            chunk["finish_reason"] = step.finish_reason
-            if step.finish_reason:
-                chunk["text"] += stream.finish()
-            if stream.stopped:
-                self.call.cancel(step.index)
-                chunk["finish_reason"] = "stop"
-            if chunk["finish_reason"]:
-                chunk["cached_tokens"] = self.call.cached[step.index]
-            if chunk["text"] or chunk["finish_reason"]:
-                self.waiting[step.index] = self._chunk(step.index)
+            if (chunk := self.add(step)) is not None:
                 yield chunk
 
-    def _alternative(self, token: int, logprob: float) -> Alternative:
-        return Alternative(id=token, text=self.tokenizer.decode([token]), logprob=logprob)
+    def add(self, step: Step) -> Optional[Chunk]:
+        """Take what the call decided next. -> the chunk that it completes; None while there is no text to show"""
+        chunk, stream = self.waiting[step.index], self.streams[step.index]
+        if step.prompt_logprobs is not None:
+            chunk["logprobs"] += step.prompt_logprobs
+            if self.call.alternatives:
+                chunk["top_logprobs"] += map(self._alternatives, step.prompt_alternatives)
+        if step.token is not None:
+            chunk["text"] += stream.add(step.token)
+            chunk["tokens"].append(step.token)
+            if self.call.scored:
+                chunk["logprobs"].append(step.logprob)
+            if self.call.alternatives:
+                chunk["top_logprobs"].append(self._alternatives(step.alternatives))
+        chunk["finish_reason"] = step.finish_reason
+        if step.finish_reason:
+            chunk["text"] += stream.finish()
+        if stream.stopped:
+            self.call.cancel(step.index)
+            chunk["finish_reason"] = "stop"
+        if chunk["finish_reason"]:
+            chunk["cached_tokens"] = self.call.cached[step.index]
+        if not chunk["text"] and not chunk["finish_reason"]:
+            return None
+        self.waiting[step.index] = self._chunk(step.index)
+        return chunk
+
+    def _alternatives(self, best: list[tuple[int, float]]) -> list[Alternative]:
+        return [Alternative(id=i, text=self.tokenizer.decode([i]), logprob=logprob) for i, logprob in best]
 
 
 class Score(TypedDict):

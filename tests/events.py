@@ -229,7 +229,7 @@ def led(
 
 
 def scored(step: Step) -> tuple[Any, ...]:
-    return step.token, step.logprob, step.alternatives, step.finish_reason, step.prompt_logprobs
+    return step.token, step.logprob, step.alternatives, step.finish_reason, step.prompt_logprobs, step.prompt_alternatives
 
 
 def run_exactly(llama: Llama, alone: Llama, mixtures: int, seed: int) -> dict[str, Any]:

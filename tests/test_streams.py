@@ -149,7 +149,12 @@ def test_what_chunks_hold(logprobs: Any, echo: bool, llama: Llama) -> None:
         assert "".join(part["text"] for part in parts) == whole["generation"]
         assert held.get("logprobs") == pytest.approx(whole.get("logprobs"), abs=1e-5)
         if logprobs == 2:
-            assert held["top_logprobs"][:-12] == [[] for _ in ids]
+            expected = torch.log_softmax(llama.model(torch.tensor([ids]), 0)[0, :-1], -1).topk(2) if echo else None
+            for place, best in enumerate(held["top_logprobs"][:-12]):
+                told = [] if place == 0 or expected is None else expected.indices[place - 1].tolist()
+                assert [each["id"] for each in best] == told
+                values = expected.values[place - 1].tolist() if told and expected is not None else []
+                assert [each["logprob"] for each in best] == pytest.approx(values)
             for token, logprob, (best, second) in list(zip(held["tokens"], held["logprobs"], held["top_logprobs"]))[-12:]:
                 assert best == {"id": token, "text": llama.tokenizer.decode([token]), "logprob": logprob}
                 assert second == {**second, "text": llama.tokenizer.decode([second["id"]])}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
-from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -263,9 +262,7 @@ class Chooser:
         if plan.scored:
             wanted.append(self.engine.of_rows(token_logprobs, logits, chosen.clamp(min=0)))
         if plan.alternatives:
-            most = min(plan.alternatives, self._vocab_size)
-            top = self.engine.of_rows(partial(torch.log_softmax, dim=-1), logits).topk(most, dim=-1)
-            wanted += [top.indices, top.values]
+            wanted += self.engine.best(logits, plan.alternatives)
         if more is not None:
             wanted.append(more)
         tokens, *others = self.engine.fetch(wanted, meanwhile)

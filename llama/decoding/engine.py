@@ -216,15 +216,27 @@ class Engine:
         one_row = rows == 1 and self.dtype == torch.bfloat16 and device_kind(self.device) == "cpu" and not AMX
         return without_onednn if one_row else nullcontext()
 
-    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """ln p of targets (N,) after hidden states (N, dim): float32 (N,).
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, alternatives: int = 0) -> tuple[torch.Tensor, ...]:
+        """`scores` after hidden states (N, dim).
 
         The head runs over a few at a time: all logits of a long prompt would take more memory than the model.
         """
         step = max(1, LOGITS_BYTES // (4 * self.model.vocab_size))
         some = [slice(i, i + step) for i in range(0, len(targets), step)]
-        parts = [self.of_rows(prompt_logprobs, self.logits(hidden[rows]), targets[rows]) for rows in some]
-        return torch.cat(parts) if parts else targets.float()
+        parts = [self.scores(self.logits(hidden[rows]), targets[rows], alternatives) for rows in some]
+        none = targets.new_empty(0, min(alternatives, self.model.vocab_size))
+        return tuple(map(torch.cat, zip(*parts))) if parts else (targets.float(), *[none, none.float()] * bool(alternatives))
+
+    def scores(self, logits: torch.Tensor, targets: torch.Tensor, alternatives: int = 0) -> tuple[torch.Tensor, ...]:
+        """ln p of targets (N,) under float32 logits (N, V): float32 (N,), NaN where logits are not finite. With alternatives
+        also this number of `best` at each place: their ids, and ln p of each."""
+        told = self.of_rows(prompt_logprobs, logits, targets)
+        return (told, *self.best(logits, alternatives)) if alternatives else (told,)
+
+    def best(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest ids under float32 logits (N, V), and ln p of each: (N, count), or (N, V) if that is fewer."""
+        top = self.of_rows(partial(torch.log_softmax, dim=-1), logits).topk(min(count, logits.shape[-1]), dim=-1)
+        return top.indices, top.values
 
     def of_rows(self, function: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
         """A function that computes something for each of some rows."""

@@ -13,7 +13,7 @@ import torch
 from ..runtime import to_device
 from .calls import Call
 from .choosing import Chooser
-from .engine import Engine, prompt_logprobs
+from .engine import Engine
 from .rows import Row
 
 
@@ -46,13 +46,13 @@ def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> 
         for i, row in enumerate(rows):
             if row.request.score_prompt and row.reading:
                 targets = tokens[i, start + 1 : min(end + 1, len(prompts[i]))]
-                row.scores.append(prompt_logprobs(logits[i, : len(targets)], targets))
+                row.scores.append(engine.scores(logits[i, : len(targets)], targets, row.request.alternatives))
         chosen = chooser.choose(logits[:, -1], rows)  # ended rows draw too: draws must not depend on them
         deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in call.over]
         some = [rows[i] for i in deciding]
         for row in some:
             row.reading = False
-            if row.scores and not row.take_scores(torch.cat(row.scores).tolist()):
+            if row.scores and not row.take_scores(*(torch.cat(parts).tolist() for parts in zip(*row.scores))):
                 raise engine.not_finite(row.index)
         if some:
             places = to_device(deciding, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 
@@ -75,8 +75,9 @@ class Row:
         self.cached = 0  # ids of the prompt that are not read, since a slot held them
         self.apart = False  # its columns are turned by its prompt's own length, so it shares none with others
         self.last: Optional[torch.Tensor] = None  # hidden state (dim,) behind all ids, until an id is chosen by it
-        self.scores: list[torch.Tensor] = []
+        self.scores: list[tuple[torch.Tensor, ...]] = []  # of the prompt's pieces, on the device: see `Engine.scores`
         self.prompt_logprobs: Optional[list[float]] = None
+        self.prompt_alternatives: list[list[tuple[int, float]]] = []
         # What its options need:
         self.generator: Optional[torch.Generator] = None  # its own, if it has a seed
         self.noise: Optional[Noise] = None  # its draws can be guessed, if they come from this
@@ -114,24 +115,26 @@ class Row:
         """How many ids may still follow."""
         return self.end - len(self.ids)
 
-    def take_scores(self, values: list[float]) -> bool:
-        """Keep the log-probabilities of the prompt's ids but the first, for the next step. -> whether all are numbers"""
+    def take_scores(self, values: list[float], *best: list[list[Any]]) -> bool:
+        """Keep what `Engine.scores` told of the prompt's ids but the first, for the next step. -> whether all are numbers"""
         self.scores, self.prompt_logprobs = [], [0.0, *values]
+        most = self.request.alternatives
+        self.prompt_alternatives = [[], *(list(zip(ids, theirs))[:most] for ids, theirs in zip(*best))] if best else []
         return not any(map(math.isnan, values))
 
     def step(self, decision: Decision) -> Step:
         """What a decision means; `accept` makes it so."""
-        room = self.end - len(self.ids)
+        room, scores = self.end - len(self.ids), (self.prompt_logprobs, self.prompt_alternatives)
         if room <= 0:
-            return Step(self.index, finish_reason=self.ends_by, prompt_logprobs=self.prompt_logprobs)
+            return Step(self.index, None, 0.0, [], self.ends_by, *scores)
         if decision.token in self.request.ends:
-            return Step(self.index, finish_reason="stop", prompt_logprobs=self.prompt_logprobs)
+            return Step(self.index, None, 0.0, [], "stop", *scores)
         reason = self.ends_by if room == 1 else None
-        return Step(self.index, decision.token, decision.logprob, decision.alternatives, reason, self.prompt_logprobs)
+        return Step(self.index, decision.token, decision.logprob, decision.alternatives, reason, *scores)
 
     def accept(self, step: Step) -> None:
         """Make the step's id the newest of the row."""
-        self.prompt_logprobs, self.last = None, None
+        self.prompt_logprobs, self.prompt_alternatives, self.last = None, [], None
         self.finished = step.finish_reason is not None
         if step.token is not None:
             self.ids.append(step.token)

@@ -507,7 +507,7 @@ class Scheduler:
                 row, length = rows[i], len(rows[i].ids)
                 if row.request.score_prompt and not row.generated:
                     targets = to_device(row.request.prompt[at + 1 : at + 1 + len(states)], self.engine.device)
-                    row.scores.append(self.engine.logprobs(states[: len(targets)], targets))
+                    row.scores.append(self.engine.logprobs(states[: len(targets)], targets, row.request.alternatives))
                 if at < length <= at + len(states):
                     row.last = states[length - 1 - at].clone()
         for row, ids in zip(rows, parts):
@@ -516,9 +516,10 @@ class Scheduler:
 
     def _score(self, rows: list[Row]) -> None:
         """Prompts' log-probabilities, on the host."""
-        scores = self.engine.fetch([torch.cat(row.scores) for row in rows]) if rows else []
-        for row, values in zip(rows, scores):
-            if not row.take_scores(values):
+        whole = [[torch.cat(parts) for parts in zip(*row.scores)] for row in rows]
+        fetched = iter(self.engine.fetch(list(itertools.chain(*whole))) if rows else [])
+        for row, parts in zip(rows, whole):
+            if not row.take_scores(*itertools.islice(fetched, len(parts))):
                 row.call.error = self._refused(row, NOT_FINITE)
 
     # Running rows
