@@ -71,7 +71,7 @@ class Completions:
         self, tokenizer: Tokenizer, call: Call, *, stops: Sequence[str], echo: bool, begun: Sequence[Sequence[int]] = ()
     ) -> None:
         """begun: for each prompt the ids at its end that begin the reply; empty if no prompt has such ids."""
-        self.tokenizer, self.call = tokenizer, call
+        self.tokenizer, self.call, self.echo, self.begun = tokenizer, call, echo, begun
         self.streams = [TextStream(tokenizer, stops) for _ in call.requests]
         self.waiting = [self._chunk(i) for i in range(len(call.requests))]
         if echo:

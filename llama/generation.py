@@ -387,7 +387,7 @@ class Llama:
         follows it: the two texts, joined, are the reply.
         """
         given = ending(self.chat_format, self.tokenizer, _given(temperature, top_p, max_gen_len, logprobs, options))
-        asked = Asked(lambda: self._encode_dialogs(dialogs, on_unsafe, continue_final_message), given)
+        asked = Asked(lambda: self.encode_dialogs(dialogs, on_unsafe, continue_final_message), given)
         if not self._replaced_generate:
             prompts, completions = self._complete(asked)
         elif continue_final_message:
@@ -411,7 +411,7 @@ class Llama:
     ) -> Iterator[Chunk]:
         """`chat_completion` as it is decided. The replies to unsafe dialogs come first."""
         given = ending(self.chat_format, self.tokenizer, _given(temperature, top_p, max_gen_len, logprobs, options))
-        prompts, chunks = self._stream(Asked(lambda: self._encode_dialogs(dialogs, on_unsafe, continue_final_message), given))
+        prompts, chunks = self._stream(Asked(lambda: self.encode_dialogs(dialogs, on_unsafe, continue_final_message), given))
         return chat_chunks(chunks, prompts.places, len(dialogs) * options.get("n", 1))
 
     def infill(
@@ -572,8 +572,8 @@ class Llama:
             raise ValueError(f"prompts is a list of texts, not {type(prompts).__name__}; put one text into a list")
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
-    def _encode_dialogs(self, dialogs: Sequence[Dialog], on_unsafe: str, continue_final_message: bool) -> Prompts:
-        """The prompts of the safe dialogs."""
+    def encode_dialogs(self, dialogs: Sequence[Dialog], on_unsafe: str, continue_final_message: bool) -> Prompts:
+        """The prompts of the safe dialogs. For the arguments and errors see `chat_completion`."""
         if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}")
         if on_unsafe not in ("reply", "raise"):
@@ -639,12 +639,16 @@ class Llama:
         alike = self._group is not None and self._leader is None
         return self.lock if call.plainly or alike else nullcontext()
 
-    def _stream(self, asked: Asked) -> tuple[Prompts, Iterator[Chunk]]:
+    def begin(self, asked: Asked, *, streams: bool = True) -> tuple[Prompts, Completions]:
+        """A stream that was checked, and of which nothing runs until it is read. streams: see `Call`."""
         if self._replaced_generate:
             raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
-        call, choice, prompts = self._start(asked, streams=True)
-        chunks = Completions(self.tokenizer, call, stops=choice.stops, echo=asked.echo, begun=prompts.begun)
-        return prompts, iter(chunks)
+        call, choice, prompts = self._start(asked, streams=streams)
+        return prompts, Completions(self.tokenizer, call, stops=choice.stops, echo=asked.echo, begun=prompts.begun)
+
+    def _stream(self, asked: Asked) -> tuple[Prompts, Iterator[Chunk]]:
+        prompts, completions = self.begin(asked)
+        return prompts, iter(completions)
 
     def _complete(self, asked: Asked) -> tuple[Prompts, list[CompletionPrediction]]:
         """Drain the stream of this replica's share of the prompts, and put all shares together."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from .. import runtime
 from ..system import peers, pipes
-from . import bench, folders, terminal
+from . import bench, folders, serve, terminal
 from .arguments import understand
 
-COMMANDS = {**terminal.COMMANDS, **folders.COMMANDS, **bench.COMMANDS}
+COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **folders.COMMANDS, **bench.COMMANDS}
 
 
 def run(words: Sequence[str]) -> None:

@@ -101,22 +101,26 @@ class Call:
     def __iter__(self) -> Iterator[Step]:
         self.scheduler.submit(self)
         try:
-            while (step := self._next()) is not None:
-                yield step
-        finally:
-            self.left, self.plain_steps = True, None
-            self.scheduler.let_go()
-
-    def _next(self) -> Optional[Step]:
-        """The next step; None if there is no more."""
-        while True:
-            while not self._events:
-                if self.error is not None:
+            while True:
+                yield from self.news()
+                if self.has_news:  # an error, behind all steps
+                    assert self.error is not None
                     raise self.error
                 if self.is_over:
-                    return None
+                    return
                 self.scheduler.advance(self)
+        finally:
+            self.leave()
+
+    def news(self) -> Iterator[Step]:
+        """The steps that were decided, and not read yet. None is waited for."""
+        while self._events:
             number, step = self._events.popleft()
             if number == self._read[step.index] and step.index not in self._cancelled:
                 self._read[step.index] += 1
-                return step
+                yield step
+
+    def leave(self) -> None:
+        """Nobody reads on: end what still runs."""
+        self.left, self.plain_steps = True, None
+        self.scheduler.let_go()
