@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 # The tests of each file that has no test file of its own name, or whose behaviour others test as well: files, or file::test.
 TESTS = {
-    "agreement": "generation", "archive": "files checkpoint", "as_built": "own_parts", "cache_use": "own_parts",
-    "calls": "scheduler threads", "chat_template": "chat_formats",
+    "agreement": "generation", "app": "server", "archive": "files checkpoint", "as_built": "own_parts", "bodies": "server",
+    "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens", "checks": "options sampling",
     "choosing": "scheduler streams sampling", "cli": "terminal",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
@@ -49,11 +49,12 @@ TESTS = {
     "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "layers/invariant": "invariant",
-    "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts", "openmp": "threads",
-    "pace": "scheduler", "parallel": "collectives", "patterns": "adapter", "peft": "adapter", "pipes": "terminal printable",
-    "proven": "kernels", "quantized": "quantization", "requests": "generation options", "rope": "rotary",
-    "rounding": "quantization", "rows": "scheduler streams", "sampling": "sampling streams",
-    "scheduler": "scheduler streams threads", "sentencepieces": "tokenizer_json", "staging": "loading",
+    "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts", "metrics": "server",
+    "openmp": "threads", "pace": "scheduler", "parallel": "collectives", "patterns": "adapter", "peft": "adapter",
+    "pipes": "terminal printable", "proven": "kernels", "quantized": "quantization", "replies": "server",
+    "requests": "generation options", "rope": "rotary", "rounding": "quantization", "rows": "scheduler streams",
+    "sampling": "sampling streams", "scheduler": "scheduler streams threads", "sentencepieces": "tokenizer_json",
+    "serve": "server", "serving": "server", "staging": "loading", "stepper": "server",
     "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels", "verifying": "drafting draft_model",
     "writers": "convert gguf",
 }  # fmt: skip

@@ -94,7 +94,8 @@ class Server:
         if self.settings.origins:
             allowed = {"allow_origins": list(self.settings.origins), "allow_methods": ["*"], "allow_headers": ["*"]}
             middleware.append(Middleware(CORSMiddleware, **allowed))  # type: ignore[arg-type]
-        return Starlette(routes=routes, middleware=middleware, lifespan=self._lifespan)
+        handlers = {HTTPException: lambda _, error: answer_to(error, "")}
+        return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -196,7 +197,8 @@ def answer_to(error: Exception, request_id: str) -> Response:
     if isinstance(error, Wrong):
         return failure(error.status, str(error), error.field, error.code)
     if isinstance(error, HTTPException):
-        return failure(error.status_code, f"{error.detail}: there is no such address here, or not with this method")
+        told = {404: "there is no such address here", 405: "this address is not there for that method"}
+        return failure(error.status_code, told.get(error.status_code, str(error.detail)), headers=error.headers)
     if isinstance(error, Busy):
         headers = {"retry-after": "1"}
         return failure(429, str(error), code="queue_full", headers=headers)
@@ -372,11 +374,11 @@ async def detokenize(server: Server, request: HTTPRequest, body: Any) -> Respons
 
 async def tokenizer_info(server: Server, request: HTTPRequest) -> Response:
     tokenizer = server.llama.tokenizer
-    ends = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-    told = {name.replace("_id", "_token"): tokenizer.piece(i) if i >= 0 else None for name, i in ends.items()}
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    told = {name: tokenizer.piece(i) if i >= 0 else None for name, i in ends.items()}
     sizes = {"vocab_size": tokenizer.n_words, "max_model_len": server.llama.model.params.max_seq_len}
     kind = {"tokenizer_class": "LlamaTokenizer", "chat_template": tokenizer.chat_template}
-    return JSONResponse({**kind, **ends, **told, **sizes})
+    return JSONResponse({**kind, **told, **{f"{name}_id": i for name, i in ends.items()}, **sizes})
 
 
 async def models(server: Server, request: HTTPRequest) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Iterable
@@ -9,8 +10,10 @@ from itertools import accumulate
 from typing import Any, NamedTuple, Optional
 
 from ..completion import Alternative, Chunk, Completions
-from ..tokenizer import StreamDecoder, Tokenizer
+from ..tokenizer import StreamDecoder, Tokenizer, is_control
 from .bodies import Request
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # the name of a piece that is one byte
 
 
 class Token(NamedTuple):
@@ -22,12 +25,12 @@ class Token(NamedTuple):
     best: list[Alternative]
 
 
-def raw(tokenizer: Tokenizer, token: int) -> list[int]:
-    """The bytes that an id stands for, alone."""
-    piece = tokenizer.piece(token) if isinstance(tokenizer, Tokenizer) else tokenizer.decode([token])
-    if len(piece) == 6 and piece.startswith("<0x"):
-        return [int(piece[3:5], 16)]
-    return list(piece.replace("▁", " ").encode(errors="replace"))
+def raw(tokenizer: Tokenizer, token: int) -> bytes:
+    """What an id stands for wherever it comes: " there", a byte of a character, nothing for control ids."""
+    if is_control(tokenizer, token) or not isinstance(tokenizer, Tokenizer):
+        return tokenizer.decode([token]).encode(errors="replace")
+    piece = tokenizer.piece(token)
+    return bytes([int(piece[3:5], 16)]) if BYTE.fullmatch(piece) else piece.replace("▁", " ").encode()
 
 
 class Choice:
@@ -110,9 +113,11 @@ class Choice:
         if request.chat:
             content = [
                 {
-                    "token": token.text, "logprob": token.logprob, "bytes": raw(tokenizer, token.id),
+                    "token": token.text, "logprob": token.logprob, "bytes": list(raw(tokenizer, token.id)),
                     "top_logprobs": [
-                        {"token": b["text"], "logprob": b["logprob"], "bytes": raw(tokenizer, b["id"])} for b in token.best
+                        {"token": text.decode(errors="replace"), "logprob": best["logprob"], "bytes": list(text)}
+                        for best in token.best
+                        for text in [raw(tokenizer, best["id"])]
                     ],
                 }
                 for token in tokens
@@ -124,16 +129,16 @@ class Choice:
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": logprobs,
-            "top_logprobs": [by_text(token.best) or None for token in tokens] if request.alternatives else None,
+            "top_logprobs": [by_text(tokenizer, token.best) or None for token in tokens] if request.alternatives else None,
             "text_offset": list(accumulate((len(token.text) for token in tokens[:-1]), initial=at))[: len(tokens)],
         }
 
 
-def by_text(best: Iterable[Alternative]) -> dict[str, float]:
+def by_text(tokenizer: Tokenizer, best: Iterable[Alternative]) -> dict[str, float]:
     """Log-probabilities by text; of ids with the same text, the likeliest."""
     told: dict[str, float] = {}
     for each in best:
-        told.setdefault(each["text"], each["logprob"])
+        told.setdefault(raw(tokenizer, each["id"]).decode(errors="replace"), each["logprob"])
     return told
 
 

@@ -1,0 +1,450 @@
+"""The server: what clients of OpenAI's API get from it, what it refuses, and what happens when they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from helpers import TORCHRUN, environment
+
+from llama import Llama
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+from serving import Served, served  # noqa: E402
+
+STORY = "Once upon a time"
+ASKED: Any = [{"role": "user", "content": "Tell me a story."}]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    return Llama.build(max_seq_len=128, max_batch_size=3, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def server(llama: Llama) -> Iterator[Served]:
+    with served(llama, alive=0.05) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def http(server: Served) -> Iterator[Any]:
+    with httpx.Client(base_url=server.url, timeout=60) as it:
+        yield it
+
+
+def test_chat(client: Any, llama: Llama) -> None:
+    """A reply is what Python gives, whole and in pieces; the usage counts what was read and written."""
+    ours = llama.chat_completion([ASKED], 0, max_gen_len=20)[0]
+    whole = client.chat.completions.create(model="demo", messages=ASKED, temperature=0, max_tokens=20)
+    assert whole.choices[0].message.content == ours["generation"]["content"]
+    assert whole.choices[0].finish_reason == ours["finish_reason"]
+    read = len(llama.chat_format.encode_dialog(ASKED, llama.tokenizer))
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (read, 20, read + 20)
+    usage = {"include_usage": True}
+    events = list(
+        client.chat.completions.create(
+            model="demo", messages=ASKED, temperature=0, max_completion_tokens=20, stream=True, stream_options=usage
+        )
+    )
+    *pieces, last = events
+    assert "".join(event.choices[0].delta.content or "" for event in pieces) == ours["generation"]["content"]
+    assert [event.choices[0].delta.role for event in pieces] == ["assistant", *[None] * (len(pieces) - 1)]
+    assert [event.choices[0].finish_reason for event in pieces] == [*[None] * (len(pieces) - 1), ours["finish_reason"]]
+    assert last.choices == []
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (read, 20)
+    long: Any = [{"role": "user", "content": "Tell me of a dog, and of a cat. " * 6}]
+    asked = {"model": "demo", "messages": long, "max_tokens": 1}
+    cached = [client.chat.completions.create(**asked).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    assert cached[0] == 0
+    assert cached[1] > 32
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_completions_go_on_from_the_prompt(asynchronous: bool, server: Served, client: Any, llama: Llama) -> None:
+    """With the space between two words, where Meta's completion begins without one; for texts and for ids."""
+    ids = llama.tokenizer.encode(STORY, bos=True, eos=False)
+    ours = llama.text_completion([STORY, "The"], 0, max_gen_len=9, echo=True)
+
+    async def ask() -> Any:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as other:
+            return await other.completions.create(model="demo", prompt=[STORY, "The"], temperature=0, max_tokens=9)
+
+    if asynchronous:
+        reply = asyncio.run(ask())
+    else:
+        reply = client.completions.create(model="demo", prompt=[STORY, "The"], temperature=0, max_tokens=9)
+    assert [prompt + choice.text for prompt, choice in zip([STORY, "The"], reply.choices)] == [o["generation"] for o in ours]
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    by_ids = client.completions.create(model="demo", prompt=ids, temperature=0, max_tokens=9)
+    assert by_ids.choices[0].text == reply.choices[0].text
+    several = client.completions.create(model="demo", prompt=[ids, ids[:1]], temperature=0, max_tokens=9)
+    assert several.choices[0].text == reply.choices[0].text
+    assert not several.choices[1].text.startswith(" ")  # nothing stands before it
+
+
+def test_a_completion_has_16_ids_if_it_says_nothing(client: Any) -> None:
+    assert client.completions.create(model="demo", prompt=STORY, temperature=0).usage.completion_tokens == 16
+
+
+def test_several_answers(client: Any, llama: Llama) -> None:
+    """A seed gives the same answers again, each of them another; the prompt is read and counted once."""
+    given = {"model": "demo", "messages": ASKED, "n": 3, "seed": -5, "max_tokens": 12}
+    one, other = (client.chat.completions.create(**given) for _ in range(2))
+    texts = [choice.message.content for choice in one.choices]
+    assert texts == [choice.message.content for choice in other.choices]
+    assert len(set(texts)) == 3
+    assert one.usage.prompt_tokens == len(llama.chat_format.encode_dialog(ASKED, llama.tokenizer))
+    assert one.usage.completion_tokens == 36
+    unseeded = {json.dumps(c.message.content) for c in client.chat.completions.create(**{**given, "seed": None}).choices}
+    assert unseeded != set(map(json.dumps, texts))
+
+
+def test_logprobs_of_a_completion(client: Any, llama: Llama) -> None:
+    """With echo also the prompt's, as `score` has them: the sums that benchmarks of language models ask for."""
+    text = "Once upon a time, there was a dog."
+    score = llama.score([text])[0]
+    choice = client.completions.create(model="demo", prompt=text, max_tokens=0, echo=True, logprobs=3).choices[0]
+    assert choice.text == text
+    assert choice.logprobs.tokens == score["tokens"]
+    assert choice.logprobs.token_logprobs[0] is None
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(score["logprobs"][1:], abs=1e-5)
+    assert [len(best or ()) for best in choice.logprobs.top_logprobs] == [0, *[3] * (len(score["tokens"]) - 1)]
+    ids = llama.tokenizer.encode(text, bos=True, eos=False)
+    logits = llama.model(torch.tensor([ids]), 0)[0, :-1]
+    for best, expected in zip(choice.logprobs.top_logprobs[1:], torch.log_softmax(logits, -1).topk(3).values):
+        assert list(best.values()) == pytest.approx(expected.tolist(), abs=1e-5)
+    offsets = choice.logprobs.text_offset
+    assert [text[a:b] for a, b in zip(offsets, [*offsets[1:], len(text)])] == score["tokens"]
+    new = client.completions.create(model="demo", prompt=text, max_tokens=4, temperature=0, logprobs=0).choices[0]
+    assert "".join(new.logprobs.tokens) == new.text
+    assert new.logprobs.top_logprobs is None
+    stopped = client.completions.create(model="demo", prompt=STORY, max_tokens=9, temperature=0, logprobs=0, stop="little")
+    assert "".join(stopped.choices[0].logprobs.tokens) == stopped.choices[0].text == ", there was a "
+
+
+def test_logprobs_of_a_chat(client: Any) -> None:
+    given = {"model": "demo", "messages": ASKED, "temperature": 0, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    choice = client.chat.completions.create(**given).choices[0]
+    content = choice.logprobs.content
+    assert "".join(token.token for token in content) == choice.message.content
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in content)
+    assert bytes(content[1].bytes).decode() == content[1].token == content[1].top_logprobs[0].token
+    pieces = [event.choices[0] for event in client.chat.completions.create(**given, stream=True)]
+    streamed = [token for piece in pieces for token in piece.logprobs.content]
+    assert [token.token for token in streamed] == [token.token for token in content]
+
+
+def test_the_assistants_last_message_is_continued(client: Any, llama: Llama) -> None:
+    dialog: Any = [*ASKED, {"role": "assistant", "content": "Once upon"}]
+    ours = llama.chat_completion([dialog], 0, max_gen_len=6, continue_final_message=True)[0]["generation"]["content"]
+    given = {"model": "demo", "messages": dialog, "temperature": 0, "max_tokens": 6}
+    assert client.chat.completions.create(**given).choices[0].message.content == ours
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    assert client.chat.completions.create(**given, extra_body=more).choices[0].message.content == ours
+    with pytest.raises(openai.BadRequestError, match="does not fit"):
+        client.chat.completions.create(**given, extra_body={"add_generation_prompt": True})
+
+
+def test_ids_are_told_if_asked_for(http: Any, llama: Llama) -> None:
+    body = {"prompt": STORY, "max_tokens": 5, "temperature": 0, "return_token_ids": True}
+    choice = http.post("/v1/completions", json=body).json()["choices"][0]
+    ids = llama.tokenizer.encode(STORY, bos=True, eos=False)
+    assert choice["prompt_token_ids"] == ids
+    assert choice["token_ids"] == llama.generate([ids], 5, 0)[0][0]
+
+
+def test_embeddings(client: Any, llama: Llama) -> None:
+    """OpenAI's client asks for base64."""
+    ours = llama.embed(["a dog", "a cat"])
+    theirs = client.embeddings.create(model="demo", input=["a dog", "a cat"])
+    assert torch.tensor([each.embedding for each in theirs.data]).equal(ours)
+    plain = client.embeddings.create(model="demo", input="a dog", encoding_format="float")
+    assert plain.data[0].embedding == pytest.approx(ours[0].tolist())
+    assert plain.usage.prompt_tokens == len(llama.tokenizer.encode("a dog", bos=True, eos=False))
+
+
+def test_models_and_tokens(client: Any, http: Any, llama: Llama) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").max_model_len == 128
+    ids = llama.tokenizer.encode(STORY, bos=True, eos=False)
+    told = http.post("/tokenize", json={"prompt": STORY}).json()
+    assert told == {"count": len(ids), "max_model_len": 128, "tokens": ids}
+    assert http.post("/tokenize", json={"prompt": STORY, "add_special_tokens": False}).json()["tokens"] == ids[1:]
+    messages = http.post("/tokenize", json={"messages": ASKED}).json()["tokens"]
+    assert messages == llama.chat_format.encode_dialog(ASKED, llama.tokenizer)
+    assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": STORY}
+    told = http.get("/tokenizer_info").json()
+    assert (told["bos_token"], told["eos_token"], told["eos_token_id"]) == ("<s>", "</s>", llama.tokenizer.eos_id)
+    assert http.get("/health").json() == {"status": "ok"}
+
+
+WRONG: list[tuple[str, Any, int, str]] = [
+    ("/v1/chat/completions", {"messages": ASKED, "tools": [{"type": "function"}]}, 400, "has no format for tools"),
+    ("/v1/chat/completions", {"messages": ASKED, "colour": 1}, 400, "unknown colour; there are temperature"),
+    ("/v1/chat/completions", {"messages": ASKED, "model": "gpt-4"}, 404, "no model 'gpt-4' here; this is 'demo'"),
+    ("/v1/chat/completions", {"messages": []}, 400, "a list of messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "content of message 0"),
+    ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "alternating"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "reads text"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "[INST]"}]}, 400, "special tags"),
+    ("/v1/chat/completions", {"messages": ASKED, "top_logprobs": 2}, 400, "needs logprobs=true"),
+    ("/v1/chat/completions", {"messages": ASKED, "logprobs": True, "top_logprobs": 21}, 400, "from 0 to 20"),
+    ("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1, "max_completion_tokens": 2}, 400, "two names"),
+    ("/v1/chat/completions", {"messages": ASKED, "max_tokens": -1}, 400, "max_tokens=-1 must be"),
+    ("/v1/chat/completions", {"messages": ASKED, "temperature": "hot"}, 400, "temperature='hot'"),
+    ("/v1/chat/completions", {"messages": ASKED, "temperature": -1}, 400, "temperature=-1"),
+    ("/v1/chat/completions", {"messages": ASKED, "n": 129}, 400, "from 1 to 128"),
+    ("/v1/chat/completions", {"messages": ASKED, "stop": ["a"] * 17}, 400, "more than 16"),
+    ("/v1/chat/completions", {"messages": ASKED, "stream_options": {"include_usage": True}}, 400, "needs stream=true"),
+    ("/v1/chat/completions", {"messages": ASKED, "response_format": {"type": "xml"}}, 400, "json_schema"),
+    ("/v1/chat/completions", {"messages": ASKED, "logit_bias": {"a": 1}}, 400, "ids as keys"),
+    ("/v1/chat/completions", {"messages": ASKED, "logit_bias": {"99999": 1}}, 400, "99999"),
+    ("/v1/chat/completions", [1], 400, "must be a JSON object"),
+    ("/v1/completions", {"prompt": [5, 99999]}, 400, "outside the vocabulary"),
+    ("/v1/completions", {"prompt": {"a": 1}}, 400, "a list of lists of ids"),
+    ("/v1/completions", {"prompt": [["a"]]}, 400, "is none"),
+    ("/v1/completions", {"prompt": [7] * 200}, 400, "max_seq_len is 128"),
+    ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
+    ("/v1/completions", {"prompt": "a", "suffix": "b"}, 400, "cannot fill in"),
+    ("/v1/completions", {"prompt": "a", "seed": 0.5}, 400, "seed=0.5"),
+    ("/v1/completions", {"prompt": "a", "stream": "yes"}, 400, "true or false"),
+    ("/v1/embeddings", {"input": [[1, 2]]}, 400, "a list of texts"),
+    ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, 400, "float or base64"),
+    ("/detokenize", {"tokens": [-1]}, 400, "ids from 0"),
+    ("/tokenize", {}, 400, "give prompt, or messages"),
+    ("/v1/nothing", {}, 404, "no such address"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "words"), WRONG)
+def test_what_is_refused(path: str, body: Any, status: int, words: str, http: Any) -> None:
+    reply = http.post(path, json=body)
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert words in error["message"]
+    assert reply.headers["x-request-id"]
+
+
+def test_bodies_that_are_none(http: Any) -> None:
+    """What is no JSON, what a page of another site could send unasked, what is too long."""
+    kind = {"content-type": "application/json"}
+    assert http.post("/v1/completions", content=b"{", headers=kind).status_code == 400
+    assert http.post("/v1/completions", content=b"[" * 100_000, headers=kind).status_code == 400
+    assert http.post("/v1/completions", content=b'{"prompt": "a"}').status_code == 415
+    assert http.post("/v1/completions", content=b" " * (8 * 2**20 + 1), headers=kind).status_code == 413
+    assert http.get("/v1/completions").status_code == 405
+
+
+def test_a_stream_keeps_its_connection_alive(http: Any, llama: Llama) -> None:
+    """Comments come while others hold the model."""
+    body = {"prompt": STORY, "max_tokens": 2, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        lines = reply.iter_lines()
+        with llama.lock:
+            other = httpx.Client(base_url=http.base_url)
+            with other.stream("POST", "/v1/completions", json=body) as waiting:
+                assert next(waiting.iter_lines()) == ": still at work"
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+        other.close()
+
+
+def free(server: Served, seconds: float = 20) -> bool:
+    """Whether nothing runs any more, within some time."""
+    until = time.monotonic() + seconds
+    while (server.stepper.rows or server.server.llama._scheduler.rows) and time.monotonic() < until:
+        time.sleep(0.005)
+    return not server.stepper.rows and not server.server.llama._scheduler.rows
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(stream: bool, server: Served, llama: Llama) -> None:
+    """Within one step: nobody steps for the one that left."""
+    body = {"prompt": STORY, "max_tokens": 120, "stream": stream, "temperature": 0, "logit_bias": {"2": -100}}
+    steps = []
+    decode = llama._engine.decode
+
+    def slow(*arguments: Any) -> Any:
+        steps.append(time.monotonic())
+        time.sleep(0.02)
+        return decode(*arguments)
+
+    llama._engine.decode = slow  # type: ignore[method-assign]
+    try:
+        with httpx.Client(base_url=server.url, timeout=0.2) as leaving:
+            if stream:
+                with leaving.stream("POST", "/v1/completions", json=body) as reply:
+                    next(reply.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    leaving.post("/v1/completions", json=body)
+        left = time.monotonic()
+        assert free(server)
+    finally:
+        llama._engine.decode = decode  # type: ignore[method-assign]
+    assert len(steps) < 60
+    assert all(step < left + 0.5 for step in steps)
+
+
+def test_a_full_queue(llama: Llama) -> None:
+    """As many as may wait do; the next is told to come again."""
+    with served(llama, max_waiting=2) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        with llama.lock:
+            began = [httpx.Client(base_url=server.url, timeout=60) for _ in range(5)]
+            streams = [each.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) for each in began]
+            replies = [stream.__enter__() for stream in streams]
+            full = http.post("/v1/completions", json={"prompt": "a"})
+            assert (full.status_code, full.headers["retry-after"]) == (429, "1")
+            assert full.json()["error"]["code"] == "queue_full"
+            numbers = http.get("/metrics").text
+            assert "llama_answers_running 3.0" in numbers
+            assert "llama_answers_waiting 2.0" in numbers
+        assert all(list(reply.iter_lines())[-2] == "data: [DONE]" for reply in replies)
+        for each in began:
+            each.close()
+        numbers = http.get("/metrics").text
+        assert 'llama_requests_total{path="/v1/completions",status="429"} 1.0' in numbers
+        assert "llama_generated_tokens_total 80.0" in numbers
+
+
+def test_keys_hosts_and_pages_of_other_sites(llama: Llama) -> None:
+    settings = {"key": "sesame", "hosts": ["127.0.0.1"], "origins": ["https://good.example"]}
+    with served(llama, **settings) as server, httpx.Client(base_url=server.url) as http:
+        assert http.get("/v1/models").status_code == 401
+        assert http.get("/v1/models", headers={"authorization": "Bearer guess"}).status_code == 401
+        assert http.get("/v1/models", headers={"authorization": "Bearer sesame"}).status_code == 200
+        assert http.get("/health").status_code == 200
+        assert http.get("/health", headers={"host": "evil.example"}).status_code == 400
+        for origin, told in (("https://good.example", "https://good.example"), ("https://evil.example", None)):
+            reply = http.options("/v1/models", headers={"origin": origin, "access-control-request-method": "GET"})
+            assert reply.headers.get("access-control-allow-origin") == told
+        with pytest.raises(openai.AuthenticationError, match="wants its key"):
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0).models.list()
+
+
+def test_a_model_that_fails(http: Any, server: Served, llama: Llama, caplog: pytest.LogCaptureFixture) -> None:
+    """Those whom it concerns are told, whole or within a stream, without a word of the reason; the log has it."""
+    decode = llama._engine.decode
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a secret of the house")
+
+    llama._engine.decode = broken  # type: ignore[method-assign]
+    try:
+        reply = http.post("/v1/completions", json={"prompt": STORY}, headers={"x-request-id": "mine-1"})
+        streamed = http.post("/v1/completions", json={"prompt": STORY, "stream": True})
+    finally:
+        llama._engine.decode = decode  # type: ignore[method-assign]
+    assert (reply.status_code, reply.headers["x-request-id"]) == (500, "mine-1")
+    assert "mine-1" in reply.json()["error"]["message"]
+    assert "secret" not in reply.text + streamed.text
+    assert '"type":"server_error"' in streamed.text
+    assert "a secret of the house" in caplog.text
+    assert free(server)
+    assert http.post("/v1/completions", json={"prompt": STORY, "max_tokens": 3, "temperature": 0}).status_code == 200
+
+
+def test_one_line_for_each_request(http: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the prompt."""
+    with caplog.at_level(logging.INFO, "llama.server"):
+        http.post("/v1/completions", json={"prompt": "my secret diary", "max_tokens": 3, "temperature": 0})
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "llama.server"]
+    assert line.startswith("POST /v1/completions 200 ")
+    assert line.endswith(" generated=3")
+    assert "secret" not in line
+
+
+@contextmanager
+def process(*options: str, ranks: int = 1, **more: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of its own, and where it listens."""
+    start = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc_per_node", str(ranks)]
+    words = [*start, "-m", "llama", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32", *options]
+    running = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent, **more)
+    assert running.stderr is not None
+    try:
+        url: Optional[str] = None
+        for line in running.stderr:
+            if " listens on " in line:
+                url = line.split()[-1]
+                break
+        assert url is not None
+        yield running, url
+    finally:
+        running.kill()
+        running.stderr.close()
+        running.wait()
+
+
+def test_sigterm_lets_running_answers_finish() -> None:
+    """It refuses new ones, and ends with status 0."""
+    body = {"prompt": STORY, "max_tokens": 300, "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
+    with process() as (running, url), httpx.Client(base_url=url, timeout=60) as http:
+        with http.stream("POST", "/v1/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            running.send_signal(signal.SIGTERM)
+            until = time.monotonic() + 30
+            while time.monotonic() < until:
+                try:
+                    httpx.get(f"{url}/health", timeout=5)
+                except httpx.TransportError:
+                    break
+            told = [line for line in lines if line]
+        assert told[-1] == "data: [DONE]"
+        assert len(told) > 250
+        assert running.wait(30) == 0
+
+
+def test_two_processes(llama: Llama) -> None:
+    """They answer as one does; one that dies ends both, and the client is told."""
+    with process(ranks=2) as (running, url), httpx.Client(base_url=url, timeout=60) as http:
+        replies = [http.post("/v1/completions", json={"prompt": p, "max_tokens": 9, "temperature": 0}) for p in (STORY, "The")]
+        texts = [reply.json()["choices"][0]["text"] for reply in replies]
+        ours = llama.text_completion([STORY, "The"], 0, max_gen_len=9, echo=True)
+        assert [STORY + texts[0], "The" + texts[1]] == [each["generation"] for each in ours]
+        assert torch.tensor(http.post("/v1/embeddings", json={"input": "a dog"}).json()["data"][0]["embedding"]).allclose(
+            llama.embed(["a dog"])[0], atol=1e-4
+        )
+        body = {"prompt": STORY, "max_tokens": 400, "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
+        with http.stream("POST", "/v1/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            kill_a_rank(running.pid, 1)
+            told = [line for line in lines if line]
+        assert "server_error" in told[-1]
+        assert running.wait(60) != 0
+
+
+def kill_a_rank(launcher: int, rank: int) -> None:
+    """Kill one of the processes that torchrun has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == launcher and f"RANK={rank}\0".encode() in b"\0" + (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+                return
+        except (OSError, ValueError):
+            continue
+    raise AssertionError("no such process")
