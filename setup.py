@@ -17,10 +17,12 @@ CHAT = ["jinja2>=3.1"]  # for the chat templates of fine-tunes; torch brings it 
 TRITON = ["triton>=3.5; platform_system == 'Linux'"]  # comes with torch for CUDA; its interpreter runs kernels on a CPU
 HUB = ["huggingface_hub>=0.26"]
 GGUF = ["gguf>=0.17"]  # dequantizes
+CONSTRAINTS = ["llguidance>=1.0"]
 TEST = [
     "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
     "protobuf>=4.21",  # with which transformers reads a tokenizer.model
-    *PLOTS, *TERMINAL, *HUB, *CHAT, *GGUF, *TRITON,
+    "jsonschema>=4.18",
+    *PLOTS, *TERMINAL, *HUB, *CHAT, *GGUF, *CONSTRAINTS, *TRITON,
 ]  # fmt: skip
 BENCH = ["llama-cpp-python>=0.3.36", *GGUF, "transformers>=4.56", "matplotlib>=3.8"]
 
@@ -43,6 +45,7 @@ setup(
         "hub": HUB,
         "chat": CHAT,
         "gguf": GGUF,
+        "constraints": CONSTRAINTS,
         "notebook": [*PLOTS, "notebook>=7"],
         "bench": BENCH,
         "test": TEST,
