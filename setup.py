@@ -18,10 +18,12 @@ TRITON = ["triton>=3.5; platform_system == 'Linux'"]  # comes with torch for CUD
 HUB = ["huggingface_hub>=0.26"]
 GGUF = ["gguf>=0.17"]  # dequantizes
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
+CONSTRAINTS = ["llguidance>=1.0"]
 TEST = [
     "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
     "protobuf>=4.21",  # with which transformers reads a tokenizer.model
-    *PLOTS, *TERMINAL, *HUB, *CHAT, *GGUF, *SERVE, *TRITON,
+    "jsonschema>=4.18", "openai>=1.40",
+    *PLOTS, *TERMINAL, *HUB, *CHAT, *GGUF, *SERVE, *CONSTRAINTS, *TRITON,
 ]  # fmt: skip
 BENCH = ["llama-cpp-python>=0.3.36", *GGUF, "transformers>=4.56", "matplotlib>=3.8"]
 
@@ -45,6 +47,7 @@ setup(
         "chat": CHAT,
         "gguf": GGUF,
         "serve": SERVE,
+        "constraints": CONSTRAINTS,
         "notebook": [*PLOTS, "notebook>=7"],
         "bench": BENCH,
         "test": TEST,

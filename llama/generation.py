@@ -41,6 +41,7 @@ from .completion import (
     shown,
     window_starts,
 )
+from .constraints import forms, matcher_of
 from .decoding.calls import Call, Source
 from .decoding.engine import Engine
 from .decoding.invariant import INVARIANT_AS_BUILT, InvariantEngine, check_invariant
@@ -191,7 +192,7 @@ class Llama:
         engine = (InvariantEngine if self._batch_invariant else Engine)(self.model, self._compile)
         draft = None if self.draft_model is None else Engine(self.draft_model, self._compile)
         never = self.tokenizer.nameless if isinstance(self.tokenizer, Tokenizer) else ()
-        return Scheduler(engine, self._group, draft, never)
+        return Scheduler(engine, self._group, draft, never, partial(matcher_of, self.tokenizer))
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
@@ -477,7 +478,9 @@ class Llama:
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """ValueError unless a completion of one prompt would take them, with one answer."""
-        if parse_options(options, 1, self.model.vocab_size, self.model.params.max_seq_len).n > 1:
+        choice = parse_options(options, 1, self.model.vocab_size, self.model.params.max_seq_len)
+        forms(choice.constraint, self.tokenizer, [()], ())
+        if choice.n > 1:
             raise ValueError(f"n={options['n']}: here a prompt has one answer; text_completion and chat_completion take n")
 
     def score(self, texts: Sequence[str], *, stride: Optional[int] = None) -> list[Score]:
@@ -605,14 +608,16 @@ class Llama:
             agreement.values = {"prompts": ids, "echo": bool(asked.echo), **choice.values()}
             if group is not None:  # a row of one process only would wait for the others for ever
                 agreement.values = {**agreement.values, "streams under way": self._scheduler.running}
-        prompts = prompts._replace(ids=ids).times(choice.n)
-        stops = self.tokenizer.stop_ids if isinstance(self.tokenizer, Tokenizer) else {self.tokenizer.eos_id}
-        ends = frozenset({*stops, *choice.stop_ids})
+            prompts = prompts._replace(ids=ids).times(choice.n)
+            stops = self.tokenizer.stop_ids if isinstance(self.tokenizer, Tokenizer) else {self.tokenizer.eos_id}
+            ends = frozenset({*stops, *choice.stop_ids})
+            before = prompts.ids if asked.echo else prompts.begun or [()] * len(prompts.ids)
+            grammars = forms(choice.constraint, self.tokenizer, before, ends)
         least = 1 if asked.continues else LEAST_SHARED
         options = (choice.scored, choice.alternatives, choice.scored and asked.echo, choice.draft)
         requests = [
-            Request(prompt, choice.length, choice.sampling, seed, ends, *options, least_shared=least)
-            for prompt, seed in zip(map(list, prompts.ids), choice.seeds)
+            Request(prompt, choice.length, choice.sampling, seed, ends, *options, grammar, least)
+            for prompt, seed, grammar in zip(map(list, prompts.ids), choice.seeds, grammars)
         ][which::replicas]
         generator, seed, device = None, choice.seed, self._engine.device
         if seed is None and choice.sampling.temperature > 0:

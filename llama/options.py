@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Optional, TypedDict, Union
 
 import torch
 
+from .constraints import Constraint
 from .decoding.sampling import Sampling
 from .system.checks import whole, whole_number
 from .system.printable import escaped, shortened
@@ -23,7 +24,9 @@ class Options(TypedDict, total=False):
     CPU, where it changes no id; True asks for it elsewhere too, where rounding may choose another of equally good ids. With
     a draft model, its guesses are verified as well; False does without all guesses, and then drawn ids are what they are
     without a draft model. n: answers to each prompt, which is read once: those of prompt i are the results n * i to
-    n * i + n - 1; the k-th draws with the prompt's seed + k, if it has one.
+    n * i + n - 1; the k-th draws with the prompt's seed + k, if it has one. constraint: the form that each answer is to have,
+    {"json_schema": …}, {"json_object": True}, {"regex": …}, {"choice": […]} or {"grammar": …}, see `Constraint`. Where its
+    answer is whole, EOS and stop_ids may come, and only there; max_gen_len and stop strings end it anywhere.
     """
 
     stop: Union[str, Sequence[str], None]
@@ -37,6 +40,7 @@ class Options(TypedDict, total=False):
     logit_bias: Optional[Mapping[int, float]]
     draft: Optional[bool]
     n: int
+    constraint: Optional[Mapping[str, Any]]
 
 
 class Prompts(NamedTuple):
@@ -83,13 +87,15 @@ class Choice:
     seed: Optional[int]
     draft: Optional[bool]
     n: int  # answers to each prompt
+    constraint: Optional[Constraint] = None
 
     def values(self) -> dict[str, Any]:
         """The options by name. What means the same looks the same: stop and stop_ids, which may come as sets, are sorted."""
         seeds = self.seed if self.seed is not None else self.seeds
         stops = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids))}
         metas = {"max_gen_len": self.length, "logprobs": self.alternatives or self.scored}
-        return {**metas, **vars(self.sampling), **stops, "seed": seeds, "draft": self.draft, "n": self.n}
+        others = {"seed": seeds, "draft": self.draft, "n": self.n, "constraint": self.constraint}
+        return {**metas, **vars(self.sampling), **stops, **others}
 
 
 METAS_OPTIONS = ("temperature", "top_p", "max_gen_len", "logprobs")
@@ -97,6 +103,7 @@ SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
 DEFAULTS: dict[str, Any] = {
     **{field.name: field.default for field in fields(Sampling)},
     **{"max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (), "seed": None, "draft": None, "n": 1},
+    "constraint": None,
 }
 TOLD = {  # the line that the terminal's help has for each option of an answer
     "temperature": "0 takes the best id; above it ids are drawn, the more freely the higher it is",
@@ -183,4 +190,5 @@ def parse_options(given: Mapping[str, Any], prompts: int, vocab_size: int, max_s
         seed,
         draft,
         n,
+        Constraint.of(given.get("constraint")),
     )

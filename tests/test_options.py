@@ -38,14 +38,14 @@ def test_every_option_has_one_default() -> None:
     assert DEFAULTS == {
         "temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
         "frequency_penalty": 0.0, "logit_bias": None, "max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (),
-        "seed": None, "draft": None, "n": 1,
+        "seed": None, "draft": None, "n": 1, "constraint": None,
     }  # fmt: skip
     assert DEFAULTS.keys() == {*Options.__annotations__, *METAS_OPTIONS}
     for call in (Llama.text_completion, Llama.chat_completion, Llama.stream_text, Llama.stream_chat, Llama.steps):
         parameters = inspect.signature(call).parameters
         assert {name: parameters[name].default for name in METAS_OPTIONS} == {name: DEFAULTS[name] for name in METAS_OPTIONS}
     assert set(IN_JSON) == DEFAULTS.keys() - {"logprobs", "logit_bias", "seed", "n"}
-    assert set(SETTABLE) == DEFAULTS.keys() - {"logprobs", "logit_bias", "stop_ids", "draft", "n"}
+    assert set(SETTABLE) == DEFAULTS.keys() - {"logprobs", "logit_bias", "stop_ids", "draft", "n", "constraint"}
 
 
 def test_a_request_by_default() -> None:

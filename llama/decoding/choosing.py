@@ -11,6 +11,7 @@ import torch
 from ..runtime import device_kind, to_device
 from .calls import Source
 from .engine import Engine, token_logprobs
+from .requests import Grammar
 from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Noise, Row
 from .sampling import Drawing, Penalties, draw, exponential_noise, penalize
 
@@ -23,7 +24,7 @@ class _Plan:
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         self.counted = self._places(lambda row: row.request.sampling.counts_ids)
         self.biased = self._places(lambda row: bool(row.request.sampling.logit_bias))
-        self.ruled = self._places(lambda row: row.request.grammar is not None)
+        self.ruled = self._places(lambda row: row.grammar is not None)
         self.drawn = self._places(lambda row: row.request.draws and row.source.draw is None)
         self.drawn_by_others = self._places(lambda row: row.request.draws and row.source.draw is not None)
         self.scored = any(row.request.logprobs for row in rows)
@@ -67,9 +68,16 @@ class _Plan:
 class Chooser:
     """Chooses for the rows of one engine."""
 
-    def __init__(self, engine: Engine, guessed: bool = False, never: Collection[int] = ()) -> None:
-        """guessed: whether a draft model is to guess what rows draw. never: ids that are not to be chosen."""
-        self.engine, self.guessed, self.never = engine, guessed, never
+    def __init__(
+        self,
+        engine: Engine,
+        guessed: bool = False,
+        never: Collection[int] = (),
+        grammars: Callable[[Any], Grammar] = lambda grammar: grammar,
+    ) -> None:
+        """guessed: whether a draft model is to guess what rows draw. never: ids that are not to be chosen. grammars: makes a
+        row's grammar of what its request says."""
+        self.engine, self.guessed, self.never, self.grammars = engine, guessed, never, grammars
         self._last: Optional[_Plan] = None
         self._never_there: Optional[torch.Tensor] = None  # `never`, on the device
 
@@ -89,6 +97,8 @@ class Chooser:
     def admit(self, row: Row) -> None:
         """Give a new row what its options need."""
         device = self.engine.device
+        if row.request.grammar is not None:
+            row.grammar = self.grammars(row.request.grammar)
         if self.guessed and row.request.draws and row.request.draft is not False and row.source.draw is None:
             seed = row.request.seed
             if seed is None:
@@ -102,7 +112,11 @@ class Chooser:
             row.counts = torch.zeros(self._vocab_size, dtype=torch.float32, device=device)
 
     def recount(self, row: Row) -> None:
-        """Count the row's ids anew."""
+        """Count the row's ids anew, and tell them to a grammar of our own making anew."""
+        if row.grammar is not row.request.grammar:
+            row.grammar = self.grammars(row.request.grammar)
+            for token in row.ids[row.prompt_length :]:
+                row.grammar.accept(token)
         if row.counts is not None:
             new = to_device(row.ids[row.prompt_length :], self.engine.device)
             row.counts = torch.bincount(new, minlength=self._vocab_size).float()
@@ -183,9 +197,9 @@ class Chooser:
         words = -(-self._vocab_size // 32)
         bits = torch.zeros(len(rows), words, dtype=torch.int32, device="cpu")
         for row, line in zip(rows, bits):
-            assert row.request.grammar is not None
+            assert row.grammar is not None
             try:
-                row.request.grammar.fill(line)
+                row.grammar.fill(line)
             except Exception as error:
                 row.call.error = error
         bits = to_device(bits, self.engine.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Optional, Protocol
+from typing import Any, Literal, Optional, Protocol
 
 import torch
 
@@ -37,7 +37,8 @@ class Request:
     max_new: how many ids may follow. seed: of draws of its own. ends: ids that end it. logprobs, alternatives: report each
     id's log-probability, and this number of best ids, at each place. score_prompt: report those of the prompt's ids.
     draft: verify several ids, which the text itself suggests, in one pass; None: where that changes no id; False: no guesses
-    of a draft model either. least_shared: start behind a prefix that the cache holds if it has at least this number of ids.
+    of a draft model either. grammar: a `Grammar`; or data, of which the scheduler makes a new one for each row, wherever that
+    runs. least_shared: start behind a prefix that the cache holds if it has at least this number of ids.
     """
 
     prompt: list[int]
@@ -49,7 +50,7 @@ class Request:
     alternatives: int = 0
     score_prompt: bool = False
     draft: Optional[bool] = None
-    grammar: Optional[Grammar] = None
+    grammar: Optional[Any] = None
     least_shared: int = LEAST_SHARED
 
     @property

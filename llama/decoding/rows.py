@@ -11,7 +11,7 @@ import torch
 
 from .calls import Call, Source
 from .drafting import Drafter
-from .requests import FinishReason, Step
+from .requests import FinishReason, Grammar, Step
 from .sampling import exponential_noise
 
 
@@ -83,6 +83,7 @@ class Row:
         self.noise: Optional[Noise] = None  # its draws can be guessed, if they come from this
         self.in_prompt: Optional[torch.Tensor] = None  # bool (V,)
         self.counts: Optional[torch.Tensor] = None  # how often each id was generated, float32 (V,)
+        self.grammar: Optional[Grammar] = None
         self.drafter = Drafter()
         self.ahead = 0  # in a copy that stands for this row after some guesses: their number
         self.agreement: Optional[float] = None  # the share of a draft model's guesses that were right
@@ -140,5 +141,5 @@ class Row:
             self.ids.append(step.token)
             if self.noise is not None:
                 self.noise.forget(before=self.generated)
-            if self.request.grammar is not None:
-                self.request.grammar.accept(step.token)
+            if self.grammar is not None:
+                self.grammar.accept(step.token)

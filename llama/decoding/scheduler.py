@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -28,6 +28,7 @@ from .draft_model import DraftModel
 from .engine import Engine
 from .held import Held, common_prefix
 from .pace import Pace
+from .requests import Grammar
 from .rows import NOT_FINITE, Decision, Row
 from .verifying import Verifier
 
@@ -55,13 +56,18 @@ class Scheduler:
     """Runs the requests of all calls over one engine."""
 
     def __init__(
-        self, engine: Engine, group: Group = None, draft: Optional[Engine] = None, never: Collection[int] = ()
+        self,
+        engine: Engine,
+        group: Group = None,
+        draft: Optional[Engine] = None,
+        never: Collection[int] = (),
+        grammars: Callable[[Any], Grammar] = lambda grammar: grammar,
     ) -> None:
-        """group: the processes that share the model, and make the same calls. draft: of a model that guesses for it. never: ids
-        that are not to be chosen."""
+        """group: the processes that share the model, and make the same calls. draft: of a model that guesses for it. never,
+        grammars: see `Chooser`."""
         self.engine, self.group = engine, group
         self.pace = Pace()
-        self.chooser = Chooser(engine, guessed=draft is not None, never=never)
+        self.chooser = Chooser(engine, draft is not None, never, grammars)
         self.draft_model = None if draft is None else DraftModel(draft, group, never)
         self.verifier = Verifier(engine, self.chooser, self.pace, self.draft_model)
         slots = engine.model.params.max_batch_size

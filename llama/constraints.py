@@ -1,0 +1,374 @@
+"""Answers of a given form: JSON by a schema, a regular expression, one of several texts, a grammar. llguidance says which
+bytes may come next; here they become ids.
+
+A `Constraint` is what a caller asks for, checked; a `Form` is what a request has of it, and can be sent to other processes;
+a `Matcher` holds how far one row has come.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional
+from weakref import WeakKeyDictionary, WeakMethod
+
+import torch
+
+from .system.files import parse_json
+from .system.printable import clipped, escaped, shortened
+from .tokenizer import Tokenizer
+
+KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
+MOST_CHARACTERS = 2**18  # of a schema, a regular expression, a grammar, or all choices together
+SECONDS = 5.0  # for the compilation of one, in a process of its own
+MOST_MEMORY, MOST_STACK = 2**31, 2**22  # bytes that it may take for that
+# llguidance's own limits, so that a step takes some milliseconds at most.
+LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_lexer_states": 50_000}
+COMPILED = 32  # of the last constraints are kept, for each tokenizer
+# Between the parts of JSON: nothing, a space, or a new line with what indents it. Otherwise spaces could follow without end.
+WHITESPACE = r"( |\n {0,12})?"
+NOT_INSTALLED = "answers of a given form need the package llguidance; pip install 'llama[constraints]'"
+CHILD = r"""
+import json, re, sys
+asked = json.load(sys.stdin)
+try:
+    import resource
+    for name, most in asked["resources"].items():
+        resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))
+except (ImportError, ValueError, OSError):
+    pass
+sys.path.append(asked["path"])
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+grammar = asked["grammar"]
+
+class Bytes:  # a vocabulary of bytes, and of all the names of special tokens that the grammar may mean
+    names = sorted(set(re.findall(r"<[^\s<>\[\]]+>", grammar)))
+    tokens = [b"</s>", *(bytes([i]) for i in range(256)), *map(str.encode, names)]
+    special_token_ids = [0, *range(257, len(tokens))]
+    tokens += [b""] * (2**18 if "<[" in grammar else 0)  # it may mean ids as well
+    eos_token_id, bos_token_id, is_tokenizer_wrapper = 0, None, True
+    def __call__(self, text):
+        return [i + 1 for i in (text.encode() if isinstance(text, str) else text)]
+
+matcher = LLMatcher(LLTokenizer(Bytes()), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **asked["limits"]))
+if not matcher.is_error():
+    matcher.compute_bitmask()
+json.dump(matcher.get_error(), sys.stdout)
+"""
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise ValueError(NOT_INSTALLED) from error
+    return llguidance
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A form that an answer must have. grammar: as llguidance writes it; equal ones mean the same."""
+
+    kind: str
+    grammar: str
+
+    @classmethod
+    def of(cls, given: Any) -> Optional[Constraint]:
+        """The option `constraint`: None, or a dict with one key. ValueError if it is wrong, too large, or more than llguidance
+        can do.
+
+        json_schema: a JSON Schema, as a dict or as text; {} and True mean any object. json_object: True. regex: a regular
+        expression in Rust's syntax, for the whole answer. choice: a list of texts. grammar: Lark's, as llguidance has it, or
+        llama.cpp's GBNF.
+        """
+        if given is None or isinstance(given, cls):
+            return given
+        told = f"constraint={shortened(given)} must be a dict with one of the keys {', '.join(KINDS)}"
+        if not isinstance(given, Mapping) or len(given) != 1:
+            raise ValueError(told)
+        [(kind, value)] = given.items()
+        if kind not in KINDS:
+            raise ValueError(told)
+        grammar = _GRAMMARS[kind](value)
+        if kind not in ("choice", "json_object"):
+            _check(kind, grammar)
+        return cls(kind, grammar)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a request says of the form of its answer: plain data. bare: the first piece loses SentencePiece's space."""
+
+    grammar: str
+    bare: bool
+    ends: frozenset[int]
+
+
+def forms(
+    constraint: Optional[Constraint], tokenizer: Tokenizer, before: Sequence[Sequence[int]], ends: Collection[int]
+) -> Sequence[Optional[Form]]:
+    """The form of each answer, which goes on from the text of the ids `before` it, and is ended by one of `ends`. ValueError if
+    the tokenizer is somebody's own, or its vocabulary makes the form too large."""
+    if constraint is None:
+        return [None] * len(before)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"a constraint needs the pieces of a llama.Tokenizer, which {type(tokenizer).__name__} is not")
+    ids = vocabulary(tokenizer)
+    ids.compiled(constraint.grammar)
+    return [Form(constraint.grammar, ids.loses_space(tokenizer, some), frozenset(ends)) for some in before]
+
+
+def matcher_of(tokenizer: Tokenizer, grammar: Any) -> Any:
+    """The grammar of a row: a new `Matcher` for a `Form`; somebody's own as it is."""
+    return Matcher(vocabulary(tokenizer), grammar) if isinstance(grammar, Form) else grammar
+
+
+# What the keys of the option mean
+
+
+def _text(kind: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"constraint: {kind}={shortened(value)} must be a text")
+    if len(value) > MOST_CHARACTERS:
+        raise ValueError(f"constraint: {kind} has {len(value)} characters; at most {MOST_CHARACTERS} are read")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"constraint: {kind} has characters that UTF-8 cannot encode") from error
+    return value
+
+
+def _json_schema(value: Any) -> str:
+    try:
+        if isinstance(value, str):
+            value = parse_json(_text("json_schema", value).encode())
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"constraint: json_schema={shortened(value)} is no JSON: {escaped(str(error))}") from error
+    if value is not True and not isinstance(value, dict):
+        raise ValueError(f"constraint: json_schema={shortened(value)} must be a JSON Schema, a dict or its JSON")
+    text = '{"type": "object"}' if value in (True, {}) else _text("json_schema", text)
+    options = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
+    return str(_llguidance().LLMatcher.grammar_from_json_schema(text, overrides=options))
+
+
+def _json_object(value: Any) -> str:
+    if value is not True:
+        raise ValueError(f"constraint: json_object={shortened(value)} must be True; json_schema describes the object")
+    return _json_schema(True)
+
+
+def _regex(value: Any) -> str:
+    return str(_llguidance().LLMatcher.grammar_from_regex(_text("regex", value)))
+
+
+def _choice(value: Any) -> str:
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+    if not several or not value or not all(isinstance(text, str) and text for text in value):
+        raise ValueError(f"constraint: choice={shortened(value)} must be a list of texts that are not empty")
+    _text("choice", "".join(value))
+    texts = ("".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text) for text in dict.fromkeys(value))
+    return str(_llguidance().LLMatcher.grammar_from_regex("|".join(texts)))
+
+
+def _grammar(value: Any) -> str:
+    text = _text("grammar", value)
+    llguidance = _llguidance()
+    if re.search(r"::=", text):
+        try:
+            return str(llguidance.grammar_from("gbnf", text))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"constraint: grammar is no GBNF: {_told(str(error))}") from error
+    return str(llguidance.LLMatcher.grammar_from_lark(text))
+
+
+_GRAMMARS = {
+    "json_schema": _json_schema, "json_object": _json_object, "regex": _regex, "choice": _choice, "grammar": _grammar,
+}  # fmt: skip
+
+
+def _told(message: str) -> str:
+    """llguidance's error, on one line."""
+    return clipped(escaped(" ".join(message.split())), 300)
+
+
+@lru_cache(maxsize=256)
+def _check(kind: str, grammar: str) -> None:
+    """ValueError if llguidance refuses it, cannot do it in time, or ends the process that tries."""
+    asked = {
+        "grammar": grammar, "limits": LIMITS, "path": str(Path(_llguidance().__file__).parents[1]),
+        "resources": {"RLIMIT_AS": MOST_MEMORY, "RLIMIT_STACK": MOST_STACK},
+    }  # fmt: skip
+    command = [sys.executable, "-I", "-S", "-c", CHILD]
+    try:
+        ended = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"constraint: {kind} takes longer than {SECONDS:g} seconds to compile; simplify it") from error
+    if ended.returncode:
+        raise ValueError(f"constraint: {kind} is nested too deep, or takes too much memory to compile; simplify it")
+    if refused := json.loads(ended.stdout):
+        raise ValueError(f"constraint: {kind} cannot be used: {_told(refused)}")
+
+
+# Ids
+
+
+def _bits(some: torch.Tensor) -> torch.Tensor:
+    """bool (32 * W,) -> int32 (W,), the first in the lowest bit."""
+    places = torch.arange(32, dtype=torch.int32, device="cpu")
+    return (some.view(-1, 32).to(torch.int32) << places).sum(-1, dtype=torch.int32)
+
+
+def _bools(bits: torch.Tensor) -> torch.Tensor:
+    """int32 (W,) -> bool (32 * W,)"""
+    return (bits[:, None] >> torch.arange(32, dtype=torch.int32, device="cpu") & 1).flatten().bool()
+
+
+class _Pieces:
+    """What llguidance asks of a tokenizer: the bytes of each id, and the ids of a text."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], special: list[int]) -> None:
+        self.tokens, self.special_token_ids = tokens, special
+        self.eos_token_id, self.bos_token_id, self.is_tokenizer_wrapper = tokenizer.eos_id, None, True
+        # Weak: llguidance holds this object, and the garbage collector does not see what llguidance holds.
+        self._encode = WeakMethod(tokenizer.encode_behind)
+        self._ids = {text: i for i, text in enumerate(tokens[: tokenizer.n_words]) if text and i not in set(special)}
+        self._longest = max(map(len, self._ids), default=1)
+
+    def __call__(self, text: str) -> list[int]:
+        encode, data = self._encode(), text.encode()
+        ids = [] if encode is None else encode(text)
+        if b"".join(self.tokens[i] for i in ids) == data:
+            return ids
+        ids = []  # SentencePiece reads some texts as others: runs of spaces as one, for example
+        while data:
+            size = next((n for n in range(self._longest, 0, -1) if data[:n] in self._ids), 0)
+            if not size:
+                break
+            ids.append(self._ids[data[:size]])
+            data = data[size:]
+        return ids
+
+
+class Vocabulary:
+    """The ids of a tokenizer, for llguidance.
+
+    At the start of a text SentencePiece drops the space that a piece begins with. So llguidance knows more ids than the
+    tokenizer has, behind these: the pieces without their space, each of which stands for the one with it at a start.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.words, self.eos = -(-tokenizer.n_words // 32), tokenizer.eos_id
+        self._probe: Optional[int] = None  # an id whose text begins with a space
+        tokens, special = self._read(tokenizer)
+        self._twins = self._without_space(tokenizer, tokens, set(special))
+        self._at_start = torch.arange(32 * self.words, device="cpu")  # id -> the one that says whether it may begin a text
+        for i, twin in self._twins.items():
+            self._at_start[i] = twin
+        self._tokenizer = _llguidance().LLTokenizer(_Pieces(tokenizer, tokens, special))
+        self.compiled = lru_cache(maxsize=COMPILED)(self._compiled)
+
+    def _read(self, tokenizer: Tokenizer) -> tuple[list[bytes], list[int]]:
+        """The bytes of each id, in whole words of a mask; and the ids that are no text, which only their names mean."""
+        model, special = tokenizer.sp_model, list[int]()
+        tokens = [b""] * (32 * self.words)
+        for i in sorted(set(range(tokenizer.n_words)) - tokenizer.nameless):
+            piece = tokenizer.piece(i)
+            if i in tokenizer.added or model.IsControl(i) or model.IsUnknown(i):
+                special.append(i)
+                tokens[i] = piece.encode()
+            elif model.IsByte(i):
+                tokens[i] = bytes.fromhex(piece[3:-1])
+            else:
+                tokens[i] = piece.replace("▁", " ").encode()
+                if self._probe is None and piece[0] == "▁" and piece != "▁":
+                    self._probe = i
+        return tokens, special
+
+    def _without_space(self, tokenizer: Tokenizer, tokens: list[bytes], special: set[int]) -> dict[int, int]:
+        """For each piece that begins with a space, the id without it; new ones are put behind the `tokens`."""
+        if not self.loses_space(tokenizer, ()):
+            return {}
+        ids = {text: i for i, text in reversed(list(enumerate(tokens))) if i not in special}
+        twins = {}
+        tokens.append(b"")  # a space alone would add no text: it may not begin one
+        nothing = ids[b""] = len(tokens) - 1
+        for i in range(tokenizer.n_words):
+            if tokens[i][:1] == b" " and i not in special and not tokenizer.sp_model.IsByte(i):
+                text = tokens[i][1:]
+                if text not in ids:
+                    ids[text] = len(tokens)
+                    tokens.append(text)
+                twins[i] = ids[text] if text else nothing
+        return twins
+
+    def loses_space(self, tokenizer: Tokenizer, before: Sequence[int]) -> bool:
+        """Whether a piece loses the space that it begins with, behind these ids."""
+        if self._probe is None:
+            return False
+        return not tokenizer.decode([*before, self._probe])[len(tokenizer.decode(before)) :].startswith(" ")
+
+    def _compiled(self, grammar: str) -> Any:
+        """An `LLMatcher` at the beginning, to be copied. ValueError if it is too large for this vocabulary."""
+        llguidance = _llguidance()
+        limits = llguidance.LLParserLimits(verbose_errors=False, **LIMITS)
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        self.mask(matcher)
+        return matcher
+
+    def mask(self, matcher: Any) -> torch.Tensor:
+        """What may come next, int32 with a bit for each id of llguidance. ValueError if it has come to a limit."""
+        bits = b"" if matcher.is_error() else matcher.compute_bitmask()
+        if matcher.is_error():
+            raise ValueError(f"constraint: it cannot be used: {_told(matcher.get_error())}")
+        return torch.frombuffer(bytearray(bits), dtype=torch.int32)
+
+    def begins(self, mask: torch.Tensor) -> torch.Tensor:
+        """The mask of a text's first id, whose piece loses its space."""
+        return _bits(_bools(mask)[self._at_start])
+
+    def first(self, token: int) -> int:
+        """What llguidance is told in place of a text's first id."""
+        return self._twins.get(token, token)
+
+
+class Matcher:
+    """How far the answer of one row has come: a `Grammar` of `decoding/requests.py`."""
+
+    def __init__(self, vocabulary: Vocabulary, form: Form) -> None:
+        self._vocabulary, self._bare = vocabulary, form.bare
+        self._matcher = vocabulary.compiled(form.grammar).deep_copy()
+        ends = torch.zeros(32 * vocabulary.words, dtype=torch.bool, device="cpu")
+        ends[[i for i in form.ends if i < len(ends)]] = True
+        self._ends = _bits(ends)
+
+    def fill(self, bits: torch.Tensor) -> None:
+        """Write the mask of what may come next; any id that ends the answer may, once it is whole, and none before."""
+        mask, eos = self._vocabulary.mask(self._matcher), self._vocabulary.eos
+        whole = bool(mask[eos // 32] >> eos % 32 & 1)
+        if self._bare:
+            mask = self._vocabulary.begins(mask)
+        words = min(len(bits), self._vocabulary.words)
+        bits[:words] = mask[:words] | self._ends[:words] if whole else mask[:words] & ~self._ends[:words]
+
+    def accept(self, token: int) -> None:
+        """Take the id that came next. ValueError if it may not."""
+        token, self._bare = self._vocabulary.first(token) if self._bare else token, False
+        if not self._matcher.consume_token(token):
+            raise ValueError(f"constraint: {_told(self._matcher.get_error())}")
+
+
+_VOCABULARIES: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """That of a tokenizer, made once."""
+    if tokenizer not in _VOCABULARIES:
+        _VOCABULARIES[tokenizer] = Vocabulary(tokenizer)
+    return _VOCABULARIES[tokenizer]
