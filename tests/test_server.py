@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import pytest
 import torch
@@ -172,6 +173,28 @@ def test_ids_are_told_if_asked_for(http: Any, llama: Llama) -> None:
     ids = llama.tokenizer.encode(STORY, bos=True, eos=False)
     assert choice["prompt_token_ids"] == ids
     assert choice["token_ids"] == llama.generate([ids], 5, 0)[0][0]
+
+
+def test_answers_of_a_form(client: Any, http: Any) -> None:
+    """OpenAI's client makes a schema of a class, and an object of the answer; vLLM's fields for other forms are known."""
+    pytest.importorskip("llguidance")
+    import pydantic
+
+    class Pet(pydantic.BaseModel):
+        name: Literal["Tom", "Lily"]
+        legs: int = pydantic.Field(ge=2, le=4)
+
+    given = {"model": "demo", "messages": ASKED, "temperature": 1, "max_tokens": 60}
+    pet = client.chat.completions.parse(**given, response_format=Pet).choices[0].message.parsed
+    assert pet.name in ("Tom", "Lily")
+    assert 2 <= pet.legs <= 4
+    body = {"prompt": STORY, "max_tokens": 40, "temperature": 1, "n": 3}
+    for form, pattern in (({"regex": "[ab]{3} c"}, "[ab]{3} c"), ({"choice": [" yes", "no"]}, " yes|no")):
+        for choice in http.post("/v1/completions", json={**body, **form}).json()["choices"]:
+            assert re.fullmatch(pattern, choice["text"])
+            assert choice["finish_reason"] == "stop"
+    for wrong in ({"regex": "("}, {"choice": []}, {"regex": "a", "choice": ["b"]}, {"grammar": "start: ("}):
+        assert http.post("/v1/completions", json={**body, **wrong}).status_code == 400
 
 
 def test_embeddings(client: Any, llama: Llama) -> None:

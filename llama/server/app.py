@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -245,7 +246,9 @@ async def _complete(server: Server, request: HTTPRequest, body: Any, read: Calla
     if isinstance(body, dict):
         server.check_model(body.get("model"))
     asked = read(server.llama, body)
-    _, running = server.llama.begin(asked.asked, streams=asked.stream)
+    begin = partial(server.llama.begin, asked.asked, streams=asked.stream)
+    # A form takes its time to compile, in which others are answered.
+    _, running = await run_in_threadpool(begin) if "constraint" in asked.asked.options else begin()
     reply = Reply(asked, running, server.settings.model)
     answer = server.stepper.submit(running, asked.stream)
     gone = asyncio.ensure_future(_until_gone(request))
