@@ -32,8 +32,8 @@ MOST_MEMORY, MOST_STACK = 2**31, 2**22  # bytes that it may take for that
 LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_lexer_states": 50_000}
 COMPILED = 32  # of the last constraints are kept, for each tokenizer
 # Between the parts of JSON: nothing, a space, or a new line with what indents it. Otherwise spaces could follow without end.
-WHITESPACE = r"( |\n {0,12})?"
-NOT_INSTALLED = "answers of a given form need the package llguidance; pip install 'llama[constraints]'"
+WHITESPACE = r" |\n {0,12}"
+NOT_INSTALLED = "answers of a given form need the package llguidance; pip install 'llguidance>=1.8'"
 CHILD = r"""
 import json, re, sys
 asked = json.load(sys.stdin)
@@ -357,11 +357,19 @@ class Matcher:
         words = min(len(bits), self._vocabulary.words)
         bits[:words] = mask[:words] | self._ends[:words] if whole else mask[:words] & ~self._ends[:words]
 
+    def _known(self, token: int) -> int:
+        return self._vocabulary.first(token) if self._bare else token
+
     def accept(self, token: int) -> None:
         """Take the id that came next. ValueError if it may not."""
-        token, self._bare = self._vocabulary.first(token) if self._bare else token, False
+        token, self._bare = self._known(token), False
         if not self._matcher.consume_token(token):
             raise ValueError(f"constraint: {_told(self._matcher.get_error())}")
+
+    def ends_with(self, token: int) -> bool:
+        """Whether the answer is whole with this id, and cannot go on. A copy tries it: a step that fails is decided again."""
+        trial = self._matcher.deep_copy()
+        return trial.consume_token(self._known(token)) and trial.is_accepting() and trial.is_stopped()
 
 
 _VOCABULARIES: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
