@@ -355,6 +355,7 @@ class Matcher:
         if self._bare:
             mask = self._vocabulary.begins(mask)
         words = min(len(bits), self._vocabulary.words)
+        bits[words:] = 0
         bits[:words] = mask[:words] | self._ends[:words] if whole else mask[:words] & ~self._ends[:words]
 
     def _known(self, token: int) -> list[int]:

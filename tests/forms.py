@@ -60,8 +60,10 @@ def one_of_many(rng: random.Random, depth: int) -> dict[str, Any]:
     kinds: list[dict[str, Any]] = [
         {"type": "object", "properties": some(names), "required": names, "additionalProperties": False},
         {"type": "object", "properties": some(names), "required": names[:1], "additionalProperties": False},
-        {"type": "object", "properties": some(names), "required": names, "additionalProperties": inner(), "maxProperties": 4},
-        {"type": "object", "additionalProperties": inner(), "minProperties": 1, "maxProperties": 2},
+        {"type": "object", "properties": some(names), "required": names, "additionalProperties": inner(),
+         "maxProperties": len(names)},
+        {"type": "object", "patternProperties": {"^[a-z]{1,3}$": inner()}, "additionalProperties": False, "minProperties": 1,
+         "maxProperties": 2},
         {"type": "array", "items": inner(), "minItems": 1, "maxItems": 3},
         {"type": "array", "prefixItems": [inner(), inner()], "items": False, "minItems": 2},
         {"anyOf": [inner(), inner()]},
@@ -70,13 +72,15 @@ def one_of_many(rng: random.Random, depth: int) -> dict[str, Any]:
              "additionalProperties": False}
             for kind in ("a", "b")
         ]},
-        {"oneOf": [{"type": "integer", "minimum": 0, "maximum": 99}, {"type": "boolean"}, {"type": "array", "items": inner(), "maxItems": 2}]},
+        {"oneOf": [{"type": "integer", "minimum": 0, "maximum": 99}, {"type": "boolean"},
+                   {"type": "array", "items": inner(), "maxItems": 2}]},
         {"allOf": [
             {"type": "object", "properties": {"a": inner()}, "required": ["a"]},
             {"type": "object", "properties": {"b": inner()}, "required": ["b"], "maxProperties": 2},
         ]},
         {"$ref": "#/$defs/node"},
-        {"type": "object", "properties": {"items": {"$ref": "#/$defs/item"}}, "required": ["items"], "additionalProperties": False},
+        {"type": "object", "properties": {"items": {"$ref": "#/$defs/item"}}, "required": ["items"],
+         "additionalProperties": False},
     ]  # fmt: skip
     return rng.choice(kinds)
 
@@ -101,7 +105,7 @@ def schemas(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def measure(llama: Llama, asked: list[dict[str, Any]], answers: int, length: int) -> dict[str, Any]:
     """How many answers ended by themselves, were valid, or were cut; and what was wrong."""
-    counts: dict[str, Any] = {"answers": 0, "ended": 0, "valid": 0, "cut": 0, "refused": [], "wrong": []}
+    counts: dict[str, Any] = {"answers": 0, "ended": 0, "valid": 0, "cut": {}, "refused": [], "wrong": []}
     began, tokens = time.time(), 0
     for number, schema in enumerate(asked):
         judge = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
@@ -115,7 +119,7 @@ def measure(llama: Llama, asked: list[dict[str, Any]], answers: int, length: int
             counts["answers"] += 1
             tokens += len(answer["tokens"])
             if answer["finish_reason"] != "stop":
-                counts["cut"] += 1
+                counts["cut"][number] = counts["cut"].get(number, 0) + 1
                 continue
             counts["ended"] += 1
             try:
@@ -130,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemas", type=int, default=100)
     parser.add_argument("--answers", type=int, default=5)
-    parser.add_argument("--max_gen_len", type=int, default=400)
+    parser.add_argument("--max_gen_len", type=int, default=490)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     llama = Llama.build(max_seq_len=args.max_gen_len + 16, max_batch_size=args.answers, device="cpu")
