@@ -8,7 +8,6 @@ a `Matcher` holds how far one row has come.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -32,8 +31,10 @@ MOST_MEMORY, MOST_STACK = 2**31, 2**22  # bytes that it may take for that
 LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_lexer_states": 50_000}
 COMPILED = 32  # of the last constraints are kept, for each tokenizer
 # Between the parts of JSON: nothing, a space, or a new line with what indents it. Otherwise spaces could follow without end.
-WHITESPACE = r"( |\n {0,12})?"
-NOT_INSTALLED = "answers of a given form need the package llguidance; pip install 'llama[constraints]'"
+WHITESPACE = r" |\n {0,12}"
+# All ids that lead on, and not only those that llguidance would choose: which these are depends on the space before a text.
+FREELY = '\n%llguidance {"no_forcing": true}\n'
+NOT_INSTALLED = "answers of a given form need the package llguidance; pip install 'llguidance>=1.8'"
 CHILD = r"""
 import json, re, sys
 asked = json.load(sys.stdin)
@@ -56,6 +57,7 @@ class Bytes:  # a vocabulary of bytes, and of all the names of special tokens th
     def __call__(self, text):
         return [i + 1 for i in (text.encode() if isinstance(text, str) else text)]
 
+grammar = LLMatcher.grammar_from_lark(grammar)
 matcher = LLMatcher(LLTokenizer(Bytes()), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **asked["limits"]))
 if not matcher.is_error():
     matcher.compute_bitmask()
@@ -73,7 +75,7 @@ def _llguidance() -> Any:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A form that an answer must have. grammar: as llguidance writes it; equal ones mean the same."""
+    """A form that an answer must have. grammar: in llguidance's kind of Lark; equal ones mean the same."""
 
     kind: str
     grammar: str
@@ -95,7 +97,7 @@ class Constraint:
         [(kind, value)] = given.items()
         if kind not in KINDS:
             raise ValueError(told)
-        grammar = _GRAMMARS[kind](value)
+        grammar = _GRAMMARS[kind](value) + FREELY
         if kind not in ("choice", "json_object"):
             _check(kind, grammar)
         return cls(kind, grammar)
@@ -153,9 +155,10 @@ def _json_schema(value: Any) -> str:
         raise ValueError(f"constraint: json_schema={shortened(value)} is no JSON: {escaped(str(error))}") from error
     if value is not True and not isinstance(value, dict):
         raise ValueError(f"constraint: json_schema={shortened(value)} must be a JSON Schema, a dict or its JSON")
-    text = '{"type": "object"}' if value in (True, {}) else _text("json_schema", text)
+    _text("json_schema", text)
     options = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
-    return str(_llguidance().LLMatcher.grammar_from_json_schema(text, overrides=options))
+    schema: dict[str, Any] = value if isinstance(value, dict) and value else {"type": "object"}
+    return f"start: %json {json.dumps({**schema, 'x-guidance': options})}"
 
 
 def _json_object(value: Any) -> str:
@@ -165,7 +168,7 @@ def _json_object(value: Any) -> str:
 
 
 def _regex(value: Any) -> str:
-    return str(_llguidance().LLMatcher.grammar_from_regex(_text("regex", value)))
+    return _matching(_text("regex", value))
 
 
 def _choice(value: Any) -> str:
@@ -174,18 +177,22 @@ def _choice(value: Any) -> str:
         raise ValueError(f"constraint: choice={shortened(value)} must be a list of texts that are not empty")
     _text("choice", "".join(value))
     texts = ("".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text) for text in dict.fromkeys(value))
-    return str(_llguidance().LLMatcher.grammar_from_regex("|".join(texts)))
+    return _matching("|".join(texts))
 
 
 def _grammar(value: Any) -> str:
     text = _text("grammar", value)
-    llguidance = _llguidance()
-    if re.search(r"::=", text):
-        try:
-            return str(llguidance.grammar_from("gbnf", text))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"constraint: grammar is no GBNF: {_told(str(error))}") from error
-    return str(llguidance.LLMatcher.grammar_from_lark(text))
+    if "::=" not in text:
+        return text
+    try:
+        return str(_llguidance().grammar_from("gbnf", text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"constraint: grammar is no GBNF: {_told(str(error))}") from error
+
+
+def _matching(regex: str) -> str:
+    """The grammar of what a regular expression matches."""
+    return str(json.loads(_llguidance().LLMatcher.grammar_from_regex(regex))["grammars"][0]["lark_grammar"])
 
 
 _GRAMMARS = {
@@ -231,29 +238,15 @@ def _bools(bits: torch.Tensor) -> torch.Tensor:
 
 
 class _Pieces:
-    """What llguidance asks of a tokenizer: the bytes of each id, and the ids of a text."""
+    """What llguidance asks of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], special: list[int]) -> None:
         self.tokens, self.special_token_ids = tokens, special
         self.eos_token_id, self.bos_token_id, self.is_tokenizer_wrapper = tokenizer.eos_id, None, True
-        # Weak: llguidance holds this object, and the garbage collector does not see what llguidance holds.
-        self._encode = WeakMethod(tokenizer.encode_behind)
-        self._ids = {text: i for i, text in enumerate(tokens[: tokenizer.n_words]) if text and i not in set(special)}
-        self._longest = max(map(len, self._ids), default=1)
 
     def __call__(self, text: str) -> list[int]:
-        encode, data = self._encode(), text.encode()
-        ids = [] if encode is None else encode(text)
-        if b"".join(self.tokens[i] for i in ids) == data:
-            return ids
-        ids = []  # SentencePiece reads some texts as others: runs of spaces as one, for example
-        while data:
-            size = next((n for n in range(self._longest, 0, -1) if data[:n] in self._ids), 0)
-            if not size:
-                break
-            ids.append(self._ids[data[:size]])
-            data = data[size:]
-        return ids
+        """The ids of a text: none are asked for, since none are forced."""
+        return []
 
 
 class Vocabulary:
@@ -267,6 +260,7 @@ class Vocabulary:
         self.words, self.eos = -(-tokenizer.n_words // 32), tokenizer.eos_id
         self._probe: Optional[int] = None  # an id whose text begins with a space
         tokens, special = self._read(tokenizer)
+        self.space: Optional[int] = None  # a space alone, which is no text at a start, if the next piece then shows its space
         self._twins = self._without_space(tokenizer, tokens, set(special))
         self._at_start = torch.arange(32 * self.words, device="cpu")  # id -> the one that says whether it may begin a text
         for i, twin in self._twins.items():
@@ -297,7 +291,7 @@ class Vocabulary:
             return {}
         ids = {text: i for i, text in reversed(list(enumerate(tokens))) if i not in special}
         twins = {}
-        tokens.append(b"")  # a space alone would add no text: it may not begin one
+        tokens.append(b"")
         nothing = ids[b""] = len(tokens) - 1
         for i in range(tokenizer.n_words):
             if tokens[i][:1] == b" " and i not in special and not tokenizer.sp_model.IsByte(i):
@@ -306,6 +300,8 @@ class Vocabulary:
                     ids[text] = len(tokens)
                     tokens.append(text)
                 twins[i] = ids[text] if text else nothing
+                if not text and not self.loses_space(tokenizer, [i]):
+                    self.space = i
         return twins
 
     def loses_space(self, tokenizer: Tokenizer, before: Sequence[int]) -> bool:
@@ -318,7 +314,8 @@ class Vocabulary:
         """An `LLMatcher` at the beginning, to be copied. ValueError if it is too large for this vocabulary."""
         llguidance = _llguidance()
         limits = llguidance.LLParserLimits(verbose_errors=False, **LIMITS)
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        whole = llguidance.LLMatcher.grammar_from_lark(grammar)
+        matcher = llguidance.LLMatcher(self._tokenizer, whole, log_level=0, limits=limits)
         self.mask(matcher)
         return matcher
 
@@ -330,8 +327,11 @@ class Vocabulary:
         return torch.frombuffer(bytearray(bits), dtype=torch.int32)
 
     def begins(self, mask: torch.Tensor) -> torch.Tensor:
-        """The mask of a text's first id, whose piece loses its space."""
-        return _bits(_bools(mask)[self._at_start])
+        """The mask of a text's first id, whose piece loses its space. A space alone may come where nothing else can."""
+        some = _bools(mask)[self._at_start]
+        if self.space is not None and not some.any():
+            some[self.space] = True
+        return _bits(some)
 
     def first(self, token: int) -> int:
         """What llguidance is told in place of a text's first id."""
@@ -355,13 +355,25 @@ class Matcher:
         if self._bare:
             mask = self._vocabulary.begins(mask)
         words = min(len(bits), self._vocabulary.words)
+        bits[words:] = 0
         bits[:words] = mask[:words] | self._ends[:words] if whole else mask[:words] & ~self._ends[:words]
+
+    def _known(self, token: int) -> list[int]:
+        """What llguidance is told of an id."""
+        if not self._bare:
+            return [token]
+        return [] if token == self._vocabulary.space else [self._vocabulary.first(token)]
 
     def accept(self, token: int) -> None:
         """Take the id that came next. ValueError if it may not."""
-        token, self._bare = self._vocabulary.first(token) if self._bare else token, False
-        if not self._matcher.consume_token(token):
+        known, self._bare = self._known(token), False
+        if not self._matcher.consume_tokens(known):
             raise ValueError(f"constraint: {_told(self._matcher.get_error())}")
+
+    def ends_with(self, token: int) -> bool:
+        """Whether the answer is whole with this id, and cannot go on. A copy tries it: a step that fails is decided again."""
+        trial = self._matcher.deep_copy()
+        return trial.consume_tokens(self._known(token)) and trial.is_accepting() and trial.is_stopped()
 
 
 _VOCABULARIES: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()

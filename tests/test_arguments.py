@@ -150,7 +150,7 @@ def test_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_of_answers_are_those_of_python() -> None:
     given = read(["complete", "x"])
     assert {name: given.get(name) for name in TOLD} == {name: DEFAULTS[name] for name in TOLD}
-    assert set(TOLD) == set(DEFAULTS) - {"logprobs", "logit_bias", "stop_ids", "seed", "draft", "n"}
+    assert set(TOLD) == set(DEFAULTS) - {"logprobs", "logit_bias", "stop_ids", "seed", "draft", "n", "constraint"}
 
 
 def test_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from ..generation import Llama
 from ..options import DEFAULTS, TOLD, parse_options
 from ..runtime import Launch
 from ..system.printable import shortened
-from .console import number, texts
+from ..tokenizer import user_path
+from .console import file_text, number, texts
 from .fetching import ask_before_fetching
 
 REQUIRED = object()  # the default of an option that has to be given
@@ -96,6 +97,13 @@ MODEL = {
     ),
     "batch_invariant": Option(truth, False, "let no answer depend on what else runs, to the bit; costs speed"),
 }
+FORM = {
+    "json": Option(truth, False, "each answer is a JSON object"),
+    "json_schema": Option(str, None, "each answer is JSON of this schema: a file with it, or {…} itself"),
+    "regex": Option(str, None, "each answer matches this regular expression, as a whole"),
+    "choice": Option(texts, None, "each answer is one of these texts, a JSON list"),
+    "grammar": Option(str, None, "a file with a grammar for each answer, in Lark's notation or llama.cpp's GBNF"),
+}
 ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told) for name, told in TOLD.items()}
 
 
@@ -116,8 +124,24 @@ def build(args: Namespace, **changed: Any) -> Llama:
 def answers(args: Namespace) -> dict[str, Any]:
     """The options of answers, checked before any work."""
     given = {name: getattr(args, name) for name in ANSWERS}
+    if (constraint := _constraint(args)) is not None:
+        given["constraint"] = constraint
     parse_options(given, prompts=1, vocab_size=1, max_seq_len=1)  # any size will do: none of them names ids
     return given
+
+
+def _constraint(args: Namespace) -> Optional[dict[str, Any]]:
+    """The option `constraint`, as one of the options of `FORM` asks for it."""
+    given = {name: value for name in FORM if (value := getattr(args, name)) not in (None, False)}
+    if len(given) > 1:
+        raise ValueError(f"an answer has one form; give one of {', '.join(f'--{name}' for name in given)}")
+    for name, value in given.items():
+        if name == "json":
+            return {"json_object": True}
+        if name == "grammar" or (name == "json_schema" and not value.lstrip().startswith("{")):
+            value = file_text(user_path(value))
+        return {name: [value] if name == "choice" and isinstance(value, str) else value}
+    return None
 
 
 class Parser(ArgumentParser):

@@ -179,7 +179,11 @@ def given_text(text: Optional[str], file: Optional[str], what: str) -> str:
         return ""
     if file is None and sys.stdin.isatty():
         raise ValueError(f"no {what}; give one in quotes, --file FILE, or a pipe")
-    path = None if file in (None, "-") else user_path(file)
+    return file_text(None if file in (None, "-") else user_path(file))
+
+
+def file_text(path: Optional[Path]) -> str:
+    """The text of a file, or of the pipe, less its last line end."""
     data = sys.stdin.buffer.read() if path is None else read_file(path)
     try:
         decoded = data.decode("utf-8-sig")

@@ -14,7 +14,7 @@ from ..system.printable import counted, json_line
 from ..tokenizer import user_path
 from ..tokenizer_files import open_tokenizer
 from . import conversation, jobs
-from .arguments import ANSWERS, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
+from .arguments import ANSWERS, FORM, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
 from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say, typed_lines
 from .fetching import agreed_folder
 
@@ -143,6 +143,7 @@ COMMANDS = {
     "chat": Command(chat, ["ckpt_dir", "tokenizer_path"], {
         "the talk": {"system": Option(str, None, "the system message; none if not given")},
         "the replies": ANSWERS,
+        "their form": FORM,
         "the model": MODEL,
     }),
     "complete": Command(complete, ["prompt"], {
@@ -155,6 +156,7 @@ COMMANDS = {
             "echo": Option(truth, False, "show the prompt before its continuation"),
         },
         "the answers": ANSWERS,
+        "their form": FORM,
         "the model": MODEL | {
             "max_batch_size": Option(a_number, None, "prompts that run side by side; 4 with --jsonl, or else 1, if not given"),
             "seed": Option(a_number, 1, "seed of the draws; line n of --jsonl draws with seed + n"),

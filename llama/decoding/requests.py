@@ -21,7 +21,8 @@ FinishReason = Literal["stop", "length", "context"]
 
 
 class Grammar(Protocol):
-    """Says which ids may come next in one row, and is told which one did."""
+    """Says which ids may come next in one row, and is told which one did. It may have an `ends_with(token)` as well, which says
+    whether an id leaves nothing that could follow it but an end."""
 
     def fill(self, bits: torch.Tensor) -> None:
         """Write into int32 (ceil(vocab_size / 32),) on the CPU: bit i % 32 of word i // 32 is set if id i may come next."""

@@ -130,8 +130,13 @@ class Row:
             return Step(self.index, None, 0.0, [], self.ends_by, *scores)
         if decision.token in self.request.ends:
             return Step(self.index, None, 0.0, [], "stop", *scores)
-        reason = self.ends_by if room == 1 else None
+        reason = "stop" if self._nothing_follows(decision.token) else self.ends_by if room == 1 else None
         return Step(self.index, decision.token, decision.logprob, decision.alternatives, reason, *scores)
+
+    def _nothing_follows(self, token: int) -> bool:
+        """Whether the row's grammar knows that an answer is whole with this id, and cannot go on: it needs no step for EOS."""
+        ends_with = getattr(self.grammar, "ends_with", None)
+        return ends_with is not None and ends_with(token)
 
     def accept(self, step: Step) -> None:
         """Make the step's id the newest of the row."""
