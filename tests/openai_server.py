@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any, NamedTuple, Union
 
 LIMIT = 512
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Error(NamedTuple):
@@ -16,7 +18,7 @@ class Error(NamedTuple):
 
     status: int
     message: str
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = NOTHING
 
 
 # An answer: its pieces of text, Events that it waits for, chunks that go out as they are. After None the connection is lost.
@@ -84,14 +86,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.fail(401, "the API key is missing or wrong")
         return True
 
-    def reply(self, status: int, content: bytes, headers: dict[str, str] = {}) -> None:  # noqa: B006
+    def reply(self, status: int, content: bytes, headers: Mapping[str, str] = NOTHING) -> None:
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
-    def fail(self, status: int, message: str, headers: dict[str, str] = {}) -> None:  # noqa: B006
+    def fail(self, status: int, message: str, headers: Mapping[str, str] = NOTHING) -> None:
         self.reply(status, json.dumps({"error": {"message": message, "type": "test", "code": None}}).encode(), headers)
 
     def stream(self, pieces: Pieces, is_chat: bool) -> None:
