@@ -21,7 +21,8 @@ class Error(NamedTuple):
     headers: Mapping[str, str] = NOTHING
 
 
-# An answer: its pieces of text, Events that it waits for, chunks that go out as they are. After None the connection is lost.
+# An answer: its pieces of text, Events that it waits for, chunks that go out as they are, or whole lines of data. After None
+# the connection is lost.
 Pieces = Sequence[Union[str, threading.Event, dict[str, Any], None]]
 
 
@@ -30,15 +31,22 @@ class OpenAI:
     each request. left: set when a client went away in the middle of an answer. pages: path -> (headers, content)."""
 
     def __init__(self) -> None:
-        self.answers: list[Union[Pieces, Error]] = []
-        self.asked: list[tuple[str, Any]] = []
-        self.key = ""
-        self.left = threading.Event()
         self.pages: dict[str, tuple[dict[str, str], bytes]] = {}
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"stand_in": self}))
+        self.reset()
+        handler = type("Handler", (_Handler,), {"stand_in": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def reset(self) -> None:
+        """As it was at first, but for its pages."""
+        self.answers: list[Union[Pieces, Error]] = []
+        self.asked: list[tuple[str, Any]] = []
+        self.key = ""
+        self.counts = True  # answers /tokenize, which is no part of OpenAI's API
+        self.models: list[dict[str, Any]] = [{"id": "stand-in", "object": "model", "max_model_len": LIMIT}]
+        self.left = threading.Event()
 
     def close(self) -> None:
         self.server.shutdown()
@@ -65,19 +73,22 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(200, content, headers)
         if self.refused():
             return None
-        entry = {"id": "stand-in", "object": "model", "owned_by": "tests", "max_model_len": LIMIT}
-        return self.reply(200, json.dumps({"object": "list", "data": [entry]}).encode())
+        return self.reply(200, json.dumps({"object": "list", "data": stand_in.models}).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.stand_in.asked.append((self.path, body))
         if self.refused():
-            return
+            return None
+        if self.path == "/tokenize":
+            told = {"count": len(body["prompt"].split()), "max_model_len": LIMIT}
+            return self.reply(200, json.dumps(told).encode()) if self.stand_in.counts else self.fail(404, "not here")
         answer = self.stand_in.answers.pop(0) if self.stand_in.answers else ["Hello", "."]
         if isinstance(answer, Error):
             self.fail(*answer)
         else:
             self.stream(answer, "chat" in self.path)
+        return None
 
     def refused(self) -> bool:
         key = self.stand_in.key
@@ -112,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
                 elif isinstance(piece, dict):
                     reason = piece.get("reason", reason)
                     self.send(piece)
+                elif piece.startswith("data: "):
+                    self.wfile.write(piece.encode() + b"\n\n")
                 else:
                     count += 1
                     told = {"delta": {"content": piece}} if is_chat else {"text": piece}

@@ -127,10 +127,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @pytest.fixture
 def page(browser: Page) -> Iterator[Page]:
     server = browser.server
-    server.answers.clear()
-    server.asked.clear()
-    server.key = ""
-    server.left.clear()
+    server.reset()
     browser.open()
     browser.browser.get_log("browser")
     yield browser
@@ -292,8 +289,8 @@ def test_markdown(browser: Page, text: str, markup: str) -> None:
 
 def test_no_answer_is_slow_to_show(page: Page) -> None:
     """Each of these is 30,000 characters that ask for as many looks ahead."""
-    units = ["*a ", "`", "` ``", "``` `` ", "[", "[a](", "**a", "_a_ *", "> ", "- ", "  - a\n", "|", "\\", "https://", "~~", "a*b", "#",
-             "1. a\n", " ", "a\n\n", "* * ", "[a](https://b(", "-\n\n", "| -"]  # fmt: skip
+    units = ["*a ", "`", "` ``", "``` `` ", "[", "[a](", "**a", "_a_ *", "> ", "- ", "  - a\n", "|", "\\", "https://", "~~",
+             "a*b", "#", "1. a\n", " ", "a\n\n", "* * ", "[a](https://b(", "-\n\n", "| -"]  # fmt: skip
     script = "const t = performance.now(); show(document.createElement('div'), arguments[0]); return performance.now() - t"
     slow = {unit: page.run(script, unit * (30_000 // len(unit))) for unit in units}
     assert {unit: ms for unit, ms in slow.items() if ms > 1000} == {}
