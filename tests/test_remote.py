@@ -209,6 +209,32 @@ def test_what_does_not_go_together(server: OpenAI, name: str, options: dict[str,
     assert server.asked == []
 
 
+def test_with_our_own_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At temperature 0 the words are those of a model here."""
+    pytest.importorskip("starlette")
+    serving = pytest.importorskip("serving")
+    llama = Llama.build(device="cpu", max_seq_len=128)
+    session = llama.chat("Be kind.", temperature=0, max_gen_len=8)
+    replies = [session.ask("Who are you?"), session.ask("Why?")]
+    [text] = llama.text_completion(["Once upon a time"], temperature=0)
+    with serving.served(llama, key="s3cret") as it:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Who are you?\nWhy?\n/stats\n")))
+        options = {"url": it.url, "api_key": "s3cret", "temperature": 0}
+        capsys.readouterr()
+        command("chat", system="Be kind.", max_gen_len=8, **options)
+        out, err = capsys.readouterr()
+        command("complete", "Once upon a time", **options)
+        assert capsys.readouterr().out.rstrip() == text["generation"].rstrip()
+        with pytest.raises(ValueError, match="refuses the API key"):
+            command("complete", "a", url=it.url, api_key="x")
+        with pytest.raises(ValueError, match=r"does not have this \(/v1/\S+\): there is no model 'x' here"):
+            command("complete", "a", model="x", **options)
+        with pytest.raises(ValueError, match="the server refused this: this model cannot fill in"):
+            command("complete", "a", suffix="b", **options)
+    assert out == "".join(f"{reply}\n" for reply in replies)
+    assert " of 128 tokens" in err
+
+
 def test_one_process_is_enough(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote.Launch, "read", lambda: remote.Launch(True, 0, 2, 0, 2))
     with pytest.raises(ValueError, match="one process is enough; run it without torchrun"):

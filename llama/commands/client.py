@@ -133,7 +133,7 @@ class Server:
         if status == 401:
             return f"{self.url} wants an API key; pass --api_key" if self.key is None else f"{self.url} refuses the API key"
         if status == 404:
-            return f"{self.url}{path} is not there: {told}"
+            return f"the server does not have this ({path}): {told}"
         if status == 429:
             return f"the server is busy; try again {f'in {escaped(wait)} s' if wait else 'later'}"
         return f"something went wrong in the server: {told}" if status >= 500 else f"the server refused this: {told}"
