@@ -375,9 +375,10 @@ def test_conversations(page: Page) -> None:
     assert json.loads(path.read_text(encoding="utf-8")) == [
         {"role": "user", "content": "The second"}, {"role": "assistant", "content": "```py\nprint(2)\n```"},
     ]  # fmt: skip
-    page.run("navigator.clipboard.writeText = async (text) => { window.copied = text }")
-    page.run("document.querySelector('.code .tool').click()")
-    page.until(lambda: page.run("return window.copied") == "print(2)")
+    page.run("navigator.clipboard.writeText = async () => { throw 1 }")  # as where the page came without https
+    page.click(".code .tool")
+    page.one("#message").send_keys(Keys.CONTROL, "v")
+    page.until(lambda: page.run("return document.querySelector('#message').value") == "print(2)")
     page.all("#list .open")[1].click()
     assert page.said == ["The first", "One."]
     page.run("document.querySelector('#list .on .tool').click()")
@@ -406,6 +407,53 @@ def test_an_answer_comes_while_another_conversation_is_read(page: Page) -> None:
     assert page.said == ["Hi", "Hello."]
     page.all("#list .open")[1].click()
     assert page.said == ["Take your time", "Slowly."]
+
+
+def test_another_tab_writes(page: Page) -> None:
+    """What it wrote is seen; what is shown here stays in use."""
+
+    def write(id: str, title: str) -> None:
+        told = {"id": id, "title": title, "system": "", "messages": [{"role": "user", "content": "x"}], "used": 0, "changed": 1}
+        script = "localStorage[arguments[0]] = arguments[1]; dispatchEvent(new StorageEvent('storage', { key: arguments[0] }))"
+        page.run(script, f"llama.chat.{id}", json.dumps(told))
+
+    page.ask("Here", "One.")
+    [mine] = page.kept
+    page.run("localStorage['llama.chat.broken'] = '{'; localStorage['llama.chat.other'] = '[]'")
+    write("there", "There")
+    page.run("delete localStorage['llama.chat.broken']; delete localStorage['llama.chat.other']")
+    assert page.text("#list").split("\n") == ["Here", "There"]
+    page.act("Ask for another answer")
+    page.until(lambda: page.said == ["Here", "Hello."])
+    page.done()
+    assert {chat["title"]: len(chat["messages"]) for chat in page.kept} == {"Here": 2, "There": 1}
+    write(mine["id"], "Changed there")
+    assert page.said == ["x"]
+    assert page.text("#title") == "Changed there"
+
+
+def test_a_tab_that_is_closed_keeps_what_came(page: Page) -> None:
+    page.server.answers = [["Half of it", threading.Event()], [" and the rest."]]
+    page.say("Go")
+    page.until(lambda: page.said[1:] == ["Half of it"])
+    page.reload()
+    assert page.said == ["Go", "Half of it"]
+    page.act("Let the answer go on")
+    page.until(lambda: page.said == ["Go", "Half of it and the rest."])
+
+
+def test_a_browser_that_keeps_nothing(page: Page) -> None:
+    script = "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, { get() { throw 1 } })"
+    added = page.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    try:
+        page.reload()
+        assert page.ask("Hi") == "Hello."
+        assert page.text("#notice span").startswith("The browser has no room to keep this.")
+        page.run("document.querySelector('#list .on .tool:last-child').click()")
+        assert page.said == []
+    finally:
+        page.browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+        page.browser.refresh()
 
 
 def test_light_and_dark(page: Page) -> None:
