@@ -57,8 +57,9 @@ class Page:
         self.until(lambda: self.text("#model") or self.all("#notice span"))
 
     def colors(self, scheme: str) -> None:
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+        told = [{"name": name, "value": value} for name, value in features.items()]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": told})
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.browser.execute_script(script, *arguments)
@@ -268,6 +269,8 @@ def test_nothing_that_is_said_becomes_markup(page: Page) -> None:
          "<thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td><code>2</code></td></tr></tbody></table><p>c</p>"),
         ("```py\na = 1\n\n  b\n```\nc", "<pre><code>a = 1\n\n  b</code></pre><p>c</p>"),
         ("~~~\n```\nx", "<pre><code>```\nx</code></pre>"),
+        ("```\na\n```js", "<pre><code>a\n```js</code></pre>"),
+        ("```a``` b", "<p><code>a</code> b</p>"),
         ("(https://a.example/b_(c)_d.) [e](https://f.example/g_(h))",
          '(<a href="https://a.example/b_(c)_d">https://a.example/b_(c)_d</a>.) <a href="https://f.example/g_(h)">e</a>'),
         ("[a](b) [c] (d) ![e](https://f.example)", '<p>[a](b) [c] (d) <a href="https://f.example">e</a></p>'),
@@ -293,7 +296,13 @@ def test_no_answer_is_slow_to_show(page: Page) -> None:
     units = ["*a ", "`", "` ``", "``` `` ", "[", "[a](", "**a", "_a_ *", "> ", "- ", "  - a\n", "|", "\\", "https://", "~~",
              "a*b", "#", "1. a\n", " ", "a\n\n", "* * ", "[a](https://b(", "-\n\n", "| -"]  # fmt: skip
     script = "const t = performance.now(); show(document.createElement('div'), arguments[0]); return performance.now() - t"
-    slow = {unit: page.run(script, unit * (30_000 // len(unit))) for unit in units}
+    texts = {unit: unit * (30_000 // len(unit)) for unit in units}
+    texts |= {
+        "dashes": "|\n" + "-" * 100_000 + "x",
+        "spaces": "- -" + " " * 100_000 + "x",
+        "hashes": "# a" + " #" * 50_000 + "x",
+    }
+    slow = {unit: page.run(script, text) for unit, text in texts.items()}
     assert {unit: ms for unit, ms in slow.items() if ms > 1000} == {}
 
 
@@ -537,7 +546,7 @@ def test_with_our_own_server(page: Page) -> None:
         page.until(lambda: "16 tokens" in page.text(".assistant .note"))
         assert page.said[1] == whole.strip()
         page.click("#new")
-        page.say("x " * 600)
+        page.run("say('x '.repeat(600))")
         page.until(lambda: page.text("#notice span").startswith("The server refused this: "))
         page.run("chosen.max_tokens = 0; chosen.temperature = 1; chosen.frequency_penalty = 1")
         page.click("#new")
