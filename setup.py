@@ -22,6 +22,7 @@ CONSTRAINTS = ["llguidance>=1.8"]
 TEST = [
     "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
     "protobuf>=4.21",  # with which transformers reads a tokenizer.model
+    "selenium>=4.20",  # drives a browser, where there is one
     "jsonschema>=4.18", "openai>=1.40",
     *PLOTS, *TERMINAL, *HUB, *CHAT, *GGUF, *SERVE, *CONSTRAINTS, *TRITON,
 ]  # fmt: skip
@@ -38,7 +39,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md"]},
+    package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md", "page.html"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     entry_points={"console_scripts": ["llama = llama.commands.cli:main"]},
     extras_require={

@@ -39,7 +39,7 @@ TESTS = {
     "agreement": "generation", "app": "server", "archive": "files checkpoint", "as_built": "own_parts", "bodies": "server",
     "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens", "checks": "options sampling",
-    "choosing": "scheduler streams sampling", "cli": "terminal",
+    "choosing": "scheduler streams sampling", "cli": "terminal", "client": "remote",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal", "conversation": "terminal",

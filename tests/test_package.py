@@ -101,7 +101,7 @@ def test_distributions_are_whole(tmp_path: Path) -> None:
         names = z.namelist()
         metadata = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
     demo = {f"llama/demo/{name}" for name in ("consolidated.00.pth", "params.json", "tokenizer.model", "README.md")}
-    assert {"llama/generation.py", "llama/py.typed", *demo} <= set(names)
+    assert {"llama/generation.py", "llama/py.typed", "llama/page.html", *demo} <= set(names)
     assert not any(n.startswith(("tests", "benchmarks", "demo")) or n.endswith("train.py") for n in names)
     assert "Requires-Dist: fairscale>=0.4.13" in metadata
     assert "License-Expression: MIT" in metadata or "License: MIT" in metadata

@@ -167,6 +167,7 @@ def understand(commands: Mapping[str, Command], words: Sequence[str]) -> Callabl
         return parsers[name].print_help
     # One word for an option and its value, so that a value may begin with a dash.
     args = parsers[name].parse_args([f"--{option}={value}" for option, value in given.items()])
+    args.given = frozenset(given)  # by the user, at its default or not
     return lambda: commands[name].work(args)
 
 

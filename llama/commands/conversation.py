@@ -90,6 +90,9 @@ class Conversation:
             say("\n")
             note("stopped; the reply is kept as far as it came" if waited else "stopped before the reply began")
             raise
+        except ValueError:  # a server may be lost in the middle
+            say("\n" if shown else "")
+            raise
         finally:
             rest = time.perf_counter() - began - waited
             self.last = f"{count} tokens, {(count - 1) / rest if count > 1 else 0:.1f} a second; the first after {waited:.3f} s"
@@ -112,7 +115,7 @@ class Conversation:
 
     def do_help(self, _: str) -> None:
         """/help  this list"""
-        note("\n".join(command.__doc__ or "" for name, command in vars(type(self)).items() if name.startswith("do_")))
+        note("\n".join(command.__doc__ or "" for name, command in vars(Conversation).items() if name.startswith("do_")))
         note(
             "Esc Enter, or a \\ at its end, begins a new line of the message; the arrow keys bring back earlier ones.\n"
             "Ctrl-C stops a reply, which is kept as far as it came (under torchrun it ends all processes); Ctrl-D ends."

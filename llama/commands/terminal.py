@@ -13,31 +13,38 @@ from ..runtime import Launch
 from ..system.printable import counted, json_line
 from ..tokenizer import user_path
 from ..tokenizer_files import open_tokenizer
-from . import conversation, jobs
+from . import conversation, jobs, remote
 from .arguments import ANSWERS, FORM, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
 from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say, typed_lines
 from .fetching import agreed_folder
 
 
 def chat(args: Namespace) -> None:
-    """Talk with the model. /help lists the commands. Without a terminal, each line of the pipe is a message or a command.
+    """Talk with the model, here or at the --url of a server. /help lists the commands. Without a terminal, each line of the
+    pipe is a message or a command.
 
     Ctrl-C stops a reply; if torchrun started several processes, it ends them all.
     """
+    remote.check(args)
     options, read = answers(args), None
     if Launch.read().rank == 0:  # before a long load: prompt_toolkit may be missing
         read = typed_lines(conversation.COMMANDS) if sys.stdin.isatty() else piped_lines()
+    if args.url is not None:
+        remote.chat(args, options, read)
+        return
     session = build(args).chat(args.system, **options)
     with pipe_may_close():
         conversation.Conversation(session).run(read)
 
 
 def complete(args: Namespace) -> None:
-    """Continue a PROMPT, the text of a --file or of a pipe (less its last line end); or all lines of a --jsonl file.
+    """Continue a PROMPT, the text of a --file or of a pipe (less its last line end), here or by the --url of a server; or all
+    lines of a --jsonl file.
 
     Lines are {"prompt": "…"} or {"messages": […]}, with "id", "seed", "max_gen_len", "stop" and other options as wanted.
     Results go to --out, a line each, in order. If that is there already, what it has is checked and not done again.
     """
+    remote.check(args)
     options = answers(args)
     if args.jsonl is not None:
         if args.prompt is not None or args.file is not None or args.suffix is not None or args.echo:
@@ -49,6 +56,9 @@ def complete(args: Namespace) -> None:
     if args.suffix is not None and args.echo:
         raise ValueError("--echo shows a prompt before its continuation; leave it out with --suffix")
     text = given_text(args.prompt, args.file, "prompt")
+    if args.url is not None:
+        remote.complete(args, options, text)
+        return
     llama = build(args, max_batch_size=1 if args.max_batch_size is None else args.max_batch_size)
     with pipe_may_close():
         # Every process needs the text; only the first could read it.
@@ -144,6 +154,7 @@ COMMANDS = {
         "the talk": {"system": Option(str, None, "the system message; none if not given")},
         "the replies": ANSWERS,
         "their form": FORM,
+        "a server": remote.SERVER,
         "the model": MODEL,
     }),
     "complete": Command(complete, ["prompt"], {
@@ -157,6 +168,7 @@ COMMANDS = {
         },
         "the answers": ANSWERS,
         "their form": FORM,
+        "a server": remote.SERVER,
         "the model": MODEL | {
             "max_batch_size": Option(a_number, None, "prompts that run side by side; 4 with --jsonl, or else 1, if not given"),
             "seed": Option(a_number, 1, "seed of the draws; line n of --jsonl draws with seed + n"),

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, 
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional
 
 import anyio
@@ -37,6 +36,7 @@ from ..system.printable import escaped, shortened
 from . import bodies
 from .bodies import Wrong
 from .metrics import Metrics
+from .page import HEADERS, PAGE
 from .replies import Reply
 from .stepper import Answer, Busy, Gone, Stepper
 
@@ -45,7 +45,6 @@ ALIVE = 10.0  # seconds without an event, after which a stream sends a comment, 
 BODY_SECONDS = 30.0  # for a body to arrive
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 OPEN = ("/", "/health")  # without a key
-PAGE = Path(__file__).parents[1] / "page.html"
 Handler = Callable[["Server", HTTPRequest], Awaitable[Response]]
 
 
@@ -410,4 +409,4 @@ async def metrics(server: Server, request: HTTPRequest) -> Response:
 
 
 async def page(server: Server, request: HTTPRequest) -> Response:
-    return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8")
+    return Response(PAGE, headers=HEADERS)

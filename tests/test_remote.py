@@ -1,0 +1,241 @@
+"""`chat --url` and `complete --url`, against a stand-in for a server: ours is one of many that they may meet."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import command
+from openai_server import LIMIT, Error, OpenAI
+
+from llama import Llama
+from llama.commands import client, conversation, remote
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[OpenAI]:
+    server = OpenAI()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(one: OpenAI, monkeypatch: pytest.MonkeyPatch) -> OpenAI:
+    one.reset()
+
+    def build(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Llama, "build", build)
+    monkeypatch.delenv("LLAMA_API_KEY", raising=False)
+    return one
+
+
+def chat(server: OpenAI, monkeypatch: pytest.MonkeyPatch, *lines: str, **options: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    command("chat", **{"url": server.address, **options})
+
+
+def test_a_talk(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answers = [["Once ", "upon\na", " time 🦙"], ["No."], ["Yes."], ["!"]]
+    lines = ["Hi", "/stats", "Really?", "/undo", "/set top_k 5", "/set seed 3", "Really?", "/continue", "/stats", "/help"]
+    chat(server, monkeypatch, *lines, system="Be kind.", stop='["x", "y"]', max_gen_len=9)
+    out, err = capsys.readouterr()
+    assert out == "Once upon\na time 🦙\nNo.\nYes.\n!\n"
+    assert f"stand-in at {server.address}\n" in err
+    assert f"15 of {LIMIT} tokens (3%), 1 turn" in err
+    assert re.search(r"last reply  3 tokens, [\d.]+ a second", err)
+    assert f"13 of {LIMIT} tokens" in err
+    assert all(f"\n{name}" in err for name in conversation.COMMANDS)
+    bodies = [body for path, body in server.asked if path == "/v1/chat/completions"]
+    hi = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert bodies[0] == {
+        "model": "stand-in", "messages": hi, "temperature": 0.6, "top_p": 0.9, "max_tokens": 9, "stop": ["x", "y"],
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    first = {"role": "assistant", "content": "Once upon\na time 🦙"}
+    assert bodies[2]["messages"] == [*hi, first, {"role": "user", "content": "Really?"}]
+    assert (bodies[2]["top_k"], bodies[2]["seed"]) == (5, 3)
+    assert bodies[3]["messages"][-1] == {"role": "assistant", "content": "Yes."}
+    assert (bodies[3]["continue_final_message"], bodies[3]["add_generation_prompt"]) == (True, False)
+
+
+def test_it_is_kept_and_read_again(
+    server: OpenAI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also what a `ChatSession` saved, whose turns have ids."""
+    path = tmp_path / "talk.json"
+    chat(server, monkeypatch, "/system Be kind", "Hi", f"/save {path}")
+    assert json.loads(path.read_text()) == {"system": "Be kind", "turns": [{"user": "Hi", "assistant": "Hello."}]}
+    turns = [{"user": "a", "assistant": "b", "ids": [1]}, {"user": "c", "assistant": "d"}]
+    path.write_text(json.dumps({"system": None, "turns": turns}))
+    bad = {"deep": "[" * 9000, "list": "[]", "number": '{"system": 1, "turns": []}', "turn": '{"system": "", "turns": [1]}'}
+    for name, text in bad.items():
+        (tmp_path / name).write_text(text)
+    loads = [f"/load {tmp_path / name}" for name in (*bad, "nothing")]
+    chat(server, monkeypatch, f"/load {path}", "/drop", *loads, "e", "/clear", "f")
+    assert [len(body["messages"]) for _, body in server.asked if body][1:] == [3, 1]
+    err = capsys.readouterr().err
+    assert "is read: 2 turns" in err
+    assert "forgot 1 of 2 turns" in err
+    assert err.count("is not a saved session") == 5
+
+
+def test_ctrl_c_stops_the_answer(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server hears of it, since the connection closes; what came is kept."""
+    server.answers = [["One, ", threading.Event()]]
+    talk = remote.RemoteConversation(remote.RemoteChat(client.Server(server.address)))
+
+    def say(text: str) -> None:
+        if text == "One, ":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversation, "say", say)
+    with pytest.raises(KeyboardInterrupt):
+        talk.obey("Count")
+    assert server.left.wait(5)
+    assert talk.session.turns == [{"user": "Count", "assistant": "One, "}]
+    assert "stopped; the reply is kept as far as it came" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (Error(429, "full", {"Retry-After": "3"}), "the server is busy; try again in 3 s"),
+        (Error(429, "full"), "the server is busy; try again later"),
+        (Error(400, "top_p=\x1b[2J must be less"), r"the server refused this: top_p=\x1b[2J must be less"),
+        (Error(500, "no memory"), "something went wrong in the server: no memory"),
+        (["Half", None], "the connection was lost before the answer ended"),
+        (["Half", {"error": {"message": "no memory"}}], "something went wrong in the server: no memory"),
+        (["Half", "data: {"], "sends something that is no answer"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_is_told(
+    server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: Any, told: str
+) -> None:
+    server.answers = [answer]
+    chat(server, monkeypatch, "Hi", "/stats", "Again?")
+    out, err = capsys.readouterr()
+    assert told in err
+    half = not isinstance(answer, Error)
+    assert out == ("Half\n" if half else "") + "Hello.\n"
+    assert len(server.last["messages"]) == (3 if half else 1)
+    assert "\x1b[2J" not in err
+
+
+def test_where_there_is_no_such_server(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = OpenAI()
+    gone.close()
+    with pytest.raises(ValueError, match=r"cannot be reached: Connection refused; is the server running\?"):
+        chat(gone, monkeypatch)
+    for url in ("ftp://a", "http://", "http://a:b", "http://[", "http://a:0", "http://me@a", "http://a?b", ""):
+        with pytest.raises(ValueError, match="must be the address of a server"):
+            command("complete", "a", url=url)
+    server.pages["/web/v1/models"] = ({"Content-Type": "text/html"}, b"<html>")
+    with pytest.raises(ValueError, match=r"/web/v1/models answers something else than JSON; is it a server of OpenAI's API\?"):
+        command("complete", "a", url=f"{server.address}/web")
+    server.models = []
+    with pytest.raises(ValueError, match="lists no model; pass --model NAME"):
+        command("complete", "a", url=server.address)
+
+
+def test_a_key(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    server.key = "s3cret"
+    with pytest.raises(ValueError, match="wants an API key; pass --api_key"):
+        command("complete", "a", url=server.address)
+    with pytest.raises(ValueError, match="refuses the API key"):
+        command("complete", "a", url=server.address, api_key="wrong")
+    with pytest.raises(ValueError, match="characters that no header can carry"):
+        command("complete", "a", url=server.address, api_key="a\nb")
+    command("complete", "a", url=server.address.removeprefix("http://") + "/v1/", api_key="s3cret")
+    monkeypatch.setenv("LLAMA_API_KEY", "s3cret")
+    command("complete", "a", url=server.address)
+    assert capsys.readouterr().out == "Hello.\n" * 2
+
+
+def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All the room there is, as for a model here: the API's own default is 16 tokens."""
+    command("complete", "Once upon", url=server.address, echo=True)
+    assert server.last == {
+        "model": "stand-in", "prompt": "Once upon", "max_tokens": LIMIT - 2, "temperature": 0.6, "top_p": 0.9, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    command("complete", "def f", suffix="return", url=server.address, seed=1, max_gen_len=4, temperature=0, model="other")
+    assert {name: server.last[name] for name in ("suffix", "seed", "max_tokens", "temperature", "model")} == {
+        "suffix": "return", "seed": 1, "max_tokens": 4, "temperature": 0, "model": "other",
+    }  # fmt: skip
+    assert capsys.readouterr() == ("Once uponHello.\nHello.\n", "")
+    server.counts, server.models = False, [{"id": "m", "meta": {"n_ctx_train": 7}}]
+    server.answers = [["Hel", {"reason": "length"}]]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe\n")))
+    command("complete", url=server.address)
+    assert "max_tokens" not in server.last
+    assert server.last["prompt"] == "from a pipe"
+    assert capsys.readouterr() == ("Hel\n", "the server ended it at a length of its own; --max_gen_len N asks for another\n")
+
+
+def test_a_full_context_is_told(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answers = [["Hel", {"reason": "length"}]] * 2
+    chat(server, monkeypatch, "Hi", "/set max_gen_len 5", "Hi")
+    err = capsys.readouterr().err
+    assert f"the context is full ({LIMIT} tokens): /drop forgets" in err
+    assert "stopped at max_gen_len=5" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("chat", {"ckpt_dir": "x"}, "--ckpt_dir is for a model that runs here; leave it out with --url"),
+        ("chat", {"max_seq_len": 9}, "--max_seq_len is for"),
+        ("complete", {"max_batch_size": 1}, "--max_batch_size is for"),
+        ("complete", {"jsonl": "x"}, "--jsonl is for"),
+        ("complete", {"device": "None"}, "--device is for"),
+        ("chat", {"url": None, "api_key": "x"}, "--api_key is about a server; pass its --url"),
+        ("complete", {"url": None, "model": "x"}, "--model is about a server"),
+        ("chat", {"top_p": 2}, "top_p=2 must be"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together(server: OpenAI, name: str, options: dict[str, Any], told: str) -> None:
+    given = {key: value for key, value in {"url": server.address, **options}.items() if value is not None}
+    with pytest.raises(ValueError, match=re.escape(told)):
+        command(name, **given)
+    assert server.asked == []
+
+
+def test_with_our_own_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At temperature 0 the words are those of a model here."""
+    pytest.importorskip("starlette")
+    serving = pytest.importorskip("serving")
+    llama = Llama.build(device="cpu", max_seq_len=128)
+    session = llama.chat("Be kind.", temperature=0, max_gen_len=8)
+    replies = [session.ask("Who are you?"), session.ask("Why?")]
+    [text] = llama.text_completion(["Once upon a time"], temperature=0)
+    with serving.served(llama, key="s3cret") as it:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Who are you?\nWhy?\n/stats\n")))
+        options = {"url": it.url, "api_key": "s3cret", "temperature": 0}
+        capsys.readouterr()
+        command("chat", system="Be kind.", max_gen_len=8, **options)
+        out, err = capsys.readouterr()
+        command("complete", "Once upon a time", **options)
+        assert capsys.readouterr().out.rstrip() == text["generation"].rstrip()
+        with pytest.raises(ValueError, match="refuses the API key"):
+            command("complete", "a", url=it.url, api_key="x")
+        with pytest.raises(ValueError, match=r"does not have this \(/v1/\S+\): there is no model 'x' here"):
+            command("complete", "a", model="x", **options)
+        with pytest.raises(ValueError, match="the server refused this: this model cannot fill in"):
+            command("complete", "a", suffix="b", **options)
+    assert out == "".join(f"{reply}\n" for reply in replies)
+    assert " of 128 tokens" in err
+
+
+def test_one_process_is_enough(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote.Launch, "read", lambda: remote.Launch(True, 0, 2, 0, 2))
+    with pytest.raises(ValueError, match="one process is enough; run it without torchrun"):
+        command("complete", "a", url=server.address)
