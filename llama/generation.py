@@ -150,6 +150,8 @@ class Llama:
         # Tensors made in inference mode could not be used outside it.
         with together(everyone=True) as agreement, torch.inference_mode(False):
             opened = open_folders(folders, tokenizer_path, (max_seq_len, max_batch_size), place, (dtype, quantize))
+            if chat_format is not None:
+                choose_format(chat_format, opened.tokenizer)  # the folder's own may be none
             agreement.values = {
                 **opened.compared(), "compile": compile, "batch_invariant": bool(batch_invariant), "chat_format": chat_format,
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own

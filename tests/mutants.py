@@ -53,8 +53,8 @@ TESTS = {
     "openmp": "threads", "pace": "scheduler", "parallel": "collectives", "patterns": "adapter", "peft": "adapter",
     "pipes": "terminal printable", "proven": "kernels", "quantized": "quantization", "replies": "server",
     "requests": "generation options", "rope": "rotary", "rounding": "quantization", "rows": "scheduler streams",
-    "sampling": "sampling streams", "scheduler": "scheduler streams threads", "sentencepieces": "tokenizer_json",
-    "serve": "server", "serving": "server", "staging": "loading", "stepper": "server",
+    "sampling": "sampling streams", "sandbox": "chat_formats", "scheduler": "scheduler streams threads",
+    "sentencepieces": "tokenizer_json", "serve": "server", "serving": "server", "staging": "loading", "stepper": "server",
     "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels", "verifying": "drafting draft_model",
     "writers": "convert gguf",
 }  # fmt: skip
