@@ -133,7 +133,7 @@ def open_folders(
     checkpoint = add_adapter(open_checkpoint(folder), adapter)
     if max_seq_len is None:
         max_seq_len = min(trained_positions(checkpoint) or UNSTATED, UNSTATED)
-    home = tokenizer_folder(checkpoint)
+    home = tokenizer_folder(folder, adapter, None if tokenizer_path is None else user_path(tokenizer_path))
     tokenizer_file = need_tokenizer(home, tokenizer_path)
     tokenizer = open_tokenizer(home, tokenizer_file, known_ids(checkpoint))
     args = fit_vocabulary(checkpoint, tokenizer.n_words)

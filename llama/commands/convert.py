@@ -82,7 +82,7 @@ def convert(
     if os.path.lexists(target):
         raise ValueError(f"{target} exists, and nothing is written over; name another folder, or remove it")
     checkpoint = add_adapter(open_checkpoint(source), adapter)
-    home = tokenizer_folder(checkpoint)
+    home = tokenizer_folder(source, adapter, tokenizer_path)
     tokenizer = open_tokenizer(home, tokenizer_path, known_ids(checkpoint)) if tokenizer_path else None
     args = _full_args(checkpoint, tokenizer)
     check_args(args, 1, source)
