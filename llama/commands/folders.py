@@ -160,6 +160,6 @@ COMMANDS = {
         },
     }),
     "pull": Command(pull, ["id"], {
-        "what is fetched": {"id": Option(str, REQUIRED, "org/name or org/name@revision on the Hugging Face Hub")},
+        "what is fetched": {"id": Option(str, REQUIRED, "org/name, org/name@revision or org/name:Q4_K_M on the hub")},
     }),
 }  # fmt: skip
