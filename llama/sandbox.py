@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Optional
 
 from jinja2 import Template, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -22,9 +22,13 @@ from .system.printable import shortened
 
 SECONDS = 5.0
 MOST_ROUNDS = 10**6  # of all loops and macros together
-MOST_SIZE = 2**20  # characters of a text, or items of a list
+MOST_SIZE = 2**22  # characters of a text, or items of a list
+MOST_PRODUCT = 2**26  # sizes of all that a function of MULTIPLYING is given, multiplied: it makes no more than that
 MOST_BITS = 2**12  # of a number
-WIDE = re.compile(r"\d{4}|\*|{[^{}]*{")  # in a text to format: widths that make much of little
+MULTIPLYING = {
+    "replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice", "wordwrap",
+}  # fmt: skip
+WIDE = re.compile(r"%(\(.*?\))?[^%a-zA-Z]*(\d{4}|\*)|{[^{}]*(\d{4}|{)")  # in a text to format: widths that make much of little
 
 
 class TooMuch(ValueError):
@@ -59,8 +63,8 @@ def _joined(texts: Iterable[Any]) -> str:
     return "".join(found)
 
 
-def _limit(size: float) -> None:
-    if size > MOST_SIZE:
+def _limit(size: float, most: Optional[int] = None) -> None:
+    if size > (most or MOST_SIZE):
         raise TooMuch(f"it makes more than {MOST_SIZE} characters or items in one step; write a smaller template")
     if time.monotonic() > _run.end:
         raise TooMuch(f"it takes longer than {SECONDS:g} seconds; write a faster template")
@@ -94,16 +98,13 @@ def _narrow(text: Any) -> Any:
     return text
 
 
-def _limited(function: Callable[..., Any], *own: Any) -> Callable[..., Any]:
-    """A function whose arguments, and its own object, may not make too much: padding, repeating, replacing and joining make at
-    most the product of their sizes."""
+def _limited(function: Callable[..., Any], name: str, *own: Any) -> Callable[..., Any]:
+    """A filter, or a method of an object, that makes nothing too large."""
 
     @functools.wraps(function)  # also what tells Jinja to pass the environment
     def limited(*args: Any, **named: Any) -> Any:
-        size = 1
-        for value in (*own, *args, *named.values()):
-            size *= _size(value)
-        _limit(size)
+        if name in MULTIPLYING:
+            _limit(math.prod(map(_size, (*own, *args, *named.values()))), MOST_PRODUCT)
         made = function(*args, **named)
         _limit(1 if isinstance(made, int) else _size(made))
         return made
@@ -142,7 +143,7 @@ class Limited(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=self._checked)
         formatted = self.filters["format"]
         self.filters["format"] = lambda text, *args, **named: formatted(_narrow(text), *args, **named)
-        self.filters = {name: _limited(filter) for name, filter in self.filters.items()}
+        self.filters = {name: _limited(filter, name) for name, filter in self.filters.items()}
         del self.globals["lipsum"]
 
     @staticmethod
@@ -161,7 +162,7 @@ class Limited(ImmutableSandboxedEnvironment):
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             _limit(math.inf if bits > MOST_BITS else 1)
-        elif operator == "%":
+        elif operator == "%" and isinstance(left, str):
             _narrow(left)
         elif operator == "*":
             _limit(_size(left) * _size(right))
@@ -173,6 +174,6 @@ class Limited(ImmutableSandboxedEnvironment):
         own = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # Jinja wraps `format`
         if isinstance(own, str) and function.__name__ in ("format", "format_map"):
             _narrow(own)
-        if isinstance(own, (str, list, tuple)) or function is self.globals["range"]:
-            function = _limited(function, own)
+        if isinstance(own, (str, list, tuple)):
+            function = _limited(function, function.__name__, own)
         return super().call(context, function, *args, **named)

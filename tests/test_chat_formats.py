@@ -327,7 +327,7 @@ ROUNDS, WIDE = "go more than 20000 rounds", "it formats .*; write plain text"
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for i in range(10**9) %}{% endfor %}", MUCH),
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", f"{ROUNDS}|{LONG}"),
         ("{% for i in range(9999) %}{% set x = range(99999)|sum %}{% endfor %}", LONG),
         ("{% macro f(n) %}{{ f(n-1) if n }}{{ f(n-1) if n }}{% endmacro %}{{ f(60) }}", f"{ROUNDS}|{LONG}"),
@@ -362,16 +362,28 @@ def test_templates_that_would_run_for_ever_or_fill_the_memory(
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     monkeypatch.setattr(sandbox, "MOST_ROUNDS", 20000)
     monkeypatch.setattr(sandbox, "MOST_SIZE", 2**17)
+    monkeypatch.setattr(sandbox, "MOST_PRODUCT", 2**20)
     with pytest.raises(DialogError, match=f"the chat template (is stopped|fails): .*({message})"):
         render(template, dialog("hi"), bos="<s>", eos="</s>", asks=True)
+
+
+def test_long_dialogs_are_within_the_limits() -> None:
+    """Templates look through them again and again."""
+    template = (
+        "{% for m in messages %}{{ m.role|upper ~ m.content|replace('<|', '< |') }}"
+        "{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{% endfor %}"
+    )
+    said = [{"role": "user", "content": "x" * 10**5}] * 300
+    assert len(render(template, said, bos="<s>", eos="</s>", asks=True)) == 601  # type: ignore[arg-type]
 
 
 def test_what_templates_may_compute() -> None:
     """The limits are far from what templates do, and change nothing of it."""
     jinja2 = pytest.importorskip("jinja2.sandbox")
     template = (
-        "{% for m in messages %}{{ m.content ~ '!' ~ loop.index }}{{ m['role']|trim + 'x' * 3 + '%s %d' % ('a', 2) }}"
-        "{{ 7 // 2 }}{{ loop.index0 % 2 }}{{ {'a': [1, 'b']}|tojson(indent=4) }}{{ '{}-{:3}'.format(1, 2) }}{{ [1] + [2] }}"
+        "{% for m in messages %}{{ m.content ~ '!' ~ loop.index }}{{ m['role']|trim + 'x' * 3 + 'in 2024: %s %d' % ('a', 2) }}"
+        "{{ 12345.5 % 3 ~ 7 // 2 }}{{ loop.index0 % 2 }}"
+        "{{ {'a': [1, 'b']}|tojson(indent=4) }}{{ '{}-{:3}'.format(1, 2) }}{{ [1] + [2] }}"
         "{{ '%s'|format(3) }}{{ m.role.split('s')[-1].replace('r', 'q') }}{{ none }}{{ m|items|list|length }}{% endfor %}"
         "{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(2**8) ~ (1 - 0.5) }}{% for i in range(3) if i %}{{ i }}{% endfor %}"
     )
