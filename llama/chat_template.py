@@ -68,17 +68,21 @@ def render(template: str, messages: Sequence[Message], *, bos: str, eos: str, as
 
 
 def _run(template: str, messages: list[dict[str, str]], bos: str, eos: str, asks: bool) -> str:
+    compiled = _compiled(template)
     from jinja2 import TemplateError
 
+    from . import sandbox
+
     try:
-        text: str = _compiled(template).render(
-            messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=asks, raise_exception=_refuse
+        return sandbox.run(
+            compiled, messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=asks, raise_exception=_refuse
         )
     except DialogError:
         raise
+    except sandbox.TooMuch as error:
+        raise DialogError(f"the chat template is stopped: {error}") from error
     except (TemplateError, *FAILURES) as error:
         raise DialogError(f"the chat template fails: {type(error).__name__}: {escaped(str(error))}") from error
-    return text
 
 
 def _refuse(message: Any) -> NoReturn:
@@ -90,14 +94,14 @@ def _compiled(template: str) -> Any:
     """A template, read as transformers reads it."""
     try:
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        from .sandbox import Limited
     except ImportError as error:
         raise ValueError("a chat template needs jinja2; pip install jinja2, or pass chat_format='llama2'") from error
     if len(template) > MOST_CHARACTERS:
         raise ValueError(f"the chat template has {len(template)} characters; at most {MOST_CHARACTERS} are read")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     try:
-        return environment.from_string(template)
+        return Limited().from_string(template)
     except (TemplateError, RecursionError) as error:
         raise ValueError(f"the chat template cannot be read: {escaped(str(error))}") from error
 

@@ -60,7 +60,7 @@ from .layers.parallel import (
     replica,
     several_processes,
 )
-from .loading import DEMO, DEMO_TOLD, checkpoint_folders, open_folders
+from .loading import DEMO, DEMO_TOLD, Wanted, checkpoint_folders, open_folders
 from .model import Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options, with_stops
 from .session import ChatSession
@@ -106,10 +106,11 @@ class Llama:
     ) -> Llama:
         """Load a folder in Meta's or Hugging Face's format, or a GGUF file, onto this process, or all that torchrun started.
 
-        ckpt_dir: a folder, or a model on the Hugging Face Hub (org/name or org/name@revision), which is fetched into the
-        hub's cache if it is not there; the demo model that comes with this package if not given. tokenizer_path: if not
-        given, the file tokenizer.model in ckpt_dir or in the folder above it. max_seq_len, max_batch_size: tokens (prompt
-        and answer together; if not given 2048, or fewer if the folder says so) and prompts that the cache has room for.
+        ckpt_dir: a folder, or a model on the Hugging Face Hub (org/name, org/name@revision, or org/name:Q4_K_M for one
+        of its GGUF files), which is fetched into the hub's cache if it is not there; the demo model that comes with
+        this package if not given. tokenizer_path: if not given, the file tokenizer.model in ckpt_dir or in the folder
+        above it. max_seq_len, max_batch_size: tokens (prompt and answer together; if not given 2048, or fewer if the
+        folder says so) and prompts that the cache has room for.
         model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
         the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu";
         if not given, the first of these that is there. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
@@ -146,10 +147,15 @@ class Llama:
             if ckpt_dir is None and tokenizer_path is not None:
                 raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
             agreement.values = {"the call": "build"}
-        folders = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft, adapter)
+        folder, draft_folder, adapter_folder = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft, adapter)
+        assert folder is not None
         # Tensors made in inference mode could not be used outside it.
         with together(everyone=True) as agreement, torch.inference_mode(False):
-            opened = open_folders(folders, tokenizer_path, (max_seq_len, max_batch_size), place, (dtype, quantize))
+            sizes = max_seq_len, max_batch_size
+            wanted = Wanted(folder, draft_folder, adapter_folder, tokenizer_path, *sizes, dtype, quantize)
+            opened = open_folders(wanted, place)
+            if chat_format is not None:
+                choose_format(chat_format, opened.tokenizer)  # the folder's own may be none
             agreement.values = {
                 **opened.compared(), "compile": compile, "batch_invariant": bool(batch_invariant), "chat_format": chat_format,
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from .sentencepieces import CONTROL, UNUSED, USER_DEFINED, pieces_of, sentencepiece_model
 from .system.checks import whole
 from .system.printable import shortened
-from .tokenizer import AddedToken, Tokenizer
+from .tokenizer import AddedToken, Spaced, Tokenizer
 from .tokenizer_json import whole_model
 from .weights.gguf import find_gguf
 from .weights.gguf_header import read_header
@@ -32,7 +32,7 @@ class Vocabulary(NamedTuple):
     chat_template: Optional[str]
     bos: Optional[str] = None  # the template's words for them; None: their pieces
     eos: Optional[str] = None
-    spaced: Literal["all", "words", "first"] = "all"  # as llama.cpp does
+    spaced: Spaced = "all"  # as llama.cpp does
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

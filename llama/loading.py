@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -35,8 +34,8 @@ PATIENCE = 1.0  # seconds between two looks at a download, which may outlast any
 
 
 def checkpoint_folder(given: Union[str, Path], fetching: bool = True) -> Path:
-    """The folder of a path, or of a name on the Hugging Face Hub (org/name, org/name@revision), which is fetched into the hub's
-    cache if it is not there. ValueError if it cannot be had."""
+    """The folder of a path, or of a name on the Hugging Face Hub (org/name, org/name@revision, or org/name:Q4_K_M for one of
+    its GGUF files), which is fetched into the hub's cache if it is not there. ValueError if it cannot be had."""
     return hub.locate(str(given), user_path(given), fetching)
 
 
@@ -116,34 +115,38 @@ class Opened(NamedTuple):
         return "" if stored == used else told
 
 
-def open_folders(
-    folders: Sequence[Optional[Path]],
-    tokenizer_path: Optional[str],
-    sizes: tuple[Optional[int], int],
-    place: torch.device,
-    kinds: tuple[Union[str, torch.dtype, None], Optional[str]],
-) -> Opened:
-    """Open and check what is to be loaded, on this launcher's processes; copies no weight.
+class Wanted(NamedTuple):
+    """What is to be loaded, as `build` was asked. max_seq_len: UNSTATED if None, or fewer if the folder says so."""
 
-    folders: of the checkpoint, of its draft model, of its adapter. sizes: max_seq_len (None: UNSTATED, or fewer if the folder
-    says so) and max_batch_size. kinds: dtype and quantize. ValueError for what cannot be had so.
-    """
-    (folder, draft_folder, adapter), (max_seq_len, max_batch_size), (dtype, quantize) = folders, sizes, kinds
-    assert folder is not None
-    checkpoint = add_adapter(open_checkpoint(folder), adapter)
-    if max_seq_len is None:
-        max_seq_len = min(trained_positions(checkpoint) or UNSTATED, UNSTATED)
-    home = tokenizer_folder(checkpoint)
-    tokenizer_file = need_tokenizer(home, tokenizer_path)
+    folder: Path
+    draft: Optional[Path]
+    adapter: Optional[Path]
+    tokenizer_path: Optional[str]
+    max_seq_len: Optional[int]
+    max_batch_size: int
+    dtype: Union[str, torch.dtype, None]
+    quantize: Optional[str]
+
+
+def open_folders(wanted: Wanted, place: torch.device) -> Opened:
+    """Open and check what is to be loaded, on this launcher's processes; copies no weight. ValueError if it cannot be so."""
+    checkpoint = add_adapter(open_checkpoint(wanted.folder), wanted.adapter)
+    given = None if wanted.tokenizer_path is None else user_path(wanted.tokenizer_path)
+    home = tokenizer_folder(wanted.folder, wanted.adapter, given)
+    tokenizer_file = need_tokenizer(home, given)
     tokenizer = open_tokenizer(home, tokenizer_file, known_ids(checkpoint))
-    args = fit_vocabulary(checkpoint, tokenizer.n_words)
-    main = prepared(checkpoint, replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size), place, dtype, quantize)
+    args = replace(
+        fit_vocabulary(checkpoint, tokenizer.n_words),
+        max_seq_len=wanted.max_seq_len or min(trained_positions(checkpoint) or UNSTATED, UNSTATED),
+        max_batch_size=wanted.max_batch_size,
+    )
+    main = prepared(checkpoint, args, place, wanted.dtype, wanted.quantize)
     draft, placement = None, main.placement
-    if draft_folder is not None:
-        draft = prepared_draft(draft_folder, tokenizer, placement, dtype)
+    if wanted.draft is not None:
+        draft = prepared_draft(wanted.draft, tokenizer, placement, wanted.dtype)
         placement = replace(placement, draft=draft.placement)
     memory.check_fits(placement)
-    return Opened(main, draft, tokenizer, tokenizer_file, adapter, placement)
+    return Opened(main, draft, tokenizer, tokenizer_file, wanted.adapter, placement)
 
 
 class Prepared(NamedTuple):

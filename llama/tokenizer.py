@@ -20,6 +20,7 @@ logger = getLogger(__name__)
 
 MODEL_BYTES = 2**26  # a larger tokenizer.model is refused; Llama 2's has half a million bytes
 
+Spaced = Literal["all", "words", "first"]  # `Tokenizer` says what each means
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # bytes that are not UTF-8, or not yet whole, decode to this
 
 
@@ -58,7 +59,7 @@ class Tokenizer:
 
     chat_template: Optional[str] = None
     boundaries: tuple[Optional[str], Optional[str]] = (None, None)
-    spaced: Literal["all", "words", "first"] = "all"
+    spaced: Spaced = "all"
 
     def __init__(
         self,

@@ -8,15 +8,15 @@ import warnings
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional, Union
 
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 from .layers.parallel import is_first_process
 from .system.checks import whole
 from .system.files import is_there, read_file, read_json
 from .system.printable import counted, escaped, shortened
-from .tokenizer import AddedToken, Tokenizer, user_path
-from .tokenizer_json import JSON_BYTES, rebuilt, steps
+from .tokenizer import AddedToken, Spaced, Tokenizer, user_path
+from .tokenizer_json import read_tokenizer_json, rebuilt, steps
 from .weights.gguf import find_gguf
 
 MOST_IDS = 2**24
@@ -62,7 +62,10 @@ def open_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
         proto: Optional[bytes] = described.proto
     else:
         described = _Described(ckpt_dir)
-        proto = rebuilt(path, described.bos, described.eos) if path.suffix == ".json" else None
+        proto = None
+        if path.suffix == ".json":
+            told = described.tokenizer if path == ckpt_dir / "tokenizer.json" else read_tokenizer_json(path)
+            proto = rebuilt(path, told, described.bos, described.eos)
     tokenizer = Tokenizer(str(path), added=described.added, rows=rows, proto=proto)
     doubtful = [
         f"{i} is {shortened(token.content)} there and {shortened(piece)} in {escaped(path.name)}"
@@ -94,7 +97,8 @@ class _Described:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         config = self._json("tokenizer_config.json")
-        tokenizer = self._json("tokenizer.json", JSON_BYTES) if is_there(folder / "tokenizer.json") else {}
+        path = folder / "tokenizer.json"
+        self.tokenizer = tokenizer = read_tokenizer_json(path) if is_there(path) else {}
         by_id: dict[int, AddedToken] = {}
         for source, told in (
             ("added_tokens.json", self._flat()),
@@ -118,9 +122,9 @@ class _Described:
         self.spaced = _spaced(config, tokenizer)
         self.chat_template = self._template(config)
 
-    def _json(self, name: str, most: int = 2**22) -> dict[str, Any]:
+    def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        return read_json(path, f"a {name} is smaller", most) if is_there(path) else {}
+        return read_json(path, f"a {name} is smaller", 2**22) if is_there(path) else {}
 
     def _flat(self) -> Iterator[AddedToken]:
         """added_tokens.json: text -> id"""
@@ -183,7 +187,7 @@ def _vocab(tokenizer: dict[str, Any]) -> dict[str, int]:
     return vocab if isinstance(vocab, dict) else {}
 
 
-def _spaced(config: dict[str, Any], tokenizer: dict[str, Any]) -> Literal["all", "words", "first"]:
+def _spaced(config: dict[str, Any], tokenizer: dict[str, Any]) -> Spaced:
     """`Tokenizer.spaced`, as transformers 5 takes it from these files."""
     inside = [step for key in ("normalizer", "pre_tokenizer") for step in steps(tokenizer.get(key))]
     if not (config or tokenizer) or any(step.get("type") == "Prepend" for step in inside):

@@ -38,12 +38,17 @@ def steps(step: Any) -> list[dict[str, Any]]:
     return [each for each in inner if isinstance(each, dict)] if isinstance(inner, list) else [step]
 
 
-def rebuilt(path: Path, bos: Optional[str] = None, eos: Optional[str] = None) -> bytes:
-    """The SentencePiece model that a tokenizer.json was made from, as bytes. bos, eos: the texts of those two pieces.
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
+    """A tokenizer.json. ValueError if it is no JSON object."""
+    return read_json(path, "a tokenizer.json has a few million bytes", JSON_BYTES)
+
+
+def rebuilt(path: Path, tokenizer: dict[str, Any], bos: Optional[str] = None, eos: Optional[str] = None) -> bytes:
+    """The SentencePiece model that a tokenizer.json was made from, as bytes. path: where it lies, for messages. bos, eos: the
+    texts of those two pieces.
 
     The pairs that it merges, in their order, are the order of the pieces' scores. ValueError for another kind of tokenizer.
     """
-    tokenizer = read_json(path, "a tokenizer.json has a few million bytes", JSON_BYTES)
     model = tokenizer.get("model")
     model = model if isinstance(model, dict) else {}
     if problem := _kind_problem(tokenizer, model) or _vocab_problem(model):

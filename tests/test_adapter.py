@@ -430,7 +430,6 @@ def test_more_ids_than_the_base(bases: dict[str, Path], pool: Pool, tmp_path: Pa
         assert checkpoint.leave_out_ids(401)
         assert checkpoint.shape("output.weight", 0) == [401, 64]
         assert len(checkpoint.read("tok_embeddings.weight", 1, 3, 9)) == 401
-        assert tokenizer_folder(checkpoint) == bases[base]
     with pytest.warns(UserWarning, match="403 ids, and 3 ids without a name .400 to 402.: they are never drawn"):
         Llama.build(str(bases["hf"]), None, 16, 1, device="cpu", adapter=str(folder))
     # The adapter's own tokenizer, which training saved beside it, names them.
@@ -447,8 +446,30 @@ def test_more_ids_than_the_base(bases: dict[str, Path], pool: Pool, tmp_path: Pa
     written = Llama.build(str(tmp_path / "sum"), None, 32, 4, device="cpu")
     assert written.tokenizer.named["<|im_end|>"] == 401
     assert torch.equal(written.model(torch.tensor(tokens), 0), expected)
-    # Not so one that changes no ids.
-    assert tokenizer_folder(add_adapter(open_checkpoint(bases["hf"]), write_adapter(folder))) == bases["hf"]
+
+
+def test_the_tokenizer_that_was_saved_with_an_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It tells the chat template and the ids that end an answer, also where training added no rows; convert took the base's."""
+    folder, home = write_adapter(tmp_path / "adapter"), bases["hf"].parent
+    assert tokenizer_folder(bases["hf"], folder) == bases["hf"]
+    command("convert", str(bases["hf"]), str(tmp_path / "plain"), to="hf", adapter=str(folder))
+    shutil.copy(home / "tokenizer.model", folder)
+    added = {"400": {"content": "[PAD]"}}  # of which there is no row
+    told = {"chat_template": "{{ messages[0]['content'] }}", "eos_token": "<s>", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    for to in ("hf", "gguf"):
+        command("convert", str(bases["hf"]), str(tmp_path / f"sum.{to}"), to=to, adapter=str(folder))
+    built = [
+        Llama.build(str(bases["hf"]), None, 16, 1, device="cpu", adapter=str(folder)),
+        *(Llama.build(str(tmp_path / f"sum.{to}"), None, 16, 1, device="cpu") for to in ("hf", "gguf")),
+    ]
+    assert [llama.tokenizer.chat_template for llama in built] == [told["chat_template"]] * 3
+    assert {llama.tokenizer.n_words for llama in built} == {400}
+    plain = Llama.build(str(tmp_path / "plain"), None, 16, 1, device="cpu").tokenizer.chat_template
+    assert plain != told["chat_template"]
+    # A file that the caller names goes before it.
+    path = str(home / "tokenizer.model")
+    assert Llama.build(str(bases["hf"]), path, 16, 1, device="cpu", adapter=str(folder)).tokenizer.chat_template is None
 
 
 def test_a_tied_embedding_that_was_saved_as_the_bases_own(made: Made, bases: dict[str, Path], tmp_path: Path) -> None:

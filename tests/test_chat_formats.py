@@ -12,7 +12,7 @@ import pytest
 from conftest import random_weights, shared, write_checkpoint
 from helpers import command
 
-from llama import Llama, Tokenizer
+from llama import Llama, Tokenizer, sandbox
 from llama.chat import DialogError, is_unsafe
 from llama.chat_formats import FORMATS, LLAMA2, choose_format, ending, spoken
 from llama.chat_template import TemplateFormat, render
@@ -270,7 +270,6 @@ def test_stops_and_tags(tokenizer_path: str) -> None:
         ("{{ messages[0].content }}", dialog("a", "b", "c"), "leaves out message 1, which is from 'assistant'"),
         ("{{ messages[0]['content'] | upper }}", dialog("ab"), "leaves out message 0"),
         ("{{ ''.__class__.__mro__ }}", dialog("a"), "fails: SecurityError"),
-        ("{% for i in range(10**9) %}{% endfor %}", dialog("a"), "fails: OverflowError"),
         ("{{ messages.append(1) }}", dialog("a"), "fails: SecurityError"),
         ("{{ 1 // 0 }}", dialog("a"), "fails: ZeroDivisionError"),
         ("{{ nothing.at.all }}", dialog("a"), "fails: UndefinedError"),
@@ -318,6 +317,81 @@ def test_damaged_templates_are_refused_or_forge_nothing(tokenizer_path: str) -> 
         assert controls(ids, tokenizer) == controls(other, tokenizer)
         found["read"] += 1
     assert min(found.values()) > 5
+
+
+GROW = "{% set ns = namespace(x='a', y=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x HOW ns.x %}{% endfor %}{{ ns.x }}"
+MUCH, LONG = "makes more than 131072 characters or items in one step", "takes longer than 0.2 seconds"
+ROUNDS, WIDE = "go more than 20000 rounds", "it formats .*; write plain text"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", f"{ROUNDS}|{LONG}"),
+        ("{% for i in range(9999) %}{% set x = range(99999)|sum %}{% endfor %}", LONG),
+        ("{% macro f(n) %}{{ f(n-1) if n }}{{ f(n-1) if n }}{% endmacro %}{{ f(60) }}", f"{ROUNDS}|{LONG}"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% for i in range(5) recursive %}{{ loop(range(5)) }}{% endfor %}", f"RecursionError|{ROUNDS}|{LONG}"),
+        (GROW.replace("HOW", "~"), MUCH),
+        (GROW.replace("HOW", "+"), MUCH),
+        (GROW.replace("ns.x HOW ns.x", "[ns.x, ns.x]"), f"{MUCH}|{LONG}"),
+        ("{{ 'a' * 10**9 }}", MUCH),
+        ("{{ ['a' * 10**5] * 10**5 }}", MUCH),
+        ("{% for i in [1] * 10**9 %}{% endfor %}", MUCH),
+        ("{{ 7**(7**9) }}", MUCH),
+        ("{{ 'x'.ljust(10**9) }}", MUCH),
+        ("{{ 'x'|center(10**9) }}", MUCH),
+        ("{{ {'a': 1}|tojson(indent=10**9) }}", MUCH),
+        ("{{ 'a'.join(['b' * 100] * 100000) }}", MUCH),
+        ("{{ (['b' * 1000] * 100)|join('a' * 1000) }}", MUCH),
+        ("{{ ('a' * 4000)|replace('a', 'b' * 4000) }}", MUCH),
+        ("{{ ('a' * 4000).replace('a', 'b' * 4000) }}", MUCH),
+        ("{% for i in range(1000) %}{{ 'abc' * 10000 }}{% endfor %}", MUCH),
+        ("{% set x %}{% for i in range(1000) %}{{ 'abc' * 10000 }}{% endfor %}{% endset %}", f"{MUCH}|{LONG}"),
+        ("{{ '%1000000000d' % 1 }}", WIDE),
+        ("{{ '%*d'|format(1000, 1) }}", WIDE),
+        ("{{ '{:1000000000}'.format(1) }}", WIDE),
+        ("{{ '{:{}}'.format(1, 1000000000) }}", WIDE),
+    ],
+)
+def test_templates_that_would_run_for_ever_or_fill_the_memory(
+    template: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: a range of 10**9 was refused, and the others took minutes, or all memory."""
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    monkeypatch.setattr(sandbox, "MOST_ROUNDS", 20000)
+    monkeypatch.setattr(sandbox, "MOST_SIZE", 2**17)
+    monkeypatch.setattr(sandbox, "MOST_PRODUCT", 2**20)
+    with pytest.raises(DialogError, match=f"the chat template (is stopped|fails): .*({message})"):
+        render(template, dialog("hi"), bos="<s>", eos="</s>", asks=True)
+
+
+def test_long_dialogs_are_within_the_limits() -> None:
+    """Templates look through them again and again."""
+    template = (
+        "{% for m in messages %}{{ m.role|upper ~ m.content|replace('<|', '< |') }}"
+        "{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{% endfor %}"
+    )
+    said = [{"role": "user", "content": "x" * 10**5}] * 300
+    assert len(render(template, said, bos="<s>", eos="</s>", asks=True)) == 601  # type: ignore[arg-type]
+
+
+def test_what_templates_may_compute() -> None:
+    """The limits are far from what templates do, and change nothing of it."""
+    jinja2 = pytest.importorskip("jinja2.sandbox")
+    template = (
+        "{% for m in messages %}{{ m.content ~ '!' ~ loop.index }}{{ m['role']|trim + 'x' * 3 + 'in 2024: %s %d' % ('a', 2) }}"
+        "{{ 12345.5 % 3 ~ 7 // 2 }}{{ loop.index0 % 2 }}"
+        "{{ {'a': [1, 'b']}|tojson(indent=4) }}{{ '{}-{:3}'.format(1, 2) }}{{ [1] + [2] }}"
+        "{{ '%s'|format(3) }}{{ m.role.split('s')[-1].replace('r', 'q') }}{{ none }}{{ m|items|list|length }}{% endfor %}"
+        "{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(2**8) ~ (1 - 0.5) }}{% for i in range(3) if i %}{{ i }}{% endfor %}"
+    )
+    plain = jinja2.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    said = [{"role": "user", "content": "hi"}]
+    assert sandbox.run(sandbox.Limited().from_string(template), messages=said) == plain.from_string(template).render(
+        messages=said
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,6 +504,22 @@ def test_a_folder_of_another_format(llama: Llama, folder: Path, tmp_path: Path) 
         choose_format("template", Tokenizer(str(folder / "tokenizer.model")))
     with pytest.raises(ValueError, match="needs a llama.Tokenizer, not object; pass chat_format="):
         FORMATS["vicuna"].tags(object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"), [(None, "the folder has no chat template"), ("{% if %}", "the chat template cannot be read: Expected")]
+)
+def test_the_folders_own_format_is_checked_before_weights_are_loaded(
+    own: Optional[str], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: the first chat said so, after minutes of loading."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": own}))
+    monkeypatch.delattr("llama.loading.fill")
+    with pytest.raises(ValueError, match=message):
+        Llama.build(str(other), max_seq_len=64, device="cpu", chat_format="template")
 
 
 def test_a_folder_keeps_its_format_when_it_is_converted(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -30,6 +30,8 @@ from llama.loading import DEMO
 from llama.tokenizer_files import open_tokenizer
 from llama.weights.checkpoint import open_checkpoint
 from llama.weights.gguf import describe, metas_names, to_q8_0
+from llama.weights.gguf_rope import read_table
+from llama.weights.rope import read_rope
 
 WIDE: dict[str, Any] = {"dim": 256, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 256, "norm_eps": 1e-5}
 PLAIN = ["F32", "F16", "BF16"]
@@ -325,6 +327,73 @@ def test_added_tokens_and_rows_without_a_name(tokenizer: Tokenizer, tmp_path: Pa
         assert found.encode("<|im_start|>a", False, False, special=True)[0] == 400
 
 
+# Scaled rotary positions
+
+YARN = {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Metadata, and a config.json's rope_scaling that says the same; positions are 64.
+SCALED: list[tuple[dict[str, Any], Any]] = [
+    ({"factor": 0.0}, None),
+    ({"type": "none", "factor": 4.0}, None),
+    ({"type": "linear", "factor": 1.0}, None),
+    ({"factor": 2.0}, {"type": "linear", "factor": 2.0}),
+    ({"factor": 2.0, "finetuned": True, "yarn_ext_factor": 0.0, "attn_factor": 1.0}, {"type": "linear", "factor": 2.0}),
+    ({"type": "yarn", "factor": 4.0}, {"type": "yarn", "factor": 4.0}),
+    ({"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 8.0, "yarn_beta_slow": 0.5,
+      "yarn_attn_factor": 0.75, "yarn_ext_factor": 1.0},
+     {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0, "beta_slow": 0.5,
+      "attention_factor": 0.75}),
+    ({"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_attn_factor": 1.5, "attn_factor": 0.5},
+     {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 0.75}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("told", "settings"), SCALED)
+def test_scaling_is_that_of_a_config(told: dict[str, Any], settings: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", tokenizer, **{f"llama__rope__scaling__{key}": value for key, value in told.items()})
+    expected = read_rope({"max_position_embeddings": 64, "rope_scaling": settings})[1]
+    assert open_checkpoint(tmp_path / "a.gguf").args.rope_scaling == expected
+    write(tmp_path / "b.gguf", tokenizer, llama__rope__scale_linear=told["factor"])  # as files of 2023 have it
+    assert (open_checkpoint(tmp_path / "b.gguf").args.rope_scaling is None) == (told["factor"] in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("dim", "theta", "change"),
+    [
+        (128, 5e5, {"original_max_position_embeddings": 8192}),  # Llama 3.1's numbers
+        (64, 5e5, {"original_max_position_embeddings": 8192, "factor": 32.0}),  # Llama 3.2's
+        (128, 1e4, {"original_max_position_embeddings": 4096, "factor": 4.0}),
+        (8, 1e4, {"original_max_position_embeddings": 16}),  # one pair is between
+        (8, 5e3, {"original_max_position_embeddings": 32}),  # none is
+        (8, 5e3, {"original_max_position_embeddings": 4096}),  # all pairs turn often
+        (8, 5e3, {"original_max_position_embeddings": 1}),  # and seldom
+        (128, 5e5, {"original_max_position_embeddings": 8192, "low_freq_factor": 1.5, "high_freq_factor": 2.25}),
+        (16, 5e5, {"original_max_position_embeddings": 8192, "low_freq_factor": 1.5, "high_freq_factor": 1.75}),
+    ],
+)
+def test_tables_of_llama3s_rule(dim: int, theta: float, change: dict[str, Any]) -> None:
+    """As llama.cpp's converter writes them (generate_extra_tensors of convert_hf_to_gguf.py): the same frequencies."""
+    values = {**LLAMA3, **change}
+    table = []
+    for frequency in (1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)).tolist():
+        length, original = 2 * torch.pi / frequency, values["original_max_position_embeddings"]
+        low, high = original / values["low_freq_factor"], original / values["high_freq_factor"]
+        share = (original / length - values["low_freq_factor"]) / (values["high_freq_factor"] - values["low_freq_factor"])
+        between = 1 / ((1 - share) / values["factor"] + share)
+        table.append(1.0 if length < high else values["factor"] if length > low else between)
+    expected = read_rope({"max_position_embeddings": 131072, "rope_theta": theta, "rope_scaling": values})[1]
+    found = read_table(torch.tensor(table), theta, 131072)
+    if found is None:
+        assert table == [1.0] * (dim // 2)
+        return
+    assert expected is not None
+    assert found.positions == expected.positions == 131072
+    one = torch.arange(1)
+    torch.testing.assert_close(found.frequencies(dim, theta, one), expected.frequencies(dim, theta, one), rtol=3e-6, atol=0)
+    if (values["low_freq_factor"], dim) == (1.0, 128):
+        assert found == expected
+
+
 # What is refused
 
 
@@ -334,9 +403,16 @@ def test_added_tokens_and_rows_without_a_name(tokenizer: Tokenizer, tmp_path: Pa
         ({"general__architecture": "qwen2"}, "holds 'qwen2', and only models of the architecture 'llama' are computed"),
         ({"general__type": "adapter"}, "holds 'adapter'"),
         ({"llama__expert_count": 8}, "llama.expert_count=8, which is not computed"),
-        ({"llama__rope__scaling__type": "yarn"}, "its rotary positions are scaled ('yarn', factor 1)"),
-        ({"llama__rope__scale_linear": 4.0}, "its rotary positions are scaled ('linear', factor 4.0)"),
-        ({"llama__rope__scaling__factor": 2.0}, "its rotary positions are scaled ('linear', factor 2.0)"),
+        ({"llama__rope__scaling__type": "longrope"}, "its rotary positions are scaled ('longrope'), which is not computed"),
+        ({"llama__rope__scale_linear": 0.5}, "scaled ('linear'), but factor=0.5 is not a number from 1"),
+        ({"llama__rope__scaling__factor": "2"}, "but factor='2' is not a number"),
+        ({**YARN, "llama__context_length": None}, "missing key 'llama.context_length'"),
+        ({**YARN, "llama__rope__scaling__yarn_beta_fast": -1.0}, "beta_fast=-1.0 is not a number from 0.001"),
+        ({**YARN, "llama__rope__scaling__original_context_length": "a"}, "original_max_position_embeddings='a' is not a whole"),
+        ({**YARN, "llama__rope__scaling__yarn_ext_factor": 0.5}, "yarn_ext_factor=0.5, which is not computed"),
+        ({**YARN, "llama__rope__scaling__attn_factor": -1.0}, "attention_factor=-1.1386"),
+        ({"llama__rope__scaling__attn_factor": 0.5}, "attn_factor=0.5, which is not computed with 'linear'"),
+        ({"llama__rope__scaling__yarn_log_multiplier": 0.5}, "yarn_log_multiplier=0.5, which is not computed"),
         ({"llama__rope__dimension_count": 4}, "llama.rope.dimension_count=4, and only all of a head, 8, is computed"),
         ({"llama__attention__sliding_window": 4096}, "llama.attention.sliding_window=4096"),
         ({"llama__block_count": None}, "missing key 'llama.block_count'"),
@@ -358,12 +434,6 @@ def test_models_that_are_refused(change: dict[str, Any], told: str, tokenizer: T
     assert "a.gguf" in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"type": "none", "factor": 4.0}, {"type": "linear", "factor": 1.0}, {"factor": 0.0}])
-def test_scaling_that_is_none(change: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    write(tmp_path / "a.gguf", tokenizer, **{f"llama__rope__scaling__{key}": value for key, value in change.items()})
-    open_checkpoint(tmp_path / "a.gguf")
-
-
 def test_without_the_package(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not quantized needs none."""
     for kind in ("F16", "Q4_0"):
@@ -379,8 +449,11 @@ def test_without_the_package(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: 
     [
         ("blk.0.attn_q.bias", torch.zeros(64), "it has biases ('blk.0.attn_q.bias'), which are not computed"),
         ("blk.0.ffn_gate_exps.weight", torch.zeros(8, 4, 64), "it has experts ('blk.0.ffn_gate_exps.weight')"),
-        ("rope_freqs.weight", torch.tensor([1.0, 1, 1, 8]), "its rotary positions are scaled (rope_freqs.weight)"),
-        ("rope_freqs.weight", torch.ones(3), "its rotary positions are scaled (rope_freqs.weight)"),
+        ("rope_freqs.weight", torch.tensor([8.0, 1, 1, 8]), "by a table (rope_freqs.weight) that is not of llama3's rule"),
+        ("rope_freqs.weight", torch.tensor([1.0, 1, torch.nan, 8]), "that is not of llama3's rule"),
+        ("rope_freqs.weight", torch.tensor([0.0, 1, 2, torch.inf]), "that is not of llama3's rule"),
+        ("rope_freqs.weight", torch.ones(3), "its rotary positions are scaled by rope_freqs.weight, F32 [3]"),
+        ("rope_freqs.weight", torch.tensor([1.0, 1, 1, 8]), None),
         ("rope_freqs.weight", torch.ones(4), None),
         ("rope_freqs.weight", 10000.0 ** (-torch.arange(4) / 4), None),  # old files have Meta's own table
     ],
@@ -624,11 +697,7 @@ def test_what_convert_refuses(tiny: Path, tokenizer_path: str, tmp_path: Path) -
     convert(tiny, tmp_path / "int8", "meta", tokenizer_path=path, quantize="int8")
     with pytest.raises(ValueError, match="is stored as int8, which is for Meta's format alone"):
         convert(tmp_path / "int8", tmp_path / "a.gguf", "gguf", tokenizer_path=path)
-    scaling = {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 64, "positions": 128}
-    scaled = write_checkpoint(tmp_path / "scaled", random_weights(), params={**PARAMS, "rope_scaling": scaling})
-    with pytest.raises(ValueError, match="has scaled rotary positions, which are not written to GGUF"):
-        convert(scaled, tmp_path / "a.gguf", "gguf", tokenizer_path=path)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["int8", "scaled"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["int8"]
 
 
 def test_adapters(tokenizer: Tokenizer, tokenizer_path: str, tmp_path: Path) -> None:
@@ -691,6 +760,23 @@ def test_against_llama_cpp(model: str, tmp_path: Path) -> None:
             torch.testing.assert_close(ours.model(torch.tensor([ids]), 0)[0], scores, atol=tolerance, rtol=0)
         if kind != "q8_0":
             assert ours.generate([ids], 40, temperature=0)[0][0] == greedy
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "attention_factor", "llama3"])
+def test_scaled_positions_in_llama_cpp(kind: str, tokenizer_path: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    known = {"original_max_position_embeddings": 16, "positions": 64}
+    of = {"type": kind, **LLAMA3} if kind == "llama3" else {"type": kind.replace("attention_factor", "yarn"), "factor": 4.0}
+    of.pop("rope_type", None)
+    scaling = {**of, **known, **({kind: 0.8} if kind == "attention_factor" else {})}
+    weights = {name: w * 5 if "wq" in name or "wk" in name else w for name, w in random_weights().items()}  # angles matter
+    folder = write_checkpoint(tmp_path / "meta", weights, params={**PARAMS, "rope_scaling": scaling})
+    convert(folder, tmp_path / "a.gguf", "gguf", dtype=torch.float32, tokenizer_path=Path(tokenizer_path))
+    ids = torch.randint(3, 400, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    scores, _ = eval_with_llama_cpp(tmp_path / "a.gguf", ids)
+    torch.testing.assert_close(logits(str(tmp_path / "a.gguf"), [ids])[0], scores, atol=1e-3, rtol=0)
+    changed = write_checkpoint(tmp_path / "plain", weights)
+    assert (logits(str(changed), [ids], tokenizer_path=tokenizer_path)[0] - scores).abs().max() > 0.1
 
 
 def test_llama_cpp_reads_text_alike(tmp_path: Path) -> None:

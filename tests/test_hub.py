@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import pytest
 from conftest import ROOT
-from forks import Forks, python
+from forks import Forks
 from helpers import command
 from hub_server import TOKEN, Hub, Repo
 from workers import Pool
@@ -96,14 +96,16 @@ def test_what_is_no_name_stays_a_path(text: str, hub: Hub, tmp_path: Path, monke
 
 def test_revisions(hub: Hub, files: dict[str, bytes]) -> None:
     """A branch, a pull request and a commit; what one has is not loaded for another."""
+    read = ["config.json", "model.safetensors", "tokenizer.model"]
+    hub.repos[NAME].files["main"] = files = {name: files[name] for name in read}
     older = {**files, "config.json": files["config.json"] + b"\n"}
     hub.repos[NAME].files |= {"v0.1": older, "refs/pr/3": older}
     commit = hub.repos[NAME].commit("v0.1")
     folders = [checkpoint_folder(f"{NAME}@{revision}") for revision in ("v0.1", "refs/pr/3", commit)]
     assert {folder.name for folder in folders} == {commit}
-    assert hub.gets() == READ
+    assert hub.gets() == read
     assert checkpoint_folder(NAME).name == hub.repos[NAME].commit("main")
-    assert hub.gets() == sorted([*READ, "config.json"])  # the other files are the same
+    assert hub.gets() == sorted([*read, "config.json"])  # the other files are the same
     with pytest.raises(ValueError, match=f"{NAME} has no revision v9; leave @v9 out, or take one of http.*/commits/main"):
         checkpoint_folder(f"{NAME}@v9")
 
@@ -125,11 +127,66 @@ METAS = ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer
          ["pytorch_model.bin", "chat_template.jinja", "added_tokens.json"]),
         (["adapter_config.json", "adapter_model.safetensors", "optimizer.pt"],
          ["adapter_config.json", "adapter_model.safetensors"]),
-        (["llama.Q4_0.gguf", "config.json"], []),
+        (["llama.Q4_0.gguf", "config.json"], ["llama.Q4_0.gguf"]),
+        (["llama.Q4_0.gguf", "llama.Q8_0.gguf"], []),
+        (["llama.Q4_0.gguf", "model.safetensors", "config.json"], ["model.safetensors", "config.json"]),
     ],
 )  # fmt: skip
 def test_one_kind_of_weights_is_read(there: list[str], read: list[str]) -> None:
     assert names._chosen(there) == sorted(read)
+
+
+GGUFS = [
+    "llama-2-7b.Q4_K_M.gguf", "llama-2-7b.Q4_K_S.gguf", "big-Q8_0-00001-of-00002.gguf", "big-Q8_0-00002-of-00002.gguf",
+    "f16.gguf", "mmproj-model-f16.gguf", "old/llama-2-7b.Q2_K.gguf", "model.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wanted", "read"),
+    [
+        ("Q4_K_M", GGUFS[:1]), ("q4_k_s", GGUFS[1:2]), ("Q8_0", GGUFS[2:4]), ("F16", ["f16.gguf"]), ("big-Q8_0", GGUFS[2:4]),
+        ("llama-2-7b.Q4_K_M.gguf", GGUFS[:1]), ("Q4_K", []), ("K_M", []), ("Q2_K", []), ("safetensors", []), ("gguf", []),
+    ],
+)  # fmt: skip
+def test_gguf_files_by_name(wanted: str, read: list[str]) -> None:
+    assert names._chosen(GGUFS, wanted) == read
+
+
+def test_gguf_repositories(
+    hub: Hub, tiny: Path, tokenizer_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """One of several files, as users of llama.cpp name it. Before: no weights that are read here."""
+    for name, kind in {"a.Q8_0": "q8_0", "a.F16": None}.items():
+        convert(tiny, tmp_path / f"{name}.gguf", "gguf", tokenizer_path=Path(tokenizer_path), quantize=kind)
+    ggufs = {path.name: path.read_bytes() for path in tmp_path.glob("*.gguf")}
+    hub.repos |= {
+        "org/all": Repo({"main": {**ggufs, "README.md": b""}}),
+        "org/one": Repo({"main": {"a.gguf": ggufs["a.F16.gguf"]}}),
+    }
+    for given in ("org/all", "org/all:Q4_K_M"):
+        with pytest.raises(
+            ValueError, match=rf"{given} on the hub has 2 GGUF models.*a.F16.gguf, a.Q8_0.gguf.*like org/all:Q8_0"
+        ):
+            checkpoint_folder(given)
+    with pytest.raises(ValueError, match=f"{NAME} on the hub has no GGUF files; leave :Q8_0 out"):
+        checkpoint_folder(f"{NAME}:Q8_0")
+    command("pull", "org/all:q8_0")
+    path = Path(capsys.readouterr().out.strip())
+    assert path.read_bytes() == ggufs["a.Q8_0.gguf"]
+    assert hub.gets() == ["a.Q8_0.gguf"]
+    commit = hub.repos["org/all"].commit("main")
+    assert checkpoint_folder("org/all:F16").name == "a.F16.gguf"  # now both lie in one folder
+    hub.asked.clear()
+    assert checkpoint_folder(f"org/all@{commit}:Q8_0") == checkpoint_folder("org/all:a.Q8_0.gguf") == path
+    assert Llama.build("org/all:Q8_0", max_seq_len=16, max_batch_size=1, device="cpu").tokenizer.n_words == 400
+    assert hub.asked == []
+    assert Llama.build("org/one", max_seq_len=16, max_batch_size=1, device="cpu").tokenizer.n_words == 400
+    hub.asked.clear()
+    assert checkpoint_folder("org/one").is_dir()
+    assert hub.asked == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert checkpoint_folder("org/all:Q8_0") == path
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -182,9 +239,9 @@ def test_parts_that_an_index_names_are_missed(tmp_path: Path) -> None:
     for name in PARTS[:2]:
         (tmp_path / name).touch()
     (tmp_path / PARTS[2]).write_bytes(INDEX)
-    assert not names._lacks_weights(tmp_path)
+    assert not names._lacks_weights(names.Name("org/name"), tmp_path)
     (tmp_path / PARTS[1]).unlink()
-    assert names._lacks_weights(tmp_path)
+    assert names._lacks_weights(names.Name("org/name"), tmp_path)
 
 
 def _refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, str]]:
@@ -212,8 +269,8 @@ def _refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, 
         "full disk": (lambda: setattr_(huggingface_hub, "snapshot_download", _fills_the_disk), "is full while .* set HF_HOME"),
         "read-only": (lambda: setattr_(huggingface_hub, "snapshot_download", _may_not_write), "cannot be put into .*cache"),
         "no weights": (
-            lambda: setattr_(hub.repos[NAME], "files", {"main": {"llama.Q4_0.gguf": b"GGUF"}}),
-            "has no weights that are read here .*, but llama.Q4_0.gguf; a single file",
+            lambda: setattr_(hub.repos[NAME], "files", {"main": {"llama.onnx": b"ONNX"}}),
+            "has no weights that are read here .*, but llama.onnx; a single file",
         ),
     }  # fmt: skip
 
@@ -267,6 +324,8 @@ def test_the_cache_serves_when_the_hub_does_not(hub: Hub, monkeypatch: pytest.Mo
 
 def test_the_folder_of_a_cache_names_its_snapshot(hub: Hub, files: dict[str, bytes]) -> None:
     """The main one, or the only one."""
+    files = {name: files[name] for name in ("model.safetensors", "config.json", "tokenizer.model")}
+    hub.repos[NAME].files["main"] = files
     hub.repos[NAME].files["v2"] = {**files, "config.json": files["config.json"] + b"\n"}
     second = checkpoint_folder(f"{NAME}@v2")
     cache = second.parents[1]
@@ -374,8 +433,9 @@ def test_its_users_variables_hold(hub: Hub, forks: Forks, tmp_path: Path) -> Non
     assert [process.returncode for process in both] == [0, 0], both
     assert both[0].stdout == both[1].stdout == f"{next((tmp_path / 'home/hub').glob('models--*/snapshots/*'))}\n"
     assert hub.gets() == READ
-    offline = forks.run(SCRIPT, env=there | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
+    pull = "import llama.commands.cli as cli; sys.argv = ['llama', 'pull', 'some-org/Other']; cli.main()"
+    offline = forks.run(SCRIPT + pull, env=there | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert offline.stdout == both[0].stdout
-    pulled = forks.run(python("-m", "llama", "pull", "some-org/Other"), env=there, cwd=str(ROOT))
-    assert (pulled.returncode, pulled.stdout) == (1, "")
-    assert pulled.stderr.startswith("llama: there is no folder some-org/Other, and http")
+    assert offline.returncode == 1
+    assert offline.stderr.startswith("llama: there is no folder some-org/Other, the hub's cache")
+    assert "HF_HUB_OFFLINE forbids to ask the hub" in offline.stderr

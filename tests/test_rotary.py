@@ -19,6 +19,7 @@ from helpers import SHAPE, command, watch_prefill, write_twin
 from workers import Pool
 
 from llama import Llama, ModelArgs, Transformer
+from llama.commands import cli
 from llama.decoding import compiled, engine
 from llama.decoding.calls import Call, Source
 from llama.decoding.requests import Request
@@ -254,6 +255,29 @@ def test_convert_there_and_back(name: str, plain: Path, tmp_path: Path) -> None:
     for length in (TRAINED, 100):
         expected, found = (model(torch.tensor([of_length(length)])).logits for model in models)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.inference_mode()
+def test_gguf_tells_it_too(name: str, plain: Path, tmp_path: Path) -> None:
+    """What llama.cpp computes is written there, and read as it is in the folder; the rest is refused."""
+    folder, path = scaled(plain, name, 4), tmp_path / "a.gguf"
+    arguments = ["convert", str(folder), str(path), "--to=gguf", "--dtype=float32"]
+    if name in ("dynamic", "yarn with all"):
+        with pytest.raises(ValueError, match=rf"scaled \({name.split()[0]}.*which llama.cpp does not compute; use to='hf'"):
+            cli.run(arguments)
+        assert not list(tmp_path.iterdir())
+        return
+    cli.run(arguments)
+    ids = torch.tensor([of_length(100)])
+    first, again = (build(place, rows=1).model for place in (folder, path))
+    torch.testing.assert_close(again(ids, 0), first(ids, 0), atol=1e-5, rtol=0)
+    command("convert", str(path), str(tmp_path / "hf"), to="hf")
+    torch.testing.assert_close(build(tmp_path / "hf", rows=1).model(ids, 0), first(ids, 0), atol=1e-5, rtol=0)
+    before, after = (open_checkpoint(place).args.rope_scaling for place in (folder, path))
+    assert before is not None
+    assert after is not None
+    assert (after.kind, after.factor, after.positions) == (before.kind, before.factor, before.positions)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ from ..weights.checkpoint import (
 )
 from ..weights.gguf import describe, metas_names, to_q8_0
 from ..weights.gguf_header import KINDS
+from ..weights.gguf_rope import TABLE, factors
 from ..weights.huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from ..weights.rope import meta_rope, rope_settings, stated_positions
 from ..weights.writers import GGUF_CODES, Entry, write_gguf, write_pth, write_safetensors
@@ -81,30 +82,26 @@ def convert(
     if os.path.lexists(target):
         raise ValueError(f"{target} exists, and nothing is written over; name another folder, or remove it")
     checkpoint = add_adapter(open_checkpoint(source), adapter)
-    home = tokenizer_folder(checkpoint)
+    home = tokenizer_folder(source, adapter, tokenizer_path)
     tokenizer = open_tokenizer(home, tokenizer_path, known_ids(checkpoint)) if tokenizer_path else None
     args = _full_args(checkpoint, tokenizer)
     check_args(args, 1, source)
     with torch.device("meta"):
         model = Transformer(args)
     quantization = prepare(model, checkpoint, None if to == "gguf" else quantize)
-    if args.rope_scaling is not None and to == "gguf":
-        raise ValueError(f"{source} has scaled rotary positions, which are not written to GGUF; convert to='hf', and that with "
-                         "llama.cpp's convert_hf_to_gguf.py")  # fmt: skip
     if quantization is not None and to != "meta":
         where = "quantize=" + repr(quantize) if quantize else f"{source} is stored as {quantization.kind}, which"
         raise ValueError(f"{where} is for Meta's format alone; convert to='meta', or the original weights to={to!r}")
+    write: Callable[..., None] = write_safetensors if to == "hf" else write_pth
     if to == "gguf":
+        assert tokenizer is not None
         files = {target.name: _gguf_entries(checkpoint, model, dtype or torch.float16, quantize is not None)}
+        positions = trained_positions(checkpoint) or metas_positions(args.rope_theta)
+        write = partial(write_gguf, metadata=_gguf_metadata(args, positions, files[target.name], tokenizer))
     else:
         files = _hf_files(checkpoint, model, dtype) if to == "hf" else _meta_files(checkpoint, model, shards, dtype)
     nbytes = sum(entry.nbytes for entries in files.values() for entry in entries)
     with _new_folder(target, nbytes, target.name if to == "gguf" else "") as folder:
-        write: Callable[..., None] = write_safetensors if to == "hf" else write_pth
-        if to == "gguf":
-            assert tokenizer is not None
-            positions = trained_positions(checkpoint) or metas_positions(args.rope_theta)
-            write = partial(write_gguf, metadata=_gguf_metadata(args, positions, files[target.name], tokenizer))
         with tqdm(total=sum(map(len, files.values())), desc="Converting", unit="tensor", disable=None) as progress:
             for name, entries in files.items():
                 write(folder / name, entries, progress)
@@ -241,7 +238,10 @@ def _gguf_entries(checkpoint: Checkpoint, model: Transformer, dtype: torch.dtype
     if checkpoint.tied:
         del theirs["output.weight"]
     block = KINDS[GGUF_CODES[torch.uint8]]
-    entries = []
+    entries, args = [], model.params
+    if (scaling := args.rope_scaling) is not None and scaling.kind == "llama3":
+        table = factors(scaling, args.head_size, args.rope_theta)
+        entries.append(Entry(TABLE, table.dtype, list(table.shape), lambda: table, checkpoint.mapped.release))
     for name, (shape, dim, _) in cut(model).items():
         if name not in theirs:
             continue

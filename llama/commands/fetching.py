@@ -44,13 +44,17 @@ def _told(listing: hub.Listing) -> str:
 
 
 def pull(args: Namespace) -> None:
-    """Fetch the model ID (org/name or org/name@revision) from the Hugging Face Hub into its cache, or what changed there since.
+    """Fetch the model ID (org/name, org/name@revision, or org/name:Q4_K_M for one of its GGUF files) from the Hugging Face Hub
+    into its cache, or what changed there since.
 
-    The folder that it lies in goes to stdout. An interrupted pull goes on with the files that it lacks when it is run again.
+    The folder or file that it lies in goes to stdout. An interrupted pull goes on with the files that it lacks when it is run
+    again.
     """
     name = hub.parse(args.id)
     if name is None:
-        raise ValueError(f"{escaped(args.id)} is no name on the hub; one looks like org/name or org/name@revision")
+        raise ValueError(
+            f"{escaped(args.id)} is no name on the hub; one looks like org/name, org/name@revision or org/name:Q4_K_M"
+        )
     if Launch.read().local_rank > 0:
         return  # one process fetches for all of a node
     listing = hub.look_up(name)

@@ -29,10 +29,11 @@ def info(args: Namespace) -> None:
     """Say what model a checkpoint folder holds, on how many processes it runs, and what memory it needs. Loads nothing."""
     for name in ("max_batch_size", "max_seq_len", "processes"):
         whole_number(name, getattr(args, name), 1)
-    checkpoint = add_adapter(open_checkpoint(agreed_folder(args.ckpt_dir)), _adapter(args))
+    folder, adapter, given = _places(args.ckpt_dir, args)
+    checkpoint = add_adapter(open_checkpoint(folder), adapter)
     stored, rows = checkpoint.dtype, checkpoint.shape("tok_embeddings.weight", 1)[0]
-    home = tokenizer_folder(checkpoint)
-    path = find_tokenizer(home, args.tokenizer_path)
+    home = tokenizer_folder(folder, adapter, given)
+    path = find_tokenizer(home, given)
     tokenizer = open_tokenizer(home, path, known_ids(checkpoint)) if path else None
     model = fit_vocabulary(checkpoint, tokenizer.n_words if tokenizer else rows)
     model = replace(model, max_batch_size=args.max_batch_size, max_seq_len=args.max_seq_len)
@@ -48,8 +49,10 @@ def info(args: Namespace) -> None:
         print(f"  {label:12}{line}")
 
 
-def _adapter(args: Namespace) -> Optional[Path]:
-    return None if args.adapter is None else agreed_folder(args.adapter)
+def _places(given: str, args: Namespace) -> tuple[Path, Optional[Path], Optional[Path]]:
+    """The folders of a checkpoint and of its adapter, and the file of its tokenizer, as far as they were named."""
+    adapter = None if args.adapter is None else agreed_folder(args.adapter)
+    return agreed_folder(given), adapter, None if args.tokenizer_path is None else user_path(args.tokenizer_path)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -121,10 +124,10 @@ def _needs(placement: memory.Placement) -> dict[str, str]:
 
 def convert(args: Namespace) -> None:
     """Write the checkpoint SRC as a new folder or file DST, in another format, or with other shards, or in another dtype."""
-    source, target = agreed_folder(args.src), user_path(args.dst)
-    tokenizer = find_tokenizer(source, args.tokenizer_path)
+    (source, adapter, given), target = _places(args.src, args), user_path(args.dst)
+    tokenizer = find_tokenizer(tokenizer_folder(source, adapter, given), given)
     dtype = None if args.dtype is None else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
-    convert_checkpoint(source, target, args.to, args.shards, dtype, tokenizer, args.quantize, _adapter(args))
+    convert_checkpoint(source, target, args.to, args.shards, dtype, tokenizer, args.quantize, adapter)
     if tokenizer is None and args.to == "hf":
         told = f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path"
         print(escaped(told), file=sys.stderr)
@@ -157,6 +160,6 @@ COMMANDS = {
         },
     }),
     "pull": Command(pull, ["id"], {
-        "what is fetched": {"id": Option(str, REQUIRED, "org/name or org/name@revision on the Hugging Face Hub")},
+        "what is fetched": {"id": Option(str, REQUIRED, "org/name, org/name@revision or org/name:Q4_K_M on the hub")},
     }),
 }  # fmt: skip

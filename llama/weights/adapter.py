@@ -40,12 +40,12 @@ def add_adapter(checkpoint: Checkpoint, folder: Optional[Path]) -> Checkpoint:
     return adapted
 
 
-def tokenizer_folder(checkpoint: Checkpoint) -> Path:
-    """The folder whose tokenizer belongs to a checkpoint: that of an adapter with other ids than its base, if it has one."""
-    if not isinstance(checkpoint, AdaptedCheckpoint) or not checkpoint.has_other_ids:
-        return checkpoint.folder
-    has_own = any(is_there(checkpoint.adapter / name) for name in ("tokenizer.model", "tokenizer.json"))
-    return checkpoint.adapter if has_own else checkpoint.folder
+def tokenizer_folder(folder: Path, adapter: Optional[Path], given: Optional[Path] = None) -> Path:
+    """The folder whose files describe the tokenizer: the adapter's, if a tokenizer was saved there, as trainings do that add
+    tokens or a chat template; else the checkpoint's. given: the file that the caller named, which may lie in either."""
+    if adapter is None or not any(is_there(adapter / name) for name in ("tokenizer.model", "tokenizer.json")):
+        return folder
+    return adapter if given is None or given.absolute().parent == adapter.absolute() else folder
 
 
 class AdaptedCheckpoint:
@@ -81,8 +81,7 @@ class AdaptedCheckpoint:
         for name in self._rows:
             if name in self.changes and (saved := self.changes[name].whole) is not None:
                 self._rows[name] = len(saved)
-        self.has_other_ids = self._rows != before
-        if self.has_other_ids:
+        if self._rows != before:
             if len(set(self._rows.values())) > 1:
                 raise ValueError(f"the adapter in {folder} has weights for other ids than {base.folder}: "
                                  f"{_counts(self._rows)}; both have to be saved with it")  # fmt: skip

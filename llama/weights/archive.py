@@ -38,6 +38,7 @@ VALUES = {
 CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 MARK = object()
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # begins a file of torch.save before 1.6
 
 
 class Foreign(Exception):
@@ -69,6 +70,13 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file of torch.save, by name, mapped into memory. Nothing in it is run. ValueError if it is damaged, or
     holds other things."""
     check_file(path)
+    with path.open("rb") as file:
+        if file.read(len(LEGACY)) == LEGACY:
+            name = escaped(str(path))
+            raise ValueError(
+                f"{name} is in the format of torch before 1.6, which cannot be mapped; save it again: import torch; torch.save("
+                f"torch.load({name!r}, map_location='cpu', weights_only=True), {name!r})"
+            )
     try:
         tensors = read_archive(path)
     except Foreign as error:

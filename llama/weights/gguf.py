@@ -14,10 +14,12 @@ import torch
 
 from ..layers.rounding import Quantization
 from ..model import ModelArgs
+from ..rotary import RotaryScaling
 from ..system.checks import whole
 from ..system.files import COPY_BYTES, MappedFiles, Number, is_there, listed
 from ..system.printable import escaped, shortened
 from .gguf_header import Header, TensorInfo, read_header
+from .gguf_rope import CONTEXT, TABLE, gguf_rope, read_gguf_rope, read_table
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY
 
 # Meta's name of a tensor (without ".weight") and GGUF's; N is the layer.
@@ -36,7 +38,6 @@ NAMES = {
     "output": "output",
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of kinds that are not quantized
-ROTATION = "rope_freqs.weight"  # what each rotary frequency is divided by
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", flags=re.DOTALL | re.IGNORECASE)
 OTHER_WEIGHTS = ("params.json", "consolidated.*.pth", "*.safetensors", "pytorch_model*")
 
@@ -56,7 +57,7 @@ _METADATA = [
 _UNCOMPUTED = {
     "llama.expert_count": 0, "llama.attention.sliding_window": 0, "llama.attention.causal": True, "llama.logit_scale": 1,
     "llama.residual_scale": 1, "llama.embedding_scale": 1, "llama.attention.scale": 0, "llama.use_parallel_residual": False,
-    "llama.attention.clamp_kqv": 0,
+    "llama.attention.clamp_kqv": 0, "llama.rope.scaling.alpha": 0, "llama.rope.scaling.yarn_log_multiplier": 0,
 }  # fmt: skip
 
 
@@ -112,9 +113,11 @@ def read_args(path: Path, metadata: dict[str, Any], tensors: dict[str, TensorInf
         what = shortened(architecture if architecture != "llama" else metadata["general.type"])
         raise ValueError(f"{path} holds {what}, and only models of the architecture 'llama' are computed; take one of those")
     problems = [problem for key, _, number in _METADATA for problem in number.problem(key, metadata)]
-    problems += _unsupported(metadata) + _scaled(metadata) + _foreign(tensors)
+    scaling, rope_problems = read_gguf_rope(metadata)
+    problems += _unsupported(metadata) + rope_problems + _foreign(tensors)
     if not problems:
-        args = ModelArgs(**{name: metadata[key] for key, name, _ in _METADATA if metadata.get(key) is not None})
+        found = {name: metadata[key] for key, name, _ in _METADATA if metadata.get(key) is not None}
+        args = ModelArgs(**found, rope_scaling=scaling)
         if args.head_dim is not None and args.head_dim * args.n_heads == args.dim:
             args.head_dim = None
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
@@ -136,15 +139,6 @@ def _unsupported(metadata: dict[str, Any]) -> list[str]:
     if metadata.get("llama.vocab_size") == LLAMA_3_VOCABULARY:
         problems.append(LLAMA_3)
     return problems
-
-
-def _scaled(metadata: dict[str, Any]) -> list[str]:
-    """What is wrong with the scaling of rotary positions. llama.cpp's defaults are "linear" and, written as 0 too, 1."""
-    kind = metadata.get("llama.rope.scaling.type", "linear")
-    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1))  # the latter is old
-    if kind == "none" or (kind == "linear" and factor in (0, 1)):
-        return []
-    return [f"its rotary positions are scaled ({shortened(kind)}, factor {shortened(factor)}), which is not computed"]
 
 
 def _foreign(tensors: dict[str, TensorInfo]) -> list[str]:
@@ -176,7 +170,7 @@ def describe(args: ModelArgs, positions: int) -> dict[str, Any]:
         **{key: values[name] for key, name, _ in _METADATA},
         "llama.attention.value_length": args.head_size,
         "llama.rope.dimension_count": args.head_size,
-        "llama.context_length": positions,
+        **gguf_rope(args.rope_scaling, args.rope_theta, positions),
     }
 
 
@@ -223,7 +217,7 @@ class GGUFCheckpoint:
                 raise ValueError(f"{file} has {shortened(name)}, as another part of that model has; download it again")
             found.update(header.tensors)
         self.args = read_args(path, headers[0].metadata, found)
-        context = whole(headers[0].metadata.get("llama.context_length"))
+        context = whole(headers[0].metadata.get(CONTEXT))
         self.positions = context if context is not None and 1 <= context < 2**31 else None
         self.ids = self.args.vocab_size  # rows of the embedding and the output that count
         names = metas_names(self.args.n_layers)
@@ -236,8 +230,8 @@ class GGUFCheckpoint:
             raise ValueError(
                 f"{path} has no token_embd.weight, but {listed(sorted(found)) or 'nothing'}; it is not a Llama model"
             )
-        if info_and_bytes := self._tensors.pop(repr(ROTATION), None):
-            self._check_rotation(*info_and_bytes)
+        if info_and_bytes := self._tensors.pop(repr(TABLE), None):
+            self.args.rope_scaling = self._scaling(*info_and_bytes)
         self.tied = "output.weight" not in self._tensors
         if self.tied:
             self._tensors["output.weight"] = self._tensors["tok_embeddings.weight"]
@@ -258,17 +252,17 @@ class GGUFCheckpoint:
                 f"{self.folder} is quantized, {self.format}, which needs the package gguf; pip install 'gguf>=0.17'"
             ) from error
 
-    def _check_rotation(self, info: TensorInfo, numbers: torch.Tensor) -> None:
-        """ValueError unless the table leaves the rotary positions as they are, or is old and has the frequencies themselves."""
-        half = self.args.head_size // 2
-        if info.kind.name == "F32" and info.shape == [half]:
-            usual = self.args.rope_theta ** (-torch.arange(half, dtype=torch.float32, device="cpu") / half)
-            table = numbers.view(torch.float32)
-            if bool((table == 1).all()) or torch.allclose(table, usual, rtol=1e-3):
-                return
-        raise ValueError(
-            f"{self.folder}: its rotary positions are scaled ({ROTATION}), which is not computed; take another model"
-        )
+    def _scaling(self, info: TensorInfo, numbers: torch.Tensor) -> Optional[RotaryScaling]:
+        """The scaling of a table of factors. ValueError if the metadata have another one, or the table is of no known rule."""
+        told = self.args.rope_scaling
+        if info.kind.name != "F32" or info.shape != [self.args.head_size // 2] or told is not None:
+            more = "" if told is None else f", and by its metadata ({told.kind}), which is not computed together"
+            raise ValueError(f"{self.folder}: its rotary positions are scaled by {TABLE}, {info.kind.name} {info.shape}{more}; "
+                             "take another model")  # fmt: skip
+        try:
+            return read_table(numbers.view(torch.float32), self.args.rope_theta, self.positions)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
 
     def leave_out_ids(self, pieces: int) -> bool:
         """Fine-tunes have rows for ids without a piece: padding, and tokens that were added later."""

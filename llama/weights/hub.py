@@ -20,9 +20,11 @@ from typing import NamedTuple, Optional
 from ..memory import gigabytes
 from ..system.files import contents, is_there, listed, read_json
 from ..system.printable import clipped, escaped
+from .gguf import PART
 
-# Letters, digits, "_", "-" and ".", the last two not at an end; a revision is a branch, a tag, refs/pr/N or a commit.
-NAME = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@(\w(?:[\w./-]*\w)?))?", re.ASCII)
+# Letters, digits, "_", "-" and ".", the last two not at an end; a revision is a branch, a tag, refs/pr/N or a commit; behind
+# a colon a GGUF file, by its name or by the end of that.
+NAME = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@(\w(?:[\w./-]*\w)?))?(?::(\w(?:[\w.-]*\w)?))?", re.ASCII)
 MOST = 96  # characters of a name
 
 # The files of weights that are read, one kind in each line, the preferred one first: the file that tells that a repository
@@ -51,13 +53,14 @@ class Unreachable(ValueError):
 
 
 class Name(NamedTuple):
-    """A model on the hub, and the revision that is wanted of it (None: its main branch)."""
+    """A model on the hub, the revision that is wanted of it (None: its main branch), and which of its GGUF files."""
 
     repo: str
     revision: Optional[str] = None
+    gguf: Optional[str] = None
 
     def __str__(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+        return self.repo + (f"@{self.revision}" if self.revision else "") + (f":{self.gguf}" if self.gguf else "")
 
 
 class Listing(NamedTuple):
@@ -71,15 +74,16 @@ class Listing(NamedTuple):
 
 
 def parse(text: str) -> Optional[Name]:
-    """org/name or org/name@revision; None for a text that cannot be a name on the hub."""
+    """org/name, org/name@revision, org/name:Q4_K_M; None for a text that cannot be a name on the hub."""
     found = NAME.fullmatch(text)
     if found is None or len(found[1]) > MOST or "--" in found[1] or ".." in text or found[1].endswith(".git"):
         return None
-    return Name(found[1], found[2])
+    return Name(found[1], found[2], found[3])
 
 
 def locate(given: str, path: Path, fetching: bool = True) -> Path:
-    """The folder that a caller named: `path` if it is there, or else the model of that name in the hub's cache.
+    """The folder that a caller named: `path` if it is there, or else the model of that name in the hub's cache; the GGUF file
+    if the name tells which.
 
     What the cache lacks is fetched, or with fetching=False a ValueError. A text that cannot be a name on the hub stays a path.
     """
@@ -88,15 +92,15 @@ def locate(given: str, path: Path, fetching: bool = True) -> Path:
         return _snapshot(path)
     found = _cached(name)
     if found is not None and not _lacks(name, found):
-        return found
+        return _place(name, found)
     try:
         if not fetching:
             raise Unreachable(f"there is no folder {name}, and the hub's cache of this process has no whole model of that name")
         return fetch(look_up(name))
     except Unreachable:
-        if found is None or _lacks_weights(found):
+        if found is None or _lacks_weights(name, found):
             raise
-        return found  # the hub may have no tokenizer either; whoever misses it says so
+        return _place(name, found)  # the hub may have no tokenizer either; whoever misses it says so
 
 
 def absent(given: str, path: Path) -> Optional[Name]:
@@ -112,11 +116,8 @@ def look_up(name: Name) -> Listing:
     with _explained(name, hub):
         info = hub.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     siblings = {file.rfilename: file for file in info.siblings or []}
-    if not (files := _chosen(siblings)):
-        raise ValueError(
-            f"{name} on the hub has no weights that are read here (safetensors, pytorch_model.bin or consolidated.NN.pth), but "
-            f"{listed(sorted(siblings)) or 'nothing'}; a single file of another kind can be fetched with `hf download`"
-        )
+    if not (files := _chosen(siblings, name.gguf)):
+        raise ValueError(_nothing(name, sorted(siblings)))
     cache = Path(hub.constants.HF_HUB_CACHE)
     blobs, nbytes = _folder(name, hub) / "blobs", 0
     for file in map(siblings.__getitem__, files):
@@ -137,19 +138,59 @@ def fetch(listing: Listing) -> Path:
         )
     with _explained(name, hub):
         wanted = list(map(glob.escape, listing.files))
-        return Path(hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted))
+        return _place(name, Path(hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted)))
 
 
-def _chosen(names: Iterable[str]) -> list[str]:
-    """The files of a repository that are read: one kind of weights, and what belongs to it. None without weights."""
+def _place(name: Name, folder: Path) -> Path:
+    """What is loaded of a snapshot: the folder, or the first file of the GGUF model that was named."""
+    return folder if name.gguf is None else folder / _chosen((path.name for path in folder.iterdir()), name.gguf)[0]
+
+
+def _nothing(name: Name, files: list[str]) -> str:
+    """Why nothing of a repository is read, for a message."""
+    if models := _gguf_models(files):
+        ending = re.split(r"[.-]", list(models)[-1])[-2]
+        which = "" if name.gguf is None else f" that is called {name.gguf}, or ends in it"
+        return (
+            f"{name} on the hub has {len(models)} GGUF models, and not one{which}: {listed(models, 30)}; name one by its file "
+            f"or by the end of it, like {name._replace(gguf=ending)}"
+        )
+    if name.gguf is not None:
+        return f"{name.repo} on the hub has no GGUF files; leave :{name.gguf} out"
+    return (
+        f"{name} on the hub has no weights that are read here (safetensors, pytorch_model.bin, consolidated.NN.pth or GGUF), "
+        f"but {listed(files) or 'nothing'}; a single file of another kind can be fetched with `hf download`"
+    )
+
+
+def _gguf_models(names: Iterable[str]) -> dict[str, list[str]]:
+    """The GGUF models of a repository, and the files of each."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if name.lower().endswith(".gguf") and "/" not in name and not name.startswith(("mmproj", "imatrix")):
+            part = PART.fullmatch(name)
+            found.setdefault(f"{part[1]}.gguf" if part else name, []).append(name)
+    return found
+
+
+def _chosen(names: Iterable[str], gguf: Optional[str] = None) -> list[str]:
+    """The files of a repository that are read: one kind of weights, and what belongs to it; only the files of a GGUF model if
+    one is named, or it is all that there is. None without weights."""
     top = sorted(name for name in names if "/" not in name)
+    models = _gguf_models(top)
+    if gguf is not None:
+        wanted = re.compile(rf"(.*[.-])?{re.escape(gguf)}(\.gguf)?", re.IGNORECASE | re.DOTALL)
+        models = {model: files for model, files in models.items() if model == gguf} or {
+            model: files for model, files in models.items() if wanted.fullmatch(model)
+        }
+        return next(iter(models.values())) if len(models) == 1 else []
     for sign, patterns in WEIGHTS:
         if sign in top:
             shards = {name for name in top if any(fnmatchcase(name, pattern) for pattern in patterns)}
             if sign in INDEXES:
                 shards -= {name for name in shards if any(fnmatchcase(name, pattern) for pattern in NOT_OF_AN_INDEX)}
             return [name for name in top if name == sign or name in shards or name in BESIDE]
-    return []
+    return next(iter(models.values())) if len(models) == 1 else []
 
 
 def _client(name: Name) -> ModuleType:
@@ -183,10 +224,12 @@ def _lacks(name: Name, folder: Path) -> bool:
     """Whether files of a cached model are missing: those that the client has noted, or else those that a model must have."""
     noted = _noted(name, folder)
     if noted is not None:
-        files = _chosen(noted)
+        files = _chosen(noted, name.gguf)
         return not files or any(not (folder / file).exists() for file in files)
-    needed = (*TOKENIZERS, "adapter_config.json")  # one of them: an adapter can do without a tokenizer of its own
-    return _lacks_weights(folder) or not any((folder / file).exists() for file in needed)
+    if _lacks_weights(name, folder):
+        return True
+    needed = (*TOKENIZERS, "adapter_config.json", "*.gguf")  # one of them: the last two need no tokenizer beside them
+    return not any(True for pattern in needed for _ in folder.glob(pattern))
 
 
 def _noted(name: Name, folder: Path) -> Optional[list[str]]:
@@ -202,9 +245,12 @@ def _noted(name: Name, folder: Path) -> Optional[list[str]]:
         return None
 
 
-def _lacks_weights(folder: Path) -> bool:
-    """Whether a folder has no weights of any kind, or not all files that its index names."""
-    files = _chosen(path.name for path in folder.iterdir() if path.exists())
+def _lacks_weights(name: Name, folder: Path) -> bool:
+    """Whether a snapshot has no weights of any kind, or not all files that its index, or the first of several GGUF files,
+    names."""
+    files = _chosen((path.name for path in folder.iterdir() if path.exists()), name.gguf)
+    if files and (part := PART.fullmatch(files[0])) and len(files) < int(part[3]):
+        return True
     for index in set(INDEXES).intersection(files):
         try:
             parts = read_json(folder / index, "an index has some thousand lines", 2**26).get("weight_map", {}).values()
