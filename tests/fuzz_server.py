@@ -43,7 +43,7 @@ SHARED: dict[str, st.SearchStrategy[Any]] = {
     "logit_bias": st.dictionaries(st.integers(-1, 2100).map(str), NUMBER, max_size=3) | JSON,
     "model": st.just("demo") | TEXT | JSON,
     "stream_options": st.just({"include_usage": True}) | JSON, "return_token_ids": st.booleans() | JSON, "user": JSON,
-    "regex": st.sampled_from(["[ab]+", "(", "a{1000000}"]) | JSON, "choice": st.lists(TEXT, max_size=2) | JSON,
+    "regex": st.sampled_from(["[ab]+", "("]) | JSON, "choice": st.lists(TEXT, max_size=2) | JSON,
     "response_format": FORM | JSON, "tools": JSON, "tool_choice": JSON,
 }  # fmt: skip
 

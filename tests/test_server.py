@@ -18,6 +18,7 @@ from typing import Any, Literal, Optional
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers import TORCHRUN, environment
 
 from llama import Llama
@@ -25,7 +26,10 @@ from llama import Llama
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
+import fuzz_server  # noqa: E402
 from serving import Served, served  # noqa: E402
+
+from llama.server import bodies  # noqa: E402
 
 STORY = "Once upon a time"
 ASKED: Any = [{"role": "user", "content": "Tell me a story."}]
@@ -387,6 +391,24 @@ def test_a_model_that_fails(http: Any, server: Served, llama: Llama, caplog: pyt
     assert "a secret of the house" in caplog.text
     assert free(server)
     assert http.post("/v1/completions", json={"prompt": STORY, "max_tokens": 3, "temperature": 0}).status_code == 200
+
+
+def test_the_readmes_curl(server: Served) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall("^curl .*$", readme, flags=re.MULTILINE)
+    told = subprocess.run(["bash", "-c", command.replace("http://127.0.0.1:8000", server.url)], capture_output=True, check=True)
+    assert json.loads(told.stdout)["choices"][0]["message"]["content"]
+
+
+def test_every_field_is_written_down() -> None:
+    page = (ROOT / "docs/SERVING.md").read_text(encoding="utf-8")
+    fields = {*bodies.CHAT, *bodies.COMPLETION, *bodies.IGNORED, *bodies.REFUSED}
+    assert fields <= set(re.findall(r"`(\w+)`", page))
+
+
+def test_bodies_that_nobody_has_thought_of(llama: Llama) -> None:
+    """A share of what `fuzz_server.py` does."""
+    fuzz_server.fuzz(llama, 60, start=7)
 
 
 def test_one_line_for_each_request(http: Any, caplog: pytest.LogCaptureFixture) -> None:
