@@ -181,6 +181,21 @@ def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr() == ("Hel\n", "the server ended it at a length of its own; --max_gen_len N asks for another\n")
 
 
+@pytest.mark.parametrize(
+    ("constraint", "fields"),
+    [
+        (None, {}),
+        ({"json_object": True}, {"response_format": {"type": "json_object"}}),
+        ({"json_schema": '{"type": "array"}'},
+         {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "array"}}}}),
+        ({"choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+    ],
+)  # fmt: skip
+def test_a_form(server: OpenAI, constraint: Any, fields: dict[str, Any]) -> None:
+    list(client.Server(server.address).stream("/v1/completions", {"constraint": constraint}, {"prompt": "a"}))
+    assert {name: value for name, value in server.last.items() if name in ("constraint", "response_format", "choice")} == fields
+
+
 def test_a_full_context_is_told(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     server.answers = [["Hel", {"reason": "length"}]] * 2
     chat(server, monkeypatch, "Hi", "/set max_gen_len 5", "Hi")

@@ -62,8 +62,9 @@ class Server:
         """The chunks of an answer, as they come. Their `tokens` are as many as the server counts, all in the last one: it does
         not tell the ids. To leave early closes the connection, which tells the server to stop."""
         given = {**{name: DEFAULTS[name] for name in SENT}, **options}
+        form = _form(given.pop("constraint", None))
         sent = {API_NAMES.get(name, name): v for name, v in given.items() if name in SENT or v not in (None, DEFAULTS[name])}
-        asked = {"model": self.name, **body, **sent, "stream": True, "stream_options": {"include_usage": True}}
+        asked = {"model": self.name, **body, **sent, **form, "stream": True, "stream_options": {"include_usage": True}}
         reason: Any = None
         usage: Mapping[str, Any] = {}
         with self._answer("POST", path, asked) as response:
@@ -137,6 +138,20 @@ class Server:
         if status == 429:
             return f"the server is busy; try again {f'in {escaped(wait)} s' if wait else 'later'}"
         return f"something went wrong in the server: {told}" if status >= 500 else f"the server refused this: {told}"
+
+
+def _form(constraint: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+    """The option `constraint` in the fields of the API, and in our own server's where the API has none."""
+    fields: dict[str, Any] = {}
+    for kind, value in (constraint or {}).items():
+        if kind == "json_object":
+            fields["response_format"] = {"type": kind}
+        elif kind == "json_schema":
+            schema = parse_json(value.encode()) if isinstance(value, str) else value
+            fields["response_format"] = {"type": kind, kind: {"name": "answer", "schema": schema}}
+        else:
+            fields[kind] = value
+    return fields
 
 
 def _address(url: str) -> SplitResult:
