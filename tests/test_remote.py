@@ -227,6 +227,7 @@ def test_what_does_not_go_together(server: OpenAI, name: str, options: dict[str,
 def test_with_our_own_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """At temperature 0 the words are those of a model here."""
     pytest.importorskip("starlette")
+    pytest.importorskip("llguidance")
     serving = pytest.importorskip("serving")
     llama = Llama.build(device="cpu", max_seq_len=128)
     session = llama.chat("Be kind.", temperature=0, max_gen_len=8)
@@ -240,6 +241,8 @@ def test_with_our_own_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         out, err = capsys.readouterr()
         command("complete", "Once upon a time", **options)
         assert capsys.readouterr().out.rstrip() == text["generation"].rstrip()
+        command("complete", "Are you a llama?", choice='["yes", "no"]', **options)
+        assert capsys.readouterr().out in ("yes\n", "no\n")
         with pytest.raises(ValueError, match="refuses the API key"):
             command("complete", "a", url=it.url, api_key="x")
         with pytest.raises(ValueError, match=r"does not have this \(/v1/\S+\): there is no model 'x' here"):
