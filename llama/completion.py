@@ -52,7 +52,7 @@ class Chunk(TypedDict, total=False):
 
     tokens: the new ids, including those whose text is still held back. logprobs, top_logprobs: if asked for, one
     entry for each id. finish_reason: None until the prompt's last chunk, which also has cached_tokens: how many of the
-    prompt's ids were not read, since the cache held them.
+    prompt's ids were not read, since the cache held them; and, with logprobs, the `end`: EOS or the stop id that ended it.
     """
 
     index: int
@@ -62,6 +62,7 @@ class Chunk(TypedDict, total=False):
     top_logprobs: list[list[Alternative]]
     finish_reason: Optional[FinishReason]
     cached_tokens: int
+    end: Alternative
 
 
 class Completions:
@@ -116,6 +117,8 @@ class Completions:
             chunk["finish_reason"] = "stop"
         if chunk["finish_reason"]:
             chunk["cached_tokens"] = self.call.cached[step.index]
+        if step.end is not None and self.call.scored:
+            chunk["end"] = self._alternatives([(step.end, step.logprob)])[0]
         if not chunk["text"] and not chunk["finish_reason"]:
             return None
         self.waiting[step.index] = self._chunk(step.index)

@@ -141,6 +141,12 @@ def test_logprobs_of_a_completion(client: Any, llama: Llama) -> None:
         assert list(best.values()) == pytest.approx(expected.tolist(), abs=1e-5)
     offsets = choice.logprobs.text_offset
     assert [text[a:b] for a, b in zip(offsets, [*offsets[1:], len(text)])] == score["tokens"]
+    ended = client.completions.create(  # lm-evaluation-harness takes all but the last for the prompt's
+        model="demo", prompt=text, max_tokens=1, echo=True, logprobs=1, temperature=0, logit_bias={"2": 100}
+    ).choices[0]
+    assert (ended.text, ended.finish_reason) == (text, "stop")
+    assert ended.logprobs.token_logprobs[1:-1] == pytest.approx(score["logprobs"][1:], abs=1e-5)
+    assert ended.logprobs.token_logprobs[-1] < 0
     new = client.completions.create(model="demo", prompt=text, max_tokens=4, temperature=0, logprobs=0).choices[0]
     assert "".join(new.logprobs.tokens) == new.text
     assert new.logprobs.top_logprobs is None

@@ -69,7 +69,8 @@ class Request:
 class Step:
     """What one step decided for the prompt `index`. The last step of each prompt has a finish_reason.
 
-    token is None if the row ends without one: at EOS, or when there was nothing to generate. prompt_logprobs come
+    token is None if the row ends without one: at EOS or another id that is the `end`, which has the log-probability then, or
+    when there was nothing to generate. prompt_logprobs come
     with a prompt's first step, if asked for: one for each of its ids, 0.0 for the first; so do prompt_alternatives, of which
     the first id has none.
     """
@@ -81,6 +82,7 @@ class Step:
     finish_reason: Optional[FinishReason] = None
     prompt_logprobs: Optional[list[float]] = None
     prompt_alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    end: Optional[int] = None
 
 
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], args: ModelArgs) -> list[list[int]]:

@@ -129,7 +129,7 @@ class Row:
         if room <= 0:
             return Step(self.index, None, 0.0, [], self.ends_by, *scores)
         if decision.token in self.request.ends:
-            return Step(self.index, None, 0.0, [], "stop", *scores)
+            return Step(self.index, None, decision.logprob, decision.alternatives, "stop", *scores, end=decision.token)
         reason = "stop" if self._nothing_follows(decision.token) else self.ends_by if room == 1 else None
         return Step(self.index, decision.token, decision.logprob, decision.alternatives, reason, *scores)
 

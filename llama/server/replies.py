@@ -103,7 +103,10 @@ class Choice:
         if chunk["finish_reason"] and texts:
             texts[-1] += self._decoder.finish()
         best = chunk.get("top_logprobs") or [[] for _ in texts]
-        return [Token(*each) for each in zip(chunk["tokens"], texts, chunk["logprobs"], best)]
+        tokens = [Token(*each) for each in zip(chunk["tokens"], texts, chunk["logprobs"], best)]
+        # The completions' API counts the end as a token without text: benchmarks that ask for one new id leave out the last.
+        end = [Token(chunk["end"]["id"], "", chunk["end"]["logprob"], [])] if "end" in chunk else []
+        return tokens if self.reply.request.chat else tokens + end
 
     def _logprobs(self, tokens: list[Token], at: int = 0, first: bool = True) -> Optional[dict[str, Any]]:
         """at: where in the text the tokens begin. first: none were told before."""
