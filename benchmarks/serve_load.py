@@ -1,11 +1,12 @@
 """A server under load, in a process of its own on this machine: many clients at once, of whom some leave and some send rubbish.
 
     python benchmarks/serve_load.py --requests 10000 --clients 256 --processes 1
+    python benchmarks/serve_load.py --only leaving --requests 1000
     python benchmarks/serve_load.py --only rate --ckpt_dir FOLDER --tokenizer_path tokenizer.model --clients 1,4,16
 
 `load`: half of the clients stream, a tenth leaves early, a tenth sends what is refused; every good answer is compared with what
-its prompt gives alone (greedy, float32). `rate`: tokens a second of clients that ask without a pause, beside `text_completion`
-with the same list (--clients 0), or of another server (--url).
+its prompt gives alone (greedy, float32). `leaving`: all leave early. `rate`: tokens a second of clients that ask without a
+pause, beside `text_completion` with the same list (--clients 0), or of another server (--url).
 Prints one JSON object.
 """
 
@@ -93,8 +94,9 @@ async def events(reply: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]
 class Load:
     """The clients of one run, and what they saw."""
 
-    def __init__(self, url: str, seed: int) -> None:
-        self.url, self.rng = url, random.Random(seed)
+    def __init__(self, url: str, seed: int, rubbish: float = 0.1, leave: float = 0.1) -> None:
+        """rubbish, leave: the shares of those that send what is refused, and of those that leave early."""
+        self.url, self.rng, self.rubbish, self.leave = url, random.Random(seed), rubbish, leave
         self.seen: Counter[str] = Counter()
         self.answers: dict[str, set[str]] = {}
         self.firsts: list[float] = []
@@ -109,14 +111,14 @@ class Load:
     async def ask(self, session: aiohttp.ClientSession) -> None:
         """One request."""
         kind = self.rng.random()
-        if kind < 0.1:
+        if kind < self.rubbish:
             path, rubbish = self.rng.choice(RUBBISH)
             data = rubbish if isinstance(rubbish, str) else json.dumps(rubbish)
             async with session.post(self.url + path, data=data, headers={"content-type": "application/json"}) as reply:
                 await reply.read()
                 self.seen[f"rubbish {reply.status}"] += 1
             return
-        body, leaves, streams = self.body(), kind < 0.2, self.rng.random() < 0.5
+        body, leaves, streams = self.body(), kind < self.rubbish + self.leave, self.rng.random() < 0.5
         if leaves:
             with contextlib.suppress(asyncio.TimeoutError):
                 timeout = aiohttp.ClientTimeout(total=self.rng.uniform(0.001, 0.5))
@@ -165,13 +167,13 @@ def at(values: list[float], share: float) -> float:
     return round(sorted(values)[min(int(share * len(values)), len(values) - 1)], 4) if values else 0.0
 
 
-def load(requests: int, clients: int, processes: int, slots: int, seed: int) -> dict[str, Any]:
-    """Many clients of all kinds over the demo model."""
+def load(requests: int, clients: int, processes: int, slots: int, seed: int, *shares: float) -> dict[str, Any]:
+    """Many clients of all kinds over the demo model. shares: see `Load`."""
     options = ("--device=cpu", "--dtype=float32")
     with server(processes, slots, *options) as (pid, url):
         asyncio.run(Load(url, seed).run(200, 8))
         before = resources(pid)
-        run = Load(url, seed + 1)
+        run = Load(url, seed + 1, *shares)
         seconds = asyncio.run(run.run(requests // 2, clients))
         middle = resources(pid)
         seconds += asyncio.run(run.run(requests - requests // 2, clients))
@@ -256,8 +258,9 @@ def main(
     tokenizer_path: Optional[str] = None,
     dtype: Optional[str] = None,
 ) -> None:
-    if only == "load":
-        print(json.dumps({"part": only, **load(requests, clients, processes, slots, seed)}))
+    if only in ("load", "leaving"):
+        shares = (0.0, 1.0) if only == "leaving" else ()
+        print(json.dumps({"part": only, **load(requests, clients, processes, slots, seed, *shares)}))
         return
     given = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "dtype": dtype}
     options = {name: value for name, value in given.items() if value is not None}
