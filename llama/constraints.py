@@ -8,9 +8,11 @@ a `Matcher` holds how far one row has come.
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from .system.checks import real, whole
 from .system.files import parse_json
 from .system.printable import clipped, escaped, shortened
 from .tokenizer import Tokenizer
@@ -156,9 +159,42 @@ def _json_schema(value: Any) -> str:
     if value is not True and not isinstance(value, dict):
         raise ValueError(f"constraint: json_schema={shortened(value)} must be a JSON Schema, a dict or its JSON")
     _text("json_schema", text)
-    options = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
+    if problem := next(filter(None, map(_problem, _schemas(value))), ""):
+        raise ValueError(f"constraint: json_schema cannot be used: {problem}")
+    # Each text has one spelling; if "a" could be \u0061 too, an object might have the key twice. Only controls need those.
+    escapes = 'nrbtf\\"' + "u" * (re.search(r"\\u00[01]|\x7f", json.dumps(value)) is not None)
+    options = {
+        "whitespace_pattern": WHITESPACE, "json_allowed_escapes": escapes, "lenient": False, "coerce_one_of": False,
+    }  # fmt: skip
     schema: dict[str, Any] = value if isinstance(value, dict) and value else {"type": "object"}
     return f"start: %json {json.dumps({**schema, 'x-guidance': options})}"
+
+
+def _schemas(value: Any) -> Iterator[dict[str, Any]]:
+    """A schema and all those within it. Data that may be an answer is none."""
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield part
+            left += [inner for key, inner in part.items() if key not in ("const", "enum", "default", "examples")]
+        elif isinstance(part, list):
+            left += part
+
+
+def _problem(schema: dict[str, Any]) -> str:
+    """What llguidance takes, but gets wrong: it would let answers through that are not valid."""
+    least, required = whole(schema.get("minProperties")), schema.get("required")
+    if least is not None and least - len(required if isinstance(required, list) else []) > 1:
+        return f"minProperties={least} counts keys, and those that are not required could be twice the same; require them"
+    low, high = (real(schema.get(f"exclusive{name}")) for name in ("Minimum", "Maximum"))
+    most, fewest = (real(schema.get(name)) for name in ("maximum", "minimum"))
+    above = min((bound for bound in (high, most) if bound is not None), default=math.inf)
+    below = max((bound for bound in (low, fewest) if bound is not None), default=-math.inf)
+    for name, open_end, other in (("exclusiveMinimum", low, above), ("exclusiveMaximum", high, below)):
+        if open_end is not None and open_end.is_integer() and 0 < abs(other - open_end) < 1 and schema.get("type") != "integer":
+            return f"{name}={open_end:g} would let this number itself through, where the other bound is less than 1 away"
+    return ""
 
 
 def _json_object(value: Any) -> str:

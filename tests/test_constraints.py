@@ -81,6 +81,38 @@ def test_json_of_schemas(llama: Llama) -> None:
         assert Constraint.of({"json_schema": empty}).grammar == Constraint.of({"json_object": True}).grammar  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        # An escape is another spelling of a key, whose value then counts in place of the one that the schema wants.
+        ({"properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": {"const": 2}},
+         ['{"a":1,"b":2}', '{"a": 1,\n  "\\n":2}'],
+         ['{"a":1,"a":2}', r'{"a":1,"\u0061":2}', r'{"a":1,"\/":2}', '{"a":  1}', ' {"a":1}', '{"a":1}\n']),
+        ({"const": "\x01é\n/"}, [r'"\u0001é\n/"'], ['"\x01é\\n/"']),
+        ({"const": {"minProperties": 9}}, ['{"minProperties":9}'], ["{}"]),
+        ({"type": "integer", "exclusiveMinimum": 0, "maximum": 0.5e1}, ["1", "5"], ["0", "6", "1.5"]),
+        ({"minProperties": 2, "required": ["z"], "maxProperties": 2}, ['{"z":1,"b":1}'], ['{"z":1,"z":1}', '{"z":1}']),
+    ],
+)  # fmt: skip
+def test_what_is_json_of_a_schema(schema: Any, good: list[str], bad: list[str], llama: Llama) -> None:
+    if "properties" in schema or "required" in schema:
+        schema = {"type": "object", **schema}
+    [form] = forms(Constraint.of({"json_schema": schema}), llama.tokenizer, [llama.tokenizer.encode("x", True, False)], {2})
+
+    def takes(text: str) -> bool:
+        grammar, bits = matcher_of(llama.tokenizer, form), torch.zeros(64, dtype=torch.int32)
+        for token in llama.tokenizer.encode_behind(text):
+            grammar.fill(bits)
+            if token not in set_in(bits):
+                return False
+            grammar.accept(token)
+        grammar.fill(bits)
+        return 2 in set_in(bits)
+
+    assert [text for text in good if not takes(text)] == []
+    assert [text for text in bad if takes(text)] == []
+
+
 # The bytes of ids
 
 
@@ -300,6 +332,12 @@ WRONG: list[tuple[Any, str]] = [
     ({"json_schema": {"not": {}}}, r'json_schema cannot be used: .*Unimplemented keys: \["not"\]'),
     ({"json_schema": {"oneOf": [{"minLength": 1}, {}], "x-guidance": {"coerce_one_of": True}}}, "oneOf constraints are not"),
     ({"json_schema": {"enum": []}}, "Unsatisfiable schema"),
+    *[({"json_schema": {"items": [{"anyOf": [schema]}]}}, f"json_schema cannot be used: {message}") for schema, message in (
+        # llguidance lets these through: {"a": 1, "a": 2} has one key, and 0 was an answer.
+        ({"minProperties": 3, "required": ["a"]}, "minProperties=3 counts keys, and those that are not required"),
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, "exclusiveMinimum=0 would let this number itself through"),
+        ({"type": "number", "minimum": -1.5, "exclusiveMaximum": -1}, "exclusiveMaximum=-1 would let this number itself"),
+    )],
     ({"regex": "("}, "regex cannot be used: .*unclosed group"), ({"regex": "a^b"}, "lookarounds not supported"),
     *[({name: value}, f"{name}=.* must be a text") for name in ("regex", "grammar") for value in (1, None, ["a"], b"a")],
     *[({name: "a" * 262145}, f"{name} has 262145 characters; at most 262144 are read") for name in ("regex", "grammar")],
