@@ -30,7 +30,6 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
-from torch._dynamo import trace_rules
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llama import runtime
@@ -594,6 +593,9 @@ def emulated(
         return machine.devices[_index(device)].reserved
 
     # torch's compiler notes once in a process which functions are torch's: it must not find the ones that stand in for them.
+    # It is imported here, since that takes seconds, and the pool's processes import this file with the tests that they run.
+    from torch._dynamo import trace_rules
+
     trace_rules.lookup(arange)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(runtime.ALIASES, "emulated", "cuda")

@@ -173,7 +173,7 @@ def test_on_any_processes(base: str, name: str, made: Made, bases: dict[str, Pat
     folder, tokens = made.folder(source, name), torch.tensor(TOKENS)
     with torch.inference_mode():
         expected = made.model(source, folder)(tokens).logits
-    for processes in (1, 2, 4):
+    for processes in (2, 4):  # one is what the other tests have
         for ours in pool.run(logits, str(bases[base]), str(folder), TOKENS, processes):
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 

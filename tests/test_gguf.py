@@ -144,7 +144,7 @@ def test_tensors_that_are_not_quantized_stay_in_the_file(tokenizer: Tokenizer, t
     assert any(low <= weight.data_ptr() < high for low, high, *_ in checkpoint.mapped.ranges)
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_K"])
+@pytest.mark.parametrize("kind", ["F16", "Q4_K"])
 def test_models_on_any_processes(kind: str, tokenizer: Tokenizer, tokenizer_path: str, pool: Pool, tmp_path: Path) -> None:
     """The same as the weights that the package reads, in Meta's format; rounded to int8 and int4 too."""
     weights = write(tmp_path / "a.gguf", tokenizer, WIDE, kind)

@@ -422,7 +422,7 @@ print(checkpoint_folder("{NAME}"))
 
 
 def test_its_users_variables_hold(hub: Hub, forks: Forks, tmp_path: Path) -> None:
-    """Two processes that know nothing of each other, and then one without a network, in an environment of its own."""
+    """Two processes that know nothing of each other, in an environment of its own."""
     there = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
@@ -433,9 +433,3 @@ def test_its_users_variables_hold(hub: Hub, forks: Forks, tmp_path: Path) -> Non
     assert [process.returncode for process in both] == [0, 0], both
     assert both[0].stdout == both[1].stdout == f"{next((tmp_path / 'home/hub').glob('models--*/snapshots/*'))}\n"
     assert hub.gets() == READ
-    pull = "import llama.commands.cli as cli; sys.argv = ['llama', 'pull', 'some-org/Other']; cli.main()"
-    offline = forks.run(SCRIPT + pull, env=there | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert offline.stdout == both[0].stdout
-    assert offline.returncode == 1
-    assert offline.stderr.startswith("llama: there is no folder some-org/Other, the hub's cache")
-    assert "HF_HUB_OFFLINE forbids to ask the hub" in offline.stderr
