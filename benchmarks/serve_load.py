@@ -183,25 +183,27 @@ def load(requests: int, clients: int, processes: int, slots: int, seed: int, *sh
     running = [line for line in numbers.splitlines() if line.startswith("llama_answers_")]
     return {
         "requests": requests, "clients": clients, "processes": processes, "slots": slots, "seconds": round(seconds, 1),
-        "seen": dict(sorted(run.seen.items())), "different_prompts": len(run.answers), "wrong": wrong(run.answers),
+        "seen": dict(sorted(run.seen.items())), "different_prompts": len(run.answers), "wrong": compare(run.answers),
         **{f"first_{name}_s": at(run.firsts, share) for name, share in (("median", 0.5), ("99", 0.99))},
         **{f"gap_{name}_s": at(run.gaps, share) for name, share in (("median", 0.5), ("99", 0.99))},
         "before": before, "middle": middle, "after": after, "left": running,
     }  # fmt: skip
 
 
-def wrong(answers: dict[str, set[str]]) -> int:
-    """How many prompts had an answer that is not the one that Python gives."""
+def compare(answers: dict[str, set[str]]) -> list[dict[str, Any]]:
+    """The prompts that had an answer which is not the one that Python gives."""
     llama = Llama.build(device="cpu", dtype="float32")
     groups: dict[int, list[str]] = {}
     for body in map(json.loads, answers):
         groups.setdefault(body["max_tokens"], []).append(body["prompt"])
-    count = 0
+    wrong = []
     for length, prompts in groups.items():
         for prompt, whole in zip(prompts, llama.text_completion(prompts, 0, max_gen_len=length, echo=True)):
             told = answers[json.dumps({"prompt": prompt, "max_tokens": length, "temperature": 0})]
-            count += told != {whole["generation"][len(prompt) :]}
-    return count
+            expected = whole["generation"][len(prompt) :]
+            if told != {expected}:
+                wrong.append({"prompt": prompt, "expected": expected, "told": sorted(told)})
+    return wrong
 
 
 def rate(
