@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 import anyio
 import numpy as np
+import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -31,6 +32,7 @@ from starlette.routing import Route
 
 from ..chat import DialogError
 from ..generation import Llama
+from ..system import openmp
 from ..system.files import parse_json
 from ..system.printable import escaped, shortened
 from . import bodies
@@ -344,7 +346,7 @@ async def embeddings(server: Server, request: HTTPRequest, body: Any) -> Respons
     form = given.get("encoding_format", "float")
     if form not in ("float", "base64"):
         raise Wrong(f"encoding_format={shortened(form)} must be float or base64", "encoding_format")
-    vectors = await run_in_threadpool(server.llama.embed, texts)
+    vectors = await run_in_threadpool(_embed, server.llama, texts)
     data = [
         {
             "object": "embedding",
@@ -357,6 +359,13 @@ async def embeddings(server: Server, request: HTTPRequest, body: Any) -> Respons
     server.metrics.prompt_tokens.inc(read)
     usage = {"prompt_tokens": read, "total_tokens": read}
     return JSONResponse({"object": "list", "data": data, "model": server.settings.model, "usage": usage})
+
+
+def _embed(llama: Llama, texts: Sequence[str]) -> torch.Tensor:
+    try:
+        return llama.embed(texts)
+    finally:
+        openmp.rest()  # the thread stays, and another one steps
 
 
 async def tokenize(server: Server, request: HTTPRequest, body: Any) -> Response:
