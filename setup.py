@@ -26,7 +26,7 @@ TEST = [
     "jsonschema>=4.18", "openai>=1.40",
     *PLOTS, *TERMINAL, *HUB, *CHAT, *GGUF, *SERVE, *CONSTRAINTS, *TRITON,
 ]  # fmt: skip
-BENCH = ["llama-cpp-python>=0.3.36", *GGUF, "transformers>=4.56", "matplotlib>=3.8"]
+BENCH = ["llama-cpp-python>=0.3.36", *GGUF, "transformers>=4.56", "matplotlib>=3.8", *SERVE, "aiohttp>=3.9"]
 
 setup(
     cmdclass={"sdist": SourceDistribution},

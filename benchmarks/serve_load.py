@@ -215,7 +215,7 @@ def rate(
     bias = {"2": -100}  # no answer ends by itself
     bodies = [{"prompt": p, "max_tokens": new_tokens, "temperature": 0, "logit_bias": bias} for p in prompts]
 
-    async def ask(address: str, number: int) -> float:
+    async def ask(address: str, number: int, bodies: list[dict[str, Any]] = bodies) -> float:
         left = iter(bodies)
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
 
@@ -242,7 +242,7 @@ def rate(
         own = [f"--{name}={value}" for name, value in options.items()]
         place = contextlib.nullcontext((0, url)) if url else server(1, slots, "--max_seq_len=512", *own)
         with place as (_, address):
-            asyncio.run(ask(address, 2))
+            asyncio.run(ask(address, 4, bodies[:16]))
             told |= {f"{number}_clients": round(asyncio.run(ask(address, number)), 1) for number in clients}
     return told
 
