@@ -417,6 +417,19 @@ def test_bodies_that_nobody_has_thought_of(llama: Llama) -> None:
     fuzz_server.fuzz(llama, 60, start=7)
 
 
+def test_a_thread_that_is_gone(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it: what runs fails, and what comes is refused."""
+    with served(llama) as server, httpx.Client(base_url=server.url, timeout=10) as http:
+
+        def gone() -> None:
+            raise SystemExit("a plug was pulled")
+
+        monkeypatch.setattr(server.stepper, "_step", gone)
+        assert http.post("/v1/completions", json={"prompt": STORY}).status_code == 500
+        assert http.post("/v1/completions", json={"prompt": STORY}).status_code == 503
+        assert http.get("/health").status_code == 503
+
+
 def test_one_line_for_each_request(http: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Without the prompt."""
     with caplog.at_level(logging.INFO, "llama.server"):

@@ -63,7 +63,7 @@ class Stepper:
         self.slots, self.max_waiting, self.alone = slots, max_waiting, alone
         self.rows = 0  # of all answers that are not over
         self.error: Optional[BaseException] = None  # with which all ends
-        self.failed: Optional[BaseException] = None  # of a step that others took part in
+        self.failed: Optional[BaseException] = None  # of a step that others took part in, or of the thread itself
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._new, self._dropped = deque[Answer](), deque[Answer]()
         self._running: dict[Answer, Completions] = {}
@@ -121,14 +121,18 @@ class Stepper:
 
     def _run(self) -> None:
         kept: dict[Answer, list[Chunk]] = {}
-        while not self._end:
-            self._admit()
-            if self._running:
-                self._step()
-            else:
-                self._wake.wait()
-                self._wake.clear()
-            self._tell(kept)
+        try:
+            while not self._end:
+                self._admit()
+                if self._running:
+                    self._step()
+                else:
+                    self._wake.wait()
+                    self._wake.clear()
+                self._tell(kept)
+        except BaseException as error:  # nobody is to wait for a thread that is gone
+            self.failed = error
+            self.end(error)
         for completions in self._running.values():
             completions.call.error = completions.call.error or self.error
         self._admit()
