@@ -32,7 +32,7 @@ class Pace:
             size = 1 << round(math.log2(read))
             before = self.pieces.get(size) if self._seen - self._last.get(size, 0) < RETRY else None
             running = (self.step or 0) if rows else 0  # seconds that the rows took
-            self.pieces[size] = mean(before, max(seconds - running, 0))
+            self.pieces[size] = mean(before, max(seconds - running, 0) * size / read)
             self._last[size] = self._seen
 
     @property

@@ -32,6 +32,7 @@ from .requests import Grammar
 from .rows import NOT_FINITE, Decision, Row
 from .verifying import Verifier
 
+WHOLE = 1.5  # pieces; the rest of a prompt is read in one pass if it is no longer: a small one takes nearly as long
 WAIT = 0.02  # seconds; one of those who wait for another thread's step looks that often whether that thread still steps
 OTHERS_USED_IT = (
     "another call has used the model since, and this stream cannot go on: the model has parts, hooks or patches of somebody's "
@@ -443,11 +444,13 @@ class Scheduler:
         while left > 0 and (rows := self._next_to_read()):
             start = rows[0].read
             end = max(len(row.ids) for row in rows)
-            if len(rows) * (end - start) > budget:
+            if len(rows) * (end - start) > WHOLE * budget:
                 rows, end = rows[:1], len(rows[0].ids)
-            if left < len(rows) * (end - start) <= budget:
-                break  # in one piece, with the next step
-            end = int(min(end, start + left))
+            tokens = len(rows) * (end - start)
+            if read and tokens > left:
+                break  # with the next step, and not in a small piece now
+            if tokens > WHOLE * budget:
+                end = start + int(budget)
             self._read(rows, start, end)
             read += len(rows) * (end - start)
             left = budget - read
