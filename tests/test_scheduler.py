@@ -217,7 +217,7 @@ def test_held() -> None:
 def test_long_prompts_are_read_between_the_steps_of_streams(
     llama: Llama, passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt of 81 tokens joins three streams: each has an id between any two pieces. No single token is left for a last one."""
+    """A prompt of 81 tokens joins three streams: each has an id between any two pieces. No piece has one token only."""
     monkeypatch.setattr(Pace, "piece", 16)
     streams = [iter(llama.steps([[1, 300 + i]], 0, max_gen_len=40)) for i in range(3)]
     expected = [list(llama.steps([[1, 300 + i]], 0, max_gen_len=40)) for i in range(3)]
