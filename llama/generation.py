@@ -54,6 +54,7 @@ from .layers.agreement import keep_pace, together
 from .layers.parallel import (
     all_agree,
     broadcast_random_state,
+    from_first_process,
     gather_from_replicas,
     is_first_process,
     model_parallel_group,
@@ -250,6 +251,7 @@ class Llama:
                 raise ValueError(f"lead() {NOT_AS_BUILT}")
         if not several_processes():
             return work()
+        from_first_process(None)  # connects them now: one that dies before the first request would be waited for
         if not is_first_process():
             follow(self._scheduler, lambda name, *arguments: getattr(self, name)(*arguments))
             return None

@@ -501,6 +501,13 @@ def test_two_processes(llama: Llama) -> None:
         assert running.wait(60) != 0
 
 
+def test_a_process_that_dies_while_nothing_runs() -> None:
+    """The others had connected with the first request only: at the end they waited for it until torchrun killed them."""
+    with process(ranks=2) as (running, _):
+        kill_a_rank(running.pid, 1)
+        assert running.wait(20) != 0
+
+
 def kill_a_rank(launcher: int, rank: int) -> None:
     """Kill one of the processes that torchrun has started."""
     for folder in Path("/proc").glob("[0-9]*"):

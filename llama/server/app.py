@@ -40,7 +40,7 @@ from .bodies import Wrong
 from .metrics import Metrics
 from .page import HEADERS, PAGE
 from .replies import Reply
-from .stepper import Answer, Busy, Gone, Stepper
+from .stepper import Answer, Busy, Ended, Gone, Stepper
 
 log = logging.getLogger("llama.server")
 ALIVE = 10.0  # seconds without an event, after which a stream sends a comment, so that nobody in between cuts it
@@ -103,7 +103,7 @@ class Server:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.stepper.start()
         yield
-        self.stepper.end(RuntimeError("the server has ended"))
+        self.stepper.end(Ended())
 
     def _plain(self, handler: Handler) -> Callable[[HTTPRequest], Awaitable[Response]]:
         """A route: a handler whose errors become answers."""
@@ -204,6 +204,8 @@ def answer_to(error: Exception, request_id: str) -> Response:
     if isinstance(error, Busy):
         headers = {"retry-after": "1"}
         return failure(429, str(error), code="queue_full", headers=headers)
+    if isinstance(error, Ended):
+        return failure(503, "the server ends", code="ending")
     if isinstance(error, (ValueError, DialogError)):
         return failure(400, str(error).replace("max_gen_len", "max_tokens"))
     if isinstance(error, (Gone, ClientDisconnect)):
@@ -242,7 +244,7 @@ async def completions(server: Server, request: HTTPRequest, body: Any) -> Respon
 
 async def _complete(server: Server, request: HTTPRequest, body: Any, read: Callable[[Llama, Any], bodies.Request]) -> Response:
     if server.stepper.error is not None:
-        raise Wrong("the server ends", status=503)
+        raise Ended
     server.stepper.check_room()
     if isinstance(body, dict):
         server.check_model(body.get("model"))

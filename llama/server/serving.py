@@ -18,7 +18,7 @@ from ..generation import Llama
 from ..layers.parallel import is_first_process, replica, several_processes
 from ..system.peers import tell
 from .app import Server, Settings
-from .stepper import Stepper
+from .stepper import Ended, Stepper
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -56,8 +56,7 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: Optional[list[socket.socket]] = None) -> None:
         """Refuse new requests, and wait for those that run."""
         self.server.ending = True
-        error = RuntimeError("the server ends")
-        ending = asyncio.get_running_loop().call_later(self.grace, self.server.stepper.end, error)
+        ending = asyncio.get_running_loop().call_later(self.grace, self.server.stepper.end, Ended())
         await super().shutdown(sockets)
         ending.cancel()
 

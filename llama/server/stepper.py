@@ -15,6 +15,10 @@ class Busy(Exception):
     """As many answers wait for a slot as may wait."""
 
 
+class Ended(Exception):
+    """The server has ended before the answer did."""
+
+
 class Gone(Exception):
     """The client has left."""
 
