@@ -28,26 +28,24 @@ from llama.commands import cli  # noqa: E402
 from llama.loading import DEMO  # noqa: E402
 
 WORDS = ["dog", "cat", "girl", "boy", "ball", "tree"]
-CHOICE = """
-task: local_choice
+DATA = """
+task: local_{name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
+"""
+CHOICE = """
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
 doc_to_target: label
-metric_list: [{{metric: acc}}]
+metric_list: [{metric: acc}]
 """
 ROLLING = """
-task: local_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: word_perplexity}}]
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}]
 """
 
 
@@ -63,7 +61,7 @@ def write_tasks(folder: Path) -> None:
     for name, text in (("choice", CHOICE), ("rolling", ROLLING)):
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
-        (folder / f"{name}.yaml").write_text(text.format(file=file))
+        (folder / f"{name}.yaml").write_text(DATA.format(name=name, file=file) + text)
 
 
 def difference(llama: Llama, sample: dict[str, Any]) -> float:

@@ -30,7 +30,6 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..chat import DialogError
 from ..generation import Llama
 from ..system import openmp
 from ..system.files import parse_json
@@ -195,18 +194,16 @@ class _Watch:
 
 def answer_to(error: Exception, request_id: str) -> Response:
     """What a client is told of an error. Of our own faults it is told the request's number, under which the log has them."""
-    headers = {}
     if isinstance(error, Wrong):
         return failure(error.status, str(error), error.field, error.code)
     if isinstance(error, HTTPException):
         told = {404: "there is no such address here", 405: "this address is not there for that method"}
         return failure(error.status_code, told.get(error.status_code, str(error.detail)), headers=error.headers)
     if isinstance(error, Busy):
-        headers = {"retry-after": "1"}
-        return failure(429, str(error), code="queue_full", headers=headers)
+        return failure(429, str(error), code="queue_full", headers={"retry-after": "1"})
     if isinstance(error, Ended):
         return failure(503, "the server ends", code="ending")
-    if isinstance(error, (ValueError, DialogError)):
+    if isinstance(error, ValueError):
         return failure(400, str(error).replace("max_gen_len", "max_tokens"))
     if isinstance(error, (Gone, ClientDisconnect)):
         return Response(status_code=499)
@@ -224,11 +221,8 @@ def failure(
     status: int, message: str, param: Optional[str] = None, code: Optional[str] = None, headers: Any = None
 ) -> Response:
     """An error in OpenAI's shape."""
-    return JSONResponse({"error": error_of(status, message, param, code)}, status, headers)
-
-
-def error_of(status: int, message: str, param: Optional[str] = None, code: Optional[str] = None) -> dict[str, Any]:
-    return {"message": escaped(message), "type": kind_of(status), "param": param, "code": code}
+    error = {"message": escaped(message), "type": kind_of(status), "param": param, "code": code}
+    return JSONResponse({"error": error}, status, headers)
 
 
 # Completions
@@ -415,7 +409,8 @@ async def health(server: Server, request: HTTPRequest) -> Response:
 
 
 async def metrics(server: Server, request: HTTPRequest) -> Response:
-    text = server.metrics.text(server.stepper.rows, server.stepper.slots)
+    stepper = server.stepper
+    text = server.metrics.text(stepper.rows - stepper.waiting, stepper.waiting)
     return Response(text, media_type="text/plain; version=0.0.4")
 
 

@@ -180,7 +180,7 @@ def _options(
 
 
 def _limit(name: str, value: Any, least: int, most: int) -> int:
-    number = None if isinstance(value, bool) else whole(value)
+    number = whole(value)
     if number is None or not least <= number <= most:
         raise Wrong(f"{name}={shortened(value)} must be a whole number from {least} to {most}", name)
     return number

@@ -22,8 +22,8 @@ class Metrics:
         self.running = Gauge("llama_answers_running", "Answers that have a slot", registry=registry)
         self.waiting = Gauge("llama_answers_waiting", "Answers that wait for a slot", registry=registry)
 
-    def text(self, rows: int, slots: int) -> bytes:
-        """All numbers, in Prometheus' format. rows: answers that are not over."""
-        self.running.set(min(rows, slots))
-        self.waiting.set(max(0, rows - slots))
+    def text(self, running: int, waiting: int) -> bytes:
+        """All numbers, in Prometheus' format. running, waiting: answers that have a slot, and that wait for one."""
+        self.running.set(running)
+        self.waiting.set(waiting)
         return generate_latest(self.registry)
