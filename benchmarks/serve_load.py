@@ -207,7 +207,7 @@ def compare(answers: dict[str, set[str]]) -> list[dict[str, Any]]:
 
 
 def rate(
-    clients: list[int], requests: int, new_tokens: int, slots: int, url: Optional[str], options: dict[str, str]
+    clients: list[int], requests: int, new_tokens: int, slots: int, url: Optional[str], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Tokens a second, for each number of clients that ask without a pause. 0: of `text_completion`, in this process."""
     rng = random.Random(5)
@@ -232,7 +232,7 @@ def rate(
 
     told: dict[str, Any] = {"requests": requests, "new_tokens": new_tokens, "slots": slots}
     if 0 in clients:
-        llama = Llama.build(**options, max_batch_size=slots, max_seq_len=512)  # type: ignore[arg-type]
+        llama = Llama.build(**options, max_batch_size=slots, max_seq_len=512)
         for _ in range(2):  # the second time all is warm
             began = time.perf_counter()
             llama.text_completion(prompts, 0, max_gen_len=new_tokens, logit_bias={2: -100})
@@ -259,12 +259,13 @@ def main(
     ckpt_dir: Optional[str] = None,
     tokenizer_path: Optional[str] = None,
     dtype: Optional[str] = None,
+    compile: Optional[bool] = None,
 ) -> None:
     if only in ("load", "leaving"):
         shares = (0.0, 1.0) if only == "leaving" else ()
         print(json.dumps({"part": only, **load(requests, clients, processes, slots, seed, *shares)}))
         return
-    given = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "dtype": dtype}
+    given = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "dtype": dtype, "compile": compile}
     options = {name: value for name, value in given.items() if value is not None}
     several = list(clients) if isinstance(clients, (list, tuple)) else [clients]
     print(json.dumps({"part": only, **rate(several, requests, new_tokens, slots, url, options)}))

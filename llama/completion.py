@@ -151,17 +151,28 @@ def predictions(
     tokenizer: Tokenizer, chunks: Iterable[Chunk], count: int, begun: Sequence[Sequence[int]]
 ) -> list[CompletionPrediction]:
     """Drain a stream of `count` prompts into their whole completions, in order. begun: as `Completions` has it."""
-    wholes: list[Chunk] = [Chunk(text="", tokens=[]) for _ in range(count)]
+    wholes = joined(chunks)
+    return [_prediction(tokenizer, wholes[i], begun[i] if begun else ()) for i in range(count)]
+
+
+def joined(chunks: Iterable[Chunk]) -> dict[int, Chunk]:
+    """All chunks of each prompt as one, by the prompt's index."""
+    wholes: dict[int, Chunk] = {}
     for chunk in chunks:
-        whole = wholes[chunk["index"]]
+        if (whole := wholes.setdefault(chunk["index"], chunk)) is chunk:
+            continue
         whole["text"] += chunk["text"]
         whole["tokens"] += chunk["tokens"]
         whole["finish_reason"] = chunk["finish_reason"]
         if "logprobs" in chunk:
-            whole["logprobs"] = whole.get("logprobs", []) + chunk["logprobs"]
+            whole["logprobs"] += chunk["logprobs"]
         if "top_logprobs" in chunk:
-            whole["top_logprobs"] = whole.get("top_logprobs", []) + chunk["top_logprobs"]
-    return [_prediction(tokenizer, whole, begun[i] if begun else ()) for i, whole in enumerate(wholes)]
+            whole["top_logprobs"] += chunk["top_logprobs"]
+        if "cached_tokens" in chunk:
+            whole["cached_tokens"] = chunk["cached_tokens"]
+        if "end" in chunk:
+            whole["end"] = chunk["end"]
+    return wholes
 
 
 def _prediction(tokenizer: Tokenizer, whole: Chunk, begun: Sequence[int]) -> CompletionPrediction:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional, TypedDict, Union
 
-import torch
-
 from .constraints import Constraint
 from .decoding.sampling import Sampling
 from .system.checks import whole, whole_number
@@ -178,7 +176,7 @@ def parse_options(given: Mapping[str, Any], prompts: int, vocab_size: int, max_s
         raise ValueError(f"draft={shortened(draft)} must be True, False or None")
     n = whole_number("n", given.get("n", 1), 1)
     sampling = Sampling(**{name: given[name] for name in SAMPLING_OPTIONS if name in given})
-    sampling.bias(vocab_size, torch.device("cpu"))  # raises if the bias is wrong
+    sampling.check_bias(vocab_size)
     return Choice(
         sampling,
         max_seq_len - 1 if length is None else whole_number("max_gen_len", length, 0),

@@ -174,7 +174,8 @@ class Tokenizer:
                 pieces.append(token)
                 continue
             if pieces and len(texts) > 1:  # behind an added token a space is part of the text
-                texts.append(self.sp_model.DecodeIds([self._anchor, *pieces])[len(self.sp_model.DecodeIds(self._anchor)) :])
+                anchor, length = self._anchor
+                texts.append(self.sp_model.DecodeIds([anchor, *pieces])[length:])
             else:
                 texts.append(self.sp_model.DecodeIds(pieces))
             pieces = []
@@ -206,12 +207,13 @@ class Tokenizer:
         return frozenset(self.named.values())
 
     @cached_property
-    def _anchor(self) -> int:
-        """The id of a piece to decode before others: at the start of a text their space would be dropped."""
+    def _anchor(self) -> tuple[int, int]:
+        """The id of a piece to decode before others, since at the start of a text their space would be dropped; and its
+        length."""
         for i in range(self._pieces):
             piece: str = self.sp_model.IdToPiece(i)
             if not (self.sp_model.IsControl(i) or self.sp_model.IsUnknown(i) or self.sp_model.IsByte(i)) and "▁" not in piece:
-                return i
+                return i, len(self.sp_model.DecodeIds(i))
         raise ValueError("the vocabulary has no piece without a space")
 
 
@@ -285,8 +287,8 @@ class StreamDecoder:
     def _text(self) -> str:
         if self._at_start:
             return self.tokenizer.decode(self._waiting)
-        anchor = self.tokenizer._anchor
-        return self.tokenizer.decode([anchor, *self._waiting])[len(self.tokenizer.decode(anchor)) :]
+        anchor, length = self.tokenizer._anchor
+        return self.tokenizer.decode([anchor, *self._waiting])[length:]
 
 
 class TextStream:

@@ -140,7 +140,9 @@ def test_whole_numbers_at_their_bounds() -> None:
 
 def test_what_a_bias_forbids() -> None:
     """1e30 less is still a number, so that a sum stays finite; more forbids the id."""
-    bias = Sampling(logit_bias={3: -1e30, 4: -1.1e30}).bias(5, torch.device("cpu"))
+    given = Sampling(logit_bias={3: -1e30, 4: -1.1e30})
+    given.check_bias(5)
+    bias = given.bias(5, torch.device("cpu"))
     assert bias is not None
     assert bias.isfinite().tolist() == [True, True, True, True, False]
 

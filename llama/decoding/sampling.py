@@ -66,7 +66,7 @@ class Sampling:
                 raise ValueError(f"{told} must be a number from {-MOST_PENALTY:g} to {MOST_PENALTY:g}; 0 does nothing")
             object.__setattr__(self, name, number)
         object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 0))
-        if isinstance(self.logit_bias, Mapping):  # sorted by id; `bias` refuses what is not a number
+        if isinstance(self.logit_bias, Mapping):  # sorted by id; `check_bias` refuses what is not a number
             pairs = [(whole(token), real(value)) for token, value in self.logit_bias.items()]
             if all(token is not None and value is not None for token, value in pairs):
                 object.__setattr__(self, "logit_bias", dict(sorted(pairs)))
@@ -76,14 +76,12 @@ class Sampling:
         """Whether it matters which ids the row has."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
-    def bias(self, vocab_size: int, device: torch.device) -> Optional[torch.Tensor]:
-        """`logit_bias` as float32 (vocab_size,), or None."""
+    def check_bias(self, vocab_size: int) -> None:
+        """ValueError if `logit_bias` is wrong. Without torch: a server checks while another thread steps."""
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias={shortened(self.logit_bias)} must map ids to what is added to their logits")
-        if not self.logit_bias:
-            return None
-        bias = torch.zeros(vocab_size, dtype=torch.float32, device="cpu")
-        for token, value in self.logit_bias.items():
+        numbers = []
+        for token, value in (self.logit_bias or {}).items():
             place, number = whole(token), real(value)
             if place is None:
                 told = f"logit_bias has the key {shortened(token)}, a {type(token).__name__}"
@@ -93,9 +91,17 @@ class Sampling:
             if number is None or number > MOST_BIAS:
                 told = f"logit_bias[{place}]={shortened(value)}"
                 raise ValueError(f"{told} must be a number of at most {MOST_BIAS:g}, or -inf to forbid the id")
-            bias[place] = number if number >= -FORBIDDING else -math.inf
-        if bias.max() < -MOST_BIAS:
+            numbers.append(number)
+        if len(numbers) == vocab_size and max(numbers) < -MOST_BIAS:
             raise ValueError("logit_bias forbids every id of the vocabulary; leave at least one")
+
+    def bias(self, vocab_size: int, device: torch.device) -> Optional[torch.Tensor]:
+        """`logit_bias`, which was checked, as float32 (vocab_size,), or None."""
+        if not self.logit_bias:
+            return None
+        bias = torch.zeros(vocab_size, dtype=torch.float32, device="cpu")
+        for token, number in self.logit_bias.items():
+            bias[token] = number if number >= -FORBIDDING else -math.inf
         return to_device(bias, device)
 
 

@@ -30,6 +30,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..completion import joined
 from ..generation import Llama
 from ..system import openmp
 from ..system.files import parse_json
@@ -253,9 +254,8 @@ async def _complete(server: Server, request: HTTPRequest, body: Any, read: Calla
     if asked.stream:
         return Events(server, reply, answer, gone)
     try:
-        while chunks := await answer.chunks():
-            for chunk in chunks:
-                reply.choices[chunk["index"]].add(chunk)
+        for index, whole in joined(await answer.chunks()).items():
+            reply.choices[index].add(whole)
     finally:
         gone.cancel()
     _count(server, request.scope["llama"], reply)
