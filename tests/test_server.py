@@ -30,6 +30,7 @@ import fuzz_server  # noqa: E402
 from serving import Served, served  # noqa: E402
 
 from llama.server import bodies  # noqa: E402
+from llama.server.serving import LOCAL_NAMES  # noqa: E402
 
 STORY = "Once upon a time"
 ASKED: Any = [{"role": "user", "content": "Tell me a story."}]
@@ -363,13 +364,15 @@ def test_a_full_queue(llama: Llama) -> None:
 
 
 def test_keys_hosts_and_pages_of_other_sites(llama: Llama) -> None:
-    settings = {"key": "sesame", "hosts": ["127.0.0.1"], "origins": ["https://good.example"]}
+    settings = {"key": "sesame", "hosts": LOCAL_NAMES, "origins": ["https://good.example"]}
     with served(llama, **settings) as server, httpx.Client(base_url=server.url) as http:
         assert http.get("/v1/models").status_code == 401
         assert http.get("/v1/models", headers={"authorization": "Bearer guess"}).status_code == 401
         assert http.get("/v1/models", headers={"authorization": "Bearer sesame"}).status_code == 200
         assert http.get("/health").status_code == 200
-        assert http.get("/health", headers={"host": "evil.example"}).status_code == 400
+        assert http.get("/health", headers={"host": "[::1]:8000"}).status_code == 200
+        reply = http.get("/health", headers={"host": "evil.example"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "wrong_host")
         for origin, told in (("https://good.example", "https://good.example"), ("https://evil.example", None)):
             reply = http.options("/v1/models", headers={"origin": origin, "access-control-request-method": "GET"})
             assert reply.headers.get("access-control-allow-origin") == told

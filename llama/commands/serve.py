@@ -35,7 +35,7 @@ def serve(args: Namespace) -> None:
         key=key,
         max_waiting=waiting,
         origins=[origins] if isinstance(origins, str) else origins,
-        hosts=[args.host, *serving.LOCAL_NAMES] if serving.is_local(args.host) and key is None else (),
+        hosts=[*dict.fromkeys([args.host, *serving.LOCAL_NAMES])] if serving.is_local(args.host) and key is None else (),
     )
     serving.serve(build(args), settings, args.host, port, grace)
 

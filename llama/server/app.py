@@ -24,7 +24,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
@@ -91,8 +90,6 @@ class Server:
             Route("/", self._plain(page)),
         ]
         middleware = [Middleware(_Watch, server=self)]
-        if self.settings.hosts:
-            middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(self.settings.hosts), www_redirect=False))
         if self.settings.origins:
             allowed = {"allow_origins": list(self.settings.origins), "allow_methods": ["*"], "allow_headers": ["*"]}
             middleware.append(Middleware(CORSMiddleware, **allowed))  # type: ignore[arg-type]
@@ -109,7 +106,7 @@ class Server:
         """A route: a handler whose errors become answers."""
 
         async def route(request: HTTPRequest) -> Response:
-            self._check_key(request)
+            self._check_caller(request)
             return await handler(self, request)
 
         return route
@@ -118,12 +115,15 @@ class Server:
         """A route whose handler takes a body of JSON."""
 
         async def route(request: HTTPRequest) -> Response:
-            self._check_key(request)
+            self._check_caller(request)
             return await handler(self, request, await self._body(request))
 
         return route
 
-    def _check_key(self, request: HTTPRequest) -> None:
+    def _check_caller(self, request: HTTPRequest) -> None:
+        host = re.sub(r":\d+$", "", request.headers.get("host", "")).lower()
+        if self.settings.hosts and host not in self.settings.hosts:  # a page of another site, whose name leads here
+            raise Wrong(f"this server is called {' or '.join(self.settings.hosts)}, not {shortened(host)}", code="wrong_host")
         if (key := self.settings.key) is not None and request.url.path not in OPEN:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):

@@ -85,7 +85,7 @@ def _run(llama: Llama, settings: Settings, host: str, port: int, grace: float) -
     alone = not several_processes()
     stepper = Stepper(llama.model.params.max_batch_size * replica()[1], settings.max_waiting, alone)
     server = Server(llama, settings, stepper)
-    how: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+    how: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False, "proxy_headers": False}
     config = uvicorn.Config(server.app, host, port, timeout_graceful_shutdown=int(grace) + 5, **how)
     running = _Uvicorn(config, server, grace)
     running.run()
