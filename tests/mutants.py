@@ -49,7 +49,7 @@ TESTS = {
     "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf", "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "int4": "quantization",
     "int8": "quantization", "jobs": "terminal", "launch": "runtime", "layers/invariant": "invariant",
-    "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts", "metrics": "server",
+    "loading": "loading draft_model", "meta": "checkpoint files", "metas_way": "own_parts", "metrics": "server", "model": "model own_parts golden",
     "openmp": "threads", "pace": "scheduler", "parallel": "collectives", "patterns": "adapter", "peft": "adapter",
     "pipes": "terminal printable", "proven": "kernels", "quantized": "quantization", "replies": "server",
     "requests": "generation options", "rope": "rotary", "rounding": "quantization", "rows": "scheduler streams",
