@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Optional, TypedDict, Union
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Optional, TypedDict, Union
 
 from .chat import UNSAFE_ERROR, Message
-from .decoding.calls import Call
-from .decoding.requests import FinishReason, Step
-from .layers.parallel import is_first_process
+from .decoding.settings import FinishReason
+from .system.launch import is_first_process
 from .tokenizer import TextStream, Tokenizer, split
+
+if TYPE_CHECKING:
+    from .decoding.calls import Call
+    from .decoding.requests import Step
 
 
 class Alternative(TypedDict):
@@ -201,6 +202,8 @@ def shown(chunks: Iterable[Chunk], call: Call) -> Iterator[Chunk]:
     """The chunks unchanged, with a progress bar on the first process's terminal while prompts wait for a slot."""
     count = len(call.requests)
     many = count > call.lanes and is_first_process()
+    from tqdm import tqdm
+
     with tqdm(total=count, unit="prompt", delay=2, leave=False, disable=None if many else True) as bar:
         for chunk in chunks:
             bar.update(1 if chunk["finish_reason"] else 0)

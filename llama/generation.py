@@ -41,7 +41,6 @@ from .completion import (
     shown,
     window_starts,
 )
-from .constraints import forms, matcher_of
 from .decoding.calls import Call, Source
 from .decoding.engine import Engine
 from .decoding.invariant import INVARIANT_AS_BUILT, InvariantEngine, check_invariant
@@ -62,6 +61,7 @@ from .layers.parallel import (
     several_processes,
 )
 from .loading import DEMO, DEMO_TOLD, Wanted, checkpoint_folders, open_folders
+from .masks import forms, matcher_of
 from .model import Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options, with_stops
 from .session import ChatSession

@@ -10,8 +10,8 @@ from .system.checks import whole
 from .system.printable import shortened
 from .tokenizer import AddedToken, Spaced, Tokenizer
 from .tokenizer_json import whole_model
-from .weights.gguf import find_gguf
 from .weights.gguf_header import read_header
+from .weights.places import find_gguf
 
 KEY = "tokenizer.ggml."
 # Their names of the ids that SentencePiece knows, and what llama.cpp takes where nothing is said.

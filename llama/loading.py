@@ -15,16 +15,17 @@ from .layers.agreement import together
 from .layers.parallel import all_alike, group_size, is_first_process, model_parallel_group, several_processes
 from .model import ModelArgs, Transformer, check_args
 from .rotary import metas_positions
-from .tokenizer import Tokenizer, user_path
+from .system.files import user_path
+from .tokenizer import Tokenizer
 from .tokenizer_files import find_tokenizer, need_tokenizer, open_tokenizer
 from .weights import hub
 from .weights.adapter import add_adapter, tokenizer_folder
 from .weights.checkpoint import Checkpoint, fill, fit_vocabulary, known_ids, open_checkpoint, prepare
 from .weights.fingerprint import fingerprints
 from .weights.peft import CONFIG
+from .weights.places import DEMO as DEMO
+from .weights.places import DEMO_POSITIONS as DEMO_POSITIONS
 
-DEMO = Path(__file__).parent / "demo"  # the model that comes with the package
-DEMO_POSITIONS = 512
 DEMO_TOLD = (
     "This is the demo model, which tells small children's stories. For Llama 2, download its weights (see README.md) and pass "
     "ckpt_dir (--ckpt_dir)."

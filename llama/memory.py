@@ -15,6 +15,7 @@ import torch
 from .layers.rounding import KINDS, Quantization
 from .model import ModelArgs, process_counts
 from .runtime import device_kind
+from .system.printable import gigabytes as gigabytes
 
 # A GPU needs memory beside tensors. cuBLAS has a workspace (torch's: 32 MiB on Hopper, less before) for each stream that
 # multiplies: the one that reads prompts, and the one that graphs are recorded on.
@@ -185,14 +186,6 @@ def return_freed() -> None:
     frees many pieces. Does nothing without glibc."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def gigabytes(nbytes: float) -> str:
-    """nbytes in GB, MB or KB (powers of 1000), with one digit after the point."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= size / 10:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes / 1e3:.1f} KB"
 
 
 def check_fits(placement: Placement) -> None:

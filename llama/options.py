@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Optional, TypedDict, Union
 
 from .constraints import Constraint
-from .decoding.sampling import Sampling
+from .decoding.settings import Sampling
 from .system.checks import whole, whole_number
 from .system.printable import escaped, shortened
 

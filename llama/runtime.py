@@ -348,11 +348,6 @@ def inductor_cache(make_folder: Callable[[Path], None]) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
-def api_key() -> Optional[str]:
-    """The key that clients of a server have to know, if the environment names one."""
-    return os.environ.get("LLAMA_API_KEY") or None
-
-
 def compiler_environment(folder: Path) -> dict[str, str]:
     """The environment of a process that compiles: all its files are in `folder`, and it joins no process group."""
     begins, ends = ("MASTER_", "TORCHELASTIC_"), ("RANK", "WORLD_SIZE")

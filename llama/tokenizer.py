@@ -7,14 +7,13 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from logging import getLogger
-from os import PathLike
-from pathlib import Path
 from typing import Literal, NamedTuple, Optional, Union
 
 from sentencepiece import SentencePieceProcessor
 
 from .sentencepieces import without_space
 from .system.files import is_there, read_file
+from .system.files import user_path as user_path
 
 logger = getLogger(__name__)
 
@@ -22,14 +21,6 @@ MODEL_BYTES = 2**26  # a larger tokenizer.model is refused; Llama 2's has half a
 
 Spaced = Literal["all", "words", "first"]  # `Tokenizer` says what each means
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # bytes that are not UTF-8, or not yet whole, decode to this
-
-
-def user_path(path: Union[str, PathLike[str]]) -> Path:
-    """A path as a user gives it. fire, which reads the examples' flags, makes a number of a folder that is called 7."""
-    try:
-        return Path(str(path)).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{path} begins with a home folder that does not exist") from error
 
 
 class AddedToken(NamedTuple):

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from .gguf_tokenizer import Vocabulary, read_vocabulary
-from .layers.parallel import is_first_process
 from .system.checks import whole
-from .system.files import is_there, read_file, read_json
+from .system.files import is_there, read_file, read_json, user_path
+from .system.launch import is_first_process
 from .system.printable import counted, escaped, shortened
-from .tokenizer import AddedToken, Spaced, Tokenizer, user_path
+from .tokenizer import AddedToken, Spaced, Tokenizer
 from .tokenizer_json import read_tokenizer_json, rebuilt, steps
-from .weights.gguf import find_gguf
+from .weights.places import find_gguf
 
 MOST_IDS = 2**24
 

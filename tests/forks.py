@@ -134,7 +134,10 @@ def _outcomes(job: dict[str, Any], pids: list[int]) -> list[tuple[Optional[int],
 
 
 if __name__ == "__main__":
-    import llama.commands.cli  # noqa: F401, with all that it imports
+    import llama.commands.cli
+    import llama.commands.convert
+    import llama.commands.info
+    import llama.generation  # noqa: F401, what a command would import when it runs
 
     if (script := _serve()) is not None:
         __file__ = sys.argv[0]

@@ -22,7 +22,7 @@ def free_port() -> int:
 class Pool:
     def __init__(self, size: int) -> None:
         context = get_context("forkserver")  # one process imports torch, for all
-        context.set_forkserver_preload(["llama.commands.cli"])
+        context.set_forkserver_preload(["llama.commands.cli", "llama.commands.convert", "llama.generation"])
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []

@@ -9,16 +9,18 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
-from typing import Any, NamedTuple, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Union
 
 from ..chat_formats import FORMATS
-from ..generation import Llama
 from ..options import DEFAULTS, TOLD, parse_options
-from ..runtime import Launch
+from ..system.files import user_path
+from ..system.launch import Launch
 from ..system.printable import shortened
-from ..tokenizer import user_path
 from .console import file_text, number, texts
 from .fetching import ask_before_fetching
+
+if TYPE_CHECKING:
+    from ..generation import Llama
 
 REQUIRED = object()  # the default of an option that has to be given
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "none": None}
@@ -114,6 +116,8 @@ def some_of_model(*names: str) -> dict[str, Option]:
 
 def build(args: Namespace, **changed: Any) -> Llama:
     """The model that the options ask for. What `build` prints goes to stderr."""
+    from ..generation import Llama  # which imports torch: not before the command line is understood
+
     given = {name: getattr(args, name) for name in MODEL if name in args} | changed
     ask_before_fetching(*map(given.get, ("ckpt_dir", "adapter", "draft")))
     # Only on the first process: the others' stdout is switched off meanwhile, and would come back.

@@ -23,7 +23,7 @@ from ..runtime import Launch, device_kind
 from ..system.checks import whole_number
 from ..system.printable import counted, printable
 from ..tokenizer import user_path
-from .arguments import Command, Option, a_number, build, some_of_model, truth
+from .arguments import build
 
 READ_BYTES = 2**28  # too many for a core's share of the caches, yet read in a fraction of a second
 TRIES = 5
@@ -31,11 +31,7 @@ REPEATS = 3
 
 
 def bench(args: Namespace) -> None:
-    """Measure load, prefill, first token and decode of a checkpoint on this machine.
-
-    The prompts are made up, and continued whatever comes. Figures are medians of 3 runs after one that is not counted. Under
-    torchrun, bytes and rates are one process's.
-    """
+    """The command bench."""
     new_tokens = whole_number("new_tokens", args.new_tokens, 2)  # one comes with the prompt; decode is timed on the others
     batch_size = whole_number("batch_size", args.batch_size, 1)
     prompt_tokens = args.prompt_tokens
@@ -204,14 +200,3 @@ def largest_cache() -> int:
         if number.isdecimal() and unit in "KMG":
             sizes.append(int(number) * 1024 ** ("KMG".index(unit) + 1))
     return max(sizes, default=0)
-
-
-COMMANDS = {"bench": Command(bench, ["ckpt_dir", "tokenizer_path"], {
-    "what is run": {
-        "prompt_tokens": Option(a_number, None, "tokens of a prompt; 480, or what the demo model has room for, if not given"),
-        "new_tokens": Option(a_number, 64, "tokens that each prompt is continued by"),
-        "batch_size": Option(a_number, 1, "prompts that run side by side"),
-        "json": Option(truth, False, "print one JSON object in place of the text"),
-    },
-    "the model": some_of_model("ckpt_dir", "tokenizer_path", "device", "dtype", "quantize", "compile"),
-})}  # fmt: skip

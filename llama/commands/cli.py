@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from .. import runtime
 from ..system import peers, pipes
-from . import bench, folders, serve, terminal
+from ..system.launch import Launch
+from . import folders, serve, terminal
 from .arguments import understand
 
-COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **folders.COMMANDS, **bench.COMMANDS}
+COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **folders.COMMANDS}
 
 
 def run(words: Sequence[str]) -> None:
@@ -34,6 +34,6 @@ def main() -> None:
 
 def _is_first() -> bool:
     try:
-        return runtime.Launch.read().rank == 0
+        return Launch.read().rank == 0
     except ValueError:  # torchrun's variables are what is wrong
         return True

@@ -15,12 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union, cast
 
-from ..layers.parallel import from_first_process, is_first_process
-from ..runtime import Launch
-from ..system.files import read_file
+from ..system.files import read_file, user_path
+from ..system.launch import Launch, is_first_process
 from ..system.pipes import reader_may_leave
 from ..system.printable import escaped, harmless, json_line, printable, shortened
-from ..tokenizer import user_path
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -76,7 +74,11 @@ def on_first(work: Callable[[], T]) -> T:
             outcome = work(), None
         except (ValueError, OSError) as error:
             outcome = None, str(error)
-    value, failure = from_first_process(outcome)
+    if Launch.read().world_size > 1:
+        from ..layers.parallel import from_first_process
+
+        outcome = from_first_process(outcome)
+    value, failure = outcome
     if failure is not None:
         raise ValueError(failure)
     return cast(T, value)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn, Optional, cast
 
 from ..completion import Chunk
-from ..layers.parallel import is_first_process
 from ..options import DEFAULTS, SETTABLE
 from ..session import ContextFull
+from ..system.files import user_path
+from ..system.launch import is_first_process
 from ..system.printable import counted
-from ..tokenizer import user_path
 from .console import Read, complain, note, number, on_first, say, texts
 
 SETTINGS = {name: DEFAULTS[name] for name in SETTABLE}  # what /set knows, with the values that `/set NAME none` gives

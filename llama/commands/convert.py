@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from typing import Any, Optional
 import torch
 from tqdm import tqdm
 
+from .. import runtime
 from ..chat_formats import LLAMA2
 from ..chat_template import boundaries
 from ..gguf_tokenizer import vocabulary_metadata
@@ -31,8 +33,10 @@ from ..loading import trained_positions
 from ..model import ModelArgs, Transformer, check_args, feed_forward_width
 from ..rotary import metas_positions
 from ..system.checks import whole_number
+from ..system.files import user_path
+from ..system.printable import escaped
 from ..tokenizer import Tokenizer
-from ..tokenizer_files import open_tokenizer
+from ..tokenizer_files import find_tokenizer, open_tokenizer
 from ..tokenizer_json import hf_tokenizer, whole_model
 from ..weights.adapter import add_adapter, tokenizer_folder
 from ..weights.checkpoint import (
@@ -51,9 +55,23 @@ from ..weights.gguf_rope import TABLE, factors
 from ..weights.huggingface import NAMES, ROTATED, other_name, to_hf_rows
 from ..weights.rope import meta_rope, rope_settings, stated_positions
 from ..weights.writers import GGUF_CODES, Entry, write_gguf, write_pth, write_safetensors
+from .console import note
+from .fetching import named_places
 
 GGUF_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32, torch.uint8: 7}  # of most of its tensors
 PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder is no larger, unless a single tensor is
+
+
+def command(args: Namespace) -> None:
+    """The command convert."""
+    (source, adapter, given), target = named_places(args.src, args), user_path(args.dst)
+    tokenizer = find_tokenizer(tokenizer_folder(source, adapter, given), given)
+    dtype = None if args.dtype is None else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
+    convert(source, target, args.to, args.shards, dtype, tokenizer, args.quantize, adapter)
+    if tokenizer is None and args.to == "hf":
+        told = f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path"
+        note(escaped(told))
+    print(escaped(f"{target} is written"))
 
 
 def convert(

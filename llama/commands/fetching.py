@@ -7,12 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Optional
 
-from ..loading import checkpoint_folder
-from ..memory import gigabytes
-from ..runtime import Launch
-from ..system.files import is_there
-from ..system.printable import counted, escaped
-from ..tokenizer import user_path
+from ..system.files import is_there, user_path
+from ..system.launch import Launch
+from ..system.printable import counted, escaped, gigabytes
 from ..weights import hub
 from .console import note, pipe_may_close, say
 
@@ -20,7 +17,13 @@ from .console import note, pipe_may_close, say
 def agreed_folder(given: str) -> Path:
     """The folder of a path or a name, which is fetched if the user agrees."""
     ask_before_fetching(given)
-    return checkpoint_folder(given)
+    return hub.locate(given, user_path(given))
+
+
+def named_places(given: str, args: Namespace) -> tuple[Path, Optional[Path], Optional[Path]]:
+    """The folders of a checkpoint and of its adapter, and the file of its tokenizer, as far as they were named."""
+    adapter = None if args.adapter is None else agreed_folder(args.adapter)
+    return agreed_folder(given), adapter, None if args.tokenizer_path is None else user_path(args.tokenizer_path)
 
 
 def ask_before_fetching(*given: Optional[str]) -> None:

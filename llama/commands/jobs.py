@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Optional
 
-from tqdm import tqdm
-
 from ..chat import check_dialog, is_unsafe
-from ..decoding.requests import FinishReason
-from ..layers.parallel import replica
+from ..decoding.settings import FinishReason
 from ..options import IN_JSON
 from ..system.checks import whole_number
 from ..system.files import is_there, listed, parse_json, read_file
@@ -152,6 +149,8 @@ class _Answer:
 
 def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
     """The output's lines, in order. As many jobs run at once as there are slots, in all copies of the model together."""
+    from ..layers.parallel import replica
+
     slots = llama.model.params.max_batch_size * replica()[1]
     todo, begun, running = deque(jobs), deque[_Answer](), list[_Answer]()
     while todo or begun:
@@ -165,6 +164,8 @@ def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
 
 def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: BinaryIO) -> None:
     """Write each line as soon as it comes, and show a progress bar at a terminal."""
+    from tqdm import tqdm
+
     with tqdm(total=total, initial=done, unit="line", disable=None) as bar:
         for line in lines:
             out.write(json_line(line).encode() + b"\n")

@@ -10,9 +10,9 @@ from typing import Any, Optional, cast
 
 from ..chat import Dialog, Message
 from ..completion import Chunk
-from ..runtime import Launch, api_key
 from ..session import MOST_BYTES, Turn
 from ..system.files import parse_json, read_file, replace_file
+from ..system.launch import Launch, api_key
 from ..system.printable import counted, escaped, json_line
 from .arguments import MODEL, Option
 from .client import Server, number_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from .. import runtime
 from ..system.checks import real, whole_number
+from ..system.launch import api_key
 from ..system.printable import shortened
 from .arguments import MODEL, Command, Option, a_number, build
 from .console import texts
@@ -28,7 +28,7 @@ def serve(args: Namespace) -> None:
     grace = real(args.grace)
     if grace is None or not 0 <= grace <= 86400:
         raise ValueError(f"grace={shortened(args.grace)} must be a number of seconds, from 0 to 86400")
-    key = args.api_key or runtime.api_key()
+    key = args.api_key or api_key()
     origins = [] if args.allowed_origins is None else texts(args.allowed_origins)
     settings = Settings(
         model=args.served_model_name or _name(args.ckpt_dir),

@@ -8,11 +8,11 @@ from argparse import Namespace
 from contextlib import ExitStack
 from typing import Any
 
-from ..loading import DEMO
-from ..runtime import Launch
+from ..system.files import user_path
+from ..system.launch import Launch
 from ..system.printable import counted, json_line
-from ..tokenizer import user_path
 from ..tokenizer_files import open_tokenizer
+from ..weights.places import DEMO
 from . import conversation, jobs, remote
 from .arguments import ANSWERS, FORM, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
 from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say, typed_lines

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Optional, Protocol
+from typing import Any, Optional, Protocol
 
 import torch
 
 from ..model import ModelArgs
 from ..system.checks import whole
 from ..system.printable import shortened
-from .sampling import Sampling
+from .settings import FinishReason as FinishReason
+from .settings import Sampling
 
 # Ids that are read behind a prefix round differently from a prompt that is read whole. So a shorter prefix is read again:
 # equal calls give equal numbers to the bit.
 LEAST_SHARED = 32
-FinishReason = Literal["stop", "length", "context"]
 
 
 class Grammar(Protocol):

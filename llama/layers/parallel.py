@@ -22,6 +22,7 @@ from torch import nn
 
 from ..runtime import chosen_device, current, device_kind, has_failed, machine, release_first
 from ..system import peers
+from ..system.launch import is_first_process as is_first_process
 from .products import product
 
 Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes the tensor that holds several, one below the other
@@ -48,11 +49,6 @@ def group_size(group: Group) -> int:
 def group_rank(group: Group) -> int:
     """This process's rank in the group."""
     return 0 if group is None else dist.get_rank(group)
-
-
-def is_first_process() -> bool:
-    """Whether this is the one process of all that speaks to the user."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def several_processes() -> bool:

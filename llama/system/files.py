@@ -15,13 +15,15 @@ import secrets
 import stat
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from .checks import real, whole
 from .printable import escaped, shortened
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
 COPY_BYTES = 16 * 2**20  # size of a copied piece: one that fits a processor's cache is twice as fast
@@ -45,6 +47,14 @@ class Number(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'a whole number' if self.kind is int else 'a number'} from {self.least:g} to {self.most:g}"
+
+
+def user_path(path: Union[str, PathLike[str]]) -> Path:
+    """A path as a user gives it. fire, which reads the examples' flags, makes a number of a folder that is called 7."""
+    try:
+        return Path(str(path)).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} begins with a home folder that does not exist") from error
 
 
 def listed(items: Iterable[str], most: int = 12) -> str:

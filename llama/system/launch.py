@@ -1,13 +1,13 @@
-"""Reads what the launcher says about this process: torchrun's variables, or none."""
+"""Reads what the launcher says about this process: torchrun's variables, or none. It needs no torch, unless the launcher
+leaves something open."""
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Optional
-
-import torch
-import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Launch:
         """Read the environment, or an initialized process group. ValueError if a variable is missing, no number, or does not
         fit another."""
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if dist.is_available() and dist.is_initialized():  # the caller did that, and needs no variables
+        if dist := joined():  # the caller did that, and needs no variables
             rank, world_size = dist.get_rank(), dist.get_world_size()
         else:
             world_size = _number("WORLD_SIZE", 1, least=1)
@@ -40,10 +40,10 @@ class Launch:
                 return Launch(False, 0, 1, 0, 1)
             _number("RANK", 0, most=world_size - 1, why=f"WORLD_SIZE is {world_size}")
             _number("MASTER_PORT", 0, most=65535)
-        gpus = torch.cuda.device_count()
-        local_world_size = _number("LOCAL_WORLD_SIZE", min(world_size, gpus or world_size), least=1)
+        default = world_size if "LOCAL_WORLD_SIZE" in os.environ else min(world_size, _gpus() or world_size)
+        local_world_size = _number("LOCAL_WORLD_SIZE", default, least=1)
         local_rank = _number("LOCAL_RANK", rank % local_world_size)
-        if "LOCAL_WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if "LOCAL_WORLD_SIZE" in os.environ and not dist:
             _number("LOCAL_RANK", local_rank, most=local_world_size - 1, why=f"LOCAL_WORLD_SIZE is {local_world_size}")
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         return Launch(True, rank, world_size, local_rank, local_world_size, launcher)
@@ -56,3 +56,26 @@ def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str
         bounds = f" from {least} to {most}" + (f", since {why}" if why else "") if value.isdecimal() else ""
         raise ValueError(f"the environment variable {name} is {value!r}; torchrun sets it to a number{bounds}, or unset it")
     return int(value)
+
+
+def api_key() -> Optional[str]:
+    """The key that clients of a server have to know, if the environment names one."""
+    return os.environ.get("LLAMA_API_KEY") or None
+
+
+def joined() -> Optional[ModuleType]:
+    """torch.distributed, if this process has joined a group. It has not if nobody has imported torch."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process of all that speaks to the user."""
+    dist = joined()
+    return dist is None or dist.get_rank() == 0
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

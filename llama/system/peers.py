@@ -18,15 +18,16 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Optional
-
-import torch
-from torch.distributed import Store  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Optional
 
 from . import pipes
 from .printable import escaped
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 5.0  # seconds without one, after which a process seems to be stopped
@@ -41,7 +42,8 @@ NOBODY_READS = "has ended because nobody reads its output any more"
 GONE = "torchrun, which started it, is gone"
 LOST = "lost a connection"  # it is not the first to end
 
-PACKAGE, TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+PACKAGE = str(Path(__file__).parents[1])
+TORCH = str(Path(str(getattr(find_spec("torch"), "origin", ""))).parent)  # not imported: that takes a second
 NOT_THE_USERS = (PACKAGE, TORCH, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<frozen")
 
 

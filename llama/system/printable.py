@@ -52,6 +52,14 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}{ending}"
 
 
+def gigabytes(nbytes: float) -> str:
+    """nbytes in GB, MB or KB (powers of 1000), with one digit after the point."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size / 10:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes / 1e3:.1f} KB"
+
+
 def json_line(value: Any) -> str:
     """JSON of a value on one line. Letters of all scripts stay; characters that steer a terminal become JSON's escapes."""
     return STEERING.sub(lambda found: json.dumps(found[0])[1:-1], json.dumps(value, ensure_ascii=False))

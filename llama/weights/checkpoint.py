@@ -25,9 +25,10 @@ from ..model import ModelArgs, Transformer
 from ..runtime import device_kind
 from ..system.files import MappedFiles, is_there, listed
 from ..system.printable import counted
-from .gguf import GGUFCheckpoint, find_gguf
+from .gguf import GGUFCheckpoint
 from .huggingface import HuggingFaceCheckpoint, has_weights
 from .meta import MetaCheckpoint
+from .places import find_gguf
 from .staging import Job, Sender, run_jobs
 
 

@@ -5,8 +5,6 @@ Rows of q and k are in Meta's order there.
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,11 +14,12 @@ from ..layers.rounding import Quantization
 from ..model import ModelArgs
 from ..rotary import RotaryScaling
 from ..system.checks import whole
-from ..system.files import COPY_BYTES, MappedFiles, Number, is_there, listed
+from ..system.files import COPY_BYTES, MappedFiles, Number, listed
 from ..system.printable import escaped, shortened
 from .gguf_header import Header, TensorInfo, read_header
 from .gguf_rope import CONTEXT, TABLE, gguf_rope, read_gguf_rope, read_table
 from .huggingface import LLAMA_3, LLAMA_3_VOCABULARY
+from .places import find_gguf as find_gguf
 
 # Meta's name of a tensor (without ".weight") and GGUF's; N is the layer.
 NAMES = {
@@ -38,8 +37,6 @@ NAMES = {
     "output": "output",
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of kinds that are not quantized
-PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", flags=re.DOTALL | re.IGNORECASE)
-OTHER_WEIGHTS = ("params.json", "consolidated.*.pth", "*.safetensors", "pytorch_model*")
 
 # The numbers of the metadata: the key, the field of ModelArgs, and what is allowed.
 _METADATA = [
@@ -59,33 +56,6 @@ _UNCOMPUTED = {
     "llama.residual_scale": 1, "llama.embedding_scale": 1, "llama.attention.scale": 0, "llama.use_parallel_residual": False,
     "llama.attention.clamp_kqv": 0, "llama.rope.scaling.alpha": 0, "llama.rope.scaling.yarn_log_multiplier": 0,
 }  # fmt: skip
-
-
-def find_gguf(path: Path) -> list[Path]:
-    """The files of the GGUF model at a path, in order: a file, or one of its parts, or a folder with no other weights.
-
-    Empty if there is none. ValueError if the folder has several models, or a part is missing.
-    """
-    if os.path.isdir(path):
-        found = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
-        if not found or any(True for pattern in OTHER_WEIGHTS for _ in path.glob(pattern)):
-            return []
-        models = {part[1] + part[3] if (part := PART.fullmatch(each.name)) else each.name for each in found}
-        if len(models) > 1:
-            raise ValueError(
-                f"{path} holds several models: {listed(each.name for each in found)}; pass the path of one of them"
-            )
-        path = found[0]
-    elif path.suffix.lower() != ".gguf":
-        return []
-    if (part := PART.fullmatch(path.name)) is None:
-        return [path]
-    paths = [path.with_name(f"{part[1]}-{i:05d}-of-{part[3]}{path.suffix}") for i in range(1, int(part[3]) + 1)]
-    if missing := [each.name for each in paths if not is_there(each)]:
-        raise ValueError(
-            f"{path} is one of {int(part[3])} parts, and {listed(missing)} is missing beside it; download it again"
-        )
-    return paths or [path]
 
 
 def read_headers(paths: list[Path]) -> list[Header]:

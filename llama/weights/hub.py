@@ -17,10 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, Optional
 
-from ..memory import gigabytes
 from ..system.files import contents, is_there, listed, read_json
-from ..system.printable import clipped, escaped
-from .gguf import PART
+from ..system.printable import clipped, escaped, gigabytes
+from .places import PART
 
 # Letters, digits, "_", "-" and ".", the last two not at an end; a revision is a branch, a tag, refs/pr/N or a commit; behind
 # a colon a GGUF file, by its name or by the end of that.
