@@ -31,7 +31,7 @@ BENCH = ["llama-cpp-python>=0.3.36", *GGUF, "transformers>=4.56", "matplotlib>=3
 setup(
     cmdclass={"sdist": SourceDistribution},
     name="llama",
-    version="0.0.1",
+    version="0.1.0",
     description="Llama 2 inference, faithful to Meta's release, on any machine and any number of processes",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -7,14 +7,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .generation import Dialog, Llama
+    from .chat import Dialog, DialogError, Message
+    from .completion import ChatPrediction, Chunk, CompletionPrediction, Score
+    from .generation import Llama
     from .model import ModelArgs, Transformer
+    from .options import Options
+    from .session import ChatSession, ContextFull
     from .tokenizer import Tokenizer
 
-__all__ = ["Dialog", "Llama", "ModelArgs", "Tokenizer", "Transformer"]
-__version__ = "0.0.1"
+__all__ = [
+    "ChatPrediction", "ChatSession", "Chunk", "CompletionPrediction", "ContextFull", "Dialog", "DialogError", "Llama",
+    "Message", "ModelArgs", "Options", "Score", "Tokenizer", "Transformer",
+]  # fmt: skip
+__version__ = "0.1.0"
 
-_HOMES = {"Dialog": "chat", "Llama": "generation", "ModelArgs": "model", "Tokenizer": "tokenizer", "Transformer": "model"}
+_HOMES = {
+    **dict.fromkeys(("Dialog", "DialogError", "Message"), "chat"),
+    **dict.fromkeys(("ChatPrediction", "Chunk", "CompletionPrediction", "Score"), "completion"),
+    **dict.fromkeys(("ModelArgs", "Transformer"), "model"),
+    **dict.fromkeys(("ChatSession", "ContextFull"), "session"),
+    **{"Llama": "generation", "Options": "options", "Tokenizer": "tokenizer"},
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,8 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Message(TypedDict):
+    """One message of a dialog."""
+
     role: Role
     content: str
 

@@ -25,10 +25,14 @@ class Alternative(TypedDict):
 
 
 class CompletionPrediction(TypedDict, total=False):
-    """`tokens` and `logprobs` are there if logprobs was asked for: one string and one number for each id; the strings,
-    joined, are `generation`. `top_logprobs` are there if logprobs=N: the N best at each place.
+    """What follows a prompt.
 
-    finish_reason: "stop" at EOS, a stop string or a stop id; "length" at max_gen_len; "context" if the cache is full.
+    Attributes:
+        generation: the text.
+        finish_reason: "stop" at EOS, a stop text or a stop id; "length" at max_gen_len; "context" if the cache is full.
+        tokens: with logprobs, one text for each id; the texts, joined, are `generation`.
+        logprobs: with logprobs, the natural log-probability of each id.
+        top_logprobs: with logprobs=N, the N best ids at each place.
     """
 
     generation: str
@@ -49,11 +53,16 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class Chunk(TypedDict, total=False):
-    """What a stream has decided anew for the prompt `index`. A prompt's texts, joined, are its `generation`.
+    """What a stream has decided anew for one prompt. A prompt's texts, joined, are its `generation`.
 
-    tokens: the new ids, including those whose text is still held back. logprobs, top_logprobs: if asked for, one
-    entry for each id. finish_reason: None until the prompt's last chunk, which also has cached_tokens: how many of the
-    prompt's ids were not read, since the cache held them; and, with logprobs, the `end`: EOS or the stop id that ended it.
+    Attributes:
+        index: which prompt of the call.
+        text: the new text.
+        tokens: the new ids, including those whose text is still held back.
+        logprobs, top_logprobs: if asked for, one entry for each of these ids.
+        finish_reason: None until the prompt's last chunk; see `CompletionPrediction`.
+        cached_tokens: in the last chunk, how many of the prompt's ids were not read, since the cache held them.
+        end: in the last chunk, with logprobs, EOS or the stop id that ended the prompt.
     """
 
     index: int
@@ -130,8 +139,13 @@ class Completions:
 
 
 class Score(TypedDict):
-    """tokens: each id's text, which joined are the text; logprobs: ln p of each after those before it, 0.0 for the
-    BOS in front; perplexity: exp of minus their mean, BOS left out (nan for an empty text)."""
+    """How probable a text is.
+
+    Attributes:
+        tokens: each id's text, BOS's in front; joined they are the text.
+        logprobs: the natural log-probability of each id after those before it, 0.0 for BOS.
+        perplexity: exp of minus the mean of these, BOS left out; nan for an empty text.
+    """
 
     tokens: list[str]
     logprobs: list[float]

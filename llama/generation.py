@@ -63,7 +63,7 @@ from .layers.parallel import (
 from .loading import DEMO, DEMO_TOLD, Wanted, checkpoint_folders, open_folders
 from .masks import forms, matcher_of
 from .model import Transformer
-from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, parse_options, with_stops
+from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, TurnOptions, parse_options, with_stops
 from .session import ChatSession
 from .system import openmp
 from .system.checks import whole, whole_number
@@ -105,31 +105,39 @@ class Llama:
         batch_invariant: bool = False,
         chat_format: Optional[str] = None,
     ) -> Llama:
-        """Load a folder in Meta's or Hugging Face's format, or a GGUF file, onto this process, or all that torchrun started.
+        """Load a checkpoint onto this process, or onto all processes that torchrun started. Without arguments: the demo model.
 
-        ckpt_dir: a folder, or a model on the Hugging Face Hub (org/name, org/name@revision, or org/name:Q4_K_M for one
-        of its GGUF files), which is fetched into the hub's cache if it is not there; the demo model that comes with
-        this package if not given. tokenizer_path: if not given, the file tokenizer.model in ckpt_dir or in the folder
-        above it. max_seq_len, max_batch_size: tokens (prompt and answer together; if not given 2048, or fewer if the
-        folder says so) and prompts that the cache has room for.
-        model_parallel_size: how many processes share one copy of the model; all of them if not given. It need not be
-        the number of shards. seed: of torch's generators, the same on every process. device: "cuda", "mps" or "cpu";
-        if not given, the first of these that is there. dtype: "float32", "bfloat16" or "float16", the checkpoint's own
-        if not given (float16 for a bfloat16 checkpoint where the device cannot compute in bfloat16, and bfloat16 for a
-        float16 one on an x86 processor, which is slow in float16; a line says so). quantize: "int8" or
-        "int4" rounds the matrices while they are loaded; a folder that `convert` has rounded needs none of this. adapter:
-        a folder that PEFT saved a LoRA adapter of this checkpoint in; it is added before anything is rounded. compile: True
-        compiles the decode step (once, in a minute or two on a CPU, which needs a C++ compiler), False does not. If not
-        given, nothing is compiled, but what an earlier run has compiled for this shape and machine is used. draft: a folder
-        (or a name on the hub) with a smaller model of the same tokenizer, which guesses what the model will write; the model
-        verifies several guesses in one pass, as many as pay. Greedy ids stay what they are, and so does the distribution of
-        drawn ones.
-        batch_invariant: the ids and log-probabilities of a prompt do not depend, to the bit, on what runs beside it or ran
-        before, also in 16 bits and with quantized weights; it costs speed (README), and takes no compile=True. chat_format: a
-        name in `chat_formats.FORMATS`, "template" (the folder's own chat template, of whatever format), or a template in
-        Jinja; if not given, the format that the folder's template is recognised as, and Llama 2's for a folder without one.
+        Args:
+            ckpt_dir: a folder in Meta's or Hugging Face's format, a GGUF file, or a model on the Hugging Face Hub
+                (org/name, org/name@revision, or org/name:Q4_K_M for one of its GGUF files), which is fetched into the hub's
+                cache if it is not there. Default: the demo model that comes with this package.
+            tokenizer_path: Default: the file tokenizer.model in ckpt_dir or in the folder above it.
+            max_seq_len: tokens of a prompt and its answer together. Default: 2048, or fewer if the folder says so.
+            max_batch_size: prompts that run side by side. Default: 4.
+            model_parallel_size: how many processes share one copy of the model. It need not be the number of shards.
+                Default: all processes.
+            seed: of torch's generators, the same on every process. Default: 1.
+            device: "cuda", "mps" or "cpu". Default: the first of these that is there.
+            dtype: "float32", "bfloat16" or "float16". Default: the checkpoint's own; but float16 for a bfloat16 checkpoint if
+                the device cannot compute in bfloat16, and bfloat16 for a float16 one on an x86 processor, which is slow
+                in float16; a line says so.
+            quantize: "int8" or "int4" rounds the matrices while they are loaded. Default: as stored.
+            adapter: a folder that PEFT saved a LoRA adapter of this checkpoint in, or its name on the hub. It is added
+                before anything is rounded. Default: none.
+            compile: True compiles the decode step, once, in a minute or two on a CPU, which needs a C++ compiler. False
+                does not. Default: nothing is compiled, but a step that an earlier run compiled is used.
+            draft: a folder, or a name on the hub, with a smaller model of the same tokenizer. It guesses what the model will
+                write, and the model verifies several guesses in one pass, as many as pay. Greedy ids stay the same, and so
+                does the distribution of drawn ones. Default: no draft model.
+            batch_invariant: True lets no prompt's ids and log-probabilities depend, to the bit, on what runs beside it or
+                ran before, also in 16 bits and with quantized weights. It costs speed (docs/SPEED.md), and does not go
+                with compile=True. Default: False.
+            chat_format: a name in `chat_formats.FORMATS`, "template" (the folder's own chat template, of whatever format), or
+                a template in Jinja. Default: the format that the folder's template is recognised as, and Llama 2's for
+                a folder without one.
 
-        Raises ValueError, on every process, before any weight is copied, if an argument or a file is not right.
+        Raises:
+            ValueError: an argument or a file is not right; on every process, before any weight is copied.
         """
         started = time.time()
         place = runtime.start(device, model_parallel_size)
@@ -236,13 +244,22 @@ class Llama:
             self._scheduler.forget()
 
     def lead(self, work: Callable[[], T]) -> Optional[T]:
-        """Let the first process take requests for all: it runs `work`, which may call this `Llama` from any thread, at any
-        time; the others run the same steps, until `work` ends. Call it on every process.
+        """Let the first process take requests for all: it runs `work`, and the others run the same steps until `work` ends.
 
-        Copies of the model (`model_parallel_size` below the number of processes) share the requests: each goes to the one
-        with the most room. Rows without a seed draw from seeds of their own. Returns what `work` does; None on the other
-        processes, which raise RuntimeError if `work` raises. The model must be as it was built. What all processes do alike is
-        not for `work`: the model's own call, `model(…)`, and another `Llama`.
+        Call it on every process. Copies of the model (`model_parallel_size` below the number of processes) share the requests:
+        each goes to the one with the most room. Rows without a seed draw from seeds of their own. The model must be as it
+        was built.
+
+        Args:
+            work: called without arguments on the first process. It may call this `Llama` from any thread, at any time. What
+                all processes do alike is not for `work`: the model's own call, `model(…)`, and another `Llama`.
+
+        Returns:
+            What `work` returns; None on the other processes.
+
+        Raises:
+            RuntimeError: on the other processes, if `work` raises.
+            ValueError: the model is not as it was built, or this process leads already.
         """
         if self._leader is not None:
             raise ValueError("this process leads the others already; call lead() once, and in it whatever is to run")
@@ -295,14 +312,23 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
     ) -> tuple[list[list[int]], Optional[list[list[float]]]]:
-        """Continue prompts of ids by at most `max_gen_len` ids each, up to (and without) EOS or the end of the cache.
+        """Continue prompts of ids, each up to (and without) EOS, or until the cache is full.
 
-        temperature 0 takes the best id; above it, ids are drawn from the fewest best whose mass exceeds `top_p`.
-        echo puts the prompt in front. Returns the ids, and with `logprobs` each one's natural log-probability under the
-        model's own distribution (no temperature, no top-p), 0.0 for an echoed prompt's first id; otherwise None.
+        Args:
+            prompt_tokens: at most max_batch_size lists of ids, BOS included.
+            max_gen_len: ids that follow each prompt, at most.
+            temperature: 0 takes the best id; above it, ids are drawn, the more freely the higher it is. Default: 0.6.
+            top_p: ids are drawn from the fewest best whose mass exceeds this. Default: 0.9.
+            logprobs: report each id's log-probability. Default: False.
+            echo: put the prompt in front. Default: False.
 
-        Raises ValueError for more prompts than max_batch_size, a prompt that is empty, longer than max_seq_len or has
-        an id outside the vocabulary, options out of range, and logits that are not finite.
+        Returns:
+            The ids of each prompt; and with `logprobs` each id's natural log-probability under the model's own distribution
+            (no temperature, no top-p), 0.0 for an echoed prompt's first id; otherwise None.
+
+        Raises:
+            ValueError: more prompts than max_batch_size; a prompt that is empty, longer than max_seq_len, or has an id outside
+                the vocabulary; an option out of range; logits that are not finite.
         """
         limit = self.model.params.max_batch_size
 
@@ -336,8 +362,21 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Call:
-        """`generate` for any number of prompts, step by step: iterate over it for a `Step` at a time. It may be left at any
-        time, and its `cancel(index)` ends one prompt. For the arguments and errors see `text_completion`."""
+        """`generate` for any number of prompts, a step at a time.
+
+        Args:
+            prompt_tokens: lists of ids, BOS included.
+            temperature, top_p, max_gen_len, logprobs, echo: as in `text_completion`.
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                draft, n, constraint. `llama.Options` describes them.
+
+        Returns:
+            What to iterate over for one `Step` after the other, once, and as far as you like. Its `cancel(index)` ends one
+            prompt.
+
+        Raises:
+            ValueError: as `generate`.
+        """
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
         return self._start(Asked(lambda: Prompts(prompt_tokens), given, echo), streams=True).call
 
@@ -353,9 +392,25 @@ class Llama:
     ) -> list[CompletionPrediction]:
         """Continue any number of texts; those that find no slot of the cache wait for one.
 
-        For the arguments and errors see `generate` and `Options`; max_gen_len is max_seq_len - 1 if not given.
-        logprobs=N reports the N best ids at each place as well. Where there are several copies of the model, each takes
-        its share of the texts, and every process returns all.
+        If there are several copies of the model, each takes its share of the texts, and every process returns all.
+
+        Args:
+            prompts: a list of texts.
+            temperature: 0 takes the best id; above it, ids are drawn, the more freely the higher it is. Default: 0.6.
+            top_p: ids are drawn from the fewest best whose mass exceeds this. Default: 0.9.
+            max_gen_len: ids of each answer, at most. Default: max_seq_len - 1.
+            logprobs: True reports each id's natural log-probability, a number N also the N best ids at each place.
+                Default: False.
+            echo: put the prompt in front. Default: False.
+            options: stop=None, stop_ids=(), seed=None, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+                frequency_penalty=0.0, logit_bias=None, draft=None, n=1, constraint=None. `llama.Options` describes them.
+
+        Returns:
+            A prediction for each text, in order; n of them for each with the option n.
+
+        Raises:
+            ValueError: prompts that are not a list of texts; a prompt longer than max_seq_len; an option that is unknown or
+                out of range; logits that are not finite.
         """
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
         asked = Asked(lambda: Prompts(self._encode(prompts)), given, echo)
@@ -371,8 +426,20 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Iterator[Chunk]:
-        """`text_completion` as it is decided: chunks of all prompts, each prompt's in order. May be left at any time; on
-        several processes, by all of them at the same chunk."""
+        """`text_completion` as it is decided. The stream may be left at any time; on several processes, at the same chunk.
+
+        Args:
+            prompts: a list of texts.
+            temperature, top_p, max_gen_len, logprobs, echo: as in `text_completion`.
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                draft, n, constraint. `llama.Options` describes them.
+
+        Returns:
+            Chunks of all prompts, each prompt's in order: `index` says whose it is.
+
+        Raises:
+            ValueError: as `text_completion`, before the first chunk is asked for.
+        """
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
         return self._stream(Asked(lambda: Prompts(self._encode(prompts)), given, echo))[1]
 
@@ -388,12 +455,24 @@ class Llama:
         continue_final_message: bool = False,
         **options: Unpack[Options],
     ) -> list[ChatPrediction]:
-        """The assistant's reply to each of any number of dialogs. For the arguments and errors see `text_completion`.
+        """The assistant's reply to each of any number of dialogs.
 
-        A dialog that is not [system,] user, assistant, … user raises `DialogError`. One whose messages contain a tag of
-        the format is not run: its reply is `UNSAFE_ERROR`, without tokens, or a `DialogError` with on_unsafe="raise".
-        continue_final_message: the dialogs end with the beginning of the assistant's reply, and the predictions are what
-        follows it: the two texts, joined, are the reply.
+        Args:
+            dialogs: each a list of messages {"role": …, "content": …}, from [system,] user, assistant, … user.
+            temperature, top_p, max_gen_len, logprobs: as in `text_completion`.
+            on_unsafe: what becomes of a dialog whose messages contain a tag of the chat format. "reply" answers it with
+                `UNSAFE_ERROR`, without tokens and without running it; "raise" raises DialogError. Default: "reply".
+            continue_final_message: the dialogs end with the beginning of the assistant's reply, and the predictions are what
+                follows it: the two texts, joined, are the reply. Default: False.
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                draft, n, constraint. `llama.Options` describes them.
+
+        Returns:
+            A prediction for each dialog, in order; n of them for each with the option n.
+
+        Raises:
+            DialogError: a dialog that is empty, out of turn, or not made of messages. It is a ValueError.
+            ValueError: as `text_completion`.
         """
         given = ending(self.chat_format, self.tokenizer, _given(temperature, top_p, max_gen_len, logprobs, options))
         asked = Asked(lambda: self.encode_dialogs(dialogs, on_unsafe, continue_final_message), given)
@@ -418,7 +497,19 @@ class Llama:
         continue_final_message: bool = False,
         **options: Unpack[Options],
     ) -> Iterator[Chunk]:
-        """`chat_completion` as it is decided. The replies to unsafe dialogs come first."""
+        """`chat_completion` as it is decided. The replies to unsafe dialogs come first.
+
+        Args:
+            dialogs, temperature, top_p, max_gen_len, logprobs, on_unsafe, continue_final_message: as in `chat_completion`.
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                draft, n, constraint. `llama.Options` describes them.
+
+        Returns:
+            Chunks of all dialogs, each dialog's in order: `index` says whose it is.
+
+        Raises:
+            ValueError: as `chat_completion`, before the first chunk is asked for.
+        """
         given = ending(self.chat_format, self.tokenizer, _given(temperature, top_p, max_gen_len, logprobs, options))
         prompts, chunks = self._stream(Asked(lambda: self.encode_dialogs(dialogs, on_unsafe, continue_final_message), given))
         return chat_chunks(chunks, prompts.places, len(dialogs) * options.get("n", 1))
@@ -435,8 +526,20 @@ class Llama:
         suffix_first: bool = False,
         **options: Unpack[Options],
     ) -> list[CompletionPrediction]:
-        """What stands between each prefix and its suffix, for models with Code Llama's pieces for it. For the other arguments
-        and errors see `text_completion`. suffix_first: the order in which the model reads the two; Meta's default is False.
+        """What stands between each prefix and its suffix, for models with Code Llama's pieces for it.
+
+        Args:
+            prefixes, suffixes: two lists of texts, of equal length.
+            temperature, top_p, max_gen_len, logprobs: as in `text_completion`.
+            suffix_first: let the model read the suffix first. Default: False, as in Meta's release.
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                draft, n, constraint. `llama.Options` describes them.
+
+        Returns:
+            A prediction for each pair, in order.
+
+        Raises:
+            ValueError: a tokenizer without these pieces; otherwise as `text_completion`.
         """
         asked = self._between(prefixes, suffixes, suffix_first, _given(temperature, top_p, max_gen_len, logprobs, options))
         return self._by_generate(asked)[1] if self._replaced_generate else self._complete(asked)[1]
@@ -453,7 +556,16 @@ class Llama:
         suffix_first: bool = False,
         **options: Unpack[Options],
     ) -> Iterator[Chunk]:
-        """`infill` as it is decided, as `stream_text` has it."""
+        """`infill` as it is decided.
+
+        Args:
+            prefixes, suffixes, temperature, top_p, max_gen_len, logprobs, suffix_first: as in `infill`.
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                draft, n, constraint. `llama.Options` describes them.
+
+        Returns:
+            Chunks, as from `stream_text`.
+        """
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
         return self._stream(self._between(prefixes, suffixes, suffix_first, given))[1]
 
@@ -461,8 +573,22 @@ class Llama:
         given = with_stops(given, [infilling_ids(self.tokenizer).eot])
         return Asked(lambda: infilling_prompts(prefixes, suffixes, self.tokenizer, suffix_first), given)
 
-    def chat(self, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> ChatSession:
-        """A conversation that remembers: each turn runs only what is new. For the arguments see `ChatSession`."""
+    def chat(
+        self, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Unpack[TurnOptions]
+    ) -> ChatSession:
+        """A conversation that remembers: each turn runs only what is new.
+
+        Args:
+            system: the system message. Default: none.
+            dialog: what was said before, as `chat_completion` takes it, up to a reply. Default: nothing.
+            options: of every turn. temperature, top_p, max_gen_len and logprobs as in `text_completion`; stop, stop_ids, seed,
+                top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, draft, constraint as in
+                `llama.Options`, but no n.
+
+        Raises:
+            DialogError: a dialog that the format cannot express, or a message with a tag of the format.
+            ValueError: an option that is unknown or out of range.
+        """
         return ChatSession(self, system, dialog=dialog, **options)
 
     def continue_ids(
@@ -478,8 +604,16 @@ class Llama:
     ) -> Iterator[Chunk]:
         """Stream what follows one prompt of ids, running only what the cache does not hold from the call before.
 
-        begun: the last ids of the prompt, if the text is to go on from theirs: with the space between two words, where it
-        would otherwise begin without one.
+        Args:
+            prompt: ids, BOS included.
+            temperature, top_p, max_gen_len, logprobs: as in `text_completion`.
+            begun: the last ids of the prompt, if the text is to go on from theirs: then it begins with the space between two
+                words, which it would otherwise lack. Default: none.
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                draft, n, constraint. `llama.Options` describes them.
+
+        Returns:
+            Chunks, as from `stream_text`.
         """
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
         return self._stream(Asked(lambda: Prompts([prompt], [begun]), given, continues=True))[1]
@@ -494,8 +628,14 @@ class Llama:
     def score(self, texts: Sequence[str], *, stride: Optional[int] = None) -> list[Score]:
         """How probable the model finds each text, token by token, with BOS in front.
 
-        A text longer than max_seq_len is read in windows that begin `stride` tokens after each other (half of
-        max_seq_len if not given); each token is scored once, in the first window that holds it.
+        A text longer than max_seq_len is read in windows; each token is scored once, in the first window that holds it.
+
+        Args:
+            texts: a list of texts.
+            stride: tokens between the beginnings of two windows. Default: half of max_seq_len.
+
+        Raises:
+            ValueError: texts that are not a list of texts, or a stride out of range.
         """
         size = self.model.params.max_seq_len
         stride = max(1, size // 2) if stride is None else stride
@@ -523,8 +663,13 @@ class Llama:
     def embed(self, texts: Sequence[str], *, layer: int = -1, pooling: Literal["mean", "last"] = "mean") -> torch.Tensor:
         """Hidden states of texts, BOS in front, as one vector each: float32 (texts, dim).
 
-        layer: how many blocks to run, 0 for the embeddings alone; -1 is all of them and the last norm. pooling: the
-        mean over a text's tokens, or its last token's.
+        Args:
+            texts: a list of texts.
+            layer: how many blocks to run, 0 for the embeddings alone; -1, the default, is all of them and the last norm.
+            pooling: "mean" over a text's tokens, the default, or "last" for its last token's.
+
+        Raises:
+            ValueError: a text longer than max_seq_len, or another layer or pooling than there is.
         """
         with self._alike("_embed", texts, layer, pooling):
             return self._embed(texts, layer, pooling)

@@ -50,23 +50,32 @@ NAN_COLUMNS = 16
 class ModelArgs:
     """The keys of Meta's params.json, and the two limits that size the cache. Prints Meta's ten fields.
 
-    Some folders give head_dim and ffn_dim; Meta's derive them. None means: derive.
+    Attributes:
+        dim, n_layers, n_heads: width, blocks and query heads.
+        n_kv_heads: key/value heads. Default: as many as n_heads.
+        vocab_size: set by the tokenizer.
+        multiple_of, ffn_dim_multiplier: Meta's rule for the feed-forward width, `feed_forward_width`.
+        norm_eps: added to the mean square in RMSNorm.
+        max_batch_size, max_seq_len: rows and columns of the cache.
+        rope_theta: base of the rotary positions; Code Llama has 1e6.
+        head_dim, ffn_dim: head size and feed-forward width, which some folders give. Default: derived, as Meta's.
+        rope_scaling: how rotary positions are scaled for longer texts. Default: they are not.
     """
 
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: Optional[int] = None  # None: as many as n_heads
-    vocab_size: int = -1  # set by the tokenizer
-    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    n_kv_heads: Optional[int] = None
+    vocab_size: int = -1
+    multiple_of: int = 256
     ffn_dim_multiplier: Optional[float] = None
     norm_eps: float = 1e-5
     max_batch_size: int = 32
     max_seq_len: int = 2048
-    rope_theta: float = field(default=10000.0, repr=False)  # Code Llama: 1e6
-    head_dim: Optional[int] = field(default=None, repr=False)  # None: dim // n_heads
-    ffn_dim: Optional[int] = field(default=None, repr=False)  # None: `feed_forward_width`
-    rope_scaling: Optional[RotaryScaling] = field(default=None, repr=False)  # None: Meta's rotary positions
+    rope_theta: float = field(default=10000.0, repr=False)
+    head_dim: Optional[int] = field(default=None, repr=False)
+    ffn_dim: Optional[int] = field(default=None, repr=False)
+    rope_scaling: Optional[RotaryScaling] = field(default=None, repr=False)
 
     @property
     def kv_heads(self) -> int:
@@ -459,7 +468,7 @@ class Transformer(nn.Module):
         fused = [module for module, _ in self._fusable() if module.fused is not None or module.joined is not None]
         for module in fused:
             module.fused = vars(module)["joined"] = None  # only its parts move
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if fused:
             self.fuse()
         place = self.norm.weight.device
@@ -470,7 +479,7 @@ class Transformer(nn.Module):
         return {**vars(self), "_watch": None, "files": None}  # a copy lies in no file
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._watch = Watch(ORIGINALS)
 
     @property
@@ -547,7 +556,18 @@ class Transformer(nn.Module):
         slots: Optional[torch.Tensor] = None,
         span: Optional[int] = None,
     ) -> torch.Tensor:
-        """Logits of the next tokens: float32 (B, S, vocab_size). `hidden_states` says what the arguments are."""
+        """Logits of the next tokens: float32 (B, S, vocab_size). New keys and values enter the cache.
+
+        Args:
+            tokens: int64 (B, S).
+            start_pos: the position of every row's first new token, as in Meta's release; or int64 (B,), one for each row.
+            slots: int64 (B,), the cache rows of the batch rows. Default: 0 … B-1.
+            span: for a tensor of start_pos, how many cache columns to read, at least its maximum + S. Without it the host
+                waits for that maximum.
+
+        Raises:
+            ValueError: tokens that are no ids, or rows and positions that the cache has no room for.
+        """
         return self.output(self.hidden_states(tokens, start_pos, slots=slots, span=span)).float()
 
     def hidden_states(

@@ -15,16 +15,27 @@ from .system.printable import escaped, shortened
 class Options(TypedDict, total=False):
     """What every completion and stream takes beside Meta's arguments.
 
-    stop: a string or several; the text ends before the first that comes up, also across ids. stop_ids: ids that end a
-    text as EOS does. seed: of one call, or one for each prompt; a prompt with a seed gives the same text whatever else
-    is in the batch and whatever ran before. top_k, min_p, the penalties, logit_bias: see `Sampling`. draft: at
-    temperature 0, verify in one pass several ids that the text itself suggests. If not given, this is done in float32 on a
-    CPU, where it changes no id; True asks for it elsewhere too, where rounding may choose another of equally good ids. With
-    a draft model, its guesses are verified as well; False does without all guesses, and then drawn ids are what they are
-    without a draft model. n: answers to each prompt, which is read once: those of prompt i are the results n * i to
-    n * i + n - 1; the k-th draws with the prompt's seed + k, if it has one. constraint: the form that each answer is to have,
-    {"json_schema": …}, {"json_object": True}, {"regex": …}, {"choice": […]} or {"grammar": …}, see `Constraint`. Where its
-    answer is whole, EOS and stop_ids may come, and only there; max_gen_len and stop strings end it anywhere.
+    Attributes:
+        stop: a text or several; an answer ends before the first that comes up, also across ids. Default: None.
+        stop_ids: ids that end an answer as EOS does. Default: ().
+        seed: one for the call, or a list with one for each prompt. A prompt with a seed gives the same text whatever else
+            runs, but for rounding (see `batch_invariant`). Default: None.
+        top_k: draw one of this many best ids; 0 means all. Default: 0.
+        min_p: draw from ids that are at least this share as probable as the best. Default: 0.0.
+        repetition_penalty: makes ids less probable that the row has already, prompt included; from 1e-10 to 1e10, and 1
+            does nothing. Default: 1.0.
+        presence_penalty: what is subtracted, once, from the logits of ids that were generated. Default: 0.0.
+        frequency_penalty: what is subtracted from the logits of ids for each time that they were generated. Default: 0.0.
+        logit_bias: ids, and what is added to their logits: at most 1e10, and -inf forbids an id. Default: None.
+        draft: at temperature 0, whether to verify in one pass several ids that the text itself suggests. None does so in
+            float32 on a CPU, where it changes no id. True does so everywhere; rounding may then choose another of equally good
+            ids. With a draft model its guesses are verified as well; False does without all guesses, and then drawn ids
+            are what they are without a draft model. Default: None.
+        n: answers to each prompt, which is read once. Those of prompt i are the results n * i to n * i + n - 1; the k-th draws
+            with the prompt's seed + k, if it has one. Default: 1.
+        constraint: the form that each answer is to have: {"json_schema": …}, {"json_object": True}, {"regex": …},
+            {"choice": […]} or {"grammar": …}; see docs/PYTHON.md. If the answer is whole, EOS and stop_ids may come, and
+            only then; max_gen_len and stop texts end it anywhere. Default: None.
     """
 
     stop: Union[str, Sequence[str], None]
@@ -39,6 +50,22 @@ class Options(TypedDict, total=False):
     draft: Optional[bool]
     n: int
     constraint: Optional[Mapping[str, Any]]
+
+
+class TurnOptions(Options, total=False):
+    """What a conversation takes for all its turns, or for one: `Options`, but no n, and arguments of Meta's.
+
+    Attributes:
+        temperature: 0 takes the best id; above it, ids are drawn, the more freely the higher it is. Default: 0.6.
+        top_p: ids are drawn from the fewest best whose mass exceeds this. Default: 0.9.
+        max_gen_len: ids of a reply, at most; None lets it have all the room. Default: None.
+        logprobs: whether chunks have each id's log-probability, or how many of the best ids at each place. Default: False.
+    """
+
+    temperature: float
+    top_p: float
+    max_gen_len: Optional[int]
+    logprobs: Union[bool, int]
 
 
 class Prompts(NamedTuple):

@@ -7,9 +7,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Optional, Protocol, TypedDict, Union
 
+from typing_extensions import Unpack
+
 from .chat import UNSAFE_ERROR, Dialog, DialogError, Message, check_dialog, check_messages, turn_messages
 from .chat_formats import ChatFormat, ending, in_common
 from .completion import Chunk
+from .options import TurnOptions
 from .system.checks import whole_number
 from .system.files import parse_json, read_file, replace_file
 from .system.printable import escaped, json_line, shortened
@@ -62,16 +65,17 @@ class ChatSession:
     >>> for chunk in chat.send("Who wrote Hamlet?"):
     ...     print(chunk["text"], end="", flush=True)
 
-    dialog: what was said before, as `chat_completion` takes it, up to a reply. options: temperature, top_p, max_gen_len and
-    those of `Options`, for every turn; `send` may override them. A reply ends before a tag of the format too, since no
-    message may have one.
+    `Llama.chat` makes one, and describes the arguments; `send` may override options for one turn. A reply ends before a tag of
+    the chat format too, since no message may have one.
 
     The texts in `turns` are what counts: they may be changed, deleted, appended. A turn's ids are made from its texts, and
     kept as long as they say the same. So a reply stays as it was generated, and each turn runs only what is new: the ids of
     the turns before are in the cache, as long as no other prompts needed their place.
     """
 
-    def __init__(self, llama: Talker, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Any) -> None:
+    def __init__(
+        self, llama: Talker, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Unpack[TurnOptions]
+    ) -> None:
         llama.check_options(options)
         self.llama, self.options = llama, options
         self._turns: list[Turn] = []
@@ -148,10 +152,20 @@ class ChatSession:
         """Tokens that are left for the next message and its reply."""
         return self.llama.model.params.max_seq_len - sum(map(len, self._history()))
 
-    def send(self, message: str, **options: Any) -> Iterator[Chunk]:
-        """Say something; the chunks are the reply, as it comes. If you stop iterating early, the part already read is kept.
+    def send(self, message: str, **options: Unpack[TurnOptions]) -> Iterator[Chunk]:
+        """Say something. If you stop iterating early, the part of the reply that was read is kept.
 
-        DialogError for a message with a tag of the format in it; `ContextFull` if there is no room for it.
+        Args:
+            message: the user's text.
+            options: those of this turn; they go before the session's.
+
+        Returns:
+            The reply as it comes, in chunks.
+
+        Raises:
+            DialogError: a message with a tag of the chat format in it.
+            ContextFull: there is no room for the message; `drop` says how many of the oldest turns must go.
+            RuntimeError: while it is read, if another message was sent to this chat meanwhile.
         """
         self._check(message)
         chosen = self._chosen(options)
@@ -161,14 +175,14 @@ class ChatSession:
             self._check_room(history, message, len(prompt))
             return self._reply(history, prompt, [], Turn(user=message, assistant=""), self._end(), chosen)
 
-    def ask(self, message: str, **options: Any) -> str:
+    def ask(self, message: str, **options: Unpack[TurnOptions]) -> str:
         """`send`, and the whole reply at once. Other threads' messages wait for it."""
         with self.llama.lock:
             for _ in self.send(message, **options):
                 pass
             return self.turns[-1]["assistant"]
 
-    def continue_reply(self, **options: Any) -> Iterator[Chunk]:
+    def continue_reply(self, **options: Unpack[TurnOptions]) -> Iterator[Chunk]:
         """Let the last turn's reply go on: one that max_gen_len ended, or whose beginning you have written. The chunks are
         what is new of it, as from `chat_completion(chat.dialog, continue_final_message=True)`."""
         if not self._turns:
@@ -228,7 +242,7 @@ class ChatSession:
                     newest = turn
             yield chunk
 
-    def _chosen(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _chosen(self, options: Mapping[str, Any]) -> dict[str, Any]:
         chosen = {**self.options, **options}
         self.llama.check_options(chosen)
         return ending(self._format, self.llama.tokenizer, chosen, *self._format.tags(self.llama.tokenizer))

@@ -36,16 +36,24 @@ class AddedToken(NamedTuple):
 
 
 class Tokenizer:
-    """A SentencePiece model, and tokens that were added to it. pad_id is -1 for Llama 2: it has no padding piece.
+    """A SentencePiece model, and tokens that were added to it.
 
-    n_words: the ids of its model; `rows` if given, some of which may have no name. named: text -> id of what text never
-    becomes by itself, control pieces and added tokens. nameless: ids that have no text, and are never drawn. stop_ids: those
-    that end an answer; eos_id is one of them. chat_template: the folder's own, in Jinja; boundaries: its bos_token and
-    eos_token, if the folder names them. spaced: which parts of a text get SentencePiece's space in front, where control pieces
-    split it: "all", as SentencePiece does it; "words", those that begin without a space; or only the "first", if it begins
-    without one. transformers knows these three.
+    bos_id, eos_id, pad_id: ids of the control pieces; pad_id is -1 for Llama 2, which has no padding piece. n_words: how many
+    ids there are; `rows` if given, some of which may have no name. named: control pieces and added tokens, text -> id; text
+    never becomes them by itself. nameless: ids that have no text, and are never drawn. stop_ids: ids that end an answer;
+    eos_id is one of them. chat_template: the folder's own, in Jinja; boundaries: its bos_token and eos_token, if the folder
+    names them. spaced: which parts of a text get SentencePiece's space in front if control pieces split it: "all", as
+    SentencePiece does it; "words", those that begin without a space; or only the "first", if it begins without one.
+    transformers knows these three.
 
-    ValueError if `model_path` is missing, or is not a SentencePiece model. proto: its bytes, if they do not lie there.
+    Args:
+        model_path: the file tokenizer.model.
+        added: tokens of a fine-tune. Default: none.
+        rows: rows of the model's embedding, if they are not as many as pieces.
+        proto: the model's bytes, if they do not lie at `model_path`.
+
+    Raises:
+        ValueError: `model_path` is missing, or is not a SentencePiece model.
     """
 
     chat_template: Optional[str] = None
@@ -91,11 +99,20 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer: EOS, and what else the folder names."""
         return self.other_stops | {self.eos_id}
 
     def encode(self, s: str, bos: bool, eos: bool, *, special: bool = False) -> list[int]:
-        """The ids of `s`. Text never becomes a control id: `</s>` in it is read as ordinary characters. special=True: what is
-        in `named` becomes its id."""
+        """The ids of a text. Text never becomes a control id: `</s>` in it is read as ordinary characters.
+
+        Args:
+            s: the text.
+            bos, eos: put the id of the text's begin in front, and that of its end behind.
+            special: control pieces and added tokens in the text, those in `named`, become their ids. Default: False.
+
+        Raises:
+            ValueError: not a str, or characters that UTF-8 cannot encode.
+        """
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {type(s).__name__}")
         ids: list[int] = []
@@ -150,8 +167,12 @@ class Tokenizer:
         yield s[at:], None
 
     def decode(self, t: Union[int, Sequence[int]]) -> str:
-        """The text of one id or of many. SentencePiece's space before a text is dropped; its control ids give no text, added
-        tokens theirs."""
+        """The text of one id or of many. SentencePiece's space before a text is dropped. Control ids give no text, added tokens
+        give theirs.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
         ids = [t] if isinstance(t, int) else [int(i) for i in t]
         for i in ids:
             if not 0 <= i < self.n_words:

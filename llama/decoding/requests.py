@@ -67,12 +67,17 @@ class Request:
 
 @dataclass(slots=True)
 class Step:
-    """What one step decided for the prompt `index`. The last step of each prompt has a finish_reason.
+    """What one step decided for one prompt.
 
-    token is None if the row ends without one: at EOS or another id that is the `end`, which has the log-probability then, or
-    when there was nothing to generate. prompt_logprobs come
-    with a prompt's first step, if asked for: one for each of its ids, 0.0 for the first; so do prompt_alternatives, of which
-    the first id has none.
+    Attributes:
+        index: which prompt of the call.
+        token: the id; None if the row ends without one, at the id `end` or because there was nothing to generate.
+        logprob: its natural log-probability, or that of `end`, if asked for.
+        alternatives: the best ids at this place with their log-probabilities, if asked for.
+        finish_reason: "stop", "length" or "context" in each prompt's last step; otherwise None.
+        prompt_logprobs: in the first step, if asked for, one for each of the prompt's ids, 0.0 for the first.
+        prompt_alternatives: in the first step, if asked for, as `alternatives`; the first id has none.
+        end: EOS, or another id that ended the row.
     """
 
     index: int

@@ -83,7 +83,7 @@ class Quantized(nn.Module):
         probe = fn(torch.empty(0, dtype=torch.bfloat16, device=self.device))
         if not self.packed:
             from_gpu = device_kind(self.device) == "cuda"
-            super()._apply(lambda t: t.to(probe.device), recurse)
+            super()._apply(lambda t: t.to(probe.device), recurse)  # type: ignore[no-untyped-call]
             if from_gpu and device_kind(probe) == "cpu":
                 self.pack(probe.dtype)
             return self
