@@ -8,7 +8,8 @@ HERE = Path(__file__).parent
 
 class SourceDistribution(sdist):
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        super().make_release_tree(base_dir, [*files, "requirements.txt"])  # which this file reads
+        package = [name for name in files if not name.startswith("tests")]  # setuptools adds tests/test*.py by itself
+        super().make_release_tree(base_dir, [*package, "requirements.txt"])  # which this file reads
 
 
 PLOTS = ["ipykernel>=6.29", "matplotlib>=3.8"]
@@ -31,11 +32,30 @@ BENCH = ["llama-cpp-python>=0.3.36", *GGUF, "transformers>=4.56", "matplotlib>=3
 setup(
     cmdclass={"sdist": SourceDistribution},
     name="llama",
-    version="0.1.0",
+    version="0.1.0",  # as in llama/__init__.py
+    author="the authors of this repository",
+    project_urls={
+        "Weights": "https://ai.meta.com/resources/models-and-libraries/llama-downloads/",
+        "Licence of the weights": "https://ai.meta.com/llama/license/",
+    },
+    keywords="llama inference pytorch transformer language-model torchrun quantization openai-api",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Text Processing :: Linguistic",
+        "Typing :: Typed",
+    ],
     description="Llama 2 inference, faithful to Meta's release, on any machine and any number of processes",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),

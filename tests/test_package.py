@@ -92,6 +92,7 @@ def test_distributions_are_whole(tmp_path: Path) -> None:
     subprocess.run([*build, "build_sdist", str(tmp_path)], cwd=source, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
+        assert not any("test" in name for name in tar.getnames())  # setuptools puts tests/test*.py into it by itself
         tar.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     subprocess.run([*build, "build_wheel", str(tmp_path)], cwd=unpacked, check=True)
@@ -103,7 +104,12 @@ def test_distributions_are_whole(tmp_path: Path) -> None:
     assert {"llama/generation.py", "llama/py.typed", "llama/page.html", *demo} <= set(names)
     assert not any(n.startswith(("tests", "benchmarks", "demo")) or n.endswith("train.py") for n in names)
     assert "Requires-Dist: fairscale>=0.4.13" in metadata
-    assert "License-Expression: MIT" in metadata or "License: MIT" in metadata
+    assert "License-Expression: MIT" in metadata
+    assert "License-File: LICENSE" in metadata
+    assert f"Version: {llama.__version__}" in metadata
+    for minor in range(10, 15):
+        assert f"Classifier: Programming Language :: Python :: 3.{minor}" in metadata
+    assert "Author: the authors of this repository" in metadata
 
 
 MAP = re.findall(r"^ {4}([\w/]+)\.py ", ARCHITECTURE, flags=re.MULTILINE)  # modules, the highest floor first
