@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING
 from pathlib import Path
@@ -85,19 +86,25 @@ def fields(name: str, kind: Any) -> str:
     return "\n".join([f"class {name}:", *lines])
 
 
+def wrapped(text: str) -> str:
+    """The text on lines of at most 118 characters."""
+    indent = "  " * text.startswith("- ")
+    return textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def markdown(doc: str) -> Iterator[str]:
     """The paragraphs of a docstring, its sections as lists."""
     for paragraph in doc.split("\n\n"):
         title, _, rest = paragraph.partition("\n")
         if title in ("Args:", "Attributes:", "Raises:"):
             entries = [" ".join(entry.split()) for entry in re.split(r"\n(?= {4}\S)", f"\n{rest}") if entry.strip()]
-            yield f"**{title}**\n\n" + "\n".join(re.sub(r"^([^:]+): ", r"- **\1**: ", entry) for entry in entries)
+            yield f"**{title}**\n\n" + "\n".join(wrapped(re.sub(r"^([^:]+): ", r"- **\1**: ", entry)) for entry in entries)
         elif title == "Returns:":
-            yield f"**Returns:** {' '.join(rest.split())}"
+            yield wrapped(f"**Returns:** {' '.join(rest.split())}")
         elif title.startswith((">>>", "    ")):
             yield f"```py\n{inspect.cleandoc(paragraph)}\n```"
         else:
-            yield " ".join(paragraph.split())
+            yield wrapped(" ".join(paragraph.split()))
 
 
 def entry(depth: int, name: str, thing: Any) -> Iterator[str]:
