@@ -13,7 +13,7 @@ class SourceDistribution(sdist):
 
 
 PLOTS = ["ipykernel>=6.29", "matplotlib>=3.8"]
-TERMINAL = ["prompt_toolkit>=3.0.53"]
+TERMINAL = ["prompt_toolkit>=3.0.53", "rich>=13.7"]
 CHAT = ["jinja2>=3.1"]  # for the chat templates of fine-tunes; torch brings it as well
 TRITON = ["triton>=3.5; platform_system == 'Linux'"]  # comes with torch for CUDA; its interpreter runs kernels on a CPU
 HUB = ["huggingface_hub>=0.26"]

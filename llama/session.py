@@ -5,31 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Optional, Protocol, TypedDict, Union
+from typing import Any, Optional, Protocol, Union
 
 from typing_extensions import Unpack
 
-from .chat import UNSAFE_ERROR, Dialog, DialogError, Message, check_dialog, check_messages, turn_messages
+from .chat import UNSAFE_ERROR, Dialog, DialogError, Message, turn_messages
 from .chat_formats import ChatFormat, ending, in_common
 from .completion import Chunk
 from .options import TurnOptions
+from .saved import Turn as Turn
+from .saved import read_conversation, saved_by, turns_of
 from .system.checks import whole_number
-from .system.files import parse_json, read_file, replace_file
-from .system.printable import escaped, json_line, shortened
+from .system.files import replace_file
+from .system.printable import json_line, shortened
 from .tokenizer import REPLACEMENT, Tokenizer, is_control, user_path
-
-MOST_BYTES = 2**26  # largest session file that is read
-
-
-class _Said(TypedDict):
-    user: str
-    assistant: str
-
-
-class Turn(_Said, total=False):
-    """What the user said and the assistant answered, and the ids that the two are to the model, up to the reply's end."""
-
-    ids: list[int]
 
 
 class Talker(Protocol):
@@ -136,15 +125,8 @@ class ChatSession:
     @dialog.setter
     def dialog(self, dialog: Dialog) -> None:
         """Replace all that was said here, the system message included."""
-        check_messages(dialog)
-        texts = [message["content"] for message in dialog]
-        system = texts.pop(0) if dialog and dialog[0]["role"] == "system" else None
-        if texts and dialog[-1]["role"] == "user":
-            raise DialogError("what was said before ends with a reply; leave the last message out, and send() it")
-        if texts:
-            check_dialog(dialog, begun=True)
+        system, turns = turns_of(dialog)
         self._check("" if system is None else system)
-        turns = [Turn(user=user, assistant=assistant) for user, assistant in zip(texts[0::2], texts[1::2])]
         self.turns, self._system = turns, system
 
     @property
@@ -275,25 +257,17 @@ class ChatSession:
         replace_file(user_path(path), json_line({"system": self.system, "turns": turns}).encode())
 
     def load(self, path: Union[str, Path]) -> None:
-        """Read what `save` wrote, in place of what was said here. ValueError if it is something else.
+        """Read what `save` wrote, or a list of messages, in place of what was said here. ValueError if it is something else.
 
         A turn may have no `ids`: they are made from its texts. If it has, they must say the same.
         """
         source = user_path(path)
-        try:
-            data = read_file(source, MOST_BYTES, "a session has some thousands")
-        except ValueError as error:
-            raise ValueError(f"no saved session at {source}: {error}") from error
-        try:
-            state = parse_json(data)
-            if not isinstance(state["turns"], list):
-                raise TypeError("turns must be a list")
-            loaded = ChatSession(self.llama, state["system"])
-            loaded.turns = state["turns"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{source} is not a saved session; `save` writes one ({escaped(str(error))})") from error
-        for stored, (turn, first), ids in zip(state["turns"], loaded._placed(), loaded._history()):
-            if "ids" in stored and not (stored["ids"] == ids and loaded._is_exact(ids, turn, first)):
+        system, stored = read_conversation(source)
+        with saved_by(source):
+            loaded = ChatSession(self.llama, system)
+            loaded.turns = stored
+        for given, (turn, first), ids in zip(stored, loaded._placed(), loaded._history()):
+            if "ids" in given and not (given["ids"] == ids and loaded._is_exact(ids, turn, first)):
                 raise ValueError(
                     f"{source} has ids that do not say what their texts say: it was saved with another tokenizer, or changed; "
                     "take the ids out, and they are made from the texts"

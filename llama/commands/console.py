@@ -10,22 +10,20 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union, cast
+from typing import Any, Optional, TypeVar, Union, cast
 
 from ..system.files import read_file, user_path
 from ..system.launch import Launch, is_first_process
 from ..system.pipes import reader_may_leave
 from ..system.printable import escaped, harmless, json_line, printable, shortened
 
-if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
-
 T = TypeVar("T")
-# Gives the next line, None at the end. Its argument says what to show below the line while it is typed.
-Read = Callable[[Callable[[], str]], Optional[str]]
+# Gives the next line, None at the end. The first argument says what to show below the line while it is typed; a second one is
+# a text to change: None if it is to stay.
+Read = Callable[..., Optional[str]]
 
 
 def say(text: str) -> None:
@@ -84,77 +82,11 @@ def on_first(work: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def typed_lines(commands: Sequence[str]) -> Read:
-    """Read messages at the terminal, with a history that outlives the program."""
-    try:
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import WordCompleter
-        from prompt_toolkit.history import FileHistory, InMemoryHistory
-    except ImportError as error:
-        raise ValueError(
-            'a chat at the terminal needs prompt_toolkit; pip install "prompt_toolkit>=3.0.53", or send messages by a pipe'
-        ) from error
-    path = history_file()
-    prompt: PromptSession[str] = PromptSession(
-        history=FileHistory(str(path)) if path else InMemoryHistory(),
-        completer=WordCompleter(commands, sentence=True),
-        complete_while_typing=False,
-        multiline=True,
-        key_bindings=_keys(),
-        prompt_continuation="… ",
-    )
-
-    def read(below: Callable[[], str]) -> Optional[str]:
-        while True:
-            try:
-                return prompt.prompt("> ", bottom_toolbar=f" {below()}")
-            except KeyboardInterrupt:  # begin a new line, as a shell does
-                continue
-            except EOFError:
-                return None
-
-    return read
-
-
-def _keys() -> Any:
-    """Enter sends, unless the line ends with a backslash; Esc Enter begins a line. (prompt_toolkit does the reverse.)"""
-    from prompt_toolkit.key_binding import KeyBindings
-
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def send(event: Any) -> None:
-        buffer = event.current_buffer
-        if buffer.document.text_before_cursor.endswith("\\"):
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def new_line(event: Any) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys
-
-
-def history_file() -> Optional[Path]:
-    """The file of what was typed, which only this user may read; None if there is no place for it."""
-    state = {"darwin": "Library/Application Support", "win32": "AppData/Local"}.get(sys.platform, ".local/state")
-    try:
-        path = Path.home() / state / "llama" / "history"
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.open("ab").close()
-    except (OSError, RuntimeError):
-        return None
-    return path
-
-
 def piped_lines() -> Read:
     """Read messages from stdin; a backslash at the end of a line joins it to the next."""
     lines = _decoded(sys.stdin.buffer)
 
-    def read(_: Callable[[], str]) -> Optional[str]:
+    def read(*_: object) -> Optional[str]:
         message = next(lines, None)
         while message is not None and message.endswith("\\"):
             message = message[:-1] + "\n" + next(lines, "")

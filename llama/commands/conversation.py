@@ -6,18 +6,25 @@ import re
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, Optional, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, cast
 
 from ..completion import Chunk
 from ..options import DEFAULTS, SETTABLE
+from ..saved import write_messages
 from ..session import ContextFull
 from ..system.files import user_path
 from ..system.launch import is_first_process
-from ..system.printable import counted
+from ..system.printable import clipped, counted
 from .console import Read, complain, note, number, on_first, say, texts
+from .keyboard import keys_wait
 
+if TYPE_CHECKING:
+    from .screen import Screen
+
+SHORT = {"?": "help"}
 SETTINGS = {name: DEFAULTS[name] for name in SETTABLE}  # what /set knows, with the values that `/set NAME none` gives
 
 
@@ -29,32 +36,40 @@ class Conversation:
 
     def __init__(self, session: Any) -> None:
         self.session = session
+        self.forks, self.fork = {"main": session}, "main"  # by name, and where we are
+        self.read: Optional[Read] = None
+        self.plain = False
         self.refused: Optional[str] = None  # the message that did not fit; /drop makes room for it
         self.last: Optional[str] = None  # what /stats says about the last reply
 
     def run(self, read: Optional[Read]) -> None:
         """Obey lines until they end. read: None on processes other than the first."""
+        self.read = read
         interactive = on_first(lambda: sys.stdin.isatty())
         if interactive:
             note("Type a message. /help lists the commands; Ctrl-C stops a reply; Ctrl-D ends.")
-        while (line := on_first(lambda: read(lambda: self.context) if read else None)) is not None:
-            try:
-                if line.strip():
-                    self.obey(line)
-            except (ValueError, OSError) as error:
-                complain(str(error))
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise SystemExit(130) from None
+        with keys_wait():
+            while (line := on_first(lambda: read(self._below) if read else None)) is not None:
+                try:
+                    if line.strip():
+                        self.obey(line)
+                except (ValueError, OSError) as error:
+                    complain(str(error))
+                except EOFError:
+                    return
+                except KeyboardInterrupt:
+                    if not interactive:
+                        raise SystemExit(130) from None
+
+    def _below(self) -> str:
+        return self.context + f", fork {self.fork}" * (len(self.forks) > 1)
 
     def obey(self, line: str) -> None:
         """Run a command, or answer a message."""
         if not line.startswith("/"):
             return self.reply(line)
         name, argument = re.findall(r"(?s)/(\S*)\s*(.*)", line)[0]
-        command = getattr(self, f"do_{name}", None)
+        command = getattr(self, f"do_{SHORT.get(name, name)}", None)
         if command is None:
             raise ValueError(f"unknown command /{name}; /help lists them. A message that begins with / needs a space before it")
         return command(argument.strip())
@@ -76,16 +91,18 @@ class Conversation:
         """Print a reply as it comes, without the spaces before it. goes_on: it is more of an earlier reply."""
         # A generator keeps the turn when it is closed, also if it is left early.
         chunks = cast("Generator[Chunk, None, None]", reply)
+        shown, screen = goes_on, self._screen()
+        if screen and goes_on:
+            screen.resume(self.session.turns[-1]["assistant"])
         count, waited, reason, began = 0, 0.0, None, time.perf_counter()
-        shown = goes_on
         try:
-            with closing(chunks):
+            with closing(chunks), screen or nullcontext(say) as write:
                 for chunk in chunks:
                     waited = waited or time.perf_counter() - began
                     count, reason = count + len(chunk["tokens"]), chunk["finish_reason"]
                     text = chunk["text"] if shown else chunk["text"].lstrip()
                     shown = shown or bool(text)
-                    say(text)
+                    write(text)
         except KeyboardInterrupt:
             say("\n")
             note("stopped; the reply is kept as far as it came" if waited else "stopped before the reply began")
@@ -94,13 +111,25 @@ class Conversation:
             say("\n" if shown else "")
             raise
         finally:
-            rest = time.perf_counter() - began - waited
-            self.last = f"{count} tokens, {(count - 1) / rest if count > 1 else 0:.1f} a second; the first after {waited:.3f} s"
+            seconds = time.perf_counter() - began
+            rate = (count - 1) / (seconds - waited) if count > 1 else 0
+            self.last = f"{count} tokens, {rate:.1f} a second; the first after {waited:.3f} s"
         say("\n")
+        if sys.stdout.isatty():
+            told = f"{counted(count, 'token')}, {rate:.1f} tok/s, " * (count > 0)  # a server may not count
+            note(f"{told}{seconds:.1f} s, context {self.context}")
         if reason == "context":
             note(f"the context is full ({self.limit} tokens): /drop forgets the oldest turn, /clear all of them")
         elif reason == "length":
             note(f"stopped at max_gen_len={self.session.options['max_gen_len']}")
+
+    def _screen(self) -> Optional[Screen]:
+        """What draws Markdown; None where replies are to be plain."""
+        if self.plain or not sys.stdout.isatty() or find_spec("rich") is None:
+            return None
+        from .screen import Screen
+
+        return Screen.at_terminal()
 
     @property
     def limit(self) -> int:
@@ -114,7 +143,7 @@ class Conversation:
         return f"{used} of {self.limit} tokens ({used / self.limit:.0%})"
 
     def do_help(self, _: str) -> None:
-        """/help  this list"""
+        """/help, /?  this list"""
         note("\n".join(command.__doc__ or "" for name, command in vars(Conversation).items() if name.startswith("do_")))
         note(
             "Esc Enter, or a \\ at its end, begins a new line of the message; the arrow keys bring back earlier ones.\n"
@@ -136,15 +165,56 @@ class Conversation:
 
     def do_retry(self, _: str) -> None:
         """/retry  ask for another reply to the last message"""
-        turn = self.session.undo()
-        if turn is None:
+        if not self.session.turns:
             raise ValueError("nothing was said that could be tried again")
-        left = len(self.session.turns)
+        self._ask_again(1, self.session.turns[-1]["user"])
+
+    def do_edit(self, text: str) -> None:
+        """/edit [N]  change your last message (2: the one before it, …), forget what came after it, and ask again"""
+        count, said = _count("edit", text, "which message to change, from the end: 1 is the last"), len(self.session.turns)
+        if count > said:
+            raise ValueError(f"there are {counted(said, 'message')} of yours to change" if said else "nothing was said yet")
+        before = self.session.turns[-count]["user"]
+        read = self.read
+        message = on_first(lambda: read(lambda: "Enter sends it, Ctrl-C leaves it as it was", before) if read else None)
+        if message and message.strip():
+            self._ask_again(count, message)
+        else:
+            note("it stays as it was")
+
+    def _ask_again(self, count: int, message: str) -> None:
+        """Say something in place of the last turns. They come back if no reply comes, unless /drop is to make room for it."""
+        turns = list(self.session.turns)
+        self.session.turns = turns[:-count]
         try:
-            self.reply(turn["user"])
+            self.reply(message)
         finally:
-            if len(self.session.turns) == left:  # no other reply has come
-                self.session.turns.append(turn)
+            if len(self.session.turns) == len(turns) - count and self.refused is None:
+                self.session.turns = turns
+
+    def do_fork(self, name: str) -> None:
+        """/fork [NAME]  go on with a copy of the conversation; this one stays as it is, and /switch goes back to it"""
+        name, before = name or next(n for n in map(str, range(2, 2 + len(self.forks))) if n not in self.forks), self.fork
+        if name in self.forks:
+            raise ValueError(f"there is a fork {name} already; /switch {name} goes there")
+        self.forks[name] = self.session.fork()
+        self._go_to(name)
+        note(f"this is {name} now; /switch {before} goes back to where it came from")
+
+    def do_switch(self, name: str) -> None:
+        """/switch [NAME]  show the forks, or go to another one"""
+        if name:
+            if name not in self.forks:
+                raise ValueError(f"there is no fork {name}; there are {', '.join(self.forks)}")
+            self._go_to(name)
+        lines = []
+        for known, session in self.forks.items():
+            last = f": {clipped(' '.join(session.turns[-1]['user'].split()), 60)}" if session.turns else ""
+            lines.append(f"{'>' if known == self.fork else ' '} {known}  {counted(len(session.turns), 'turn')}{last}")
+        note("\n".join(lines))
+
+    def _go_to(self, fork: str) -> None:
+        self.session, self.fork, self.refused = self.forks[fork], fork, None
 
     def do_continue(self, beginning: str) -> None:
         """/continue [BEGINNING]  let the last reply go on, or replace it by BEGINNING and let that go on"""
@@ -160,10 +230,8 @@ class Conversation:
 
     def do_drop(self, text: str) -> None:
         """/drop [N]  forget the N oldest turns, or as many as the message needs that did not fit; then send it again"""
-        if text and not (text.isdecimal() and int(text)):
-            raise ValueError(f"/drop {text}: it takes how many turns to forget, 1 or more")
+        count = _count("drop", text, "how many turns to forget, 1 or more")
         message, self.refused = self.refused, None
-        count = int(text or 1)
         if message is not None and not text:
             count = self._needed(message)
         before = len(self.session.turns)
@@ -180,13 +248,15 @@ class Conversation:
         return 0
 
     def do_save(self, text: str) -> None:
-        """/save FILE  write the conversation as JSON"""
+        """/save FILE  write the conversation as JSON: a list of messages, as OpenAI's API and chat templates take it"""
         path = _path(text)
-        on_first(lambda: self.session.save(path))
+        if not self.session.dialog:
+            raise ValueError("nothing was said yet")
+        on_first(lambda: write_messages(path, self.session.dialog))
         note(f"{path} is written: {self._turns()}")
 
     def do_load(self, text: str) -> None:
-        """/load FILE  go on with a saved conversation in place of this one"""
+        """/load FILE  go on with a conversation of such a file in place of this one"""
         path = _path(text)
 
         def read() -> tuple[Any, Any]:
@@ -202,6 +272,13 @@ class Conversation:
 
     def _turns(self) -> str:
         return counted(len(self.session.turns), "turn")
+
+    def do_plain(self, _: str) -> None:
+        """/plain  show replies as they were written, the last one too; again: with their Markdown in color"""
+        self.plain = not self.plain
+        note("replies are shown " + ("as they were written" if self.plain else "with their Markdown in color"))
+        if self.plain and self.session.turns:
+            say(self.session.turns[-1]["assistant"] + "\n")
 
     def do_stats(self, _: str) -> None:
         """/stats  speed of the last reply, and how much of the context is used"""
@@ -236,6 +313,13 @@ def _setting(name: str, value: str) -> Any:
         return number(value)
     except ValueError as error:
         raise ValueError(f"{name} is a number, not {value}") from error
+
+
+def _count(command: str, text: str, told: str) -> int:
+    """A number from 1, which is what an empty text stands for."""
+    if text and not (text.isdecimal() and int(text)):
+        raise ValueError(f"/{command} {text}: it takes {told}")
+    return int(text or 1)
 
 
 def _path(text: str) -> Path:

@@ -10,10 +10,9 @@ from typing import Any, Optional, cast
 
 from ..chat import Dialog, Message
 from ..completion import Chunk
-from ..session import MOST_BYTES, Turn
-from ..system.files import parse_json, read_file, replace_file
+from ..saved import Turn, read_conversation
 from ..system.launch import Launch, api_key
-from ..system.printable import counted, escaped, json_line
+from ..system.printable import counted, escaped
 from .arguments import MODEL, Option
 from .client import Server, number_of
 from .console import Read, note, pipe_may_close, say
@@ -75,22 +74,16 @@ class RemoteChat:
         """Forget all turns; the system message stays."""
         self.turns = []
 
-    def save(self, path: Path) -> None:
-        """Write the conversation as `ChatSession.save` does."""
-        replace_file(path, json_line({"system": self.system, "turns": self.turns}).encode())
+    def fork(self) -> RemoteChat:
+        """Another conversation with the same past and options, to go on from here in two ways."""
+        other = RemoteChat(self.llama, self.system, **self.options)
+        other.turns = [Turn(user=turn["user"], assistant=turn["assistant"]) for turn in self.turns]
+        return other
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote, here or in a `ChatSession`."""
-        try:
-            state = parse_json(read_file(path, MOST_BYTES, "a session has some thousands"))
-            system, turns = state["system"], [Turn(user=t["user"], assistant=t["assistant"]) for t in state["turns"]]
-            if not all(isinstance(text, str) for turn in turns for text in turn.values()) or not isinstance(
-                system, (str, type(None))
-            ):
-                raise TypeError("what was said must be texts")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a saved session; `save` writes one ({escaped(str(error))})") from error
-        self.system, self.turns = system, turns
+        """Read a conversation, as a `ChatSession` does."""
+        self.system, turns = read_conversation(path)
+        self.turns = [Turn(user=turn["user"], assistant=turn["assistant"]) for turn in turns]
 
 
 class RemoteConversation(Conversation):

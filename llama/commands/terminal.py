@@ -15,8 +15,9 @@ from ..tokenizer_files import open_tokenizer
 from ..weights.places import DEMO
 from . import conversation, jobs, remote
 from .arguments import ANSWERS, FORM, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
-from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say, typed_lines
+from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say
 from .fetching import agreed_folder
+from .keyboard import typed_lines
 
 
 def chat(args: Namespace) -> None:
