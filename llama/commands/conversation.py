@@ -87,13 +87,14 @@ class Conversation:
         self.refused = None
         self.show(chunks)
 
-    def show(self, reply: Iterator[Chunk], goes_on: bool = False) -> None:
-        """Print a reply as it comes, without the spaces before it. goes_on: it is more of an earlier reply."""
+    def show(self, reply: Iterator[Chunk], begun: Optional[str] = None) -> None:
+        """Print a reply as it comes, without the spaces before it. begun: it goes on from this text, or from the last reply if
+        this is empty; a terminal shows the block again that grows."""
         # A generator keeps the turn when it is closed, also if it is left early.
         chunks = cast("Generator[Chunk, None, None]", reply)
-        shown, screen = goes_on, self._screen()
-        if screen and goes_on:
-            screen.resume(self.session.turns[-1]["assistant"])
+        shown, screen = begun is not None, self._screen()
+        if screen and shown:
+            screen.write(begun or screen.last_block(self.session.turns[-1]["assistant"]))
         count, waited, reason, began = 0, 0.0, None, time.perf_counter()
         try:
             with closing(chunks), screen or nullcontext(say) as write:
@@ -220,7 +221,7 @@ class Conversation:
         """/continue [BEGINNING]  let the last reply go on, or replace it by BEGINNING and let that go on"""
         if beginning and self.session.turns:
             self.session.turns = [*self.session.turns[:-1], {**self.session.turns[-1], "assistant": beginning}]
-        self.show(self.session.continue_reply(), goes_on=True)
+        self.show(self.session.continue_reply(), beginning)
 
     def do_clear(self, _: str) -> None:
         """/clear  forget all turns; the system message stays"""

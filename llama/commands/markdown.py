@@ -114,7 +114,7 @@ def _table(lines: list[str], console: Console) -> list[Text]:
     rows = [_cells(line) for line in lines]
     head, dividers, *body = rows
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
-    for name, divider, _ in zip_longest(head, dividers, max(rows, key=lambda row: len(row)), fillvalue=""):
+    for name, divider, _ in zip_longest(head, dividers, range(max(map(len, rows))), fillvalue=""):
         right, middle = divider.endswith(":"), divider.startswith(":")
         table.add_column(spans(name), justify="center" if right and middle else "right" if right else "left", overflow="fold")
     for row in body:

@@ -40,9 +40,10 @@ class Screen:
         able = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
         return cls(console) if able and not console.options.ascii_only and not console.legacy_windows else None
 
-    def resume(self, text: str) -> None:
-        """Show the last block of a text again, which now goes on."""
-        self._source = blocks(harmless(text))[-1]
+    @staticmethod
+    def last_block(text: str) -> str:
+        """The end of a text, which may still grow."""
+        return blocks(harmless(text))[-1]
 
     def __enter__(self) -> Callable[[str], None]:
         return self.write
