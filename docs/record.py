@@ -91,7 +91,8 @@ def picture(screen: pyte.Screen, since: list[float]) -> Iterator[str]:
     yield f"<style>text{{font-size:{SIZE}px;white-space:pre;font-family:{FONTS}}}"
     yield "@media (prefers-reduced-motion:no-preference){g{animation:a .2s both}}@keyframes a{from{opacity:0}}</style>"
     yield f'<rect width="100%" height="100%" rx="8" fill="{PAPER}"/>'
-    yield from (f'<circle cx="{20 + 18 * i}" cy="18" r="5.5" fill="{COLORS[c]}"/>' for i, c in enumerate(("red", "brown", "green")))
+    for x, color in ((20, "red"), (38, "brown"), (56, "green")):
+        yield f'<circle cx="{x}" cy="18" r="5.5" fill="{COLORS[color]}"/>'
     for y in range(LINES):
         row = [screen.buffer[y][x] for x in range(COLUMNS)]
         if runs := list(_runs(row)):

@@ -73,7 +73,13 @@ def test_it_is_kept_and_read_again(
     """Also what a `ChatSession` saved, whose turns have ids."""
     path = tmp_path / "talk.json"
     chat(server, monkeypatch, "/system Be kind", "Hi", f"/save {path}")
-    assert json.loads(path.read_text()) == {"system": "Be kind", "turns": [{"user": "Hi", "assistant": "Hello."}]}
+    assert json.loads(path.read_text()) == [
+        {"role": "system", "content": "Be kind"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+    ]
+    chat(server, monkeypatch, f"/load {path}", "Why?")
+    assert [message["role"] for message in server.last["messages"]] == ["system", "user", "assistant", "user"]
     turns = [{"user": "a", "assistant": "b", "ids": [1]}, {"user": "c", "assistant": "d"}]
     path.write_text(json.dumps({"system": None, "turns": turns}))
     bad = {"deep": "[" * 9000, "list": "[]", "number": '{"system": 1, "turns": []}', "turn": '{"system": "", "turns": [1]}'}
@@ -81,11 +87,12 @@ def test_it_is_kept_and_read_again(
         (tmp_path / name).write_text(text)
     loads = [f"/load {tmp_path / name}" for name in (*bad, "nothing")]
     chat(server, monkeypatch, f"/load {path}", "/drop", *loads, "e", "/clear", "f")
-    assert [len(body["messages"]) for _, body in server.asked if body][1:] == [3, 1]
+    assert [len(body["messages"]) for _, body in server.asked if body][2:] == [3, 1]
     err = capsys.readouterr().err
     assert "is read: 2 turns" in err
     assert "forgot 1 of 2 turns" in err
-    assert err.count("is not a saved session") == 5
+    assert err.count("is not a saved session") == 4
+    assert "no saved session at" in err
 
 
 def test_ctrl_c_stops_the_answer(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

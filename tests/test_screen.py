@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
+import signal
 import sys
+import termios
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from openai_server import OpenAI
+from terminals import Terminal
 
 pytest.importorskip("rich")
 
@@ -224,3 +232,75 @@ def test_drawing_does_not_hold_up_the_model(monkeypatch: pytest.MonkeyPatch) -> 
             write(letter)
         assert out.getvalue() == "a"
     assert out.getvalue().endswith("a \x1b[1mb\x1b[0m c")
+
+
+# At a terminal
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAI]:
+    server = OpenAI()
+    yield server
+    server.close()
+
+
+def shows_keys(terminal: Terminal) -> bool:
+    return bool(termios.tcgetattr(terminal.master)[3] & termios.ECHO)
+
+
+def test_a_chat_at_a_terminal(server: OpenAI, tmp_path: Path) -> None:
+    pytest.importorskip("prompt_toolkit")
+    typed = threading.Event()
+    server.answers = [["The **quick** brown fox jumps ov", typed, "er the lazy dog.\n- `", "ls`"], ["Yes."], ["No."]]
+    with Terminal(["chat", "--url", server.address], tmp_path, 24, 40) as it:
+        it.wait_for("/help lists")
+        assert "Type a message. /help lists the commands;\n" not in it.raw.decode()  # wrapped at words
+        it.wait_for(">")
+        it.type("Hi\r")
+        it.wait_for("ov")
+        assert not shows_keys(it)
+        it.type("Is it\x08\x08so?\r")  # a whole message, with its corrections
+        typed.set()
+        reply = it.wait_for("tok/s")
+        assert "so?" not in reply
+        it.wait_for("Yes.\n")
+        assert "fox jumps over the lazy \ndog.\n• ls\n" in reply
+        assert b"The \x1b[1mquick\x1b[0m brown" in it.raw
+        assert b"\x1b[1;36mls\x1b[0m" in it.raw
+        assert [message["content"] for message in server.last["messages"]][::2] == ["Hi", "Is so?"]
+        it.wait_for(">")
+        it.type("/edit\r")
+        it.wait_for("Is so?")
+        it.type(" Or not?\r")
+        it.wait_for("No.\n")
+        assert server.last["messages"][2]["content"] == "Is so? Or not?"
+        it.wait_for(">")
+        it.type("/edit\r")
+        it.wait_for("Or not?")
+        it.type("\x03")
+        it.wait_for("it stays as it was")
+        it.wait_for(">")
+        it.type("thrown away\x03")
+        it.wait_for(">")
+        it.type("\x03")
+        it.wait_for("Ctrl-C again or /quit leaves")
+        it.wait_for(">")
+        it.type("\x03")
+        assert it.end() == 0
+        assert shows_keys(it)
+
+
+def test_ctrl_c_gives_the_keys_back(server: OpenAI, tmp_path: Path) -> None:
+    """Also where it comes as a signal, and where the chat ends by an error."""
+    pytest.importorskip("prompt_toolkit")
+    server.answers = [["One, ", threading.Event()]]
+    with Terminal(["chat", "--url", server.address], tmp_path, TERM="dumb") as it:
+        it.wait_for(">")
+        it.type("**Count**\r")
+        it.wait_for("One, ")
+        os.kill(it.program.pid, signal.SIGINT)
+        it.wait_for("stopped; the reply is kept as far as it came")
+        it.wait_for(">")
+        it.type("/quit\r")
+        assert it.end() == 0
+        assert shows_keys(it)

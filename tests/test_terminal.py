@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import select
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,23 +15,13 @@ from typing import Any
 import pytest
 from conftest import ROOT, shared
 from helpers import TORCHRUN, command, environment
+from terminals import PROGRAM, Terminal
 from workers import Pool
 
 from llama import Llama
 from llama.chat import UNSAFE_ERROR
-from llama.commands import console, jobs
+from llama.commands import console, jobs, keyboard
 from llama.commands.conversation import COMMANDS, Conversation
-
-PROGRAM = "from llama.commands import cli\ncli.main()\n"
-# The pseudo-terminal becomes the one that Ctrl-C of this process comes from, 40 lines of 100 characters.
-AT_A_TERMINAL = (
-    """
-import fcntl, struct, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-"""
-    + PROGRAM
-)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +32,7 @@ def llama() -> Llama:
 def talk(llama: Llama, *lines: str, **options: Any) -> Conversation:
     conversation = Conversation(llama.chat(**{"temperature": 0, "max_gen_len": 8, **options}))
     waiting = iter(lines)
-    conversation.run(lambda _: next(waiting, None))
+    conversation.run(lambda *_: next(waiting, None))
     return conversation
 
 
@@ -57,9 +44,10 @@ def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 
 def test_replies_are_all_that_stdout_has(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
-    conversation = talk(llama, "Who are you?", "", "/stats", "/help")
+    conversation = talk(llama, "Who are you?", "", "/stats", "/?", "/plain")
     out, err = capsys.readouterr()
-    assert out == conversation.session.turns[0]["assistant"] + "\n"
+    assert out == 2 * (conversation.session.turns[0]["assistant"] + "\n")  # once more by /plain
+    assert "tok/s" not in err
     assert "stopped at max_gen_len=8\n" in err
     assert re.search(r"last reply  8 tokens, [\d.]+ a second; the first after [\d.]+ s", err)
     used = sum(len(turn["ids"]) for turn in conversation.session.turns)
@@ -113,7 +101,7 @@ def test_save_and_load(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixtu
     path = tmp_path / "a talk.json"
     before = talk(llama, "/system Be kind", "Hi", "Why?", f"/save {path}")
     after = talk(llama, "Something else", f"/load {path}", f"/save {tmp_path}/no/such", "/load nowhere", "/save")
-    assert after.session.turns == before.session.turns
+    assert after.session.dialog == before.session.dialog == json.loads(path.read_text())
     assert len(after.session.turns) == 2
     assert after.session.system == "Be kind"
     err = capsys.readouterr().err
@@ -121,6 +109,66 @@ def test_save_and_load(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "No such file" in err
     assert "no saved session at nowhere" in err
     assert "it needs the name of a file" in err
+
+
+def test_edit(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a pipe the next line is the new text; what came after the message is forgotten."""
+    conversation = talk(
+        llama, "/edit", "one", "two", "three", "/edit 2", "another", "/edit 9", "/edit x", "/edit", " ", "/edit"
+    )
+    assert [turn["user"] for turn in conversation.session.turns] == ["one", "another"]
+    err = capsys.readouterr().err
+    assert "nothing was said yet" in err
+    assert "there are 2 messages of yours to change" in err
+    assert "/edit x: it takes which message to change, from the end: 1 is the last" in err
+    assert err.count("it stays as it was") == 2
+
+
+def test_an_edit_without_a_reply_loses_nothing(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    """But /drop makes room for a message that is too long for the turns before it."""
+    story = "the little dog ran " * 20
+    conversation = talk(llama, story, story, "Why?", "/edit 2", "a [INST] b", "/edit", "x " * 600, max_gen_len=1)
+    assert [turn["user"] for turn in conversation.session.turns] == [story, story, "Why?"]
+    lines = iter(["/edit", story * 5, "/drop"])
+    conversation.run(lambda *_: next(lines, None))
+    assert conversation.session.turns[-1]["user"] == story * 5
+    assert "Why?" not in [turn["user"] for turn in conversation.session.turns]
+    assert "/drop sends the message again" in capsys.readouterr().err
+
+
+def test_forks(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk(
+        llama, "one", "/fork", "two", "/set seed 7", "/fork a name", "/undo", "/switch main", "three", "/switch", "/fork main",
+        "/switch nowhere", "/fork", "/switch", max_gen_len=2,
+    )  # fmt: skip
+    assert {name: [turn["user"] for turn in fork.turns] for name, fork in conversation.forks.items()} == {
+        "main": ["one", "three"], "2": ["one", "two"], "a name": ["one"], "3": ["one", "three"],
+    }  # fmt: skip
+    assert [fork.options.get("seed") for fork in conversation.forks.values()] == [None, 7, 7, None]
+    assert conversation.session is conversation.forks["3"]
+    err = capsys.readouterr().err
+    assert "this is 2 now; /switch main goes back to where it came from\n" in err
+    assert "> main  2 turns: three\n  2  2 turns: two\n  a name  1 turn: one\n" in err
+    assert "there is a fork main already" in err
+    assert "there is no fork nowhere; there are main, 2, a name\n" in err
+
+
+def test_a_saved_talk_is_what_other_tools_read(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, line = tmp_path / "talk.json", tmp_path / "line.jsonl"
+    before = talk(llama, "/save x", "/system Be kind", 'Say "\x9b"\n🌍', f"/save {path}").session.dialog
+    assert "nothing was said yet" in capsys.readouterr().err
+    messages = json.loads(path.read_text())
+    assert messages == before
+    assert path.read_text().count("\n") == 5  # a message is a line
+    line.write_text(json.dumps({"messages": messages[:-1]}))
+    assert jobs.read_jobs(line, {}, 1)[0].prompt == messages[:-1]
+    for text in (json.dumps({"messages": messages, "model": "x"}), json.dumps(messages, indent=4)):
+        path.write_text(text)
+        assert talk(llama, "gone", f"/load {path}", max_gen_len=1).session.dialog == messages
+    for bad in ("[]", json.dumps(messages[:-1]), '[{"role": "user"}]', '{"messages": 5}', '[{"role": "tool", "content": ""}]'):
+        path.write_text(bad)
+        assert talk(llama, f"/load {path}").session.turns == []
+    assert capsys.readouterr().err.count("is not a saved session") == 5
 
 
 def test_what_it_does_not_know(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,50 +256,6 @@ def test_ctrl_c_in_a_pipe_ends_it(llama: Llama, monkeypatch: pytest.MonkeyPatch)
 # The chat at a terminal and in a pipe
 
 
-class Terminal:
-    """A program at a pseudo-terminal: what it shows, less colors and movements."""
-
-    def __init__(self, arguments: list[str], home: Path) -> None:
-        pty = pytest.importorskip("pty")
-        self.master, slave = pty.openpty()
-        self.program = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", AT_A_TERMINAL, *arguments], stdin=slave, stdout=slave, stderr=slave,
-            start_new_session=True,
-            env={**environment(), "HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
-        )  # fmt: skip
-        os.close(slave)
-        self.raw, self.seen = b"", 0
-
-    def type(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
-
-    def wait_for(self, text: str, seconds: float = 20) -> str:
-        """What was shown since the last wait, up to `text`."""
-        deadline = time.monotonic() + seconds
-        while True:
-            shown = re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|[()].|[=>78])|[\r\x07]", "", self.raw.decode(errors="replace"))
-            if (at := shown.find(text, self.seen)) >= 0:
-                since, self.seen = shown[self.seen : at], at + len(text)
-                return since
-            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come; after {shown[: self.seen][-200:]!r} came {shown[self.seen :]!r}"
-            try:
-                self.raw += os.read(self.master, 65536)
-            except OSError as error:  # it has ended
-                raise AssertionError(f"{text!r} did not come; {shown[self.seen :]!r} did") from error
-
-    def end(self) -> int:
-        return self.program.wait(30)
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.program.kill()
-        self.program.wait()
-        os.close(self.master)
-
-
 def converse(screen: Terminal, text: str, folder: Path) -> None:
     screen.wait_for("/help lists the commands")
 
@@ -281,18 +285,18 @@ def converse(screen: Terminal, text: str, folder: Path) -> None:
 
 def test_at_a_terminal(tiny: Path, tokenizer_path: str, tmp_path: Path) -> None:
     pytest.importorskip("prompt_toolkit")
-    [reply] = Llama.build(str(tiny), tokenizer_path, device="cpu").chat_completion(
+    [predicted] = Llama.build(str(tiny), tokenizer_path, device="cpu").chat_completion(
         [[{"role": "user", "content": "the river"}]], temperature=0, max_gen_len=200
     )
-    text = reply["generation"]["content"].lstrip()
-    assert reply["finish_reason"] == "length"  # it goes on for long enough to be stopped
+    text = predicted["generation"]["content"].lstrip()
+    assert predicted["finish_reason"] == "length"  # it goes on for long enough to be stopped
     arguments = ["--ckpt_dir", str(tiny), "--tokenizer_path", tokenizer_path, "--temperature", "0", "--max_seq_len", "4096"]
     with Terminal(["chat", *arguments], tmp_path) as screen:
         converse(screen, text, tmp_path)
-    [turn] = json.loads((tmp_path / "talk.json").read_text())["turns"]
-    assert turn["user"] == "the river"
-    assert turn["assistant"].startswith(text[:8])
-    assert len(turn["assistant"]) < 4000
+    asked, reply = json.loads((tmp_path / "talk.json").read_text())
+    assert asked == {"role": "user", "content": "the river"}
+    assert reply["content"].startswith(text[:8])
+    assert len(reply["content"]) < 4000
     [history] = tmp_path.rglob("history")
     assert history.read_text().count("+and then?") == 1  # not twice in a row
     assert history.parent.stat().st_mode & 0o077 == 0
@@ -526,12 +530,12 @@ def test_jsonl_takes_up_as_many_lines_as_there_are_jobs(tmp_path: Path) -> None:
 def test_the_history_has_a_place_in_a_new_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     for _ in range(2):
-        path = console.history_file()
+        path = keyboard.history_file()
         assert path is not None
         assert path.exists()
         assert path.parent.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(Path, "home", lambda: path / "a file")
-    assert console.history_file() is None
+    assert keyboard.history_file() is None
 
 
 def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +45,14 @@ def complain(text: str) -> None:
 
 
 def _tell(text: str, color: str) -> None:
-    """Print on stderr, from the first process, in color at a terminal."""
+    """Print on stderr, from the first process; at a terminal in color, and wrapped at words."""
     if is_first_process():
         text = harmless(text)
-        print(f"\x1b[{color}m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns
+            lines = (textwrap.fill(line, width, break_on_hyphens=False, replace_whitespace=False) for line in text.split("\n"))
+            text = f"\x1b[{color}m" + "\n".join(lines) + "\x1b[0m"
+        print(text, file=sys.stderr, flush=True)
 
 
 def quoted(text: str, *, quotes: bool = False) -> str:
