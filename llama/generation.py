@@ -292,6 +292,11 @@ class Llama:
         finally:
             self._leader = None
 
+    @property
+    def led_copies(self) -> int:
+        """How many copies of the model share the requests of this process; 0 if no other process follows it."""
+        return 0 if self._leader is None else self._leader.copies
+
     def _meets_others(self) -> bool:
         """Whether there are processes to lead or to follow. Connects them."""
         with together(everyone=True):

@@ -293,7 +293,10 @@ def _join(launch: Launch) -> None:
         watch.publish(PrefixStore(f"llama/{turn}", store.clone()))
         # The group has keys of its own: a store that outlives a group, as torchrun's does, still has the old group's addresses.
         _started.store = store = PrefixStore(f"llama/{turn}/group", store)
+        hook = sys.excepthook
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIME_LIMIT)
+        if launch.store is not None:
+            sys.excepthook = hook  # torch has put one there that says which rank this is
     except RuntimeError as error:
         watch.stop()
         _started.watch = _started.store = None
