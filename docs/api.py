@@ -29,7 +29,7 @@ PUBLIC: list[tuple[str, Any, str]] = [
         "Llama",
         llama.Llama,
         "build text_completion stream_text chat_completion stream_chat chat generate steps infill stream_infill continue_ids "
-        "score embed lead forget chat_format lock",
+        "score embed lead close forget chat_format lock",
     ),
     ("Options", llama.Options, ""),
     ("options.TurnOptions", options.TurnOptions, ""),

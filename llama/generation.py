@@ -48,6 +48,7 @@ from .decoding.leading import Leader, follow
 from .decoding.requests import LEAST_SHARED, FinishReason, Request, check_prompts
 from .decoding.sampling import sample_top_p
 from .decoding.scheduler import Scheduler
+from .followers import Followers, check, started
 from .infilling import infilling_ids, infilling_prompts
 from .layers.agreement import keep_pace, together
 from .layers.parallel import (
@@ -60,7 +61,7 @@ from .layers.parallel import (
     replica,
     several_processes,
 )
-from .loading import DEMO, DEMO_TOLD, Wanted, checkpoint_folders, open_folders
+from .loading import DEMO, DEMO_TOLD, Wanted, check_shares, checkpoint_folders, open_folders
 from .masks import forms, matcher_of
 from .model import Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, TurnOptions, parse_options, with_stops
@@ -104,6 +105,7 @@ class Llama:
         draft: Optional[str] = None,
         batch_invariant: bool = False,
         chat_format: Optional[str] = None,
+        processes: Optional[int] = None,
     ) -> Llama:
         """Load a checkpoint onto this process, or onto all processes that torchrun started. Without arguments: the demo model.
 
@@ -135,26 +137,20 @@ class Llama:
             chat_format: a name in `chat_formats.FORMATS`, "template" (the folder's own chat template, of whatever format), or
                 a template in Jinja. Default: the format that the folder's template is recognised as, and Llama 2's for
                 a folder without one.
+            processes: this process, and others that it starts for this `Llama`, share the model: one on each GPU, or dividing
+                the cores. They end with the object, with `close()`, or with this process; a new build with processes= closes
+                the one before (docs/NOTEBOOKS.md). Default: this process alone, or all that torchrun started.
 
         Raises:
             ValueError: an argument or a file is not right; on every process, before any weight is copied.
         """
-        started = time.time()
+        given = {name: value for name, value in locals().items() if name != "processes"}
+        if processes is not None:
+            return _build_over(processes, given)
+        began = time.time()
         place = runtime.start(device, model_parallel_size)
         with together(everyone=True) as agreement:
-            if max_seq_len is not None:
-                max_seq_len = whole_number("max_seq_len", max_seq_len, 1, 2**31 - 1, "of 1 or more, and below 2**31")
-            max_batch_size = whole_number("max_batch_size", max_batch_size, 1, 2**31 - 1, "of 1 or more, and below 2**31")
-            seed = whole_number("seed", seed, -(2**63), 2**64 - 1, "of 64 bits")
-            if compile not in (None, True, False):
-                raise ValueError(f"compile={shortened(compile)} must be True, False or None")
-            if batch_invariant not in (True, False):
-                raise ValueError(f"batch_invariant={shortened(batch_invariant)} must be True or False")
-            if batch_invariant:
-                check_invariant(place, compile)
-            check_format(chat_format)
-            if ckpt_dir is None and tokenizer_path is not None:
-                raise ValueError(f"tokenizer_path={tokenizer_path!r} without a checkpoint; pass ckpt_dir as well")
+            max_seq_len, max_batch_size, seed = _checked(given, place)
             agreement.values = {"the call": "build"}
         folder, draft_folder, adapter_folder = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft, adapter)
         assert folder is not None
@@ -175,7 +171,7 @@ class Llama:
         opened.warn_beyond_training()
         openmp.rest()  # other threads may be the ones that generate
         torch.manual_seed(seed)
-        print(f"Loaded in {time.time() - started:.2f} seconds")
+        print(f"Loaded in {time.time() - began:.2f} seconds")
         if dtype is None and (told := opened.other_dtype()):
             print(told)
         if ckpt_dir is None:
@@ -202,6 +198,7 @@ class Llama:
         self._group = getattr(output, "group", None)  # the processes that share this model
         self._scheduler_of_model = self._new_scheduler()
         self._leader: Optional[Leader] = None  # while this process takes requests for all
+        self._followers: Optional[Followers] = None  # the processes that were started for it, if any were
 
     def _new_scheduler(self) -> Scheduler:
         engine = (InvariantEngine if self._batch_invariant else Engine)(self.model, self._compile)
@@ -215,12 +212,25 @@ class Llama:
         return self._engine.lock
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._followers is not None:
+            raise ValueError("a Llama that was built with processes= cannot be copied; build another one")
         own = ("_scheduler_of_model", "_leader")  # a copy makes its own
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._scheduler_of_model, self._leader = self._new_scheduler(), None
+
+    def close(self) -> None:
+        """End the processes that `build` started for it; it cannot run afterwards. Without any this does nothing."""
+        if self._followers is not None:
+            self._followers.close()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def _scheduler(self) -> Scheduler:
@@ -261,14 +271,12 @@ class Llama:
             RuntimeError: on the other processes, if `work` raises.
             ValueError: the model is not as it was built, or this process leads already.
         """
+        if self._followers is not None:
+            return work()  # it leads as long as it lives
         if self._leader is not None:
             raise ValueError("this process leads the others already; call lead() once, and in it whatever is to run")
-        with together(everyone=True):
-            if several_processes() and not self._engine.is_as_built:
-                raise ValueError(f"lead() {NOT_AS_BUILT}")
-        if not several_processes():
+        if not self._meets_others():
             return work()
-        from_first_process(None)  # connects them now: one that dies before the first request would be waited for
         if not is_first_process():
             follow(self._scheduler, lambda name, *arguments: getattr(self, name)(*arguments))
             return None
@@ -284,15 +292,33 @@ class Llama:
         finally:
             self._leader = None
 
+    @property
+    def led_copies(self) -> int:
+        """How many copies of the model share the requests of this process; 0 if no other process follows it."""
+        return 0 if self._leader is None else self._leader.copies
+
+    def _meets_others(self) -> bool:
+        """Whether there are processes to lead or to follow. Connects them."""
+        with together(everyone=True):
+            if several_processes() and not self._engine.is_as_built:
+                raise ValueError(f"lead() {NOT_AS_BUILT}")
+        from_first_process(None)  # one that dies before the first request would be waited for
+        return several_processes()
+
     @contextmanager
     def _alike(self, name: str, *arguments: Any) -> Iterator[None]:
         """A block that does what the method `name` does; the processes that follow this one run that."""
         if (leader := self._leader) is None:
             yield
             return
-        with self.lock:
-            leader.tell_all(name, *arguments)
+        self._check_leads(leader)
+        with self.lock, leader.all_do(name, *arguments):
             yield
+
+    def _check_leads(self, leader: Leader) -> None:
+        """ValueError if something was put into the model that other processes follow."""
+        if leader.scheduler.engine.model is not self.model or not leader.scheduler.engine.is_as_built:
+            raise ValueError(f"what other processes follow {NOT_AS_BUILT}, which they would not have; see `Llama.lead`")
 
     def __repr__(self) -> str:
         params, weight = self.model.params, self.model.norm.weight
@@ -786,8 +812,8 @@ class Llama:
         plainly = not all_agree(self._engine.is_as_built, group)
         if self._engine.batch_invariant and (plainly or source.draw is not None):
             raise ValueError(INVARIANT_AS_BUILT)
-        if plainly and leader is not None:
-            raise ValueError(f"work that leads other processes {NOT_AS_BUILT}")
+        if leader is not None:
+            self._check_leads(leader)
         pace = partial(keep_pace, group) if streams else lambda: None
         call = Call(leader or self._scheduler, requests, source, streams=streams, plainly=plainly, before_step=pace)
         return Running(call, choice, prompts)
@@ -826,6 +852,41 @@ class Llama:
     def _replicated(self) -> bool:
         """Whether fairscale's groups are still those that this model was built for, and hold copies of it."""
         return model_parallel_group() is self._group
+
+
+def _checked(given: Mapping[str, Any], place: torch.device) -> tuple[Optional[int], int, int]:
+    """The numbers among the arguments of `build`: max_seq_len, max_batch_size, seed. ValueError if an argument is not right."""
+    sizes = {"max_seq_len": given["max_seq_len"], "max_batch_size": given["max_batch_size"]}
+    for name, size in sizes.items():
+        if size is not None or name == "max_batch_size":
+            sizes[name] = whole_number(name, size, 1, 2**31 - 1, "of 1 or more, and below 2**31")
+    seed = whole_number("seed", given["seed"], -(2**63), 2**64 - 1, "of 64 bits")
+    compile, batch_invariant = given["compile"], given["batch_invariant"]
+    if compile not in (None, True, False):
+        raise ValueError(f"compile={shortened(compile)} must be True, False or None")
+    if batch_invariant not in (True, False):
+        raise ValueError(f"batch_invariant={shortened(batch_invariant)} must be True or False")
+    if batch_invariant:
+        check_invariant(place, compile)
+    check_format(given["chat_format"])
+    if given["ckpt_dir"] is None and given["tokenizer_path"] is not None:
+        raise ValueError(f"tokenizer_path={given['tokenizer_path']!r} without a checkpoint; pass ckpt_dir as well")
+    return sizes["max_seq_len"], sizes["max_batch_size"], seed
+
+
+def _build_over(processes: int, given: dict[str, Any]) -> Llama:
+    """`Llama.build` on processes that this one starts."""
+    count, place = check(processes, given)
+    _checked(given, place)
+    if count == 1:
+        return Llama.build(**given)
+    check_shares(given["ckpt_dir"], given["draft"], given["model_parallel_size"] or count)
+    with started(count, Llama.build, given) as followers:
+        llama = Llama.build(**given)
+        llama._meets_others()
+        llama._leader, llama._followers = Leader(llama._scheduler, followers), followers
+        followers.follow(llama._leader)
+    return llama
 
 
 class Running(NamedTuple):

@@ -58,7 +58,7 @@ def checkpoint_folders(*given: Union[str, Path, None]) -> list[Optional[Path]]:
             outcome.append(([], error))
 
     thread = threading.Thread(target=fetch, daemon=True)
-    if fetches := runtime.Launch.read().local_rank == 0:
+    if fetches := runtime.this_launch().local_rank == 0:
         thread.start()
     while not all_alike(None if fetches and _runs(thread) else "all have looked", None):
         pass
@@ -148,6 +148,14 @@ def open_folders(wanted: Wanted, place: torch.device) -> Opened:
         placement = replace(placement, draft=draft.placement)
     memory.check_fits(placement)
     return Opened(main, draft, tokenizer, tokenizer_file, wanted.adapter, placement)
+
+
+def check_shares(ckpt_dir: Optional[str], draft: Optional[str], processes: int) -> None:
+    """ValueError if these models cannot be shared by so many processes."""
+    for folder in checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft):
+        if folder is not None:
+            checkpoint = open_checkpoint(folder)
+            check_args(replace(checkpoint.args, vocab_size=max(1, checkpoint.args.vocab_size)), processes, folder)
 
 
 class Prepared(NamedTuple):

@@ -16,6 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -30,6 +31,8 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from .system import peers, pipes
 from .system.checks import whole
+from .system.interrupts import held_back
+from .system.launch import ALONE
 from .system.launch import Launch as Launch
 from .system.printable import counted, shortened
 
@@ -81,6 +84,8 @@ class _Started:
     watch: Optional[peers.Watch] = None
     model_parallel: bool = False
     groups: dict[int, dict[str, Any]] = field(default_factory=dict)  # model-parallel size -> fairscale's variables
+    launch: Optional[Launch] = None  # if it was given by `placed`
+    lost: bool = False  # whether a process that this one has started is gone
     at_exit: bool = False
     threads: Optional[int] = None
     stdout: Optional[TextIO] = None
@@ -90,6 +95,28 @@ class _Started:
 
 
 _started = _Started()
+_placed: ContextVar[Optional[Launch]] = ContextVar("_placed", default=None)
+
+
+@contextlib.contextmanager
+def placed(launch: Launch) -> Iterator[None]:
+    """A block in which this process stands where `launch` says, whatever the environment says."""
+    token = _placed.set(launch)
+    try:
+        yield
+    finally:
+        _placed.reset(token)
+
+
+def acts_alone() -> bool:
+    """Whether the process group is not for what runs here: it is of a `Llama` that started processes of its own, and that was
+    built before."""
+    return _started.launch is not None and _placed.get() is None
+
+
+def this_launch() -> Launch:
+    """This process's place among those that act alike."""
+    return _placed.get() or (ALONE if acts_alone() else Launch.read())
 
 
 def start(device: Union[str, torch.device, None] = None, model_parallel_size: Optional[int] = None) -> torch.device:
@@ -98,9 +125,10 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     A process group, or fairscale's groups, that the caller made before are used unchanged. ValueError if the device is
     missing, or is another process's, or `model_parallel_size` does not fit the number of processes.
     """
-    launch = Launch.read()
+    launch = this_launch()
     if launch.by_launcher:
-        _join(launch)
+        with held_back() if launch.store is not None else nullcontext():
+            _join(launch)
     place, problem = _Place(), None
     try:
         size = _model_parallel_size(model_parallel_size, launch.world_size)
@@ -119,8 +147,9 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     if launch.by_launcher:
         _make_groups(size)
     if launch.world_size > 1:
-        _share_cores(chosen, launch.local_world_size)
-        _quieten(launch.rank)
+        _share_cores(chosen, launch)
+        if launch.store is None:
+            _quieten(launch.rank)
     return chosen
 
 
@@ -229,7 +258,7 @@ def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
 
 def memory_sharers(device: torch.device) -> int:
     """How many of the launcher's processes use this device's memory: on a CPU, all those of this machine."""
-    return Launch.read().local_world_size if device_kind(device) == "cpu" else 1
+    return this_launch().local_world_size if device_kind(device) == "cpu" else 1
 
 
 def _join(launch: Launch) -> None:
@@ -241,40 +270,47 @@ def _join(launch: Launch) -> None:
         return
     if _started.watch is not None:  # the caller has left the group
         _started.watch.stop()
-    _joined += 1
+    _joined += launch.store is None
+    _started.launch = launch if launch.store is not None else None
     _started.watch = watch = peers.begin(launch.rank, launch.world_size, launch.launcher)
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError, AttributeError):  # a store that has no second connection carries no signs
             watch.publish(PrefixStore(f"llama/{_joined}", _default_store().clone()))
         _started.world = dist.group.WORLD
         return
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = "" if launch.store is not None else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         # With GPUs both are joined: a later build may be for the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and peers.is_refused(address):
             raise RuntimeError(peers.GONE)  # torchrun ended while this process was importing; rendezvous would wait for minutes
-        with peers.waiting((), address):
-            store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        store: Any = launch.store
+        if store is None:
+            with peers.waiting((), address):
+                store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        turn = _joined if launch.store is None else 0
         # The signs have a connection of their own: on the other one they would wait while this process waits.
-        watch.publish(PrefixStore(f"llama/{_joined}", store.clone()))
+        watch.publish(PrefixStore(f"llama/{turn}", store.clone()))
         # The group has keys of its own: a store that outlives a group, as torchrun's does, still has the old group's addresses.
-        store = PrefixStore(f"llama/{_joined}/group", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIME_LIMIT)
+        _started.store = store = PrefixStore(f"llama/{turn}/group", store)
+        hook = sys.excepthook
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIME_LIMIT)
+        if launch.store is not None:
+            sys.excepthook = hook  # torch has put one there that says which rank this is
     except RuntimeError as error:
         watch.stop()
-        _started.watch = None
+        _started.watch = _started.store = None
         raise ValueError(
             f"process {launch.rank} cannot meet the others at MASTER_ADDR:MASTER_PORT = {address}: {str(error).splitlines()[0]}"
         ) from error
-    _started.store, _started.world = store, dist.group.WORLD
+    _started.world = dist.group.WORLD
 
 
 def _default_store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-_joined = 0  # how often this process has joined a group; the same on all processes
+_joined = 0  # how often this process has joined a launcher's group; the same on all processes
 
 
 def _make_groups(model_parallel_size: int) -> None:
@@ -296,12 +332,13 @@ def _make_groups(model_parallel_size: int) -> None:
         _started.groups[model_parallel_size] = {name: vars(mpu)[name] for name in FAIRSCALE_GROUPS}
 
 
-def _share_cores(device: torch.device, local_world_size: int) -> None:
+def _share_cores(device: torch.device, launch: Launch) -> None:
     """Divide the cores among the processes. torchrun sets OMP_NUM_THREADS=1, which would leave most cores idle on a CPU."""
-    if device_kind(device) == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1" and _started.threads is None:
+    launchers_own = "1" if launch.store is None else None
+    if device_kind(device) == "cpu" and os.environ.get("OMP_NUM_THREADS") in (None, launchers_own) and _started.threads is None:
         _started.threads = torch.get_num_threads()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world_size))
+        torch.set_num_threads(max(1, cores // launch.local_world_size))
 
 
 def _quieten(rank: int) -> None:
@@ -379,8 +416,17 @@ def release_first(callback: Callable[[], object]) -> None:
 
 
 def has_failed() -> bool:
-    """Whether an exception ends this process. If so, it must not wait for its GPU: a collective there may never end."""
-    return getattr(sys, "last_value", None) is not None
+    """Whether an exception ends this process, or a process is gone that it had started. If so, it must not wait for its GPU:
+    a collective there may never end."""
+    return _started.lost if _started.launch is not None else getattr(sys, "last_value", None) is not None
+
+
+def lose() -> None:
+    """A process that this one has started is gone. End what waits for it on a GPU; on a CPU its connection has ended."""
+    _started.lost = True
+    peers.end(peers.LOST)
+    if torch.cuda.is_available() and dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()
 
 
 def shutdown() -> None:
@@ -390,8 +436,7 @@ def shutdown() -> None:
     a callback of `release_first` is raised at the end.
     """
     global _started
-    started, _started = _started, _Started()
-    failed = has_failed()
+    started, failed = _started, has_failed()
     steps = [callback for known in reversed(_first) if (callback := known()) is not None]
     if not failed and torch.cuda.is_initialized():
         # NCCL is free of a graph only when the GPU has ended its last replay.
@@ -402,6 +447,7 @@ def shutdown() -> None:
             step()
         except Exception as error:
             errors.append(error)
+    _started = _Started()
     watch = started.watch
     if watch is not None:
         watch.end(peers.NOBODY_READS if pipes.lost_reader() else peers.ENDED)

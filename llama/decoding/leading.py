@@ -6,22 +6,40 @@ process decides goes back to the call.
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
 import pickle
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Union
+from types import FunctionType
+from typing import Any, Optional, Protocol, Union
 
 import torch
 
-from ..layers.parallel import from_first_process, group_rank, replica, to_first_process
+from ..layers.parallel import (
+    a_step,
+    between_steps,
+    from_first_process,
+    group_rank,
+    patient_group,
+    replica,
+    to_first_process,
+)
+from ..system.interrupts import held_back
 from .calls import Call, Draw, Source
 from .requests import Request, Step
 from .scheduler import Scheduler
 
 OVER = "the processes no longer run steps together: lead() has returned, or a step of it was interrupted"
+AGAIN = "the processes of this Llama have ended; build it again"
+PATIENCE = 2.0  # seconds that a process has to end in whose connection was lost
+CHANGED = (
+    "the weights of this process's part of the model have changed since other processes follow it, and theirs have not; build "
+    "again from a folder with the new weights (or let torchrun start a script in which all processes change theirs)"
+)
 
 
 @dataclass
@@ -91,6 +109,7 @@ class _Copy:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.index, self.copies = replica()
+        self._everyone = patient_group()
         self._shares: dict[int, _Share] = {}
         self._decided: list[_Decided] = []
 
@@ -114,7 +133,7 @@ class _Copy:
         if self.copies == 1:
             return decided
         speaks = group_rank(self.scheduler.group) == 0
-        return list(itertools.chain.from_iterable(to_first_process(decided if speaks else [])))
+        return list(itertools.chain.from_iterable(to_first_process(decided if speaks else [], self._everyone)))
 
     def close(self) -> None:
         """End what still runs."""
@@ -123,19 +142,59 @@ class _Copy:
         self.scheduler.let_go()
 
 
+class Line:
+    """What the first process says to the others."""
+
+    def __init__(self) -> None:
+        self._everyone = patient_group()
+        self.is_whole = True  # whether the last message, and the step that it began, came to their end
+        self._is_open = True
+
+    def say(self, message: list[Any]) -> None:
+        """It begins a step, at the end of which the line is whole again."""
+        if not self.is_whole:
+            raise RuntimeError(OVER)
+        self.is_whole = False
+        from_first_process(message, self._everyone)
+
+    def hang_up(self, error: Optional[str] = None) -> None:
+        """Let the others go. If they wait within a step, they end with this process."""
+        if self._is_open and self.is_whole:
+            self.say([_End(error)])
+        self._is_open = False
+
+
+class Started(Protocol):
+    """The other processes, if this one has started them itself."""
+
+    def why_lost(self, patience: float = 0) -> str:
+        """Why one of them is gone; empty if none is after `patience` seconds."""
+
+    def lose(self) -> None:
+        """End them."""
+
+
 class Leader:
     """What the calls of the first process have in place of a scheduler."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self._copy = _Copy(scheduler)
+    def __init__(self, scheduler: Scheduler, started: Optional[Started] = None) -> None:
+        self.scheduler, self._started = scheduler, started
+        self.line, self._copy = Line(), _Copy(scheduler)
         self._load = [0] * self._copy.copies  # requests that each copy has to run
         self._numbers = itertools.count()
         self._new: deque[tuple[Call, list[_Came]]] = deque()
         self._calls: dict[int, Call] = {}
         self._where: dict[int, dict[int, int]] = {}  # of each call: the places that are not over -> the copy that has each
-        self._over = False
-        self._whole = True  # whether the last message and the last step came to their end
+        self._pid = os.getpid()
+        self._over = ""  # why nothing can run any more
+        scheduler.engine.refresh()
+        self._weights = scheduler.engine.weights_state()
+        between_steps(scheduler.group)
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the model share the requests."""
+        return self._copy.copies
 
     def submit(self, call: Call) -> None:
         """Share a call's requests out: each goes to the copy with the most room, and all to one if they draw together."""
@@ -154,46 +213,70 @@ class Leader:
                 _Came(number, copy, places, [call.requests[i] for i in places], min(call.lanes, len(places)), *more)
                 for copy, places in shares.items()
             ]
-            _check_it_can_be_sent(came)
+            self._check_it_can_be_sent(came)
             self._load = load
             self._where[number] = {place: copy for copy, places in shares.items() for place in places}
             self._new.append((call, came))
 
     def advance(self, call: Call) -> None:
-        if self._over:
-            raise RuntimeError(OVER)
-        self.scheduler.advance(call, self._step)
+        with self._all():
+            self.scheduler.advance(call, self._step)
 
     def let_go(self) -> None:
         """The next step tells the others that a call was left. Nobody is woken: the garbage collector may run this anywhere."""
 
-    def tell_all(self, name: str, *arguments: Any) -> None:
-        """Let the other processes run a method of `Llama`, which this one runs next. Hold the lock for both."""
-        if self._over:
-            raise RuntimeError(OVER)
-        message = [_Do(name, arguments)]
-        _check_it_can_be_sent(message)
-        self._send(message)
+    @contextmanager
+    def all_do(self, name: str, *arguments: Any) -> Iterator[None]:
+        """A block that does what a method of `Llama` does, which the other processes run meanwhile. Hold the lock for it."""
+        with self._all(), a_step(self.scheduler.group):
+            self._check_weights(self.scheduler.engine.weights_state())
+            message = [_Do(name, arguments)]
+            self._check_it_can_be_sent(message)
+            self.line.say(message)
+            try:
+                yield
+            except ValueError:  # all have raised it
+                self.line.is_whole = True
+                raise
+            self.line.is_whole = True
 
-    def end(self, error: Optional[BaseException]) -> None:
-        """Let the other processes go."""
+    def end(self, error: Optional[BaseException], why: str = OVER) -> None:
+        """Let the other processes go. why: what later calls say."""
         done = error is None or (isinstance(error, SystemExit) and not error.code)
         with self.scheduler.engine.lock:
-            self._over = True
-            for call in [*self._calls.values(), *(call for call, _ in self._new)]:
-                call.error = call.error or RuntimeError(OVER)
-            if self._whole:  # otherwise they wait within a step, and end with this process
-                self._send([_End(None if done else f"{type(error).__name__}: {error}")])
-                self._copy.close()
+            self._end_calls(why)
+            self.line.hang_up(None if done else f"{type(error).__name__}: {error}")
+            self._copy.close()
+        if self._started is None:
+            between_steps(self.scheduler.group, False)
         self.scheduler.wake_others(instead=True)
 
-    def _send(self, message: list[Any], goes_on: bool = False) -> None:
-        """goes_on: what follows is part of the same step."""
-        if not self._whole:
-            raise RuntimeError(OVER)
-        self._whole = False
-        from_first_process(message)
-        self._whole = not goes_on
+    def _end_calls(self, why: str) -> None:
+        self._over = self._over or why
+        for call in [*self._calls.values(), *(call for call, _ in self._new)]:
+            call.error = call.error or RuntimeError(self._over)
+
+    @contextmanager
+    def _all(self) -> Iterator[None]:
+        """A block in which all processes may take part. Ctrl-C takes effect behind it, so that they stay together."""
+        if self._over:
+            raise RuntimeError(self._over)
+        if self._pid != os.getpid():
+            raise RuntimeError("a forked process has no part in the steps; call the Llama in the process that built it")
+        try:
+            with held_back():
+                yield
+        except BaseException as error:
+            if self._started is None:
+                raise
+            lost = self._started.why_lost(PATIENCE if isinstance(error, Exception) and not self.line.is_whole else 0)
+            if not lost and self.line.is_whole:
+                raise
+            self._started.lose()
+            self._end_calls(f"{lost or f'a step was cut short by {type(error).__name__}'}; {AGAIN}")
+            if not lost:
+                raise
+            raise RuntimeError(self._over) from error
 
     def _step(self) -> None:
         changes: list[Union[_Came, _Went]] = []
@@ -202,10 +285,42 @@ class Leader:
             self._calls[shares[0].call] = call
             changes += shares
         changes += self._gone()
-        self._send(changes, goes_on=True)
-        for decided in self._copy.step(changes):
+        with a_step(self.scheduler.group):
+            self.line.say(changes)
+            outcome = self._copy.step(changes)
+        if self._started is not None:
+            self._check_others(outcome)
+        self.line.is_whole = True
+        try:
+            if changes:
+                self._check_weights(self.scheduler.weights)
+        except ValueError as error:
+            for call in self._calls.values():
+                call.error = call.error or error
+            return
+        for decided in outcome:
             self._hand_on(decided)
-        self._whole = True
+
+    def _check_others(self, outcome: list[_Decided]) -> None:
+        """Raise if a process is gone, or may be: the scheduler takes an error of a prompt's pass for one of its calls."""
+        assert self._started is not None
+        if lost := self._started.why_lost():
+            raise RuntimeError(lost)
+        for decided in outcome:
+            if isinstance(decided.error, RuntimeError):
+                raise decided.error
+
+    def _check_weights(self, now: tuple[Any, torch.Tensor]) -> None:
+        """ValueError if the weights are not what they were when the others began to follow."""
+        (key, numbers), (key_now, numbers_now) = self._weights, now
+        if key != key_now or not torch.allclose(numbers, numbers_now, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(CHANGED)
+
+    def _check_it_can_be_sent(self, message: list[Any]) -> None:
+        try:
+            (pickle.Pickler if self._started is None else _Elsewhere)(io.BytesIO()).dump(message)
+        except Exception as error:
+            raise ValueError(f"what is asked must be such that pickle can send it to the other processes: {error}") from error
 
     def _gone(self) -> list[_Went]:
         """What readers have cancelled or left since the last step."""
@@ -239,9 +354,9 @@ class Leader:
 
 def follow(scheduler: Scheduler, do: Callable[..., Any]) -> None:
     """Run the first process's steps until it ends. do: runs a method of `Llama`, by its name."""
-    copy = _Copy(scheduler)
+    copy, everyone = _Copy(scheduler), patient_group()
     while True:
-        message = from_first_process(None)
+        message = from_first_process(None, everyone)
         first = message[0] if message else None
         if isinstance(first, _End):
             copy.close()
@@ -258,13 +373,13 @@ def follow(scheduler: Scheduler, do: Callable[..., Any]) -> None:
                 copy.step(message)
 
 
-def _check_it_can_be_sent(message: list[Any]) -> None:
-    try:
-        pickle.dumps(message)
-    except Exception as error:
-        raise ValueError(
-            f"what is asked within lead() must be such that pickle can send it to the other processes: {error}"
-        ) from error
+class _Elsewhere(pickle.Pickler):
+    """Makes messages for processes that do not run this script or notebook."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if getattr(value, "__module__", "") == "__main__" and isinstance(value, (FunctionType, type)):
+            raise ValueError(f"{value.__qualname__} is this script's or notebook's; put it into a module that they can import")
+        return NotImplemented
 
 
 def _sent(error: BaseException) -> Exception:

@@ -90,6 +90,11 @@ class Scheduler:
         return [row for row in self._slots if row is not None]
 
     @property
+    def weights(self) -> tuple[Any, torch.Tensor]:
+        """The engine's `weights_state` when a call has last come."""
+        return self._state
+
+    @property
     def _limit(self) -> int:
         return int(self.engine.model.params.max_seq_len)
 

@@ -8,11 +8,9 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, Optional
 
-import torch.distributed as dist
-
 from ..system import peers
 from ..system.printable import clipped
-from .parallel import Group, all_alike, gather_objects, members
+from .parallel import Group, all_alike, gather_objects, members, world
 
 SHOWN = 60  # characters of a value that an error shows
 
@@ -37,7 +35,7 @@ def together(group: Group = None, *, everyone: bool = False) -> Iterator[Agreeme
         yield agreement
     except Exception as caught:
         error = caught
-    if group is not None or (everyone and dist.is_available() and dist.is_initialized()):
+    if group is not None or (everyone and world() is not None):
         values = dict(agreement.values or {})
         if not all_alike(repr(values) if error is None else None, group):
             error = _settle(error, values, group)

@@ -8,10 +8,13 @@ gives `shard_dims`, one entry per tensor. Only this says how a weight is cut; lo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, Optional, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,7 +23,7 @@ from fairscale.nn.model_parallel import initialize as mpu
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
-from ..runtime import chosen_device, current, device_kind, has_failed, machine, release_first
+from ..runtime import acts_alone, chosen_device, current, device_kind, has_failed, machine, release_first
 from ..system import peers
 from ..system.launch import is_first_process as is_first_process
 from .products import product
@@ -34,9 +37,14 @@ Group = Optional["dist.ProcessGroup"]  # None: this process holds the whole mode
 SMALL = 128 * 1024
 
 
+def world() -> Group:
+    """All processes that act alike, or None if this one has joined none."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() and not acts_alone() else None
+
+
 def model_parallel_group() -> Group:
     """The ranks that share one copy of the model, or None if one process holds all of it."""
-    if not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
+    if acts_alone() or not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
         return None
     return mpu.get_model_parallel_group()
 
@@ -53,7 +61,7 @@ def group_rank(group: Group) -> int:
 
 def several_processes() -> bool:
     """Whether this process has joined others, of this copy of the model or of another."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return group_size(world()) > 1
 
 
 def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> int:
@@ -72,6 +80,7 @@ def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor if the message is small. Use `x` no more."""
     if group is None:
         return x
+    _check_step(group)
     if group.group_name in _small and _is_small(x.dtype, x.numel()):
         return small_all_reduce(x, group.group_name)
     dist.all_reduce(x, group=group)
@@ -201,6 +210,40 @@ def _talks_on(group: Group) -> torch.device:
     return torch.device("cpu") if gloo else torch.device("cuda", torch.cuda.current_device())
 
 
+# The model's group on a process that others follow -> the thread that steps now, or None between two steps.
+_led: WeakKeyDictionary[dist.ProcessGroup, Optional[int]] = WeakKeyDictionary()
+
+
+@contextmanager
+def a_step(group: Group) -> Iterator[None]:
+    """A block in which the processes that follow this one take part."""
+    if group is None:
+        yield
+        return
+    _led[group] = threading.get_ident()
+    try:
+        yield
+    finally:
+        _led[group] = None
+
+
+def between_steps(group: Group, led: bool = True) -> None:
+    """From now on the group's processes follow this one, in `a_step` only; or no more."""
+    if group is not None and led:
+        _led[group] = None
+    elif group is not None:
+        _led.pop(group, None)
+
+
+def _check_step(group: Group) -> None:
+    """ValueError if nobody would take part."""
+    if _led and group is not None and group in _led and _led[group] != threading.get_ident():
+        raise ValueError(
+            "the other processes follow the methods of this Llama (generate, score, embed and so on), and no call of its model "
+            "or of a part of that; build in one process, or have torchrun start a script in which all processes call it"
+        )
+
+
 def all_agree(flag: bool, group: Group) -> bool:
     """Whether `flag` is true on all ranks of the group. A collective."""
     return bool(least(int(flag), group))
@@ -210,6 +253,7 @@ def least(number: int, group: Group) -> int:
     """The smallest of the ranks' numbers. A collective."""
     if group is None:
         return number
+    _check_step(group)
     vote = torch.tensor([number], device=_talks_on(group))
     dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
     return int(vote.item())
@@ -223,6 +267,7 @@ def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
     """(..., n) on each rank -> (..., n * ranks), in rank order. For one row, a view of the message."""
     if group is None:
         return x
+    _check_step(group)
     ranks = group_size(group)
     parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])  # gloo takes no other form
     _gather(parts, x.contiguous(), group=group)
@@ -234,6 +279,7 @@ def sum_in_order(x: torch.Tensor, group: Group) -> torch.Tensor:
     a message begins at another rank."""
     if group is None:
         return x
+    _check_step(group)
     parts = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])
     _gather(parts, x.contiguous(), group=group)
     first, *others = parts.view(-1, *x.shape).unbind()
@@ -266,7 +312,7 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
 
 def replica() -> tuple[int, int]:
     """(index, count): which copy of the model this process belongs to, and how many there are."""
-    if not mpu.model_parallel_is_initialized():
+    if acts_alone() or not mpu.model_parallel_is_initialized():
         return 0, 1
     return mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
 
@@ -279,27 +325,30 @@ def gather_from_replicas(mine: list[Any]) -> list[list[Any]]:
     return gather_objects(mine, mpu.get_data_parallel_group())
 
 
-def from_first_process(value: Any) -> Any:
-    """The first process's value, on every process. The others wait for it as long as it takes: it may be typing."""
-    if not several_processes():
+def from_first_process(value: Any, everyone: Group = None) -> Any:
+    """The first process's value, on every process. The others wait for it as long as it takes: it may be typing. everyone: the
+    `patient_group` if not given."""
+    everyone = everyone or patient_group()
+    if everyone is None:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_patient_group())
+    dist.broadcast_object_list(box, src=0, group=everyone)
     return box[0]
 
 
-def to_first_process(value: Any) -> list[Any]:
+def to_first_process(value: Any, everyone: Group) -> list[Any]:
     """Every process's value, on the first one; elsewhere nothing."""
-    values = [None] * dist.get_world_size() if is_first_process() else None
-    dist.gather_object(value, values, dst=0, group=_patient_group())
+    values = [None] * group_size(everyone) if group_rank(everyone) == 0 else None
+    dist.gather_object(value, values, dst=0, group=everyone)
     return values or []
 
 
-def _patient_group() -> dist.ProcessGroup:
-    """All processes, without a limit of time."""
-    world = dist.group.WORLD
-    if _patient.get("world") is not world:
-        _patient.update(world=world, group=dist.new_group(backend="gloo", timeout=timedelta(days=365)))
+def patient_group() -> Group:
+    """All processes, without a limit of time; None if there is only one."""
+    if not several_processes():
+        return None
+    if _patient.get("world") is not world():
+        _patient.update(world=world(), group=dist.new_group(backend="gloo", timeout=timedelta(days=365)))
     return cast(dist.ProcessGroup, _patient["group"])
 
 
@@ -308,6 +357,7 @@ _patient: dict[str, Any] = {}  # "group", which has a year's time limit, and the
 
 def all_alike(value: Optional[str], group: Group) -> bool:
     """Whether all processes of the group gave the same text. False if one gave None. One small collective."""
+    _check_step(group)
     digest = hashlib.sha256((value or "").encode("utf-8", "surrogatepass")).digest()
     mine = torch.tensor([[value is not None, int.from_bytes(digest[:7], "big")]], dtype=torch.long, device=_talks_on(group))
     everyones = mine.new_empty(dist.get_world_size(group), 2)
@@ -326,7 +376,10 @@ def members(group: Group) -> tuple[list[int], str]:
 
 def _needs_autograd(weight: torch.Tensor, x: torch.Tensor, group: Group) -> bool:
     """Across ranks a gradient needs fairscale's autograd functions; on one process torch's own do."""
-    return group is not None and torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+    if group is None or not torch.is_grad_enabled() or not (weight.requires_grad or x.requires_grad):
+        return False
+    _check_step(group)
+    return True
 
 
 def _new_weight(rows: int, columns: int) -> nn.Parameter:

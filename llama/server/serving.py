@@ -15,7 +15,7 @@ from typing import Any, Optional
 import uvicorn
 
 from ..generation import Llama
-from ..layers.parallel import is_first_process, replica, several_processes
+from ..layers.parallel import is_first_process
 from ..system.peers import tell
 from .app import Server, Settings
 from .stepper import Ended, Stepper
@@ -82,8 +82,7 @@ def serve(llama: Llama, settings: Settings, host: str = "127.0.0.1", port: int =
 
 
 def _run(llama: Llama, settings: Settings, host: str, port: int, grace: float) -> None:
-    alone = not several_processes()
-    stepper = Stepper(llama.model.params.max_batch_size * replica()[1], settings.max_waiting, alone)
+    stepper = Stepper(llama.model.params.max_batch_size * max(1, llama.led_copies), settings.max_waiting, not llama.led_copies)
     server = Server(llama, settings, stepper)
     how: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False, "proxy_headers": False}
     config = uvicorn.Config(server.app, host, port, timeout_graceful_shutdown=int(grace) + 5, **how)

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Optional
+from typing import Any, Optional
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Launch:
     local_rank: int  # rank on this node
     local_world_size: int
     launcher: Optional[int] = None  # torchrun's process id
+    store: Any = None  # torch's store where they meet, if no launcher says it
 
     @staticmethod
     def read() -> Launch:
@@ -37,7 +38,7 @@ class Launch:
                     "torchrun, or unset them for a single process"
                 )
             if missing:
-                return Launch(False, 0, 1, 0, 1)
+                return ALONE
             _number("RANK", 0, most=world_size - 1, why=f"WORLD_SIZE is {world_size}")
             _number("MASTER_PORT", 0, most=65535)
         default = world_size if "LOCAL_WORLD_SIZE" in os.environ else min(world_size, _gpus() or world_size)
@@ -47,6 +48,9 @@ class Launch:
             _number("LOCAL_RANK", local_rank, most=local_world_size - 1, why=f"LOCAL_WORLD_SIZE is {local_world_size}")
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         return Launch(True, rank, world_size, local_rank, local_world_size, launcher)
+
+
+ALONE = Launch(False, 0, 1, 0, 1)
 
 
 def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str = "") -> int:
