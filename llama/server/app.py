@@ -43,9 +43,9 @@ from .stepper import Answer, Busy, Ended, Gone, Stepper
 
 log = logging.getLogger("llama.server")
 ALIVE = 10.0  # seconds without an event, after which a stream sends a comment, so that nobody in between cuts it
-BODY_SECONDS = 30.0  # for a body to arrive
+BODY_SECONDS = 30.0  # a body must arrive within this time
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
-OPEN = ("/", "/health")  # without a key
+OPEN = ("/", "/health")  # addresses that need no key
 Handler = Callable[["Server", HTTPRequest], Awaitable[Response]]
 
 

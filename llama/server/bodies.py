@@ -19,12 +19,12 @@ from ..system.checks import whole
 from ..system.files import listed
 from ..system.printable import shortened
 
-MOST_ANSWERS = 128  # to one prompt
-MOST_PROMPTS = 2048  # of one request
+MOST_ANSWERS = 128  # answers to one prompt
+MOST_PROMPTS = 2048  # prompts of one request
 MOST_STOPS = 16
-MOST_ALTERNATIVES = 20  # at each place
-TAIL = 8  # of a prompt's ids, from which the text goes on: with the space between two words, and a character's last bytes
-MAX_TOKENS = 16  # of a completion that says nothing else, as in OpenAI's API
+MOST_ALTERNATIVES = 20  # alternatives at each place
+TAIL = 8  # last ids of a prompt, which the text needs: for the space between two words, and for a character's last bytes
+MAX_TOKENS = 16  # ids of a completion that asks for no number, as in OpenAI's API
 # Our own defaults are Meta's, 0.6 and 0.9; clients of the API rely on the API's.
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 

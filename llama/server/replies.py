@@ -44,7 +44,7 @@ class Choice:
         self.ids: list[int] = []
         self.finish_reason: Optional[str] = None
         self.text, self.cached = "", 0
-        self._chars = 0  # of the texts of `tokens`
+        self._chars = 0  # characters of the texts of `tokens`
         self._decoder = StreamDecoder(completions.tokenizer)
         if completions.begun and reply.request.scored:
             for token in completions.begun[index]:

@@ -65,9 +65,9 @@ class Stepper:
         """slots: rows that run at once. max_waiting: rows that may wait beside them. alone: no other process runs the same
         steps, so that the next one can be right after one that failed."""
         self.slots, self.max_waiting, self.alone = slots, max_waiting, alone
-        self.rows = 0  # of all answers that are not over
-        self.error: Optional[BaseException] = None  # with which all ends
-        self.failed: Optional[BaseException] = None  # of a step that others took part in, or of the thread itself
+        self.rows = 0  # rows of all answers that are not over
+        self.error: Optional[BaseException] = None  # what ends all requests
+        self.failed: Optional[BaseException] = None  # what ended a step of several, or the thread itself
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._new, self._dropped = deque[Answer](), deque[Answer]()
         self._running: dict[Answer, Completions] = {}
@@ -173,7 +173,7 @@ class Stepper:
             call, chunks = completions.call, kept.pop(answer, [])
             try:
                 chunks += [chunk for step in call.news() if (chunk := completions.add(step)) is not None]
-            except Exception as error:  # of a tokenizer of the user's own
+            except Exception as error:  # a tokenizer of the user's own may raise anything
                 call.error = call.error or error
             if call.is_over:
                 del self._running[answer]
