@@ -116,7 +116,7 @@ def some_of_model(*names: str) -> dict[str, Option]:
 
 def build(args: Namespace, **changed: Any) -> Llama:
     """The model that the options ask for. What `build` prints goes to stderr."""
-    from ..generation import Llama  # which imports torch: not before the command line is understood
+    from ..generation import Llama  # imports torch, so not before the command line is understood
 
     given = {name: getattr(args, name) for name in MODEL if name in args} | changed
     ask_before_fetching(*map(given.get, ("ckpt_dir", "adapter", "draft")))

@@ -17,8 +17,8 @@ from ..system.printable import escaped, shortened
 
 CONNECT_SECONDS = 20.0  # an answer may take as long as it does: Ctrl-C ends the wait
 MOST_LINE = 2**24  # bytes of one event
-MOST_BYTES = 2**26  # of an answer that is no stream
-SENT = ("temperature", "top_p")  # also at our defaults, since a server's are others
+MOST_BYTES = 2**26  # bytes of an answer that is no stream
+SENT = ("temperature", "top_p")  # sent even at our defaults, since a server's differ
 API_NAMES = {"max_gen_len": "max_tokens"}
 
 
@@ -39,7 +39,7 @@ class Server:
         card = next((card for card in cards if model in (None, card.get("id"))), {"id": model})
         if card["id"] is None:
             raise ValueError(f"{self.url} lists no model; pass --model NAME")
-        meta = card.get("meta")  # as llama.cpp tells it
+        meta = card.get("meta")  # llama.cpp tells the limit there
         limit = card.get("max_model_len") or (meta.get("n_ctx_train") if isinstance(meta, dict) else None)
         self.name, self.limit = str(card["id"]), number_of(limit) or None
 
