@@ -17,9 +17,9 @@ from .pace import Pace, mean
 from .rows import Row
 
 MOST = 8  # guesses for a pass
-FIRST = 3  # before anything was measured
+FIRST = 3  # guesses before anything was measured
 LIKELY = 0.7  # the share of guesses that are taken to be right, before any was judged
-WEIGHT = 0.1  # of the newest guess in that share
+WEIGHT = 0.1  # weight of the newest guess in that share
 LATE = 4  # ids at the end of a row that are read in the step that guesses
 WORTH = 16  # columns: to bring fewer from another slot takes longer than to read them
 SHORTEST_REST, LONGEST_REST = 16, 512  # steps after guesses that did not pay, before one more is tried
@@ -34,7 +34,7 @@ class DraftModel:
         self.engine, self.group = engine, group
         self.chooser = Chooser(engine, never=never)
         self.usable = False  # whether it can guess for what the model has become; `refresh` looks
-        self.agreement = LIKELY  # of all rows
+        self.agreement = LIKELY  # share of right guesses in all rows
         self._holds: list[list[int]] = [[] for _ in range(engine.model.params.max_batch_size)]  # the ids in each slot
         self._step: dict[int, float] = {}  # rows -> seconds for a guess
         self._pass: dict[int, dict[int, float]] = {}  # rows -> guesses -> seconds of the pass that verifies them
@@ -66,7 +66,7 @@ class DraftModel:
         return max(best, 0)
 
     def _best(self, rows: list[Row], plain: float) -> int:
-        """The best number of guesses if a plain step takes so many seconds; 0 if none pay."""
+        """The best number of guesses if a plain step takes `plain` seconds; 0 if none pay."""
         guess, passes = self._step.get(len(rows)), self._pass.get(len(rows))
         if guess is None or not passes:
             return FIRST
@@ -82,7 +82,7 @@ class DraftModel:
         return best if speed(best) > 1 else 0
 
     def saw_pass(self, rows: int, guesses: int, seconds: float) -> None:
-        """A pass over so many rows, with so many guesses for some of them at most, took this long."""
+        """Note how long a pass took over this number of rows, with at most this number of guesses for each."""
         passes = self._pass.setdefault(rows, {})
         passes[guesses] = mean(passes.get(guesses), seconds)
 
@@ -97,7 +97,7 @@ class DraftModel:
     # Guessing
 
     def guess(self, rows: list[Row], wanted: Sequence[int]) -> list[list[int]]:
-        """So many guesses for each row, row i in slot i. They are drawn with the row's options and its noise."""
+        """`wanted` guesses for each row, row i in slot i. They are drawn with the row's options and its noise."""
         count = max(wanted)
         if not count:
             return [[] for _ in rows]

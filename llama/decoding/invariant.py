@@ -25,7 +25,7 @@ from .compiled import Recorded, rotations
 from .engine import CHUNK, PASS, Engine, without_onednn
 
 TILE = 16  # queries that attend together: those of one row whose positions differ only in the last 4 bits
-PROGRAMS = 256  # of Triton's attention for one query, over all key/value heads
+PROGRAMS = 256  # programs of Triton's attention for one query, over all key/value heads
 ON_GPU = 512  # most tokens of one pass on a GPU, whose attention takes memory for each
 
 INVARIANT_AS_BUILT = (
@@ -132,7 +132,7 @@ class InvariantEngine(Engine):
         positions = [position for run in runs for position in range(run.start, run.start + run.length)]
         ids = tokens if isinstance(tokens, torch.Tensor) else to_device(list(tokens), self.device)
         count = len(positions)
-        if self._by_kernels:  # which prove themselves for each number of rows: the last token is computed several times, alike
+        if self._by_kernels:  # these prove themselves for each number of rows, so repeat the last token up to a power of two
             more = (1 << (count - 1).bit_length()) - count
             slots, positions = slots + slots[-1:] * more, positions + positions[-1:] * more
             ids = torch.cat((ids, ids[-1:].expand(more)))

@@ -184,7 +184,7 @@ class Leader:
         self._numbers = itertools.count()
         self._new: deque[tuple[Call, list[_Came]]] = deque()
         self._calls: dict[int, Call] = {}
-        self._where: dict[int, dict[int, int]] = {}  # of each call: the places that are not over -> the copy that has each
+        self._where: dict[int, dict[int, int]] = {}  # call -> its places that are not over -> the copy that has each
         self._pid = os.getpid()
         self._over = ""  # why nothing can run any more
         scheduler.engine.refresh()

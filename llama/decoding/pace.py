@@ -7,7 +7,7 @@ from typing import Optional
 
 LEAST, FIRST, MOST = 16, 32, 512  # tokens to read between two steps: at least, before any measurement, at most
 PATIENCE = 3.0  # a piece may take as long as this many steps
-CHEAP = 1.6  # or this many times as long as half the piece: a GPU is not busy with few tokens
+CHEAP = 1.6  # a piece may also take this many times as long as half of it: few tokens leave a GPU idle
 RETRY = 16  # pieces after which a measurement counts as out of date, and a longer piece is tried again
 WEIGHT = 0.3  # share of the newest measurement in the mean
 

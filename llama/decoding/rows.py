@@ -25,7 +25,7 @@ class Noise:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed, self._device, self._generator = seed, device, torch.Generator(device)
-        self._kept: dict[int, torch.Tensor] = {}  # that of guesses, until they are judged
+        self._kept: dict[int, torch.Tensor] = {}  # noise of guesses, until they are judged
 
     def of(self, number: int, vocab_size: int) -> torch.Tensor:
         """For the `number`-th id after the prompt, float32 (V,)"""
@@ -64,8 +64,8 @@ class Row:
         self.ids = list(self.request.prompt)  # the generated ones follow
         self.prompt_length = len(self.ids)
         wanted = self.prompt_length + self.request.max_new
-        self.end = min(limit, wanted)  # as many ids as there may be
-        self.ends_by: FinishReason = "length" if wanted <= limit else "context"  # what it is then
+        self.end = min(limit, wanted)  # most ids that the row may have
+        self.ends_by: FinishReason = "length" if wanted <= limit else "context"  # the finish reason there
         self.finished = False
         self.proven = False  # whether logits behind its ids were finite, so that its columns may be shared
         # Its place in the cache:
@@ -75,7 +75,7 @@ class Row:
         self.cached = 0  # ids of the prompt that are not read, since a slot held them
         self.apart = False  # its columns are turned by its prompt's own length, so it shares none with others
         self.last: Optional[torch.Tensor] = None  # hidden state (dim,) behind all ids, until an id is chosen by it
-        self.scores: list[tuple[torch.Tensor, ...]] = []  # of the prompt's pieces, on the device: see `Engine.scores`
+        self.scores: list[tuple[torch.Tensor, ...]] = []  # scores of the prompt's pieces, on the device: see `Engine.scores`
         self.prompt_logprobs: Optional[list[float]] = None
         self.prompt_alternatives: list[list[tuple[int, float]]] = []
         # What its options need:

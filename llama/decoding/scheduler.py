@@ -76,7 +76,7 @@ class Scheduler:
         self._slots: list[Optional[Row]] = [None] * slots
         self._inbox: deque[Call] = deque()
         self._waiting: list[Call] = []  # calls that have requests to admit, in the order in which they came
-        self._state: tuple[object, torch.Tensor] = (), torch.empty(0)  # of the weights that made what is held
+        self._state: tuple[object, torch.Tensor] = (), torch.empty(0)  # the state of the weights that made what is held
         self._doubt: Optional[torch.Tensor] = None  # whether they have changed since, on the device
         self._begun: deque[_Begun] = deque()  # the step that is under way, and one that was queued ahead
         self._newest: tuple[list[Row], torch.Tensor] = [], torch.empty(0)  # rows, and their newest ids on the device
@@ -293,7 +293,7 @@ class Scheduler:
                 call.tell(number, step)  # twice rather than never, if this thread is interrupted
                 try:
                     row.accept(step)
-                except Exception as error:  # of the row's grammar
+                except Exception as error:  # the row's grammar may be somebody's own
                     call.error = error
         self._begun.popleft()
 
@@ -470,7 +470,7 @@ class Scheduler:
             if row.reading and row.behind is None and not row.call.is_over:
                 rows.append(row)
         rows.sort(key=lambda row: row.number)
-        # What is scored is so to the bit as if its call had come alone.
+        # Scores are then the same to the bit as if their call had come alone.
         return [
             row
             for row in rows

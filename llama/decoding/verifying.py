@@ -83,7 +83,7 @@ class Verifier:
         return decided
 
     def _look_up(self, rows: list[Row], most: list[int]) -> list[list[int]]:
-        """What the rows' own ids suggest, up to so many for each."""
+        """What the rows' own ids suggest. most: how many for each row, at most."""
         guesses: list[list[int]] = [[] for _ in rows]
         for i in self._looking_up(rows):
             drafter = rows[i].drafter
