@@ -38,7 +38,7 @@ class Checkpoint(Protocol):
 
     format: str  # "Meta", "Hugging Face", or "GGUF" with its kinds of numbers
     config: str  # the name of what `args` come from: a file of the folder, or a part of the one file
-    folder: Path  # as it was named; a file, if it was one of GGUF
+    folder: Path  # the name that was given; GGUF's is a file
     paths: list[Path]  # the files of weights
     mapped: MappedFiles
     args: ModelArgs  # the stored shape, without limits; vocab_size is -1 if only the tokenizer tells it

@@ -36,7 +36,7 @@ NAMES = {
     "norm": "output_norm",
     "output": "output",
 }
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of kinds that are not quantized
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # kinds that are not quantized
 
 # The numbers of the metadata: the key, the field of ModelArgs, and what is allowed.
 _METADATA = [

@@ -15,7 +15,7 @@ from ..system.printable import shortened
 
 MAGIC = b"GGUF"
 HEADER_BYTES = 2**25  # a longer header is refused; Llama 2's has a million bytes. Reading one takes a few seconds at most
-ALIGNMENT = 32  # of the tensors, unless "general.alignment" says another one
+ALIGNMENT = 32  # bytes between the beginnings of tensors, unless "general.alignment" says another one
 SCALARS = {
     0: "B",
     1: "b",
