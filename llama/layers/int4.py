@@ -1,6 +1,6 @@
 """int4 layers. A CPU multiplies few rows of activations with torch's packed form; for many, it unpacks that form in blocks.
 
-One prompt is decoded at twice the speed of bfloat16 (README). Plain ATen, because torchao's int4 has no form for CPUs.
+One prompt is decoded at twice the speed of bfloat16 (docs/SPEED.md). Plain ATen, because torchao's int4 has no form for CPUs.
 """
 
 from __future__ import annotations

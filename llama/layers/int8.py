@@ -1,7 +1,7 @@
 """int8 layers. oneDNN multiplies int8 with int8 only, and exactly, so on a CPU activations are first written as int8 digits.
 
-One prompt is decoded at 1.5 times the speed of bfloat16 (README). Plain ATen, because torchao's int8 reads 1 to 10 billion
-weights a second on a CPU, where this reads 25 on two cores.
+One prompt is decoded at 1.5 times the speed of bfloat16 (docs/SPEED.md). Plain ATen, because torchao's int8 reads 1
+to 10 billion weights a second on a CPU, where this reads 25 on two cores.
 """
 
 from __future__ import annotations
