@@ -221,7 +221,7 @@ class Watch:
         for rank in self.awaited:
             sign = self._read(rank) if rank != self.rank else self.sign
             if sign is not None and sign.meeting == meeting and rank < self.rank:
-                return  # that process prints the same
+                return  # the other process prints this line
             if sign is not None and not sign.end and sign.meeting != meeting and rank not in self.silent:
                 missing.append(f"process {rank}, which is {'in ' + sign.at if sign.at else 'elsewhere'}")
         if missing and self.since == since:
