@@ -174,7 +174,7 @@ FORMATS: dict[str, Union[Llama2Format, TemplateFormat]] = {
         ),
     )
 }  # fmt: skip
-FOLDERS_OWN = "template"  # as a name of a format: the folder's template, whatever it is
+FOLDERS_OWN = "template"  # the name of a format that stands for the folder's own template
 
 
 def choose_format(given: Optional[str], tokenizer: Tokenizer) -> ChatFormat:

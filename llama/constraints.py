@@ -21,15 +21,15 @@ from .system.files import parse_json
 from .system.printable import clipped, escaped, shortened
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
-MOST_CHARACTERS = 2**18  # of a schema, a regular expression, a grammar, or all choices together
-SECONDS = 5.0  # for the compilation of one, in a process of its own
-MOST_MEMORY, MOST_STACK = 2**31, 2**22  # bytes that it may take for that
+MOST_CHARACTERS = 2**18  # most characters of a schema, a regular expression, a grammar, or all choices together
+SECONDS = 5.0  # the time limit of a compilation, which has a process of its own
+MOST_MEMORY, MOST_STACK = 2**31, 2**22  # bytes that the compilation may take
 # llguidance's own limits, so that a step takes some milliseconds at most.
 LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_lexer_states": 50_000}
-COMPILED = 32  # of the last constraints are kept, for each tokenizer
+COMPILED = 32  # compiled constraints that are kept for each tokenizer, the last ones
 # Between the parts of JSON: nothing, a space, or a new line with what indents it. Otherwise spaces could follow without end.
 WHITESPACE = r" |\n {0,12}"
-# All ids that lead on, and not only those that llguidance would choose: which these are depends on the space before a text.
+# All ids that lead on are allowed, since those that llguidance would choose depend on the space before a text.
 FREELY = '\n%llguidance {"no_forcing": true}\n'
 NOT_INSTALLED = "answers of a given form need the package llguidance; pip install 'llguidance>=1.8'"
 CHILD = r"""

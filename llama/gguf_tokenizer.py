@@ -32,7 +32,7 @@ class Vocabulary(NamedTuple):
     chat_template: Optional[str]
     bos: Optional[str] = None  # the template's words for them; None: their pieces
     eos: Optional[str] = None
-    spaced: Spaced = "all"  # as llama.cpp does
+    spaced: Spaced = "all"  # llama.cpp's way
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

@@ -84,7 +84,7 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
     tokenizer_file: Path
     adapter: Optional[Path]
-    placement: memory.Placement  # of both models
+    placement: memory.Placement  # where both models lie
 
     def compared(self) -> dict[str, Any]:
         """What must be the same on all processes."""

@@ -23,8 +23,8 @@ WORKSPACE_BYTES = 32 * 2**20
 STREAMS = 2
 KERNEL_BYTES = 192 * 2**20  # CUDA brings the code of torch's and cuBLAS's kernels to the GPU when they are first called
 NCCL_BYTES = 768 * 2**20  # each process has a few MiB for each channel, peer and protocol, for the model's group and for all
-# A recorded step keeps its logits in the model's dtype and in float32. There are graphs for one row, and for 2, 4, 8 … rows,
-# which add up to twice the last.
+# A recorded step keeps its logits in the model's dtype and in float32. There are graphs for one row, and for 2, 4, 8 … rows;
+# together they take twice the largest.
 GRAPH_LOGITS = 2 * 2
 # A CPU's process needs memory beside tensors and what its imports took: code of torch and oneDNN that comes from disk when it
 # is first called (16 to 33 MB), gloo's buffers, and what the allocator keeps of freed pieces.
@@ -96,7 +96,7 @@ def estimate(placement: Placement) -> Need:
     columns_cut = matrix(args.dim, queries, processes) + matrix(args.dim, width, processes)  # wo and w2
     layer = matrix(queries + 2 * keys + 2 * width, args.dim) + columns_cut + size * 2 * args.dim
     ids = -(-args.vocab_size // processes)
-    columns = args.dim // processes  # of the embedding
+    columns = args.dim // processes  # columns of the embedding on one process
     output = Quantization("int8").nbytes(ids, args.dim, args.dim) if quantization else size * ids * args.dim
     weights = args.n_layers * layer + output + size * (args.vocab_size * columns + args.dim)
     tokens = args.max_batch_size * args.max_seq_len
@@ -114,7 +114,7 @@ def estimate(placement: Placement) -> Need:
     )
     if (draft := placement.beside()) is None:
         return need
-    other = estimate(draft)  # which reads prompts at another time
+    other = estimate(draft)  # the two models read prompts one after the other
     temporary = max(need.temporary, other.temporary)
     overheads = need.overhead, other.overhead
     overhead = sum(overheads) if place == "cuda" else max(overheads)
@@ -240,7 +240,7 @@ def _other_forms(placement: Placement) -> Iterator[dict[str, Placement]]:
         yield {f"{n} {each}": replace(placement, processes=n) for n in more}
     if placement.draft is not None:
         yield {"no draft=": replace(placement, draft=None)}
-    if placement.quantization is None:  # of the model alone: a draft model is taken as it is stored
+    if placement.quantization is None:  # this quantizes the model only; a draft model keeps its stored form
         yield {f"quantize={kind!r}": replace(placement, quantization=Quantization(kind)) for kind in KINDS}
 
 

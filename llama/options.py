@@ -141,7 +141,7 @@ TOLD = {  # the line that the terminal's help has for each option of an answer
     "max_gen_len": "tokens of an answer at most; as many as there is room for if not given",
     "stop": "a text that ends the answer before it comes; several as a JSON list",
 }
-SETTABLE = [*TOLD, "seed"]  # by /set in a chat
+SETTABLE = [*TOLD, "seed"]  # options that /set changes in a chat
 IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")]  # keys of a line of --jsonl
 
 

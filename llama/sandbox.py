@@ -21,10 +21,10 @@ from jinja2.visitor import NodeTransformer
 from .system.printable import shortened
 
 SECONDS = 5.0
-MOST_ROUNDS = 10**6  # of all loops and macros together
+MOST_ROUNDS = 10**6  # rounds of all loops and macros together
 MOST_SIZE = 2**22  # characters of a text, or items of a list
 MOST_PRODUCT = 2**26  # sizes of all that a function of MULTIPLYING is given, multiplied: it makes no more than that
-MOST_BITS = 2**12  # of a number
+MOST_BITS = 2**12  # bits of a number
 MULTIPLYING = {
     "replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice", "wordwrap",
 }  # fmt: skip

@@ -56,7 +56,7 @@ def rebuilt(path: Path, tokenizer: dict[str, Any], bos: Optional[str] = None, eo
     vocab = model["vocab"]
     added = {entry.get("content") for entry in tokenizer.get("added_tokens") or () if isinstance(entry, dict)}
     texts = {i: text for text, i in vocab.items()}
-    rank: dict[str, int] = {}  # of the first merge that makes a piece
+    rank: dict[str, int] = {}  # piece -> place of the first merge that makes it
     for i, merge in enumerate(model["merges"]):
         rank.setdefault("".join(_pair(merge)), i)
     # Those of a fine-tune may be added tokens; the pieces of the SentencePiece model are still its own.
