@@ -129,7 +129,8 @@ def entry(depth: int, name: str, thing: Any) -> Iterator[str]:
 
 def page() -> str:
     """API.md"""
-    parts = [HEAD.rstrip()]
+    links = (f"[{name}](#{name.lower().replace('.', '')})" for name, _, _ in PUBLIC)
+    parts = [HEAD.rstrip(), wrapped(" · ".join(links))]
     for name, thing, members in PUBLIC:
         parts += entry(2, name, thing)
         for member in members.split():

@@ -82,7 +82,7 @@ __all__ = [
 
 
 class Llama:
-    """A model and its tokenizer.
+    """A model and its tokenizer. `build` makes one.
 
     >>> llama = Llama.build("llama-2-7b/", "tokenizer.model")
     >>> llama.text_completion(["Simply put, the theory of relativity states that "])[0]["generation"]
