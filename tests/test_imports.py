@@ -18,6 +18,7 @@ from llama.commands import cli
 
 done = {}
 lines = [["--help"], ["tokenize", "hello"], ["complete", "x", "--temprature", "0"], ["complete", "x", "--top_p", "2"]]
+lines += [["chat", "--url", "127.0.0.1:1"], ["complete", "x", "--url", "127.0.0.1:1"]]  # where nobody answers
 for words in [*lines, *([name, "--help"] for name in cli.COMMANDS)]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ValueError):
         cli.run(words)

@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import sys
-import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,6 +244,7 @@ def server() -> Iterator[OpenAI]:
 
 
 def shows_keys(terminal: Terminal) -> bool:
+    termios = pytest.importorskip("termios")
     return bool(termios.tcgetattr(terminal.master)[3] & termios.ECHO)
 
 

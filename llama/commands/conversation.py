@@ -171,7 +171,7 @@ class Conversation:
         self._ask_again(1, self.session.turns[-1]["user"])
 
     def do_edit(self, text: str) -> None:
-        """/edit [N]  change your last message (2: the one before it, …), forget what came after it, and ask again"""
+        """/edit [N]  change your last message (2: the one before it), and ask again from there"""
         count, said = _count("edit", text, "which message to change, from the end: 1 is the last"), len(self.session.turns)
         if count > said:
             raise ValueError(f"there are {counted(said, 'message')} of yours to change" if said else "nothing was said yet")
@@ -194,7 +194,7 @@ class Conversation:
                 self.session.turns = turns
 
     def do_fork(self, name: str) -> None:
-        """/fork [NAME]  go on with a copy of the conversation; this one stays as it is, and /switch goes back to it"""
+        """/fork [NAME]  go on with a copy of the conversation; this one stays as it is"""
         name, before = name or next(n for n in map(str, range(2, 2 + len(self.forks))) if n not in self.forks), self.fork
         if name in self.forks:
             raise ValueError(f"there is a fork {name} already; /switch {name} goes there")
@@ -203,7 +203,7 @@ class Conversation:
         note(f"this is {name} now; /switch {before} goes back to where it came from")
 
     def do_switch(self, name: str) -> None:
-        """/switch [NAME]  show the forks, or go to another one"""
+        """/switch [NAME]  list the forks, or go to one of them"""
         if name:
             if name not in self.forks:
                 raise ValueError(f"there is no fork {name}; there are {', '.join(self.forks)}")
@@ -249,7 +249,7 @@ class Conversation:
         return 0
 
     def do_save(self, text: str) -> None:
-        """/save FILE  write the conversation as JSON: a list of messages, as OpenAI's API and chat templates take it"""
+        """/save FILE  write what was said as JSON: messages as OpenAI's API takes them"""
         path = _path(text)
         if not self.session.dialog:
             raise ValueError("nothing was said yet")
@@ -257,7 +257,7 @@ class Conversation:
         note(f"{path} is written: {self._turns()}")
 
     def do_load(self, text: str) -> None:
-        """/load FILE  go on with a conversation of such a file in place of this one"""
+        """/load FILE  go on with saved messages in place of these"""
         path = _path(text)
 
         def read() -> tuple[Any, Any]:
@@ -275,9 +275,9 @@ class Conversation:
         return counted(len(self.session.turns), "turn")
 
     def do_plain(self, _: str) -> None:
-        """/plain  show replies as they were written, the last one too; again: with their Markdown in color"""
+        """/plain  show replies as they were written, also the last one; again: in color"""
         self.plain = not self.plain
-        note("replies are shown " + ("as they were written" if self.plain else "with their Markdown in color"))
+        note("replies are shown as they were written" if self.plain else "replies are shown in color")
         if self.plain and self.session.turns:
             say(self.session.turns[-1]["assistant"] + "\n")
 
