@@ -130,16 +130,16 @@ DEFAULTS: dict[str, Any] = {
     **{"max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (), "seed": None, "draft": None, "n": 1},
     "constraint": None,
 }
-TOLD = {  # the line that the terminal's help has for each option of an answer
-    "temperature": "0 takes the best id; above it ids are drawn, the more freely the higher it is",
-    "top_p": "draw from the fewest best ids whose mass exceeds this, from 0 to 1, which keeps all",
-    "top_k": "draw from this many best ids; 0 means all",
-    "min_p": "draw from ids that are at least this share as probable as the best, from 0 to 1",
-    "repetition_penalty": "makes ids less probable that were there before, from 1e-10 to 1e10; 1 does nothing",
-    "presence_penalty": "taken once from the logits of ids that were generated; 0 does nothing",
-    "frequency_penalty": "taken from the logits of ids that were generated, for each time; 0 does nothing",
-    "max_gen_len": "tokens of an answer at most; as many as there is room for if not given",
-    "stop": "a text that ends the answer before it comes; several as a JSON list",
+TOLD = {  # the sentence that the terminal's help has for each option of an answer
+    "temperature": "0 takes the best id; more is freer",
+    "top_p": "draw among the best ids of this mass",
+    "top_k": "draw among this many best ids; 0 is all",
+    "min_p": "draw ids at least this share as probable as the best",
+    "repetition_penalty": "above 1, ids that were there before get rarer",
+    "presence_penalty": "taken once from the logits of generated ids",
+    "frequency_penalty": "taken from those for each time that they came",
+    "max_gen_len": "tokens of an answer at most; all that fit if not given",
+    "stop": "a text that ends the answer; several as a JSON list",
 }
 SETTABLE = [*TOLD, "seed"]  # options that /set changes in a chat
 IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")]  # keys of a line of --jsonl

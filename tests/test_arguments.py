@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from argparse import Namespace
 from typing import Any
 
 import pytest
 
+import llama
 from llama import Llama
 from llama.commands import cli
 from llama.commands.arguments import REQUIRED, understand
@@ -61,7 +63,7 @@ def test_folders_are_called_what_they_are_called(monkeypatch: pytest.MonkeyPatch
         ("--compile=None", {}),
         ("--compile=maybe", "'maybe' must be True or False"),
         ('--stop ["a","b"]', {"stop": ["a", "b"]}),
-        ("--seed x", "argument --seed: 'x' is not a number"),
+        ("--seed x", "complete: --seed: 'x' is not a number"),
         ("--seed", "complete: --seed needs a value"),
         ("--dtype --seed 3", "complete: --dtype needs a value; for one that looks like an option write --dtype=VALUE"),
         ("--dtype=--seed", {"dtype": "--seed"}),
@@ -107,10 +109,15 @@ def test_places() -> None:
         ("chat --device cpu --sytem x", "chat does not take '--sytem' (did you mean --system?)"),
         ("info llama/demo --dtpye bfloat16", "info does not take '--dtpye' (did you mean --dtype?)"),
         ("convert nowhere x hf 1 float32 x int8 more", "convert does not take 'more'"),
-        ("convert a", "convert: the following arguments are required: --dst, --to"),
+        ("convert a", "convert needs --dst and --to; see llama convert --help"),
         ("bench --device cpu --new_tokens 2 --bach_size 2", "bench does not take '--bach_size' (did you mean --batch_size?)"),
         ("complet hi", "there is no command 'complet' (did you mean complete?); there are chat, complete, "),
         ("\x1b[2J", r"there is no command '\x1b[2J'; there are chat, "),
+        ("--device cpu chat", "a command comes before '--device': chat, complete, "),
+        ("complete hi --n 5", "complete does not take '--n'; see"),  # not --noecho
+        ("complete hi --max_new_tokens 5", "complete does not take '--max_new_tokens' (did you mean --max_gen_len?)"),
+        ("complete hi --max_seqlen 5", "complete does not take '--max_seqlen' (did you mean --max_seq_len?)"),
+        ("serve --model x", "serve does not take '--model' (did you mean --ckpt_dir?)"),
         ("complete hi --top_p 2", "top_p=2 must be at most 1, which keeps all ids"),
         ("chat --max_gen_len 1.5", "max_gen_len=1.5 must be a whole number of 0 or more"),
     ],
@@ -130,21 +137,45 @@ def test_what_is_wrong_is_told_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
-def test_help_has_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With its line and its default, and whatever else is given or missing."""
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One screen of 80 columns, with two examples that are understood; `all` tells of all."""
+    command = cli.COMMANDS[name]
+    monkeypatch.setenv("COLUMNS", "80")
     cli.run([name, "--help", "--nope"] if name == "chat" else [name, "-h"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert shown.startswith(f"usage: llama {name} ")
-    for option, (_, default, told) in cli.COMMANDS[name].options.items():
-        told += "" if default in (None, REQUIRED) else f" (default: {default})"
-        assert re.search(rf" --{option} \S+ {re.escape(told)}", shown), option
+    brief = capsys.readouterr().out
+    cli.run([name, "--help", "all"])
+    whole = capsys.readouterr().out
+    assert brief.startswith(f"usage: llama {name} ")
+    assert brief.count("\n") <= 40
+    assert max(map(len, whole.splitlines())) < 80
+    for option, kind in command.options.items():
+        default = "" if kind.default in (None, False, REQUIRED) else f" (default {kind.default})"
+        lines = rf" --{option}( [A-Z]+)? ([\w, -]+[;,] )?{re.escape(kind.told + default)}"
+        assert re.search(lines, " ".join(whole.split())), option
+        assert f"--{option}" in brief
+        assert all(choice in whole for choice in kind.choices)
+    assert len(command.examples) == 2
+    assert all(f"\n  llama {name} {example}\n" in brief for example in command.examples)
+    for example in command.examples:
+        read([name, *shlex.split(example.split(" >")[0])])
 
 
-def test_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["--help"]):
+def test_ways_to_ask_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["-h"], ["help"], ["help", "nothing"]):
         cli.run(words)
         shown = capsys.readouterr().out
-        assert all(f"\n    {name} " in shown for name in cli.COMMANDS)
+        assert all(f"\n  {name} " in shown for name in cli.COMMANDS)
+        assert shown.count("\n") <= 24
+    for words in (["info", "--help=all"], ["help", "info", "all"], ["info", "x", "--help", "all"]):
+        cli.run(words)
+        assert "\n  --adapter PATH " in capsys.readouterr().out
+    assert read(["complete", "--", "--help"])["prompt"] == "--help"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("--version", "-V", "version"):
+        cli.run([word])
+        assert re.fullmatch(rf"llama {llama.__version__} \(torch \d\S+, Python 3\S+\)\n", capsys.readouterr().out)
 
 
 def test_options_of_answers_are_those_of_python() -> None:

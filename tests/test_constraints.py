@@ -21,7 +21,8 @@ from workers import Pool
 
 from llama import Llama, Tokenizer, constraints, generation
 from llama.commands import arguments, cli
-from llama.constraints import Constraint, Matcher, forms, matcher_of, vocabulary
+from llama.constraints import Constraint
+from llama.masks import Matcher, forms, matcher_of, vocabulary
 from llama.sentencepieces import (
     ADD_DUMMY_PREFIX,
     BYTE,

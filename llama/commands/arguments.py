@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..chat_formats import FORMATS
 from ..options import DEFAULTS, TOLD, parse_options
@@ -26,24 +26,35 @@ REQUIRED = object()  # the default of an option that has to be given
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "none": None}
 # A name and a value. "-5" and "- a list" are texts.
 OPTION = re.compile(r"(?:--|-(?=[A-Za-z]))([^\s=]+)(?:=(.*))?", re.DOTALL)
+HELP = ("-h", "--help")
+# What other programs call our options.
+ALSO_CALLED = {
+    "max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "n_predict": "max_gen_len", "max_length": "max_gen_len",
+    "n_ctx": "max_seq_len", "ctx_size": "max_seq_len", "model": "ckpt_dir", "model_path": "ckpt_dir", "path": "ckpt_dir",
+    "temp": "temperature", "repeat_penalty": "repetition_penalty", "tokenizer": "tokenizer_path", "lora": "adapter",
+    "batch_size": "max_batch_size", "precision": "dtype", "bits": "quantize", "nproc_per_node": "processes",
+}  # fmt: skip
 
 
 class Option(NamedTuple):
-    """An option of a command. read: turns a word into the value; a flag, which needs no word, has `truth`. told: its line in
-    the help."""
+    """An option of a command. read: turns a word into the value, ValueError if it is wrong. told: its sentence in the help.
+    choices: words that a shell offers. rare: only `--help all` tells more of it than its name."""
 
     read: Callable[[str], Any]
     default: Any
     told: str
+    choices: Sequence[str] = ()
+    rare: bool = False
 
 
 class Command(NamedTuple):
     """A command. work: its docstring is its help. places: the options whose names may be left out, in this order. groups: all
-    options by name, under the titles that the help gives them."""
+    options by name, under the titles that the help gives them. examples: command lines, without `llama NAME`."""
 
     work: Callable[[Namespace], None]
     places: Sequence[str]
     groups: Mapping[str, Mapping[str, Option]]
+    examples: Sequence[str] = ()
 
     @property
     def options(self) -> dict[str, Option]:
@@ -54,7 +65,7 @@ class Command(NamedTuple):
 def truth(word: str) -> Optional[bool]:
     """True, False, or None for what is not decided."""
     if word.lower() not in TRUTHS:
-        raise ArgumentTypeError(f"{shortened(word)} must be True or False")
+        raise ValueError(f"{shortened(word)} must be True or False")
     return TRUTHS[word.lower()]
 
 
@@ -63,7 +74,12 @@ def a_number(word: str) -> Union[int, float, None]:
     try:
         return None if word == "None" else number(word)
     except ValueError as error:
-        raise ArgumentTypeError(f"{shortened(word)} is not a number") from error
+        raise ValueError(f"{shortened(word)} is not a number") from error
+
+
+def a_path(word: str) -> str:
+    """The name of a file or folder, which a shell completes."""
+    return word
 
 
 def a_name(word: str) -> Optional[str]:
@@ -71,42 +87,35 @@ def a_name(word: str) -> Optional[str]:
     return None if word == "None" else word
 
 
+DEVICES, DTYPES, QUANTIZED = ("cuda", "mps", "cpu"), ("bf16", "fp16", "fp32", "auto"), ("int8", "int4")
 MODEL = {
-    "ckpt_dir": Option(
-        str, None, "the checkpoint's folder, a GGUF file, or org/name[@revision] on the hub; the demo model if not given"
-    ),
-    "tokenizer_path": Option(str, None, "its tokenizer.model; the one in that folder or in the folder above if not given"),
-    "max_seq_len": Option(
-        a_number,
-        None,
-        "tokens of a prompt and its answer that there is room for; if not given 2048, or fewer if the folder says so",
-    ),
-    "max_batch_size": Option(a_number, 1, "prompts that run side by side"),
-    "model_parallel_size": Option(a_number, None, "processes that share one copy of the model; all if not given"),
+    "ckpt_dir": Option(a_path, None, "a folder, GGUF file or name on the hub; else the demo"),
+    "tokenizer_path": Option(a_path, None, "tokenizer.model or its folder, if not beside the model"),
+    "max_seq_len": Option(a_number, None, "tokens of prompt and answer; up to 2048 if not given"),
+    "max_batch_size": Option(a_number, 1, "prompts that run side by side", rare=True),
+    "model_parallel_size": Option(a_number, None, "processes that share one copy of the model; else all", rare=True),
     "seed": Option(a_number, 1, "seed of the draws"),
-    "device": Option(a_name, None, "cuda, mps or cpu; the first of these that is there if not given"),
-    "dtype": Option(a_name, None, "float32, bfloat16 or float16; the checkpoint's own if not given"),
-    "quantize": Option(a_name, None, "int8 or int4 rounds the matrices while they are loaded; as stored if not given"),
-    "adapter": Option(a_name, None, "a LoRA adapter of PEFT (a folder or a name), which is added to the checkpoint's weights"),
-    "compile": Option(truth, None, "compile the decode step; if not given, one that was compiled before is used"),
-    "draft": Option(
-        a_name, None, "a smaller model of the same tokenizer (a folder or a name), whose guesses the model verifies"
-    ),
-    "chat_format": Option(
-        a_name,
-        None,
-        f"how dialogs are written: {', '.join(FORMATS)}, template (the folder's own); as the folder says if not given",
-    ),
-    "batch_invariant": Option(truth, False, "let no answer depend on what else runs, to the bit; costs speed"),
+    "device": Option(a_name, None, "the first that is there if not given", DEVICES),
+    "dtype": Option(a_name, None, "which is as stored", DTYPES),
+    "quantize": Option(a_name, None, "rounds the matrices", QUANTIZED),
+    "adapter": Option(a_path, None, "a LoRA adapter of PEFT, a folder or a name on the hub", rare=True),
+    "compile": Option(truth, None, "compile the step; --nocompile takes none made before"),
+    "draft": Option(a_path, None, "a smaller model, whose guesses this one verifies", rare=True),
+    "chat_format": Option(a_name, None, "as the folder says if not given", (*FORMATS, "template"), rare=True),
+    "batch_invariant": Option(truth, False, "no answer depends on what else runs, to the bit; slower", rare=True),
 }
 FORM = {
     "json": Option(truth, False, "each answer is a JSON object"),
-    "json_schema": Option(str, None, "each answer is JSON of this schema: a file with it, or {…} itself"),
-    "regex": Option(str, None, "each answer matches this regular expression, as a whole"),
-    "choice": Option(texts, None, "each answer is one of these texts, a JSON list"),
-    "grammar": Option(str, None, "a file with a grammar for each answer, in Lark's notation or llama.cpp's GBNF"),
+    "json_schema": Option(a_path, None, "JSON of this schema, a file or {…} itself"),
+    "regex": Option(str, None, "each answer matches this as a whole", rare=True),
+    "choice": Option(texts, None, "each answer is one of these texts, a JSON list", rare=True),
+    "grammar": Option(a_path, None, "a file with a grammar, Lark's or llama.cpp's GBNF", rare=True),
 }
-ANSWERS = {name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told) for name, told in TOLD.items()}
+COMMON = ("temperature", "top_p", "max_gen_len", "stop")
+ANSWERS = {
+    name: Option(texts if name == "stop" else a_number, DEFAULTS[name], told, rare=name not in COMMON)
+    for name, told in TOLD.items()
+}
 
 
 def some_of_model(*names: str) -> dict[str, Option]:
@@ -148,63 +157,33 @@ def _constraint(args: Namespace) -> Optional[dict[str, Any]]:
     return None
 
 
-class Parser(ArgumentParser):
-    """An ArgumentParser that raises ValueError, and leaves it to `main` to print it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print before it ends the process."""
-        raise ValueError(f"{self.prog.split()[-1]}: {message}")
-
-
 def understand(commands: Mapping[str, Command], words: Sequence[str]) -> Callable[[], None]:
-    """What a command line asks for, ready to run. ValueError if it is wrong. Nothing is loaded here."""
-    whole = Parser(prog="llama", allow_abbrev=False, description="What can be done with a checkpoint from a terminal.")
-    several = whole.add_subparsers(metavar="COMMAND", title="commands (llama COMMAND --help shows the options of one)")
-    name, *rest = words or ["--help"]
-    parsers = {name: _add_parser(several, name, command) for name, command in commands.items()}
-    if name in ("-h", "--help"):
-        return whole.print_help
+    """What a command line asks of one of the commands, ready to run. ValueError if it is wrong. Nothing is loaded here."""
+    name, *rest = words
     if name not in commands:
-        raise ValueError(f"there is no command {shortened(name)}{_nearest(name, commands)}; there are {', '.join(commands)}")
-    given = _given(name, commands[name], rest)
-    if given is None:
-        return parsers[name].print_help
-    # One word for an option and its value, so that a value may begin with a dash.
-    args = parsers[name].parse_args([f"--{option}={value}" for option, value in given.items()])
-    args.given = frozenset(given)  # by the user, at its default or not
-    return lambda: commands[name].work(args)
+        told = f"there is no command {shortened(name)}{_nearest(name, commands)}; there are {', '.join(commands)}"
+        raise ValueError(told if name[:1] != "-" else f"a command comes before {shortened(name)}: {', '.join(commands)}")
+    command, given = commands[name], _given(name, commands[name], rest)
+    lacking = [f"--{o}" for o, option in command.options.items() if option.default is REQUIRED and o not in given]
+    if lacking:
+        raise ValueError(f"{name} needs {' and '.join(lacking)}; see llama {name} --help")
+    args = Namespace(given=frozenset(given))  # by the user, at its default or not
+    for option, kind in command.options.items():
+        try:
+            setattr(args, option, kind.read(given[option]) if option in given else kind.default)
+        except ValueError as error:
+            raise ValueError(f"{name}: --{option}: {error}") from error
+    return lambda: command.work(args)
 
 
-def _add_parser(several: Any, name: str, command: Command) -> ArgumentParser:
-    told = " ".join((command.work.__doc__ or "").split())
-    places = " ".join(p.upper() if command.options[p].default is REQUIRED else f"[{p.upper()}]" for p in command.places)
-    usage = f"llama {name} {places} [--OPTION VALUE …]"
-    parser: ArgumentParser = several.add_parser(
-        name, allow_abbrev=False, usage=usage, help=told.partition(". ")[0].rstrip("."), description=told
-    )
-    for title, options in command.groups.items():
-        group = parser.add_argument_group(title)
-        for option, (read, default, line) in options.items():
-            form: dict[str, Any] = {"nargs": "?", "metavar": "True|False"} if read is truth else {}
-            if default is REQUIRED:
-                form |= {"required": True}
-            elif default is not None:
-                line += f" (default: {default})"
-                form |= {"default": default}
-            group.add_argument(f"--{option}", type=read, help=line, **form)
-    return parser
-
-
-def _given(name: str, command: Command, words: Sequence[str]) -> Optional[dict[str, str]]:
-    """The word that each option was given, or None if help is asked for."""
+def _given(name: str, command: Command, words: Sequence[str]) -> dict[str, str]:
+    """The word that each option was given."""
     given, loose, left = dict[str, str](), list[str](), deque(words)
     while left:
         word = left.popleft()
         if word == "--":  # only texts follow
             loose += left
             break
-        if word in ("-h", "--help"):
-            return None
         if found := OPTION.fullmatch(word):
             option, value = _named(name, command.options, found)
             given[option] = _next(name, option, command.options[option], left) if value is None else value
@@ -242,5 +221,7 @@ def _next(name: str, option: str, kind: Option, left: deque[str]) -> str:
 
 
 def _nearest(name: str, names: Collection[str], dashes: str = "") -> str:
-    near = [known for known in names if known.startswith(name)] or get_close_matches(name, names)
+    other = ALSO_CALLED.get(name) if dashes else None
+    near = [other] if other in names else [known for known in names if len(name) > 2 and known.startswith(name)]
+    near = near or get_close_matches(name, names)
     return f" (did you mean {dashes}{near[0]}?)" if near else ""

@@ -7,15 +7,23 @@ from collections.abc import Sequence
 
 from ..system import peers, pipes
 from ..system.launch import Launch
-from . import folders, serve, terminal
+from . import folders, serve, shells, terminal
 from .arguments import understand
+from .console import say
+from .help import asked_help
 
 COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **folders.COMMANDS}
+COMMANDS |= shells.commands(COMMANDS)
 
 
 def run(words: Sequence[str]) -> None:
     """Run a command line. ValueError or OSError for what it refuses."""
-    understand(COMMANDS, words)()
+    if (told := asked_help(COMMANDS, words)) is not None:
+        say(told)
+    elif words[0] in ("--version", "-V", "version"):
+        say(_version() + "\n")
+    else:
+        understand(COMMANDS, words)()
 
 
 def main() -> None:
@@ -30,6 +38,14 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _version() -> str:
+    from importlib.metadata import version  # of torch without importing it
+
+    from .. import __version__
+
+    return f"llama {__version__} (torch {version('torch')}, Python {sys.version.split()[0]})"
 
 
 def _is_first() -> bool:

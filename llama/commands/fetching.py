@@ -47,8 +47,7 @@ def _told(listing: hub.Listing) -> str:
 
 
 def pull(args: Namespace) -> None:
-    """Fetch the model ID (org/name, org/name@revision, or org/name:Q4_K_M for one of its GGUF files) from the Hugging Face Hub
-    into its cache, or what changed there since.
+    """Fetch a model from the Hugging Face Hub, or what changed of it.
 
     The folder or file that it lies in goes to stdout. An interrupted pull goes on with the files that it lacks when it is run
     again.

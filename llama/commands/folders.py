@@ -5,26 +5,28 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from .arguments import MODEL, REQUIRED, Command, Option, a_name, a_number, some_of_model, truth
+from .arguments import DTYPES, MODEL, QUANTIZED, REQUIRED, Command, Option, a_name, a_number, a_path, some_of_model, truth
 from .fetching import pull
+
+FORMATS = ("hf", "meta", "gguf")
 
 
 def info(args: Namespace) -> None:
-    """Say what model a checkpoint folder holds, on how many processes it runs, and what memory it needs. Loads nothing."""
+    """Say what a checkpoint holds, and what it needs to run. Loads no weights."""
     from .info import info
 
     info(args)
 
 
 def convert(args: Namespace) -> None:
-    """Write the checkpoint SRC as a new folder or file DST, in another format, or with other shards, or in another dtype."""
+    """Write a checkpoint in another format, dtype or number of shards. SRC stays as it is; DST is new."""
     from .convert import command
 
     command(args)
 
 
 def bench(args: Namespace) -> None:
-    """Measure load, prefill, first token and decode of a checkpoint on this machine.
+    """Measure how fast a checkpoint loads, reads and writes here.
 
     The prompts are made up, and continued whatever comes. Figures are medians of 3 runs after one that is not counted. Under
     torchrun, bytes and rates are one process's.
@@ -37,38 +39,40 @@ def bench(args: Namespace) -> None:
 COMMANDS = {
     "convert": Command(convert, ["src", "dst", "to", "shards", "dtype", "tokenizer_path", "quantize"], {
         "what is written": {
-            "src": Option(str, REQUIRED, "the folder or GGUF file that is read, or a name on the hub"),
-            "dst": Option(str, REQUIRED, "the folder that is made; a file NAME.gguf for gguf"),
-            "to": Option(str, REQUIRED, "hf (safetensors, for transformers), meta (consolidated.NN.pth), gguf (for llama.cpp)"),
+            "src": Option(a_path, REQUIRED, "the folder or GGUF file that is read, or a hub's name"),
+            "dst": Option(a_path, REQUIRED, "the folder that is made; a file NAME.gguf for gguf"),
+            "to": Option(str, REQUIRED, "for transformers, Meta, llama.cpp", FORMATS),
             "shards": Option(a_number, 1, "files of Meta's format"),
-            "dtype": Option(a_name, None, "float32, bfloat16 or float16; each weight's own if not given, float16 for gguf"),
-            "tokenizer_path": Option(str, None, "the tokenizer.model to copy; the one in SRC or above it if not given"),
-            "quantize": Option(a_name, None, "int8 or int4, in Meta's format: a half or a quarter of the bytes; q8_0 for gguf"),
-            **some_of_model("adapter"),
+            "dtype": Option(a_name, None, "else as stored, or fp16 for gguf", DTYPES[:3]),
+            "tokenizer_path": Option(a_path, None, "the tokenizer.model to copy, if not in SRC or above it"),
+            "quantize": Option(
+                a_name, None, "that is for gguf, the others for meta", (*QUANTIZED, "q8_0")
+            ),
+            "adapter": MODEL["adapter"]._replace(rare=False),
         },
-    }),
+    }, ["llama-2-7b/ llama-2-7b-hf/ hf", "llama-2-7b/ llama-2-7b-int4/ meta --quantize int4"]),
     "info": Command(info, ["ckpt_dir"], {
         "the checkpoint": {
-            "ckpt_dir": Option(str, REQUIRED, "its folder, a GGUF file, or its name on the hub"),
+            "ckpt_dir": Option(a_path, REQUIRED, "its folder, a GGUF file, or its name on the hub"),
             **some_of_model("tokenizer_path", "adapter"),
         },
         "how it is to run": {
-            "max_batch_size": MODEL["max_batch_size"]._replace(default=4),
-            "max_seq_len": Option(a_number, 2048, "tokens of a prompt and its answer that there is room for"),
+            "max_batch_size": MODEL["max_batch_size"]._replace(default=4, rare=False),
+            "max_seq_len": Option(a_number, 2048, "tokens of a prompt and its answer"),
             "processes": Option(a_number, 1, "processes that share it"),
             **some_of_model("device", "dtype", "quantize"),
         },
-    }),
+    }, ["llama-2-7b/", "llama-2-70b/ --processes 8 --quantize int8"]),
     "pull": Command(pull, ["id"], {
         "what is fetched": {"id": Option(str, REQUIRED, "org/name, org/name@revision or org/name:Q4_K_M on the hub")},
-    }),
+    }, ["meta-llama/Llama-2-7b-chat-hf", "TheBloke/Llama-2-7B-Chat-GGUF:Q4_K_M"]),
     "bench": Command(bench, ["ckpt_dir", "tokenizer_path"], {
         "what is run": {
-            "prompt_tokens": Option(a_number, None, "tokens of a prompt; if not given 480, or what the demo has room for"),
+            "prompt_tokens": Option(a_number, None, "tokens of a prompt; if not given 480, less for the demo"),
             "new_tokens": Option(a_number, 64, "tokens that each prompt is continued by"),
             "batch_size": Option(a_number, 1, "prompts that run side by side"),
             "json": Option(truth, False, "print one JSON object in place of the text"),
         },
         "the model": some_of_model("ckpt_dir", "tokenizer_path", "device", "dtype", "quantize", "compile"),
-    }),
+    }, ["llama-2-7b/ --quantize int8", "llama-2-7b/ --prompt_tokens 2000 --batch_size 8 --json"]),
 }  # fmt: skip

@@ -19,9 +19,9 @@ from .console import Read, note, pipe_may_close, say
 from .conversation import Conversation
 
 SERVER = {
-    "url": Option(str, None, "talk to this server of OpenAI's API, such as http://127.0.0.1:8000, in place of a model here"),
-    "api_key": Option(str, None, "the key that the server wants; the variable LLAMA_API_KEY keeps it out of ps"),
-    "model": Option(str, None, "the model's name there; the server's first if not given"),
+    "url": Option(str, None, "a server of OpenAI's API, in place of a model here"),
+    "api_key": Option(str, None, "its key; LLAMA_API_KEY in the environment is safer", rare=True),
+    "model": Option(str, None, "the model's name there; the first if not given", rare=True),
 }
 
 

@@ -15,7 +15,7 @@ SLOTS = 8
 
 
 def serve(args: Namespace) -> None:
-    """Answer requests over HTTP, in the words of OpenAI's API, and with a page to chat at. Ctrl-C or SIGTERM ends it."""
+    """Serve a model over HTTP, in the words of OpenAI's API. There is a page to chat at, too. Ctrl-C or SIGTERM ends it."""
     try:
         from ..server import serving
         from ..server.app import Settings
@@ -48,14 +48,14 @@ def _name(ckpt_dir: object) -> str:
 COMMANDS = {
     "serve": Command(serve, ["ckpt_dir", "tokenizer_path"], {
         "the server": {
-            "host": Option(str, "127.0.0.1", "the address to listen on; 0.0.0.0 is all of this machine's"),
+            "host": Option(str, "127.0.0.1", "the address to listen on; 0.0.0.0 is all of them"),
             "port": Option(a_number, 8000, "the port to listen on; 0 takes a free one"),
-            "api_key": Option(str, None, "what clients have to know; the variable LLAMA_API_KEY keeps it out of ps"),
-            "max_waiting": Option(a_number, 256, "answers that may wait for a slot; further requests get status 429"),
-            "allowed_origins": Option(str, None, "other sites whose pages may use it, as https://example.org, or a JSON list"),
-            "served_model_name": Option(str, None, "what the model is called; its folder's name if not given"),
+            "api_key": Option(str, None, "clients' key; LLAMA_API_KEY in the environment is safer"),
+            "max_waiting": Option(a_number, 256, "answers that may wait for a slot; more get status 429"),
+            "allowed_origins": Option(str, None, "a JSON list of other sites whose pages may use it"),
+            "served_model_name": Option(str, None, "the model's name; that of its folder if not given"),
             "grace": Option(a_number, 30, "seconds that running answers have after SIGTERM"),
         },
         "the model": MODEL | {"max_batch_size": Option(a_number, SLOTS, "answers that run side by side")},
-    }),
+    }, ["llama-2-7b-chat/ --max_batch_size 16", "llama-2-7b-chat/ --host 0.0.0.0 --port 8080 --quantize int8"]),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from ..system.printable import counted, json_line
 from ..tokenizer_files import open_tokenizer
 from ..weights.places import DEMO
 from . import conversation, jobs, remote
-from .arguments import ANSWERS, FORM, MODEL, Command, Option, a_number, answers, build, some_of_model, truth
+from .arguments import ANSWERS, FORM, MODEL, Command, Option, a_number, a_path, answers, build, some_of_model, truth
 from .console import given_text, note, numbers_in, on_first, pipe_may_close, piped_lines, quoted, say
 from .fetching import agreed_folder
 from .keyboard import typed_lines
@@ -39,11 +39,10 @@ def chat(args: Namespace) -> None:
 
 
 def complete(args: Namespace) -> None:
-    """Continue a PROMPT, the text of a --file or of a pipe (less its last line end), here or by the --url of a server; or all
-    lines of a --jsonl file.
+    """Continue a PROMPT, or all lines of a --jsonl file. The prompt may also be a --file or a pipe, less its last line end.
 
-    Lines are {"prompt": "…"} or {"messages": […]}, with "id", "seed", "max_gen_len", "stop" and other options as wanted.
-    Results go to --out, a line each, in order. If that is there already, what it has is checked and not done again.
+    Lines are {"prompt": "…"} or {"messages": […]}, with "id", "seed", "stop" and other options as wanted. Results go to --out,
+    a line each, in order. If that is there already, what it has is checked and not done again.
     """
     remote.check(args)
     options = answers(args)
@@ -103,7 +102,7 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
 
 
 def tokenize(args: Namespace) -> None:
-    """Show the ids and pieces of a TEXT, of a --file or of a pipe; or the text of --ids 1,306,4658. Loads no model."""
+    """Show the ids and pieces of a TEXT, or the text of --ids. The text may also be a --file or a pipe. Loads no model."""
     folder = DEMO if args.ckpt_dir is None else agreed_folder(args.ckpt_dir)
     tokenizer = open_tokenizer(folder, args.tokenizer_path)
     text = args.text
@@ -131,7 +130,7 @@ def tokenize(args: Namespace) -> None:
 
 
 def score(args: Namespace) -> None:
-    """Show how probable the model finds each token of a TEXT, of a --file or of a pipe, and the whole text's perplexity."""
+    """Show how probable each token of a TEXT is, and its perplexity. The text may also be a --file or a pipe."""
     text = given_text(args.text, args.file, "text")
     result = build(args).score([on_first(lambda: text)], stride=args.stride)[0]
     nothing = math.isnan(result["perplexity"])
@@ -146,7 +145,7 @@ def score(args: Namespace) -> None:
         say("no tokens\n" if nothing else f"perplexity {result['perplexity']:.4g} over {counted(count, 'token')}\n")
 
 
-FILE = Option(str, None, "a file with the text; - for the pipe, which is read if no text is given")
+FILE = Option(a_path, None, "a file with the text; - is the pipe")
 JSON = Option(truth, False, "print one JSON object in place of a table")
 TEXT = Option(str, None, "the text")
 
@@ -157,24 +156,24 @@ COMMANDS = {
         "their form": FORM,
         "a server": remote.SERVER,
         "the model": MODEL,
-    }),
+    }, ["llama-2-7b-chat/ --temperature 0.8", "--url http://127.0.0.1:8000 --system 'Answer in one sentence.'"]),
     "complete": Command(complete, ["prompt"], {
         "what is continued": {
             "prompt": Option(str, None, "the text"),
             "file": FILE,
-            "suffix": Option(str, None, "what follows the text: write what stands between them (Code Llama 7B and 13B)"),
-            "jsonl": Option(str, None, "a file with a prompt on each line, as JSON"),
-            "out": Option(str, None, "the file for the results of --jsonl; stdout if not given"),
+            "suffix": Option(str, None, "what follows: write what stands between (Code Llama)"),
+            "jsonl": Option(a_path, None, "a file with a prompt on each line, as JSON"),
+            "out": Option(a_path, None, "the file for their results; stdout if not given"),
             "echo": Option(truth, False, "show the prompt before its continuation"),
         },
         "the answers": ANSWERS,
         "their form": FORM,
         "a server": remote.SERVER,
         "the model": MODEL | {
-            "max_batch_size": Option(a_number, None, "prompts that run side by side; 4 with --jsonl, or else 1, if not given"),
-            "seed": Option(a_number, 1, "seed of the draws; line n of --jsonl draws with seed + n"),
+            "max_batch_size": Option(a_number, None, "prompts side by side; else 4 with --jsonl, 1 without"),
+            "seed": Option(a_number, 1, "seed of the draws; seed + n for line n"),
         },
-    }),
+    }, ["'Once upon a time' --max_gen_len 50", "--ckpt_dir llama-2-7b/ --jsonl prompts.jsonl --out out.jsonl"]),
     "tokenize": Command(tokenize, ["text"], {
         "what is shown": {
             "text": TEXT,
@@ -185,14 +184,14 @@ COMMANDS = {
             "json": JSON,
         },
         "the tokenizer": some_of_model("ckpt_dir", "tokenizer_path"),
-    }),
+    }, ["'Once upon a time'", "--ids 1,306,4658 --ckpt_dir llama-2-7b/"]),
     "score": Command(score, ["text"], {
         "what is shown": {
             "text": TEXT,
             "file": FILE,
-            "stride": Option(a_number, None, "tokens between the windows in which a text longer than max_seq_len is read"),
+            "stride": Option(a_number, None, "tokens between the windows that a long text is read in"),
             "json": JSON,
         },
         "the model": MODEL,
-    }),
+    }, ["'Once upon a time, there was a girl.'", "--file book.txt --stride 1024 --ckpt_dir llama-2-7b/"]),
 }  # fmt: skip
