@@ -2,11 +2,8 @@
 
 from typing import Optional
 
-import fire
-
-from llama import Dialog, Llama
-from llama.system.pipes import as_the_shell_left_them
 from llama.system.printable import printable
+from llama.system.program import as_a_program
 
 
 def main(
@@ -26,6 +23,8 @@ def main(
     max_seq_len, max_batch_size: tokens of a dialog and its answer, and dialogs, that the cache has room for.
     max_gen_len: tokens to generate at most; if not given, as many as there is room for.
     """
+    from llama import Dialog, Llama  # here, since it takes a second: flags are checked before, and Ctrl-C ends it quietly
+
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,
@@ -78,5 +77,7 @@ If a question does not make any sense, or is not factually coherent, explain why
 
 
 if __name__ == "__main__":
-    with as_the_shell_left_them():
+    with as_a_program(main):
+        import fire
+
         fire.Fire(main)

@@ -2,11 +2,8 @@
 
 from typing import Optional
 
-import fire
-
-from llama import Llama
-from llama.system.pipes import as_the_shell_left_them
 from llama.system.printable import printable
+from llama.system.program import as_a_program
 
 
 def main(
@@ -26,6 +23,8 @@ def main(
     max_seq_len, max_batch_size: tokens of a prompt and its answer, and prompts, that the cache has room for.
     max_gen_len: tokens to generate at most.
     """
+    from llama import Llama  # here, since it takes a second: flags are checked before, and Ctrl-C ends it quietly
+
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,
@@ -56,5 +55,7 @@ def main(
 
 
 if __name__ == "__main__":
-    with as_the_shell_left_them():
+    with as_a_program(main):
+        import fire
+
         fire.Fire(main)

@@ -61,7 +61,7 @@ setup(
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md", "page.html"]},
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
-    entry_points={"console_scripts": ["llama = llama.commands.cli:main"]},
+    entry_points={"console_scripts": ["llama = llama.__main__:main"]},
     extras_require={
         "terminal": TERMINAL,
         "hub": HUB,

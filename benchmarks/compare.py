@@ -35,6 +35,7 @@ from tasks import FULL, QUICK
 from llama import ModelArgs, runtime
 from llama.commands import bench
 from llama.system.checks import whole_number
+from llama.system.program import as_a_program, fail
 from llama.tokenizer import user_path
 from llama.tokenizer_files import need_tokenizer
 from llama.weights.checkpoint import open_checkpoint
@@ -215,7 +216,8 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(main)
-    except ValueError as error:
-        sys.exit(f"compare: {error}")
+    with as_a_program(main):
+        try:
+            fire.Fire(main)
+        except ValueError as error:
+            fail(str(error), "compare")

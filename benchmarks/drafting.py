@@ -40,6 +40,7 @@ from llama import Llama
 from llama.commands.convert import convert
 from llama.layers.rounding import KINDS
 from llama.loading import DEMO
+from llama.system.program import as_a_program
 
 
 @contextmanager
@@ -179,4 +180,5 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    with as_a_program(main):  # a misspelt flag is refused before hours of work
+        fire.Fire(main)

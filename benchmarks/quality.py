@@ -20,6 +20,7 @@ import torch
 from llama import Llama
 from llama.layers.rounding import REFINEMENTS, Quantization, dequantized, pairs, row_maxima, to_int4, to_int8
 from llama.system.files import check_file
+from llama.system.program import as_a_program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 from data import read_stories
@@ -68,4 +69,5 @@ def main(text: str, ckpt_dir: Optional[str] = None, stories: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    with as_a_program(main):  # a misspelt flag is refused before hours of work
+        fire.Fire(main)

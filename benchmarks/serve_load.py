@@ -32,6 +32,7 @@ import aiohttp
 import fire
 
 from llama import Llama
+from llama.system.program import as_a_program
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "the a little dog cat girl boy found red ball tree and was happy to play with her friend in park".split()
@@ -272,4 +273,5 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    with as_a_program(main):  # a misspelt flag is refused before hours of work
+        fire.Fire(main)

@@ -29,6 +29,7 @@ from process_memory import megabytes
 from llama import Llama
 from llama.decoding.calls import Call, Source
 from llama.decoding.requests import Request
+from llama.system.program import as_a_program
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -280,4 +281,5 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    with as_a_program(main):  # a misspelt flag is refused before hours of work
+        fire.Fire(main)

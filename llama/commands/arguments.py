@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..chat_formats import FORMATS
@@ -16,6 +15,7 @@ from ..options import DEFAULTS, TOLD, parse_options
 from ..system.files import user_path
 from ..system.launch import Launch
 from ..system.printable import shortened
+from ..system.program import nearest
 from .console import file_text, number, texts
 from .fetching import ask_before_fetching
 
@@ -221,7 +221,5 @@ def _next(name: str, option: str, kind: Option, left: deque[str]) -> str:
 
 
 def _nearest(name: str, names: Collection[str], dashes: str = "") -> str:
-    other = ALSO_CALLED.get(name) if dashes else None
-    near = [other] if other in names else [known for known in names if len(name) > 2 and known.startswith(name)]
-    near = near or get_close_matches(name, names)
-    return f" (did you mean {dashes}{near[0]}?)" if near else ""
+    meant = ALSO_CALLED.get(name)
+    return f" (did you mean {dashes}{meant}?)" if dashes and meant in names else nearest(name, names, dashes)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..system import peers, pipes
-from ..system.launch import Launch
+from ..system.program import as_a_program, fail
 from . import folders, serve, shells, terminal
 from .arguments import understand
 from .console import say
@@ -27,17 +26,12 @@ def run(words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line of this process. What it refuses ends with one line and exit status 1."""
+    """Run the command line of this process. What it refuses ends with one line and exit status 1, Ctrl-C with 130."""
     try:
-        with pipes.as_the_shell_left_them():
+        with as_a_program():
             run(sys.argv[1:])
     except (ValueError, OSError) as error:
-        peers.end(f"failed: {error}")
-        if _is_first():  # one speaks for all
-            peers.tell(f"llama: {error}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        fail(str(error), "llama")
 
 
 def _version() -> str:
@@ -46,10 +40,3 @@ def _version() -> str:
     from .. import __version__
 
     return f"llama {__version__} (torch {version('torch')}, Python {sys.version.split()[0]})"
-
-
-def _is_first() -> bool:
-    try:
-        return Launch.read().rank == 0
-    except ValueError:  # torchrun's variables are what is wrong
-        return True

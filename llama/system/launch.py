@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
 
@@ -65,6 +66,12 @@ def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str
 def api_key() -> Optional[str]:
     """The key that clients of a server have to know, if the environment names one."""
     return os.environ.get("LLAMA_API_KEY") or None
+
+
+def error_file() -> Optional[Path]:
+    """The file in which torchrun looks for the reason why this process failed."""
+    named = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return None if named is None else Path(named)
 
 
 def joined() -> Optional[ModuleType]:

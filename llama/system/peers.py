@@ -24,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Optional
 
 from . import pipes
+from .launch import error_file
 from .printable import escaped
 
 if TYPE_CHECKING:
@@ -278,9 +279,19 @@ watch: Optional[Watch] = None  # this process's watch while it belongs to a proc
 
 
 def end(how: str) -> None:
-    """Tell the other processes, if there are any, how this one ends."""
+    """Tell the other processes and torchrun, if there are any, how this one ends."""
+    if how.startswith("failed: "):
+        _tell_launcher(how.removeprefix("failed: "))
     if watch is not None:
         watch.end(how)
+
+
+def _tell_launcher(line: str) -> None:
+    """Leave the line where torchrun looks for it, which ends its own report of a failure with it."""
+    if (path := error_file()) is not None and not path.exists():
+        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            path.write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 def is_refused(address: str) -> bool:
@@ -334,7 +345,7 @@ def tell_failure(error: BaseException) -> bool:
     if isinstance(error, BrokenPipeError) and pipes.lost_reader():
         here.end(NOBODY_READS)
         sys.exit(0)
-    here.end(f"failed: {last_line}")
+    end(f"failed: {last_line}")
     if isinstance(error, KeyboardInterrupt):
         tell(f"process {here.rank} was interrupted in {place(frames)}")
         return True
