@@ -120,10 +120,10 @@ class Llama:
                 Default: all processes.
             seed: of torch's generators, the same on every process. Default: 1.
             device: "cuda", "mps" or "cpu". Default: the first of these that is there.
-            dtype: "float32", "bfloat16" or "float16". Default: the checkpoint's own; but float16 for a bfloat16 checkpoint if
-                the device cannot compute in bfloat16, and bfloat16 for a float16 one on an x86 processor, which is slow
-                in float16; a line says so.
-            quantize: "int8" or "int4" rounds the matrices while they are loaded. Default: as stored.
+            dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"). Default, or "auto": the checkpoint's own;
+                but float16 for a bfloat16 checkpoint if the device cannot compute in bfloat16, and bfloat16 for a float16
+                one on an x86 processor, which is slow in float16; a line says so.
+            quantize: "int8" or "int4" (or 8, 4) rounds the matrices while they are loaded. Default: as stored.
             adapter: a folder that PEFT saved a LoRA adapter of this checkpoint in, or its name on the hub. It is added
                 before anything is rounded. Default: none.
             compile: True compiles the decode step, once, in a minute or two on a CPU, which needs a C++ compiler. False
@@ -172,7 +172,7 @@ class Llama:
         openmp.rest()  # other threads may be the ones that generate
         torch.manual_seed(seed)
         print(f"Loaded in {time.time() - began:.2f} seconds")
-        if dtype is None and (told := opened.other_dtype()):
+        if dtype in (None, "auto") and (told := opened.other_dtype()):
             print(told)
         if ckpt_dir is None:
             print(DEMO_TOLD)

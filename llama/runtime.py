@@ -37,6 +37,7 @@ from .system.launch import Launch as Launch
 from .system.printable import counted, shortened
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALSO_CALLED = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "auto": None}
 
 
 # Device types that count as another kind: the tests' emulated GPU counts as "cuda".
@@ -477,16 +478,20 @@ def shutdown() -> None:
 def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, device: torch.device) -> torch.dtype:
     """`wanted`, or else the checkpoint's own dtype, or the other 16-bit dtype if the device is slow or unable in that one.
 
+    wanted: a dtype or its name, also as bf16, fp16, half or fp32; "auto" is as None.
+
     float16 replaces bfloat16 if the device cannot compute in that. bfloat16 replaces float16 on an x86 processor, which reads
     prompts up to twenty times as fast in it; Llama 2's weights, trained in bfloat16, lose nothing. ValueError for other dtypes.
     """
+    wanted = ALSO_CALLED.get(wanted, wanted) if isinstance(wanted, str) else wanted
     if wanted is None:
         if stored == torch.float16 and device_kind(device) == "cpu" and platform.machine() in ("x86_64", "AMD64"):
             return torch.bfloat16
         return torch.float16 if stored == torch.bfloat16 and not _computes_in_bfloat16(device) else stored
     dtype = DTYPES.get(wanted) if isinstance(wanted, str) else wanted
     if dtype is None or dtype not in DTYPES.values():
-        raise ValueError(f"dtype={wanted!r} is not supported; use {', '.join(map(repr, DTYPES))}, or None for the checkpoint's")
+        told = f"use {', '.join(map(repr, DTYPES))} (or bf16, fp16, fp32), or None for the checkpoint's"
+        raise ValueError(f"dtype={wanted!r} is not supported; {told}")
     return dtype
 
 

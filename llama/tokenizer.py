@@ -47,7 +47,7 @@ class Tokenizer:
     transformers knows these three.
 
     Args:
-        model_path: the file tokenizer.model.
+        model_path: the file tokenizer.model, or its folder.
         added: tokens of a fine-tune. Default: none.
         rows: rows of the model's embedding, if they are not as many as pieces.
         proto: the model's bytes, if they do not lie at `model_path`.
@@ -69,6 +69,7 @@ class Tokenizer:
         proto: Optional[bytes] = None,
     ) -> None:
         path = user_path(model_path)
+        path = path / "tokenizer.model" if path.is_dir() else path
         if not is_there(path):
             raise ValueError(f"no tokenizer at {path}; pass the path of Llama 2's tokenizer.model")
         model = proto or read_file(path, MODEL_BYTES, "a tokenizer.model has a few million bytes at most")

@@ -12,7 +12,7 @@ from typing import Any, Optional, Union
 
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 from .system.checks import whole
-from .system.files import is_there, read_file, read_json, user_path
+from .system.files import contents, is_there, read_file, read_json, user_path
 from .system.launch import is_first_process
 from .system.printable import counted, escaped, shortened
 from .tokenizer import AddedToken, Spaced, Tokenizer
@@ -20,20 +20,25 @@ from .tokenizer_json import read_tokenizer_json, rebuilt, steps
 from .weights.places import find_gguf
 
 MOST_IDS = 2**24
+FILES = ("tokenizer.model", "tokenizer.json")  # the first that is there counts
 
 
 def find_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Optional[Path]:
-    """The path that was given, or a GGUF model itself, or the checkpoint's tokenizer.model, or else its tokenizer.json; None if
-    there is no such file.
+    """The path that was given, or the file in that folder; or a GGUF model itself, or the checkpoint's tokenizer.model, or else
+    its tokenizer.json; None if there is no such file.
 
     Meta's layout has one file beside the folders of all models; other layouts have one in each folder.
     """
+    if given is not None and (path := user_path(given)).is_dir():
+        found = next((path / name for name in FILES if is_there(path / name)), None)
+        if found is None:
+            raise ValueError(f"no {' or '.join(FILES)} in tokenizer_path={path}, which holds {contents(path)}")
+        return found
     if given is not None:
-        return user_path(given)
+        return path
     if files := find_gguf(ckpt_dir):
         return files[0]
-    above = ckpt_dir.absolute().parent / "tokenizer.model"
-    places = (ckpt_dir / "tokenizer.model", ckpt_dir / "tokenizer.json", above)
+    places = (*(ckpt_dir / name for name in FILES), ckpt_dir.absolute().parent / FILES[0])
     return next((path for path in places if is_there(path)), None)
 
 

@@ -293,6 +293,7 @@ def test_group_sizes() -> None:
     for bad in (8, 48, 512, 64.0, True):
         with pytest.raises(ValueError, match="must be a power of two from 16 to 256"):
             Quantization("int4", bad)  # type: ignore[arg-type]
+    assert Quantization("8") == Quantization(8) == Quantization("int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quantize='int3' is not supported; use 'int8' or 'int4', or None"):
         Quantization("int3")
     with pytest.raises(

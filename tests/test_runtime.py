@@ -260,8 +260,12 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.choose_dtype(torch.float16, torch.bfloat16, cpu) == torch.float16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert runtime.choose_dtype(None, torch.bfloat16, torch.device("cuda")) == torch.float16
-    for wrong in ("int8", "bf16", torch.int64, 3):
-        with pytest.raises(ValueError, match="is not supported; use 'float32', 'bfloat16', 'float16', or None"):
+    for name, dtype in (("bf16", torch.bfloat16), ("half", torch.float16), ("fp32", torch.float32), ("auto", torch.bfloat16)):
+        assert runtime.choose_dtype(name, torch.bfloat16, cpu) == dtype
+    for wrong in ("int8", "bf", torch.int64, 3):
+        with pytest.raises(
+            ValueError, match=r"is not supported; use 'float32', 'bfloat16', 'float16' \(or bf16, fp16, fp32\), or None"
+        ):
             runtime.choose_dtype(wrong, torch.bfloat16, cpu)  # type: ignore[arg-type]
 
 

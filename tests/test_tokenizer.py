@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llama import Tokenizer
 from llama.tokenizer import StreamDecoder
+from llama.tokenizer_files import find_tokenizer, need_tokenizer, open_tokenizer
 
 
 def test_attributes_and_marks(tokenizer: Tokenizer) -> None:
@@ -115,3 +116,12 @@ def test_home_and_logger(tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, c
     with caplog.at_level(logging.INFO, logger="llama.tokenizer"):
         assert Tokenizer("~/tokenizer.model").n_words == 400
     assert "400 pieces" in caplog.text
+
+
+def test_a_folder_as_its_path(tokenizer_path: str, tmp_path: Path) -> None:
+    """People pass the checkpoint's folder; once it was "a folder, and not a file"."""
+    folder = Path(tokenizer_path).parent
+    assert Tokenizer(str(folder)).n_words == open_tokenizer(tmp_path, folder).n_words == 400
+    assert need_tokenizer(tmp_path, folder) == Path(tokenizer_path)
+    with pytest.raises(ValueError, match=r"no tokenizer.model or tokenizer.json in tokenizer_path=.*, which holds nothing"):
+        find_tokenizer(folder, tmp_path)

@@ -66,7 +66,7 @@ def command(args: Namespace) -> None:
     """The command convert."""
     (source, adapter, given), target = named_places(args.src, args), user_path(args.dst)
     tokenizer = find_tokenizer(tokenizer_folder(source, adapter, given), given)
-    dtype = None if args.dtype is None else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
+    dtype = None if args.dtype in (None, "auto") else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
     convert(source, target, args.to, args.shards, dtype, tokenizer, args.quantize, adapter)
     if tokenizer is None and args.to == "hf":
         told = f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path"

@@ -15,6 +15,7 @@ from ..system.checks import whole
 from ..system.printable import shortened
 
 KINDS = ("int8", "int4")
+ALSO_CALLED = {"8": "int8", "4": "int4"}  # in text or as a number
 GROUP_SIZE = 32  # with groups of 64 a 1.1B model is read 15 % faster, at 1.6 times the loss of quality
 LEAST_GROUP = 16
 REFINEMENTS = 6
@@ -22,14 +23,16 @@ REFINEMENTS = 6
 
 @dataclass(frozen=True)
 class Quantization:
-    """The kind of a model's quantized numbers, "int8" or "int4"; group_size is used by int4. ValueError for others."""
+    """The kind of a model's quantized numbers, "int8" (or 8) or "int4" (or 4); group_size is used by int4. ValueError for
+    others."""
 
     kind: str
     group_size: int = GROUP_SIZE
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", ALSO_CALLED.get(str(self.kind), self.kind))
         if self.kind not in KINDS:
-            raise ValueError(f"quantize={self.kind!r} is not supported; use {' or '.join(map(repr, KINDS))}, or None")
+            raise ValueError(f"quantize={shortened(self.kind)} is not supported; use {' or '.join(map(repr, KINDS))}, or None")
         size = whole(self.group_size)
         if size is None or not LEAST_GROUP <= size <= 256 or size & (size - 1):
             raise ValueError(f"group_size={shortened(self.group_size)} must be a power of two from {LEAST_GROUP} to 256")

@@ -42,10 +42,10 @@ def add_adapter(checkpoint: Checkpoint, folder: Optional[Path]) -> Checkpoint:
 
 def tokenizer_folder(folder: Path, adapter: Optional[Path], given: Optional[Path] = None) -> Path:
     """The folder whose files describe the tokenizer: the adapter's, if a tokenizer was saved there, as trainings do that add
-    tokens or a chat template; else the checkpoint's. given: the file that the caller named, which may lie in either."""
+    tokens or a chat template; else the checkpoint's. given: what the caller named, which may lie in either."""
     if adapter is None or not any(is_there(adapter / name) for name in ("tokenizer.model", "tokenizer.json")):
         return folder
-    return adapter if given is None or given.absolute().parent == adapter.absolute() else folder
+    return adapter if given is None or adapter.absolute() in (given.absolute(), given.absolute().parent) else folder
 
 
 class AdaptedCheckpoint:
