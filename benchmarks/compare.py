@@ -36,6 +36,7 @@ from llama import ModelArgs, runtime
 from llama.commands import bench
 from llama.system.checks import whole_number
 from llama.system.program import as_a_program, fail
+from llama.system.progress import bar
 from llama.tokenizer import user_path
 from llama.tokenizer_files import need_tokenizer
 from llama.weights.checkpoint import open_checkpoint
@@ -123,6 +124,7 @@ def load(systems: list[System], times: int) -> None:
 
 def measure(systems: list[System], setting: Setting, repeats: int) -> None:
     """One round that does not count, then `repeats` that do. Each round begins with another system."""
+    progress = bar(total=(repeats + 1) * len(setting.profile.tasks), desc="Measuring", unit="task", leave=False)
     for number in range(repeats + 1):
         for name, task in setting.profile.tasks.items():
             rows = bench.make_prompts(task.batch, task.prompt, setting.args.vocab_size)
@@ -130,7 +132,9 @@ def measure(systems: list[System], setting: Setting, repeats: int) -> None:
                 system = systems[(at + number) % len(systems)]
                 if system.kind != "limits" or name == "decode":  # once a round
                     system.run(name, rows, task.new, counted=number > 0)
-        print(f"round {number} of {repeats} done", file=sys.stderr, flush=True)
+            progress.update()
+        progress.write(f"round {number} of {repeats} done", file=sys.stderr)
+    progress.close()
 
 
 def layer_flops(args: ModelArgs) -> float:

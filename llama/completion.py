@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Optional, TypedDict, Union
 
 from .chat import UNSAFE_ERROR, Message
 from .decoding.settings import FinishReason
-from .system.launch import is_first_process
+from .system.progress import bar
 from .tokenizer import TextStream, Tokenizer, split
 
 if TYPE_CHECKING:
@@ -215,12 +215,9 @@ def _prediction(tokenizer: Tokenizer, whole: Chunk, begun: Sequence[int]) -> Com
 def shown(chunks: Iterable[Chunk], call: Call) -> Iterator[Chunk]:
     """The chunks unchanged, with a progress bar on the first process's terminal while prompts wait for a slot."""
     count = len(call.requests)
-    many = count > call.lanes and is_first_process()
-    from tqdm import tqdm
-
-    with tqdm(total=count, unit="prompt", delay=2, leave=False, disable=None if many else True) as bar:
+    with bar(shown=count > call.lanes, total=count, unit="prompt", delay=2, leave=False) as progress:
         for chunk in chunks:
-            bar.update(1 if chunk["finish_reason"] else 0)
+            progress.update(1 if chunk["finish_reason"] else 0)
             yield chunk
 
 

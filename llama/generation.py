@@ -61,6 +61,7 @@ from .layers.parallel import (
     replica,
     several_processes,
 )
+from .layers.quantized import Quantized
 from .loading import DEMO, DEMO_TOLD, Wanted, check_shares, checkpoint_folders, open_folders
 from .masks import forms, matcher_of
 from .model import Transformer
@@ -69,6 +70,7 @@ from .session import ChatSession
 from .system import openmp
 from .system.checks import whole, whole_number
 from .system.printable import shortened
+from .system.progress import quietly, say
 from .tokenizer import Tokenizer, split
 
 T = TypeVar("T")
@@ -106,6 +108,7 @@ class Llama:
         batch_invariant: bool = False,
         chat_format: Optional[str] = None,
         processes: Optional[int] = None,
+        quiet: bool = False,
     ) -> Llama:
         """Load a checkpoint onto this process, or onto all processes that torchrun started. Without arguments: the demo model.
 
@@ -140,11 +143,15 @@ class Llama:
             processes: this process, and others that it starts for this `Llama`, share the model: one on each GPU, or dividing
                 the cores. They end with the object, with `close()`, or with this process; a new build with processes= closes
                 the one before (docs/NOTEBOOKS.md). Default: this process alone, or all that torchrun started.
+            quiet: True prints nothing. Default: False, which tells how long it took, and shows a bar at a terminal.
 
         Raises:
             ValueError: an argument or a file is not right; on every process, before any weight is copied.
         """
-        given = {name: value for name, value in locals().items() if name != "processes"}
+        given = {name: value for name, value in locals().items() if name not in ("processes", "quiet")}
+        if quiet:
+            with quietly():
+                return Llama.build(**given, processes=processes)
         if processes is not None:
             return _build_over(processes, given)
         began = time.time()
@@ -171,11 +178,11 @@ class Llama:
         opened.warn_beyond_training()
         openmp.rest()  # other threads may be the ones that generate
         torch.manual_seed(seed)
-        print(f"Loaded in {time.time() - began:.2f} seconds")
+        say(f"Loaded in {time.time() - began:.2f} seconds")
         if dtype in (None, "auto") and (told := opened.other_dtype()):
-            print(told)
+            say(told)
         if ckpt_dir is None:
-            print(DEMO_TOLD)
+            say(DEMO_TOLD)
         how = {"compile": compile, "batch_invariant": batch_invariant, "chat_format": chat_format}
         return Llama(model, opened.tokenizer, draft_model=draft_model, **how)  # type: ignore[arg-type]
 
@@ -322,10 +329,14 @@ class Llama:
 
     def __repr__(self) -> str:
         params, weight = self.model.params, self.model.norm.weight
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        rounded = [module for module in self.model.modules() if isinstance(module, Quantized)]
+        stored = {p for module in rounded for p in module.parameters()}  # numbers and scales, packed
+        others = sum(p.numel() for p in self.model.parameters() if p not in stored)
+        kind = f"{rounded[0].quantization.kind} and " if rounded else ""
         return (
-            f"Llama({millions:,.1f} million parameters on this process, {str(weight.dtype).removeprefix('torch.')} on "
-            f"{weight.device}; {params.n_layers} layers of dim {params.dim}; {self.tokenizer.n_words} pieces; cache for "
+            f"Llama({(others + sum(module.numbers for module in rounded)) / 1e6:,.1f} million parameters on this process, "
+            f"{kind}{str(weight.dtype).removeprefix('torch.')} on {weight.device}; {params.n_layers} layers of dim "
+            f"{params.dim}; {self.tokenizer.n_words} pieces; cache for "
             f"{params.max_batch_size} prompts of {params.max_seq_len} tokens)"
         )
 

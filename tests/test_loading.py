@@ -12,6 +12,7 @@ import torch
 from conftest import PARAMS, random_weights, write_checkpoint
 from emulated_cuda import Machine, emulated
 from helpers import TWINS, write_twin
+from tqdm import tqdm
 from workers import Pool
 
 from llama import Llama, Transformer, memory
@@ -213,7 +214,7 @@ def test_ctrl_c_ends_the_threads(tiny: Path, tokenizer_path: str, monkeypatch: p
         def update(self) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("llama.weights.checkpoint.tqdm", Interrupted)
+    monkeypatch.setattr("llama.weights.checkpoint.bar", Interrupted)
     with emulated(), pytest.raises(KeyboardInterrupt):
         Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
     assert not any("llama-loader" in thread.name for thread in threading.enumerate())
@@ -223,8 +224,7 @@ def test_the_progress_counts_tensors(tiny: Path, tokenizer_path: str, monkeypatc
     from llama.weights import checkpoint
 
     bars: list[Any] = []
-    real = checkpoint.tqdm
-    monkeypatch.setattr(checkpoint, "tqdm", lambda **options: bars.append(real(**{**options, "disable": False})) or bars[-1])
+    monkeypatch.setattr(checkpoint, "bar", lambda **options: bars.append(tqdm(disable=False, **options)) or bars[-1])
     with emulated():
         Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
     assert bars[0].n == bars[0].total == len(random_weights(PARAMS))

@@ -423,15 +423,14 @@ def test_long_prompts_run_in_chunks(llama: Llama, monkeypatch: pytest.MonkeyPatc
 
 
 def test_many_prompts_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal (None: tqdm looks whether it is one) of the process that speaks, if some prompts wait for others."""
+    """If some prompts wait for others."""
     bars: list[Any] = []
-    monkeypatch.setattr(completion, "tqdm", lambda **options: bars.append(options) or mock.MagicMock())
+    monkeypatch.setattr(completion, "bar", lambda **options: bars.append(options) or mock.MagicMock())
     chunks: list[Any] = [{"finish_reason": None}, {"finish_reason": "stop"}]
-    for prompts, speaks, disable in ((4, True, True), (5, True, None), (5, False, True)):
-        monkeypatch.setattr(completion, "is_first_process", lambda speaks=speaks: speaks)
+    for prompts in (4, 5):
         call: Any = SimpleNamespace(requests=[0] * prompts, lanes=4)
         assert list(completion.shown(iter(chunks), call)) == chunks
-        assert (bars[-1]["disable"], bars[-1]["total"], bars[-1]["leave"]) == (disable, prompts, False)
+        assert (bars[-1]["shown"], bars[-1]["total"], bars[-1]["leave"]) == (prompts == 5, prompts, False)
 
 
 def test_repr(llama: Llama) -> None:
@@ -439,6 +438,13 @@ def test_repr(llama: Llama) -> None:
         "Llama(0.1 million parameters on this process, float32 on cpu; 2 layers of dim 64; 400 pieces; cache for 4 prompts of "
         "128 tokens)"
     )
+
+
+def test_repr_of_rounded_weights(tiny: Path, tokenizer_path: str) -> None:
+    """Once the packed tensors were counted, and "float32" was all that was said of them."""
+    for kind in ("int8", "int4"):
+        told = repr(Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu", quantize=kind, quiet=True))
+        assert told.startswith(f"Llama(0.1 million parameters on this process, {kind} and float32 on cpu; 2 layers of dim 64;")
 
 
 # Several processes

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from tqdm import tqdm
 
 from .. import runtime
 from ..chat_formats import LLAMA2
@@ -35,6 +34,7 @@ from ..rotary import metas_positions
 from ..system.checks import whole_number
 from ..system.files import user_path
 from ..system.printable import escaped
+from ..system.progress import bar
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import find_tokenizer, open_tokenizer
 from ..tokenizer_json import hf_tokenizer, whole_model
@@ -120,7 +120,7 @@ def convert(
         files = _hf_files(checkpoint, model, dtype) if to == "hf" else _meta_files(checkpoint, model, shards, dtype)
     nbytes = sum(entry.nbytes for entries in files.values() for entry in entries)
     with _new_folder(target, nbytes, target.name if to == "gguf" else "") as folder:
-        with tqdm(total=sum(map(len, files.values())), desc="Converting", unit="tensor", disable=None) as progress:
+        with bar(total=sum(map(len, files.values())), desc="Converting", unit="tensor") as progress:
             for name, entries in files.items():
                 write(folder / name, entries, progress)
         if to == "gguf":

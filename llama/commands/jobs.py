@@ -16,6 +16,7 @@ from ..options import IN_JSON
 from ..system.checks import whole_number
 from ..system.files import is_there, listed, parse_json, read_file
 from ..system.printable import json_line, shortened
+from ..system.progress import bar
 
 if TYPE_CHECKING:
     from ..generation import Llama
@@ -164,13 +165,11 @@ def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
 
 def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: BinaryIO) -> None:
     """Write each line as soon as it comes, and show a progress bar at a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, initial=done, unit="line", disable=None) as bar:
+    with bar(total=total, initial=done, unit="line") as progress:
         for line in lines:
             out.write(json_line(line).encode() + b"\n")
             out.flush()
-            bar.update()
+            progress.update()
 
 
 def open_output(path: Path, size: int) -> BinaryIO:

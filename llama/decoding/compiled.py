@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from tqdm import tqdm
 
 from .. import runtime
 from ..layers import proven
@@ -26,12 +25,11 @@ from ..layers.parallel import (
     ColumnParallelLinear,
     all_agree,
     forget_small_all_reduces,
-    is_first_process,
     prepare_small_all_reduces,
 )
 from ..layers.proven import STEP_TOLERANCE, vectors_are_near
 from ..model import RMSNorm, Transformer
-from ..system.printable import printable
+from ..system.progress import bar, say
 from . import compiler, gpu_step, packages
 
 LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; larger ones are powers of two
@@ -75,12 +73,6 @@ def reason(error: Exception) -> str:
     """The first line of an error's message, or its class."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def say(line: str) -> None:
-    """Print a line, if this is the first process."""
-    if is_first_process():
-        print(printable(line))
 
 
 def code_key(model: Transformer) -> str:
@@ -157,10 +149,9 @@ class Packaged:
         """Make packages, side by side, and load them."""
         began = time.perf_counter()
         say("Compiling the decode step, once for this model's shape and this machine; it takes a minute or more …")
-        quiet = None if is_first_process() else True  # None: quiet unless stderr is a terminal
         with (
             packages.workspace(runtime.cache_folder()) as work,
-            tqdm(desc="Compiling", bar_format="{desc}: {elapsed}", leave=False, disable=quiet) as bar,
+            bar(desc="Compiling", bar_format="{desc}: {elapsed}", leave=False) as shown,
             ExitStack() as stack,
         ):
             running: dict[bool, Any] = {}
@@ -173,7 +164,7 @@ class Packaged:
                 running[several] = stack.enter_context(compiler.started(request, place, runtime.compiler_environment(place)))
             for several, process in running.items():
                 path = absent[several]
-                compiler.wait(process, bar)
+                compiler.wait(process, shown)
                 packages.keep(work / path.stem / compiler.MADE, path, work)
                 self._runners[several] = packages.load(path)
                 bar.clear()

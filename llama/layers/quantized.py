@@ -95,6 +95,12 @@ class Quantized(nn.Module):
         return self
 
     @property
+    def numbers(self) -> int:
+        """Weights of the part of the matrix that this rank holds."""
+        rows = getattr(self, "output_size_per_partition", self.out_features)
+        return int(rows * getattr(self, "input_size_per_partition", self.in_features))
+
+    @property
     def device(self) -> torch.device:
         """The device that the tensors lie on."""
         return cast(torch.Tensor, self.weight).device

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
-from tqdm import tqdm
 
-from ..layers.parallel import group_rank, group_size, is_first_process, model_parallel_group
+from ..layers.parallel import group_rank, group_size, model_parallel_group
 from ..layers.quantization import quantize_layers
 from ..layers.quantized import Quantized
 from ..layers.rounding import Quantization, row_maxima
@@ -25,6 +24,7 @@ from ..model import ModelArgs, Transformer
 from ..runtime import device_kind
 from ..system.files import MappedFiles, is_there, listed
 from ..system.printable import counted
+from ..system.progress import bar
 from .gguf import GGUFCheckpoint
 from .huggingface import HuggingFaceCheckpoint, has_weights
 from .meta import MetaCheckpoint
@@ -232,9 +232,8 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
 
 
 def _progress(tensors: int) -> Any:
-    """A bar that appears after a second and a half, on the first process, and only on a terminal."""
-    quiet = None if is_first_process() else True
-    return tqdm(total=tensors, desc="Loading", unit="tensor", delay=1.5, leave=False, disable=quiet)
+    """A bar that appears after a second and a half."""
+    return bar(total=tensors, desc="Loading", unit="tensor", delay=1.5, leave=False)
 
 
 class Part(NamedTuple):
