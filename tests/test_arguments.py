@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 import sys
 from argparse import Namespace
 from typing import Any
@@ -176,6 +177,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("--version", "-V", "version"):
         cli.run([word])
         assert re.fullmatch(rf"llama {llama.__version__} \(torch \d\S+, Python 3\S+\)\n", capsys.readouterr().out)
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a model was loaded for it first."""
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("it loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use; pass another"):
+            cli.run(["serve", "--port", str(port)])
+    with pytest.raises(ValueError, match="cannot listen on 1.2.3.4.5, port 0: "):
+        cli.run(["serve", "--host", "1.2.3.4.5", "--port", "0"])
 
 
 def test_options_of_answers_are_those_of_python() -> None:

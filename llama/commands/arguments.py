@@ -203,10 +203,9 @@ def _named(name: str, options: Mapping[str, Option], found: re.Match[str]) -> tu
     if option in denied and value is None:
         return denied[option], "False"
     if option not in options:
-        told = (
-            f"{name} does not take {shortened(found[0])}{_nearest(option, [*options, *denied], '--')}; see llama {name} --help"
-        )
-        raise ValueError(f"{told} for the options, and write -- before a text that begins with a dash")
+        near = _nearest(option, [*options, *denied], "--")
+        told = f"{name} does not take {shortened(found[0])}{near}; see llama {name} --help for the options"
+        raise ValueError(told if near else f"{told}, and write -- before a text that begins with a dash")
     return option, value
 
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..system.checks import real, whole_number
-from ..system.launch import api_key
+from ..system.launch import Launch, api_key
 from ..system.printable import shortened
 from .arguments import MODEL, Command, Option, a_number, build
 from .console import texts
@@ -28,6 +28,8 @@ def serve(args: Namespace) -> None:
     grace = real(args.grace)
     if grace is None or not 0 <= grace <= 86400:
         raise ValueError(f"grace={shortened(args.grace)} must be a number of seconds, from 0 to 86400")
+    if Launch.read().rank == 0:
+        serving.check_place(args.host, port)
     key = args.api_key or api_key()
     origins = [] if args.allowed_origins is None else texts(args.allowed_origins)
     settings = Settings(

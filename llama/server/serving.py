@@ -31,6 +31,17 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def check_place(host: str, port: int) -> None:
+    """ValueError if nothing can listen there, before a model is loaded for it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own socket
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}; pass another --port or --host") from error
+
+
 class _Uvicorn(uvicorn.Server):
     """Lets what runs at SIGTERM go on for `grace` seconds; then tells the clients that the server ends."""
 

@@ -22,7 +22,7 @@ from ..layers.rounding import Quantization, row_maxima
 from ..memory import return_freed
 from ..model import ModelArgs, Transformer
 from ..runtime import device_kind
-from ..system.files import MappedFiles, is_there, listed
+from ..system.files import MappedFiles, contents, is_there, listed
 from ..system.printable import counted
 from ..system.progress import bar
 from .gguf import GGUFCheckpoint
@@ -78,15 +78,21 @@ def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
     if find_gguf(ckpt_dir):
         return GGUFCheckpoint(ckpt_dir)
     if not os.path.isdir(ckpt_dir):
+        told = ", which is a file" if os.path.isfile(ckpt_dir) else ""
         raise ValueError(
-            f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json, "
+            f"no checkpoint folder at {ckpt_dir}{told}; pass the folder that holds consolidated.00.pth and params.json, "
             "or config.json and model.safetensors, or a GGUF file"
         )
     metas = [is_there(ckpt_dir / "params.json"), any(ckpt_dir.glob("consolidated.*.pth"))]
     theirs = is_there(ckpt_dir / "config.json")
     if theirs and (not all(metas)) and has_weights(ckpt_dir):  # one of Meta's files alone is a stray
         return HuggingFaceCheckpoint(ckpt_dir)
-    if any(metas) or not (theirs or is_there(ckpt_dir / "adapter_config.json")):
+    if not (any(metas) or theirs or is_there(ckpt_dir / "adapter_config.json")):
+        raise ValueError(
+            f"no model in {ckpt_dir}: params.json is missing, as is config.json, and the folder holds {contents(ckpt_dir)}; "
+            "pass the one with consolidated.00.pth and params.json, or model.safetensors and config.json, or a GGUF file"
+        )
+    if any(metas):
         return MetaCheckpoint(ckpt_dir)
     return HuggingFaceCheckpoint(ckpt_dir)
 
