@@ -51,7 +51,7 @@ TESTS = {
     "int4": "quantization", "int8": "quantization", "interrupts": "followers", "jobs": "terminal",
     "keyboard": "terminal screen", "launch": "runtime", "layers/invariant": "invariant", "leading": "leading followers",
     "loading": "loading draft_model",
-    "markdown": "screen screen::test_signs screen::test_lines screen::test_what_may_still_grow "
+    "markdown": "screen::test_signs screen::test_lines screen::test_what_may_still_grow "
                 "screen::test_it_ends_as_if_it_had_come_at_once",
     "masks": "constraints", "meta": "checkpoint files", "metas_way": "own_parts", "metrics": "server",
     "model": "model own_parts golden", "openmp": "threads", "pace": "scheduler", "parallel": "collectives",
