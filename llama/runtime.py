@@ -422,11 +422,12 @@ def has_failed() -> bool:
 
 
 def lose() -> None:
-    """A process that this one has started is gone. End what waits for it on a GPU; on a CPU its connection has ended."""
+    """A process that this one has started is gone. End what waits for it: on a GPU nothing else would."""
     _started.lost = True
     peers.end(peers.LOST)
-    if torch.cuda.is_available() and dist.is_initialized():
-        dist.distributed_c10d._abort_process_group()
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # not all backends of all releases can; `shutdown` ends them
+            dist.distributed_c10d._abort_process_group()
 
 
 def shutdown() -> None:
@@ -451,12 +452,13 @@ def shutdown() -> None:
     watch = started.watch
     if watch is not None:
         watch.end(peers.NOBODY_READS if pipes.lost_reader() else peers.ENDED)
-    if started.store is not None and dist.is_initialized():
-        if watch is not None and watch.sign.end == peers.ENDED:
+    if started.store is not None:
+        if watch is not None and watch.sign.end == peers.ENDED and dist.is_initialized():
             watch.wait_for_ends()
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
-        if not (failed and torch.cuda.is_available()):  # NCCL would wait for the collective that never ends
+        never_ends = failed and started.launch is None and torch.cuda.is_available()  # NCCL would wait for a collective
+        if dist.is_initialized() and not never_ends:
             dist.destroy_process_group()
     if watch is not None:
         if started.store is not None and watch.sign.end not in (peers.ENDED, peers.LOST):
