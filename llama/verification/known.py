@@ -159,8 +159,8 @@ def _text(llama: Llama, name: str, text: dict[str, str]) -> Result:
     where = f"{shortened(text['prompt'], 40)}, {text['source']}"
     if (wrong := (behind > near).nonzero()).numel():
         at = int(wrong[0])
-        told = f"token {at + 1} of {len(behind)} should be {shortened(tokenizer.decode([ids[start + at]]))}, and is "
-        told += f"{behind[at]:.2f} nats less likely than {shortened(tokenizer.decode([int(logprobs[at].argmax())]))} ({where})"
+        told = f"token {at + 1} of {len(behind)} should be {shortened(tokenizer.piece(ids[start + at]))}, and is "
+        told += f"{behind[at]:.2f} nats less likely than {shortened(tokenizer.piece(int(logprobs[at].argmax())))} ({where})"
         return failed(name, told, OTHER_NUMBERS)
     return passed(name, f"each of {len(behind)} tokens is the likeliest ({where})")
 
