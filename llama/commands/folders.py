@@ -1,5 +1,5 @@
 """The commands on a folder of weights: convert writes another, info says what it holds and what that needs to run, pull fetches
-one, bench measures one. What works is imported when it is asked for."""
+one, verify checks one, bench measures one. What works is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def convert(args: Namespace) -> None:
     from .convert import command
 
     command(args)
+
+
+def verify(args: Namespace) -> None:
+    """Check that a folder is whole and right, and that this code and this machine give its model's numbers.
+
+    A row for each check: pass, fail or not applicable; then what each failure usually means. Status 1 if any failed.
+    """
+    from .verify import verify
+
+    verify(args)
 
 
 def bench(args: Namespace) -> None:
@@ -61,6 +71,21 @@ COMMANDS = {
     }),
     "pull": Command(pull, ["id"], {
         "what is fetched": {"id": Option(str, REQUIRED, "org/name, org/name@revision or org/name:Q4_K_M on the hub")},
+    }),
+    "verify": Command(verify, ["ckpt_dir"], {
+        "what is checked": {
+            "ckpt_dir": Option(str, REQUIRED, "the folder, a GGUF file, or its name on the hub"),
+            "quick": Option(truth, False, "read the files and the weights only: run nothing"),
+            "text": Option(str, None, "a file of texts like those that the model was trained on, with empty lines between"),
+            "wikitext": Option(str, None, "wiki.test.raw of WikiText-2, whose perplexity is compared with the published one"),
+            "processes": Option(a_number, 4, "the most processes that are started to share the model"),
+            "seconds": Option(a_number, 600, "how long exchanged layers and other faults of meaning are looked for"),
+        },
+        "what is told": {
+            "json": Option(truth, False, "print one JSON object in place of the table"),
+            "record": Option(truth, False, "if all is right, write checklist.chk, by which later damage is found"),
+        },
+        "the model": some_of_model("tokenizer_path", "device", "dtype", "compile"),
     }),
     "bench": Command(bench, ["ckpt_dir", "tokenizer_path"], {
         "what is run": {

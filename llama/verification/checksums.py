@@ -1,10 +1,11 @@
-"""The bytes of a folder against the checksums that came with them: checklist.chk, the hub's names of files, those in .pth files."""
+"""The bytes of a folder against the checksums that came with them: checklist.chk, the hub's hashes, those in .pth files."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -34,7 +35,7 @@ def check_checksums(folder: Path, files: Iterable[Path]) -> Result:
     name, files = "checksums", list(files)
     expected = _expected(folder, files)
     archives = [path for path in files if path not in expected and path.suffix in (".pth", ".bin")]
-    problems, sources = [], {f"{what.source} ({what.kind})" for what in expected.values()}
+    problems = []
     with tqdm(total=sum(map(_size, [*expected, *archives])), desc="Checksums", unit="B", unit_scale=True,
               delay=1.5, leave=False, disable=None) as bar:  # fmt: skip
         for path, what in expected.items():
@@ -43,16 +44,17 @@ def check_checksums(folder: Path, files: Iterable[Path]) -> Result:
             elif (found := _digest(path, what.kind, bar)) != what.digest:
                 problems.append(f"{path.name} has {what.kind} {found}, and {what.source} says {what.digest}")
         for path in archives:
-            if (part := _damaged_part(path, bar)) is not None:
-                problems.append(f"{path.name}: {part} does not match the file's own checksum (crc32)")
-            sources.add("the file's own (crc32)")
+            if (damage := _damage(path, bar)) is not None:
+                problems.append(f"{path.name}: {damage}")
     if problems:
         return failed(name, listed(problems, 4), DAMAGED)
     bare = [path.name for path in files if path not in expected and path not in archives]
     if not expected and not archives:
         told = f"there is none for {listed(bare, 3)}, so a wrong bit that leaves a number plausible stays unseen"
         return not_applicable(name, f"{told}; --record writes {CHECKLIST} now, by which later damage is found")
-    told = f"{counted(len(expected) + len(archives), 'file')} as {' and '.join(sorted(sources))} says"
+    alike: dict[str, int] = Counter(f"{what.source} ({what.kind})" for what in expected.values())
+    alike |= {"the checksum in it (crc32)": len(archives)} if archives else {}
+    told = " and ".join(f"{counted(count, 'file')} as {source} says" for source, count in alike.items())
     return passed(name, told + (f"; there is none for {listed(bare, 3)}" if bare else ""))
 
 
@@ -105,9 +107,12 @@ def _digest(path: Path, kind: str, bar: Any) -> str:
     return digest.hexdigest()
 
 
-def _damaged_part(path: Path, bar: Any) -> Optional[str]:
-    """The first tensor of a file of torch.save that does not match its checksum; None if all do, or the file is no archive,
-    which whoever opens it tells."""
+def _damage(path: Path, bar: Any) -> Optional[str]:
+    """What is wrong with a file of torch.save, which has a checksum of each part; None if nothing is, or it is of another
+    kind."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return None
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
@@ -116,9 +121,9 @@ def _damaged_part(path: Path, bar: Any) -> Optional[str]:
                         while block := part.read(BLOCK):
                             bar.update(len(block))
                 except zipfile.BadZipFile:
-                    return _tensor_name(path, record.filename)
+                    return f"{_tensor_name(path, record.filename)} does not match the checksum in the file (crc32)"
     except (zipfile.BadZipFile, OSError, ValueError):
-        return None
+        return f"it ends after {path.stat().st_size:,} bytes without the directory that such a file ends with: it is cut short"
     return None
 
 

@@ -1,4 +1,4 @@
-"""One of the processes that `agreement.check_processes` starts: loads the model, reads the ids, and writes what it found."""
+"""One of the processes that `itself.check_processes` starts: loads the model, reads the ids, and writes what it found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from .. import runtime
 from ..generation import Llama
 from ..system.launch import Launch
-from .agreement import one_pass
+from .itself import one_pass
 
 
 def main() -> None:

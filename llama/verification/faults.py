@@ -45,7 +45,7 @@ class Reading:
     """Texts as the model reads them, with the states in front of every layer, so that what changes only later layers need not
     be read from the beginning."""
 
-    def __init__(self, llama: Llama, texts: Iterable[str], length: int = LENGTH) -> None:
+    def __init__(self, llama: Llama, texts: Iterable[str], length: int) -> None:
         self.model = llama.model
         rows = [llama.tokenizer.encode(text, bos=True, eos=False)[:length] for text in texts]
         longest = max(map(len, rows))
@@ -108,12 +108,13 @@ def read_likeliest(llama: Llama, texts: Sequence[str] = ()) -> tuple[str, list[R
     few, seconds = {}, {}
     for kind, of_kind in given.items():
         started = time.monotonic()
-        few[kind] = Reading(llama, of_kind[:1], FEW)
+        few[kind] = Reading(llama, of_kind[:1], min(FEW, llama.model.params.max_seq_len))
         seconds[kind] = time.monotonic() - started
     kind = min(few, key=lambda kind: few[kind].before.mean().item())
     affordable = max(1, int(PASS_SECONDS / seconds[kind] * FEW / LENGTH))
     rows = min(affordable, llama.model.params.max_batch_size)
-    return kind, [few[kind], Reading(llama, given[kind][:rows])]
+    length = min(LENGTH, llama.model.params.max_seq_len)
+    return kind, [few[kind], Reading(llama, given[kind][:rows], length)]
 
 
 def search(readings: Sequence[Reading], candidates: Sequence[Repair], seconds: float) -> Search:

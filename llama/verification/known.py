@@ -19,15 +19,15 @@ from ..system.files import listed
 from ..system.printable import shortened
 from ..weights.checkpoint import Checkpoint
 from . import repairs
-from .agreement import NEAR, is_quantized, one_pass
+from .itself import NEAR, is_quantized, one_pass
 from .results import Result, failed, not_applicable, passed
 
 KNOWN = "known model"
 COARSER = {torch.float32: 1.0, torch.float16: 1.0, torch.bfloat16: 4.0}  # times the tolerances, which are those of float16
 PERPLEXITY_WITHIN = 0.01  # as a share
 OTHER_NUMBERS = (
-    "The weights or the settings are not those of the model: damaged, converted or merged wrongly, or a fine-tune that has kept "
-    "its name or its norms. Compare the checksums with those of the source."
+    "The weights or the settings are not those of the model: damaged, converted or merged wrongly, or a fine-tune that has "
+    "kept its name or its norms. Compare the checksums with those of the source."
 )
 
 

@@ -13,23 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..model import Attention, ModelArgs, RMSNorm, Transformer, check_args, precompute_freqs_cis
+from ..model import ModelArgs, RMSNorm, Transformer, check_args, precompute_freqs_cis
 from ..rotary import RotaryScaling, scaled_freqs_cis
 
 ORDER_QK, THETA, EPS, LAYERS, PARTS, HEADS = (
     "order of q and k", "rope_theta", "norm_eps", "order of layers", "parts of a layer", "number of heads",
 )  # fmt: skip
+OTHERS_SETTINGS = "params.json or config.json belongs to another model{}. Take that file from the model's own source."
 MEANS = {
-    ORDER_QK: "A converter between Meta's and Hugging Face's formats has put the rows of q and k in order once too often, or not "
-    "at all. Convert the original once more: llama convert does it right both ways.",
-    THETA: "params.json or config.json belongs to another model (Llama 2 has 10000, Code Llama 1000000), or a converter left "
-    "rope_theta or rope_scaling out. Take that file from the model's own source.",
-    EPS: "params.json or config.json belongs to another model (Llama 2 and Code Llama have 1e-05, LLaMA 1 has 1e-06). Take that "
-    "file from the model's own source.",
-    LAYERS: "The program that converted, cut or merged the weights has numbered the layers wrongly. Convert the original again.",
-    PARTS: "The program that converted or merged the weights has given them each other's names. Convert the original again.",
-    HEADS: "n_heads and n_kv_heads in params.json or config.json belong to another model. Take that file from the model's own "
-    "source.",
+    ORDER_QK: "A converter between Meta's and Hugging Face's formats has put the rows of q and k in order once too often, or "
+    "not at all. Convert the original once more: llama convert does it right both ways.",
+    THETA: OTHERS_SETTINGS.format(" (Llama 2 has 10000, Code Llama 1000000), or a converter left rope_scaling out"),
+    EPS: OTHERS_SETTINGS.format(" (Llama 2 and Code Llama have 1e-05, LLaMA 1 has 1e-06)"),
+    HEADS: OTHERS_SETTINGS.format(" (n_heads and n_kv_heads)"),
+    LAYERS: "What converted, cut or merged the weights has numbered the layers wrongly. Convert the original again.",
+    PARTS: "What converted or merged the weights has given them each other's names. Convert the original again.",
 }
 THETAS = (1e4, 1e6, 5e5, 1e5)
 EPSILONS = (1e-5, 1e-6)  # all that Llama's releases have
@@ -113,7 +111,8 @@ def _positions(args: ModelArgs) -> Iterator[Repair]:
         put(stack, model, freqs_cis=table(args.head_size, len(place)).to(place.device))
 
     if args.rope_scaling is not None:
-        told = f"positions are scaled ({args.rope_scaling.kind}, factor {args.rope_scaling.factor:g}), and this model has plain ones"
+        rule = f"{args.rope_scaling.kind}, factor {args.rope_scaling.factor:g}"
+        told = f"positions are scaled ({rule}), and the model's are not"
         yield Repair(THETA, told, 0, partial(turn, lambda dim, end: precompute_freqs_cis(dim, end, args.rope_theta)))
         return
     for theta in THETAS:
@@ -208,9 +207,13 @@ def _orders_of_layers(model: Transformer) -> Iterator[Repair]:
 
 def _arrange(order: Sequence[int], model: Transformer, stack: ExitStack) -> None:
     before = list(model.layers)
-    stack.callback(lambda: [model.layers.__setitem__(i, layer) for i, layer in enumerate(before)])
-    for place, source in enumerate(order):
-        model.layers[place] = before[source]
+
+    def place(layers: Sequence[Any]) -> None:
+        for i, layer in enumerate(layers):
+            model.layers[i] = layer
+
+    stack.callback(place, before)
+    place([before[i] for i in order])
 
 
 def _pairs(model: Transformer) -> list[tuple[int, int]]:
@@ -220,8 +223,9 @@ def _pairs(model: Transformer) -> list[tuple[int, int]]:
     pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
     if n <= ALL_PAIRS:
         return pairs
-    means = torch.tensor([[layer.attention_norm.weight.float().mean(), layer.ffn_norm.weight.float().mean()]
-                          for layer in model.layers])  # fmt: skip
+    layers: list[Any] = list(model.layers)
+    norms = [[layer.attention_norm.weight.detach(), layer.ffn_norm.weight.detach()] for layer in layers]
+    means = torch.tensor([[float(weight.float().mean()) for weight in pair] for pair in norms])
     means = means / means.diff(dim=0).abs().mean(0).clamp(min=1e-9)
 
     def roughness(i: int, j: int) -> float:

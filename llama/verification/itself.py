@@ -130,7 +130,9 @@ def check_quantized(build: Callable[..., Llama], kind: str, reference: torch.Ten
         llama = build(quantize=kind)
     except ValueError as error:
         return not_applicable(kind, str(error))
-    return compare(kind, f"{len(ids)} tokens, rounded beside stored", reference, one_pass(llama, ids), QUANTIZED[kind], TOO_COARSE)
+    return compare(
+        kind, f"{len(ids)} tokens, rounded beside stored", reference, one_pass(llama, ids), QUANTIZED[kind], TOO_COARSE
+    )
 
 
 def is_quantized(llama: Llama) -> bool:

@@ -11,16 +11,15 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from .. import runtime
 from ..generation import Llama
-from ..loading import checkpoint_folder, prepared
+from ..loading import checkpoint_folder, prepared, trained_positions
 from ..model import ModelArgs, Transformer
-from ..system.files import listed
+from ..system.files import user_path
 from ..system.printable import counted, shortened
-from ..tokenizer import Tokenizer, user_path
+from ..tokenizer import Tokenizer
 from ..tokenizer_files import find_tokenizer, need_tokenizer, open_tokenizer
 from ..weights.checkpoint import Checkpoint, fit_vocabulary, known_ids, open_checkpoint
-from . import agreement, faults, repairs
+from . import faults, itself, repairs
 from .checksums import check_checksums
 from .known import Known, check_known, check_order, check_perplexity, check_published, check_setting, recognise
 from .results import FAIL, Result, failed, not_applicable, passed
@@ -28,11 +27,11 @@ from .spread import check_weights
 from .texts import KINDS
 
 ROWS = 4  # texts that are read side by side
-POSITIONS = 320  # room for a text that is read, or for a prompt and its answer
+POSITIONS = 320  # room for a text that is read, or for a prompt and its answer; less if the model was made for less
 SETTINGS = ("params.json", "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json")
 CUT_SHORT = (
-    "A file is cut short, damaged or missing, or it is of another model. Download or convert the folder again; the sentence says "
-    "which file it is."
+    "A file is cut short, damaged or missing, or it is of another model; the sentence says which. Download or convert the "
+    "folder again."
 )
 CANNOT_RUN = "The sentence says what is missing and what would do; --quick leaves out all that runs the model."
 NOT_ITS_OWN = "The tokenizer belongs to another model. Take the one that came with the weights, or pass --tokenizer_path."
@@ -53,11 +52,12 @@ class Asked(NamedTuple):
     seconds: float = 600.0
     texts: tuple[str, ...] = ()
     wikitext: Optional[str] = None
+    positions: int = POSITIONS
 
-    def given(self, positions: int = POSITIONS, rows: int = ROWS, **more: Any) -> dict[str, Any]:
+    def given(self, rows: int = ROWS, **more: Any) -> dict[str, Any]:
         """The arguments of `build`."""
         return {"ckpt_dir": str(self.folder), "tokenizer_path": self.tokenizer_path, "device": self.device,
-                "dtype": self.dtype, "max_seq_len": positions, "max_batch_size": rows, **more}  # fmt: skip
+                "dtype": self.dtype, "max_seq_len": self.positions, "max_batch_size": rows, **more}  # fmt: skip
 
     def build(self, **more: Any) -> Llama:
         with redirect_stdout(StringIO()):  # how long it took to load is not what is asked
@@ -96,7 +96,8 @@ def verify(asked: Asked) -> Iterator[Result]:
         why = "--quick leaves it out" if asked.quick else "no text can be read with weights that are not finite"
         yield not_applicable("all that runs the model", why)
         return
-    yield from _run(asked, opened, known)
+    positions = trained_positions(opened.checkpoint) or POSITIONS
+    yield from _run(asked._replace(positions=min(positions, POSITIONS)), opened, known)
 
 
 def files_of(folder: Path, checkpoint: Optional[Checkpoint]) -> list[Path]:
@@ -125,8 +126,9 @@ def _open(asked: Asked) -> tuple[Result, Optional[Opened]]:
     except ValueError as error:
         return failed(name, str(error), CUT_SHORT), None
     nbytes = sum(path.stat().st_size for path in checkpoint.paths)
-    told = f"{checkpoint.format}'s format, {counted(len(checkpoint.paths), 'file')} of {nbytes:,} bytes in all: names, shapes and sizes"
-    return passed(name, f"{told} are those that {checkpoint.config} describes"), Opened(checkpoint, args, model, tokenizer)
+    told = f"{checkpoint.format} format, {counted(len(checkpoint.paths), 'file')} of {nbytes:,} bytes in all"
+    told += f": names, shapes and sizes are those that {checkpoint.config} describes"
+    return passed(name, told), Opened(checkpoint, args, model, tokenizer)
 
 
 def _tokenizer(asked: Asked, opened: Opened) -> Result:
@@ -143,7 +145,8 @@ def _tokenizer(asked: Asked, opened: Opened) -> Result:
     if wrong := [text for text, row in zip(texts, ids) if tokenizer.decode(row) != text]:
         return failed(name, f"{shortened(wrong[0], 40)} becomes {shortened(tokenizer.decode(ids[0]), 40)}", NOT_ITS_OWN)
     rate = sum(map(len, texts)) / sum(map(len, ids))
-    return passed(name, f"{tokenizer.n_words} pieces; {counted(len(texts), 'text')} come back from their ids ({rate:.1f} characters an id)")
+    told = f"{tokenizer.n_words} pieces; {counted(len(texts), 'text')} come back from their ids ({rate:.1f} characters an id)"
+    return passed(name, told)
 
 
 def _settings(opened: Opened, known: Known) -> Iterator[Result]:
@@ -165,22 +168,22 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
     for result in faults.check_meaning(llama, asked.seconds, asked.texts):
         yield _surer(result, told.get(result.name))
     yield from check_published(llama, known)
-    yield from agreement.check_itself(llama)
-    ids = agreement.sample(llama)
-    reference = agreement.one_pass(llama, ids)
-    quantized, counts = agreement.is_quantized(llama), agreement.startable(llama, asked.processes)
+    yield from itself.check_itself(llama)
+    ids = itself.sample(llama)
+    reference = itself.one_pass(llama, ids)
+    quantized, counts = itself.is_quantized(llama), itself.startable(llama, asked.processes)
     del llama  # its memory is needed
-    for kind in agreement.QUANTIZED:
+    for kind in itself.QUANTIZED:
         if quantized:
             yield not_applicable(kind, "the folder's weights are rounded already")
         else:
-            yield agreement.check_quantized(asked.build, kind, reference, ids)
+            yield itself.check_quantized(asked.build, kind, reference, ids)
     if not counts:
         yield not_applicable("several processes", "this machine or --processes allows one only, or the heads cannot be shared")
     for count in counts:
-        yield agreement.check_processes(count, asked.given(), reference, ids)
+        yield itself.check_processes(count, asked.given(), reference, ids)
     if asked.wikitext is not None:
-        yield check_perplexity(asked.build(positions=2048, rows=1), known, asked.wikitext)
+        yield check_perplexity(asked._replace(positions=2048).build(rows=1), known, asked.wikitext)
 
 
 def _surer(by_text: Result, by_name: Optional[Result]) -> Result:
