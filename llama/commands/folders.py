@@ -76,6 +76,7 @@ COMMANDS = {
         "what is checked": {
             "ckpt_dir": Option(str, REQUIRED, "the folder, a GGUF file, or its name on the hub"),
             "quick": Option(truth, False, "read the files and the weights only: run nothing"),
+            "rounded": Option(truth, None, "compare int8 and int4 too; if not given, not on a CPU for over 1e9 parameters"),
             "text": Option(str, None, "a file of texts like those that the model was trained on, with empty lines between"),
             "wikitext": Option(str, None, "wiki.test.raw of WikiText-2, whose perplexity is compared with the published one"),
             "processes": Option(a_number, 4, "the most processes that are started to share the model"),

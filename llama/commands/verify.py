@@ -32,7 +32,8 @@ def verify(args: Namespace) -> None:
     wikitext = None if args.wikitext is None else file_text(user_path(args.wikitext))
     folder, began = agreed_folder(args.ckpt_dir), time.monotonic()
     asked = Asked(
-        folder, args.tokenizer_path, args.device, args.dtype, args.compile, args.quick, args.processes, args.seconds, texts,
+        folder, args.tokenizer_path, args.device, args.dtype, args.compile, args.quick, args.rounded,
+        args.processes, args.seconds, texts,
         wikitext,
     )  # fmt: skip
     if args.record:

@@ -14,6 +14,7 @@ import torch
 from ..generation import Llama
 from ..loading import checkpoint_folder, prepared, trained_positions
 from ..model import ModelArgs, Transformer
+from ..runtime import device_kind
 from ..system.files import user_path
 from ..system.printable import counted, shortened
 from ..tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from .results import FAIL, Result, failed, not_applicable, passed
 from .spread import check_weights
 from .texts import KINDS
 
+MANY = 10**9  # parameters whose rounding takes a CPU minutes
 ROWS = 4  # texts that are read side by side
 POSITIONS = 320  # room for a text that is read, or for a prompt and its answer; less if the model was made for less
 SETTINGS = ("params.json", "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json")
@@ -38,7 +40,8 @@ NOT_ITS_OWN = "The tokenizer belongs to another model. Take the one that came wi
 
 
 class Asked(NamedTuple):
-    """What is to be verified. quick: without running the model. processes: the most that are started. seconds: how long faults
+    """What is to be verified. quick: without running the model. rounded: whether int8 and int4 are compared; None: unless a CPU
+    would need long for it. processes: the most that are started. seconds: how long faults
     of meaning are looked for. texts: that the model finds likely, in place of those of this package. wikitext: WikiText-2's
     test split."""
 
@@ -48,6 +51,7 @@ class Asked(NamedTuple):
     dtype: Optional[str] = None
     compile: Optional[bool] = None
     quick: bool = False
+    rounded: Optional[bool] = None
     processes: int = 4
     seconds: float = 600.0
     texts: tuple[str, ...] = ()
@@ -94,7 +98,7 @@ def verify(asked: Asked) -> Iterator[Result]:
     if asked.quick or weights[0].verdict == FAIL:
         yield from _settings(opened, known)
         why = "--quick leaves it out" if asked.quick else "no text can be read with weights that are not finite"
-        yield not_applicable("all that runs the model", why)
+        yield not_applicable("running the model", why)
         return
     positions = trained_positions(opened.checkpoint) or POSITIONS
     yield from _run(asked._replace(positions=min(positions, POSITIONS)), opened, known)
@@ -172,10 +176,14 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
     ids = itself.sample(llama)
     reference = itself.one_pass(llama, ids)
     quantized, counts = itself.is_quantized(llama), itself.startable(llama, asked.processes)
+    weight, parameters = llama.model.norm.weight, sum(p.numel() for p in llama.model.parameters())
+    rounded = (device_kind(weight) != "cpu" or parameters < MANY) if asked.rounded is None else asked.rounded
     del llama  # its memory is needed
     for kind in itself.QUANTIZED:
         if quantized:
             yield not_applicable(kind, "the folder's weights are rounded already")
+        elif not rounded:
+            yield not_applicable(kind, "to round so many numbers takes a CPU long; --rounded does it")
         else:
             yield itself.check_quantized(asked.build, kind, reference, ids)
     if not counts:
