@@ -21,7 +21,7 @@ import lm_eval
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable, make_table
+from lm_eval.utils import handle_non_serializable, make_table, simple_parse_args_string
 
 from .generation import Llama
 from .harness import Answers
@@ -29,6 +29,8 @@ from .layers.parallel import is_first_process, several_processes
 from .loading import whole_length
 from .system.files import user_path
 from .system.printable import shortened
+
+DEFAULT_DEVICE = "cuda:0"  # of the harness' command, whether there is one or not
 
 
 @register_model("llama")
@@ -70,6 +72,16 @@ class LlamaLM(LM):
             _lead_to_the_end(llama)
         self.answers = Answers(llama, add_bos_token is not False)
         self._name = str(name or ckpt_dir or "demo")
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: Optional[dict[str, Any]] = None) -> LlamaLM:
+        """As the harness' own, but the device in model_args counts more than --device, whose default means the usual one."""
+        others = {name: value for name, value in (additional_config or {}).items() if value not in (None, DEFAULT_DEVICE)}
+        return cls(**{**others, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Optional[dict[str, Any]] = None) -> LlamaLM:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         answers = self.answers.loglikelihood([request.args for request in requests])

@@ -46,9 +46,12 @@ def _text(file: str) -> str:
     """The file as it stands there, to the last line end: the methods count it."""
     path = user_path(file)
     try:
-        return read_file(path).decode("utf-8")
+        text = read_file(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
 
 
 def _in_words(file: str, told: Perplexity) -> str:
