@@ -20,6 +20,7 @@ HUB = ["huggingface_hub>=0.26"]
 GGUF = ["gguf>=0.17"]  # dequantizes
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
 CONSTRAINTS = ["llguidance>=1.8"]
+EVAL = ["lm_eval>=0.4.10"]
 TEST = [
     "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
     "protobuf>=4.21",  # with which transformers reads a tokenizer.model
@@ -71,7 +72,10 @@ setup(
         ]
     },
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
-    entry_points={"console_scripts": ["llama = llama.commands.cli:main"]},
+    entry_points={
+        "console_scripts": ["llama = llama.commands.cli:main"],
+        "lm_eval.models": ["llama = llama.lm_eval_model:LlamaLM"],
+    },
     extras_require={
         "terminal": TERMINAL,
         "hub": HUB,
@@ -79,6 +83,7 @@ setup(
         "gguf": GGUF,
         "serve": SERVE,
         "constraints": CONSTRAINTS,
+        "eval": EVAL,
         "notebook": [*PLOTS, "notebook>=7"],
         "bench": BENCH,
         "test": TEST,

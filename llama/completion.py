@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Optional, TypedDict, Union
+from typing import TYPE_CHECKING, Any, Optional, TypedDict, Union
 
 from .chat import UNSAFE_ERROR, Message
 from .decoding.settings import FinishReason
@@ -213,15 +213,19 @@ def _prediction(tokenizer: Tokenizer, whole: Chunk, begun: Sequence[int]) -> Com
 
 
 def shown(chunks: Iterable[Chunk], call: Call) -> Iterator[Chunk]:
-    """The chunks unchanged, with a progress bar on the first process's terminal while prompts wait for a slot."""
-    count = len(call.requests)
-    many = count > call.lanes and is_first_process()
-    from tqdm import tqdm
-
-    with tqdm(total=count, unit="prompt", delay=2, leave=False, disable=None if many else True) as bar:
+    """The chunks unchanged, with a progress bar."""
+    with progress(call) as bar:
         for chunk in chunks:
             bar.update(1 if chunk["finish_reason"] else 0)
             yield chunk
+
+
+def progress(call: Call) -> Any:
+    """A bar of the prompts that are done, on the first process's terminal, if there are more of them than slots."""
+    from tqdm import tqdm
+
+    many = len(call.requests) > call.lanes and is_first_process()
+    return tqdm(total=len(call.requests), unit="prompt", delay=2, leave=False, disable=None if many else True)
 
 
 def chat_prediction(completion: Optional[CompletionPrediction], logprobs: Union[bool, int]) -> ChatPrediction:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from ..system import peers, pipes
 from ..system.launch import Launch
-from . import folders, serve, terminal
+from . import evaluate, folders, serve, terminal
 from .arguments import understand
 
-COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **folders.COMMANDS}
+COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **evaluate.COMMANDS, **folders.COMMANDS}
 
 
 def run(words: Sequence[str]) -> None:
