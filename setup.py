@@ -59,7 +59,17 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md", "page.html"]},
+    package_data={
+        "llama": [
+            "py.typed",
+            "demo/*.pth",
+            "demo/*.json",
+            "demo/*.model",
+            "demo/README.md",
+            "page.html",
+            "layers/cpu_kernels.cpp",
+        ]
+    },
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     entry_points={"console_scripts": ["llama = llama.commands.cli:main"]},
     extras_require={
