@@ -16,7 +16,7 @@ from emulated_cuda import emulated
 from test_quantization import layer_of, numbers, weights
 
 from llama import Llama, runtime
-from llama.layers import own_kernels
+from llama.layers import int8, own_kernels
 from llama.layers.one_digit import Digits, OneDigit, in_digits, multiplied
 from llama.layers.rounding import to_groups
 
@@ -105,6 +105,25 @@ def test_shared_digits_and_other_dtypes() -> None:
         assert torch.equal(layer(x.double()).bfloat16(), layer(x.float()).bfloat16())
         before = layer(x)
         assert torch.equal(layer.to(torch.float16).to(torch.bfloat16)(x), before)
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_where_onednn_is_slow(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AMX, oneDNN took 50 ms for a row of 768 x 768. The tiles give the bits of the plain product."""
+    monkeypatch.setattr(int8, "onednn_is_exact", lambda: True)
+    monkeypatch.setattr(int8, "onednn_is_fast", lambda: False)
+    weight = weights(100, outliers=True)
+    plain = layer_of(weight, "int8", dtype)
+    monkeypatch.setattr(int8, "PLAIN", 0)
+    packed = layer_of(weight, "int8", dtype)
+    assert (plain.weight.dtype, packed.weight.dtype) == (torch.int8, torch.uint8)
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in packed.state_dict().items())
+    for count in (1, 5, int8.FEW_ROWS + 1):
+        x = torch.randn(count, 256).to(dtype)
+        assert torch.equal(packed(x), plain(x))
+    before = packed(x)
+    assert torch.equal(packed.to(torch.float16).to(dtype)(x), before)
 
 
 BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], str]] = {

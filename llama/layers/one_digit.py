@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..runtime import device_kind
@@ -26,7 +25,8 @@ from . import own_kernels
 from .int4 import Int4
 from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import Quantized, refuse_gradients
-from .rounding import TILE, pairs, to_groups, unpair
+from .rounding import to_groups, unpair
+from .tiles import from_tiles, to_tiles
 
 LEAST = 1e-30  # smallest size of a group's largest activation
 
@@ -77,7 +77,7 @@ class OneDigit(Quantized):
         if device_kind(self.device) != "cpu" or not own_kernels.loaded():
             return []
         before = [tensor.detach() for tensor in self.plain().values()]
-        self.hold_packed(self._tiles(*before), len(before[0]))
+        self.hold_packed(to_tiles(*before), len(before[0]))
         return before
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -92,39 +92,12 @@ class OneDigit(Quantized):
         self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         self.packed, self.rows = True, rows
 
-    def _tiles(self, weight: torch.Tensor, *of_groups: torch.Tensor) -> torch.Tensor:
-        """The stored form -> tiles. The weights go four at a time, as one number of 32 bits."""
-        group, missing = self.group_columns, -len(weight) % TILE
-        weight, *of_groups = (F.pad(t, (0, 0, 0, missing)) for t in (weight, *of_groups))
-        tiles, groups = len(weight) // TILE, of_groups[0].shape[1]
-        if self.bits == 8:
-            fours = (weight.view(torch.uint8) ^ 128).view(torch.int32)
-        else:
-            left, right = unpair(weight).view(torch.int32).unflatten(1, (-1, 2)).unbind(-1)
-            fours = left | right << 4
-        parts = [fours.view(tiles, TILE, groups, -1).permute(0, 2, 3, 1).flatten(2).view(torch.uint8)]
-        parts += [t.view(tiles, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in of_groups]
-        assert parts[0].shape[2] == TILE * group * self.bits // 8
-        return torch.cat(parts, dim=2).flatten(1)
-
     def plain(self) -> dict[str, torch.Tensor]:
         if not self.packed:
             return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
-        bits, group, of_groups = self.bits, self.group_columns, ("scales", "zeros")[: 1 if self.bits == 8 else 2]
-        sizes = [TILE * group * bits // 8, *(2 * TILE for _ in of_groups)]
-        tiles = self.weight.detach().view(len(self.weight), -1, sum(sizes))
-        first, *others = tiles.split(sizes, dim=2)
-        fours = first.contiguous().view(torch.int32).unflatten(2, (-1, TILE)).permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
-        if bits == 8:
-            weight = (fours.contiguous().view(torch.uint8) ^ 128).view(torch.int8)
-        else:
-            halves = fours & 0x0F0F0F0F, fours >> 4 & 0x0F0F0F0F
-            weight = pairs(torch.stack(halves, dim=-1).flatten(1).view(torch.uint8))
-        stored = {"weight": weight[: self.rows].contiguous()}
-        for name, part in zip(of_groups, others):
-            whole = part.contiguous().view(torch.bfloat16).transpose(1, 2).flatten(0, 1)
-            stored[name] = whole[: self.rows].contiguous()
-        return stored
+        names = ("scales",) if self.bits == 8 else ("scales", "zeros")
+        weight, of_groups = from_tiles(self.weight.detach(), self.rows, self.bits, self.group_columns, len(names))
+        return {"weight": weight, **dict(zip(names, of_groups))}
 
     def shared(self, x: torch.Tensor) -> Digits:
         flat = x.reshape(-1, x.shape[-1])
