@@ -69,6 +69,7 @@ setup(
             "demo/README.md",
             "page.html",
             "verification/published.json",
+            "layers/cpu_kernels.cpp",
         ]
     },
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),

@@ -184,6 +184,8 @@ def prepared(
     with torch.device("meta"):
         model = Transformer(args)
     quantization = prepare(model, checkpoint, quantize)
+    if quantization is not None:
+        quantization.check_device(place)
     return Prepared(model, checkpoint, memory.Placement(args, chosen, processes, place, sharers, quantization))
 
 

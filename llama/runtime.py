@@ -12,6 +12,7 @@ import io
 import os
 import platform
 import re
+import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -383,6 +384,13 @@ def inductor_cache(make_folder: Callable[[Path], None]) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name, None)
+
+
+def cpp_compiler() -> Optional[str]:
+    """The C++ compiler to call: $CXX, or the first of the usual names that is found. None on other systems than Linux."""
+    if sys.platform != "linux":
+        return None
+    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
 
 
 def compiler_environment(folder: Path) -> dict[str, str]:
