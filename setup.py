@@ -20,6 +20,7 @@ HUB = ["huggingface_hub>=0.26"]
 GGUF = ["gguf>=0.17"]  # dequantizes
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
 CONSTRAINTS = ["llguidance>=1.8"]
+EVAL = ["lm_eval>=0.4.10"]
 TEST = [
     "pytest>=8", "pytest-xdist>=3.7", "setuptools>=77", "hypothesis>=6.100", "transformers>=4.45", "peft>=0.13",
     "protobuf>=4.21",  # with which transformers reads a tokenizer.model
@@ -59,9 +60,23 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "demo/*.pth", "demo/*.json", "demo/*.model", "demo/README.md", "page.html"]},
+    package_data={
+        "llama": [
+            "py.typed",
+            "demo/*.pth",
+            "demo/*.json",
+            "demo/*.model",
+            "demo/README.md",
+            "page.html",
+            "verification/published.json",
+            "layers/cpu_kernels.cpp",
+        ]
+    },
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
-    entry_points={"console_scripts": ["llama = llama.__main__:main"]},
+    entry_points={
+        "console_scripts": ["llama = llama.__main__:main"],
+        "lm_eval.models": ["llama = llama.lm_eval_model:LlamaLM"],
+    },
     extras_require={
         "terminal": TERMINAL,
         "hub": HUB,
@@ -69,6 +84,7 @@ setup(
         "gguf": GGUF,
         "serve": SERVE,
         "constraints": CONSTRAINTS,
+        "eval": EVAL,
         "notebook": [*PLOTS, "notebook>=7"],
         "bench": BENCH,
         "test": TEST,

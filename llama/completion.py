@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Optional, TypedDict, Union
+from typing import TYPE_CHECKING, Any, Optional, TypedDict, Union
 
 from .chat import UNSAFE_ERROR, Message
 from .decoding.settings import FinishReason
@@ -213,12 +213,17 @@ def _prediction(tokenizer: Tokenizer, whole: Chunk, begun: Sequence[int]) -> Com
 
 
 def shown(chunks: Iterable[Chunk], call: Call) -> Iterator[Chunk]:
-    """The chunks unchanged, with a progress bar on the first process's terminal while prompts wait for a slot."""
-    count = len(call.requests)
-    with bar(shown=count > call.lanes, total=count, unit="prompt", delay=2, leave=False) as progress:
+    """The chunks unchanged, with a progress bar."""
+    with progress(call) as done:
         for chunk in chunks:
-            progress.update(1 if chunk["finish_reason"] else 0)
+            done.update(1 if chunk["finish_reason"] else 0)
             yield chunk
+
+
+def progress(call: Call) -> Any:
+    """A bar of the prompts that are done, if there are more of them than slots."""
+    count = len(call.requests)
+    return bar(shown=count > call.lanes, total=count, unit="prompt", delay=2, leave=False)
 
 
 def chat_prediction(completion: Optional[CompletionPrediction], logprobs: Union[bool, int]) -> ChatPrediction:

@@ -49,7 +49,8 @@ class Followers:
             options: Any = {"is_master": True, "wait_for_workers": False, "master_listen_fd": os.dup(listening.fileno())}
             store = TCPStore(HERE, port, **options)
         ranks = range(1, self.count)
-        self._children = [Child(_follow, port, _place(rank, self.count), build, given) for rank in ranks]
+        for rank in ranks:
+            self._children.append(Child(_follow, port, _place(rank, self.count), build, given))
         while not store.check([str(rank) for rank in ranks]):
             if lost := self.why_lost(LOOK):
                 raise RuntimeError(lost)

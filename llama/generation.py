@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Literal, NamedTuple, Optional, TypeVar, Union, overload
 
 import torch
 from typing_extensions import Unpack
@@ -38,6 +38,7 @@ from .completion import (
     chat_prediction,
     perplexity,
     predictions,
+    progress,
     shown,
     window_starts,
 )
@@ -66,6 +67,7 @@ from .loading import DEMO, DEMO_TOLD, Wanted, check_shares, checkpoint_folders, 
 from .masks import forms, matcher_of
 from .model import Transformer
 from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, TurnOptions, parse_options, with_stops
+from .scoring import ContinuationScore, Pair, encode_pairs, id_pairs, pair_prompts, pair_score
 from .session import ChatSession
 from .system import openmp
 from .system.checks import whole, whole_number
@@ -126,7 +128,8 @@ class Llama:
             dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"). Default, or "auto": the checkpoint's own;
                 but float16 for a bfloat16 checkpoint if the device cannot compute in bfloat16, and bfloat16 for a float16
                 one on an x86 processor, which is slow in float16; a line says so.
-            quantize: "int8" or "int4" (or 8, 4) rounds the matrices while they are loaded. Default: as stored.
+            quantize: "int8" or "int4" (or 8, 4), "w8a8" or "w4a8" rounds the matrices while they are loaded; the last two
+                also round activations to 8 bits, on CPUs only. Default: as stored.
             adapter: a folder that PEFT saved a LoRA adapter of this checkpoint in, or its name on the hub. It is added
                 before anything is rounded. Default: none.
             compile: True compiles the decode step, once, in a minute or two on a CPU, which needs a C++ compiler. False
@@ -662,18 +665,35 @@ class Llama:
         if choice.n > 1:
             raise ValueError(f"n={options['n']}: here a prompt has one answer; text_completion and chat_completion take n")
 
-    def score(self, texts: Sequence[str], *, stride: Optional[int] = None) -> list[Score]:
-        """How probable the model finds each text, token by token, with BOS in front.
+    @overload
+    def score(self, texts: Sequence[str], continuations: None = None, *, stride: Optional[int] = None) -> list[Score]: ...
+
+    @overload
+    def score(self, texts: Sequence[str], continuations: Sequence[str]) -> list[ContinuationScore]: ...
+
+    def score(
+        self, texts: Sequence[str], continuations: Optional[Sequence[str]] = None, *, stride: Optional[int] = None
+    ) -> Union[list[Score], list[ContinuationScore]]:
+        """How probable the model finds each text, token by token, with BOS in front; or, if `continuations` are given, each of
+        these after the text of the same index: score([context], [continuation]).
 
         A text longer than max_seq_len is read in windows; each token is scored once, in the first window that holds it.
+        A context and its continuation are encoded as one text, which is split behind as many ids as the context has by
+        itself. What contexts begin with in common is read once.
 
         Args:
-            texts: a list of texts.
-            stride: tokens between the beginnings of two windows. Default: half of max_seq_len.
+            texts: a list of texts; with continuations the contexts, which may be empty.
+            continuations: a list of texts, one for each context. Default: none.
+            stride: tokens between the beginnings of two windows. Default: half of max_seq_len. Not with continuations.
 
         Raises:
-            ValueError: texts that are not a list of texts, or a stride out of range.
+            ValueError: texts that are not a list of texts, or a stride out of range; a continuation without ids of its
+                own; a pair of more than max_seq_len + 1 ids, BOS included (the last one is not read).
         """
+        if continuations is not None:
+            if stride is not None:
+                raise ValueError(f"stride={shortened(stride)} is for texts without continuations: a pair is read in one piece")
+            return self._score_pairs(lambda: encode_pairs(lambda text: self._encode([text])[0], texts, continuations))
         size = self.model.params.max_seq_len
         stride = max(1, size // 2) if stride is None else stride
         stride = whole_number("stride", stride, 1, max(size - 1, 1), f"from 1 to max_seq_len - 1 = {size - 1}")
@@ -695,6 +715,38 @@ class Llama:
             Score(tokens=split(self.tokenizer, row), logprobs=values, perplexity=perplexity(values))
             for row, values in zip(ids, scores)
         ]
+
+    def score_ids(self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[ContinuationScore]:
+        """How probable the model finds each continuation after its context, both as ids.
+
+        Args:
+            contexts: ids of each context, one at least (BOS, for example, which none gets here).
+            continuations: ids of what follows each, one at least.
+
+        Raises:
+            ValueError: what is no list of lists of ids, an unknown id, and a pair of more than max_seq_len + 1 ids (the last
+                one is not read).
+        """
+        return self._score_pairs(lambda: id_pairs(contexts, continuations, self.model.params))
+
+    def _score_pairs(self, pairs: Callable[[], list[Pair]]) -> list[ContinuationScore]:
+        made: list[Pair] = []
+        order: list[int] = []
+
+        def prompts() -> Prompts:
+            made.extend(pairs())
+            places, prompts = pair_prompts(made, self.model.params)
+            order.extend(places)
+            return prompts
+
+        call = self._start(Asked(prompts, _given(0, 1, 0, 1))).call  # with the best id at each place
+        scores: dict[int, ContinuationScore] = {}
+        with self._undisturbed(call), progress(call) as bar:
+            for step in call:
+                place = order[step.index]
+                scores[place] = pair_score(self.tokenizer, made[place], step)
+                bar.update()
+        return [scores[i] for i in range(len(made))]
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], *, layer: int = -1, pooling: Literal["mean", "last"] = "mean") -> torch.Tensor:
@@ -795,7 +847,7 @@ class Llama:
             prompts = asked.prompts()
             ids = check_prompts(prompts.ids, self.model.params)
             choice = parse_options(asked.options, len(ids), self.model.vocab_size, self.model.params.max_seq_len)
-            agreement.values = {"prompts": ids, "echo": bool(asked.echo), **choice.values()}
+            agreement.values = {"prompts": ids, "scored": prompts.scored, "echo": bool(asked.echo), **choice.values()}
             if group is not None:  # a row of one process only would wait for the others for ever
                 agreement.values = {**agreement.values, "streams under way": self._scheduler.running}
             prompts = prompts._replace(ids=ids).times(choice.n)
@@ -804,10 +856,14 @@ class Llama:
             before = prompts.ids if asked.echo else prompts.begun or [()] * len(prompts.ids)
             grammars = forms(choice.constraint, self.tokenizer, before, ends)
         least = 1 if asked.continues else LEAST_SHARED
-        options = (choice.scored, choice.alternatives, choice.scored and asked.echo, choice.draft)
+        scored = prompts.scored or (prompts.ids if choice.scored and asked.echo else [()] * len(prompts.ids))
+        made = partial(
+            Request, logprobs=choice.scored, alternatives=choice.alternatives, draft=choice.draft, least_shared=least
+        )
         requests = [
-            Request(prompt, choice.length, choice.sampling, seed, ends, *options, grammar, least)
-            for prompt, seed, grammar in zip(map(list, prompts.ids), choice.seeds, grammars)
+            made(ids, choice.length, choice.sampling, seed, ends, scored=told, scored_from=at, grammar=grammar)
+            for ids, seed, grammar, told in zip(map(list, prompts.ids), choice.seeds, grammars, scored)
+            for at in [0 if asked.echo else len(ids) + 1 - len(told)]  # they end one behind the prompt
         ][which::replicas]
         generator, seed, device = None, choice.seed, self._engine.device
         if seed is None and choice.sampling.temperature > 0:

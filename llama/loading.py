@@ -100,7 +100,7 @@ class Opened(NamedTuple):
 
     def warn_beyond_training(self) -> None:
         args = self.placement.args
-        trained = trained_positions(self.main.checkpoint) or metas_positions(args.rope_theta)
+        trained = positions(self.main.checkpoint)
         if args.max_seq_len > trained and is_first_process():
             warnings.warn(
                 f"max_seq_len={args.max_seq_len} goes beyond the {trained} positions that the model was trained on; "
@@ -184,6 +184,8 @@ def prepared(
     with torch.device("meta"):
         model = Transformer(args)
     quantization = prepare(model, checkpoint, quantize)
+    if quantization is not None:
+        quantization.check_device(place)
     return Prepared(model, checkpoint, memory.Placement(args, chosen, processes, place, sharers, quantization))
 
 
@@ -201,11 +203,11 @@ def prepared_draft(
     own = find_tokenizer(path)
     if own is not None and _names(open_tokenizer(path, own)) != _names(tokenizer):
         raise ValueError(f"the draft model in {path} has another tokenizer than the model, {own}; {way_out}")
-    positions = trained_positions(checkpoint)
-    if positions is not None and positions < limits.max_seq_len:
+    made_for = trained_positions(checkpoint)
+    if made_for is not None and made_for < limits.max_seq_len:
         raise ValueError(
-            f"the draft model in {path} was made for {positions} positions, but max_seq_len is {limits.max_seq_len}; "
-            f"build with max_seq_len={positions} or less, or without this draft"
+            f"the draft model in {path} was made for {made_for} positions, but max_seq_len is {limits.max_seq_len}; "
+            f"build with max_seq_len={made_for} or less, or without this draft"
         )
     args = replace(checkpoint.args, vocab_size=wanted, max_seq_len=limits.max_seq_len, max_batch_size=limits.max_batch_size)
     return prepared(checkpoint, args, of.device, dtype)
@@ -221,3 +223,20 @@ def trained_positions(checkpoint: Checkpoint) -> Optional[int]:
     if checkpoint.folder.absolute() == DEMO:
         return DEMO_POSITIONS
     return checkpoint.positions if scaling is None else scaling.positions
+
+
+def positions(checkpoint: Checkpoint) -> int:
+    """How many positions the model of a checkpoint was trained on; those of Meta's models if its files do not say."""
+    return trained_positions(checkpoint) or metas_positions(checkpoint.args.rope_theta)
+
+
+def whole_length(
+    ckpt_dir: Union[str, Path, None], device: Union[str, torch.device, None], model_parallel_size: Optional[int]
+) -> int:
+    """The max_seq_len with which a model has room for all positions that it was trained on. The arguments are those of `build`,
+    before which all processes call this."""
+    runtime.start(device, model_parallel_size)
+    (folder,) = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir)
+    assert folder is not None
+    with together(everyone=True):
+        return positions(open_checkpoint(folder))

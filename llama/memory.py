@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from .layers.rounding import KINDS, Quantization
+from .layers.rounding import EXACT, Quantization
 from .model import ModelArgs, process_counts
 from .runtime import device_kind
 from .system.printable import gigabytes as gigabytes
@@ -86,9 +86,9 @@ def estimate(placement: Placement) -> Need:
     args, processes, quantization = placement.args, placement.processes, placement.quantization
     size = placement.dtype.itemsize
 
-    def matrix(rows: int, columns: int, parts: int = 1) -> int:
+    def matrix(rows: int, columns: int, parts: int = 1, is_output: bool = False) -> int:
         """Bytes of this rank's rows x columns; the full matrix is `parts` such blocks wide."""
-        return quantization.nbytes(rows, columns, columns * parts) if quantization else size * rows * columns
+        return quantization.nbytes(rows, columns, columns * parts, is_output) if quantization else size * rows * columns
 
     queries = args.n_heads * args.head_size // processes
     keys = args.kv_heads // min(processes, args.kv_heads) * args.head_size
@@ -97,7 +97,7 @@ def estimate(placement: Placement) -> Need:
     layer = matrix(queries + 2 * keys + 2 * width, args.dim) + columns_cut + size * 2 * args.dim
     ids = -(-args.vocab_size // processes)
     columns = args.dim // processes  # columns of the embedding on one process
-    output = Quantization("int8").nbytes(ids, args.dim, args.dim) if quantization else size * ids * args.dim
+    output = matrix(ids, args.dim, is_output=True)
     weights = args.n_layers * layer + output + size * (args.vocab_size * columns + args.dim)
     tokens = args.max_batch_size * args.max_seq_len
     attention = 3 * args.dim + 2 * queries + 2 * keys  # the stream, its norm and sum; q, k, v and the result
@@ -241,7 +241,7 @@ def _other_forms(placement: Placement) -> Iterator[dict[str, Placement]]:
     if placement.draft is not None:
         yield {"no draft=": replace(placement, draft=None)}
     if placement.quantization is None:  # this quantizes the model only; a draft model keeps its stored form
-        yield {f"quantize={kind!r}": replace(placement, quantization=Quantization(kind)) for kind in KINDS}
+        yield {f"quantize={kind!r}": replace(placement, quantization=Quantization(kind)) for kind in EXACT}
 
 
 @contextmanager

@@ -70,11 +70,13 @@ class TurnOptions(Options, total=False):
 
 class Prompts(NamedTuple):
     """Prompts as ids. begun: for each prompt the ids at its end that begin the reply; empty if no prompt has such ids.
-    places: the index of each prompt among the dialogs that were passed; unsafe dialogs are not run."""
+    places: the index of each prompt among the dialogs that were passed; unsafe dialogs are not run. scored: for each prompt the
+    ids to score, its last ones and one behind it; empty if no prompt has such ids."""
 
     ids: Sequence[Sequence[int]]
     begun: Sequence[Sequence[int]] = ()
     places: Sequence[int] = ()
+    scored: Sequence[Sequence[int]] = ()
 
     def times(self, n: int) -> Prompts:
         """Each prompt n times in a row."""
@@ -82,6 +84,7 @@ class Prompts(NamedTuple):
             [ids for ids in self.ids for _ in range(n)],
             [ids for ids in self.begun for _ in range(n)],
             [n * place + k for place in self.places for k in range(n)],
+            [ids for ids in self.scored for _ in range(n)],
         )
 
 

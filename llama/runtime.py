@@ -12,6 +12,7 @@ import io
 import os
 import platform
 import re
+import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -386,6 +387,13 @@ def inductor_cache(make_folder: Callable[[Path], None]) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+def cpp_compiler() -> Optional[str]:
+    """The C++ compiler to call: $CXX, or the first of the usual names that is found. None on other systems than Linux."""
+    if sys.platform != "linux":
+        return None
+    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+
+
 def compiler_environment(folder: Path) -> dict[str, str]:
     """The environment of a process that compiles: all its files are in `folder`, and it joins no process group."""
     begins, ends = ("MASTER_", "TORCHELASTIC_"), ("RANK", "WORLD_SIZE")
@@ -423,11 +431,12 @@ def has_failed() -> bool:
 
 
 def lose() -> None:
-    """A process that this one has started is gone. End what waits for it on a GPU; on a CPU its connection has ended."""
+    """A process that this one has started is gone. End what waits for it: on a GPU nothing else would."""
     _started.lost = True
     peers.end(peers.LOST)
-    if torch.cuda.is_available() and dist.is_initialized():
-        dist.distributed_c10d._abort_process_group()
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # not all backends of all releases can; `shutdown` ends them
+            dist.distributed_c10d._abort_process_group()
 
 
 def shutdown() -> None:
@@ -452,12 +461,13 @@ def shutdown() -> None:
     watch = started.watch
     if watch is not None:
         watch.end(peers.NOBODY_READS if pipes.lost_reader() else peers.ENDED)
-    if started.store is not None and dist.is_initialized():
-        if watch is not None and watch.sign.end == peers.ENDED:
+    if started.store is not None:
+        if watch is not None and watch.sign.end == peers.ENDED and dist.is_initialized():
             watch.wait_for_ends()
         if mpu.model_parallel_is_initialized():
             mpu.destroy_model_parallel()
-        if not (failed and torch.cuda.is_available()):  # NCCL would wait for the collective that never ends
+        never_ends = failed and started.launch is None and torch.cuda.is_available()  # NCCL would wait for a collective
+        if dist.is_initialized() and not never_ends:
             dist.destroy_process_group()
     if watch is not None:
         if started.store is not None and watch.sign.end not in (peers.ENDED, peers.LOST):

@@ -250,7 +250,7 @@ def run_exactly(llama: Llama, alone: Llama, mixtures: int, seed: int) -> dict[st
         for _ in range(rng.choice([1, 2, 3])):
             requests = [replace(drawn(rng), logprobs=True, alternatives=3) for _ in range(rng.choice([1, 2, 4]))]
             if rng.random() < 0.2:
-                requests[0] = replace(requests[0], score_prompt=True)
+                requests[0] = replace(requests[0], scored=requests[0].prompt)
             lanes = min(len(requests), llama.model.params.max_batch_size)
             call = Call(llama._scheduler, requests, Source(lanes), streams=rng.random() < 0.7)
             calls.append((call, iter(call), [[] for _ in requests]))  # type: ignore[var-annotated]

@@ -120,7 +120,7 @@ def test_all_that_is_reported_stays(plain: Llama, drafted: Llama) -> None:
         steps = [list(Call(llama._scheduler, [request], Source(1))) for llama in (plain, drafted)]
         assert [(s.token, s.finish_reason) for s in steps[0]] == [(s.token, s.finish_reason) for s in steps[1]]
     requests = [
-        Request(PROMPTS[0], 20, logprobs=True, alternatives=3, score_prompt=True),
+        Request(PROMPTS[0], 20, logprobs=True, alternatives=3, scored=PROMPTS[0]),
         Request(PROMPTS[1], 20, Sampling(0, repetition_penalty=1.4, frequency_penalty=0.2)),
         Request(PROMPTS[2], 20, Sampling(0, logit_bias={free[3]: -9.0})),
         Request(PROMPTS[0], 20, Sampling(0, presence_penalty=1.0), draft=False),

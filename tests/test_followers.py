@@ -23,6 +23,7 @@ from test_leading import TEXTS, in_many_ways
 
 from llama import Llama, followers, generation
 from llama.server.app import Settings
+from llama.system.interrupts import held_back
 
 PROMPTS, LENGTH = [[1, 5, 6], [1, 9]], 40
 
@@ -126,6 +127,20 @@ def test_ctrl_c(way: str, built: Built) -> None:
             work()
         assert llama.generate(PROMPTS, LENGTH, 0) == built.ids
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_takes_effect_at_once() -> None:
+    reached = []
+
+    def work() -> None:
+        with held_back():
+            for number in range(3):
+                reached.append(number)
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == [0, 1]
 
 
 def mine(probs: torch.Tensor, p: float) -> torch.Tensor:

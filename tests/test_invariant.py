@@ -25,7 +25,14 @@ def build(tiny: Path, tokenizer_path: str, rows: int, dtype: str, quantize: Opti
 
 @pytest.mark.parametrize(
     ("dtype", "quantize"),
-    [("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"), ("float16", None), ("float32", None)],
+    [
+        ("bfloat16", None),
+        ("bfloat16", "int8"),
+        ("bfloat16", "int4"),
+        ("bfloat16", "w4a8"),
+        ("float16", None),
+        ("float32", None),
+    ],
 )
 def test_random_mixtures(dtype: str, quantize: Optional[str], tiny: Path, tokenizer_path: str) -> None:
     """`python tests/events.py --exactly` runs a thousand of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,9 @@ class Unsendable(events.OnlyEven):
         raise TypeError("it has a lock")
 
 
+NOT_TAKEN_BACK = ("hook", "hook later", "hook, then a vector", "another model")
+
+
 def refusing(folder: str, tokenizer_path: str, case: str) -> Any:
     llama = build(folder, tokenizer_path, 2)
     if case == "hook":
@@ -134,12 +138,26 @@ def refusing(folder: str, tokenizer_path: str, case: str) -> Any:
             llama.generate([[1, 5]], 4)
         elif case == "within":
             llama.lead(lambda: None)
+        elif case == "hook, then a vector":
+            llama.model.layers[0].register_forward_hook(lambda *_: None)
+            llama.embed(["x"])
+        elif case == "another model":
+            llama.model = copy(llama.model)
+            llama.generate([[1, 5]], 4)
+        elif case == "the model's own call":
+            llama.model(torch.tensor([[1, 5]]), 0)
+        elif case == "its weights":
+            llama.model.norm.weight.data *= 2
+            try:
+                llama.generate([[1, 5]], 4)
+            finally:
+                llama.model.norm.weight.data /= 2
 
     def after_a_mistake() -> Any:
         try:
             work()
         except (ValueError, RuntimeError) as error:
-            return type(error).__name__, str(error), llama.generate([[1, 5]], 4, 0) if "hook" not in case else None
+            return type(error).__name__, str(error), llama.generate([[1, 5]], 4, 0) if case not in NOT_TAKEN_BACK else None
         raise AssertionError("nothing was raised")
 
     return llama.lead(after_a_mistake)
@@ -154,6 +172,10 @@ def refusing(folder: str, tokenizer_path: str, case: str) -> Any:
         ("layer", "layer=99 must be from 0"),
         ("hook later", "needs a model that is as it was built"),
         ("within", "leads the others already"),
+        ("hook, then a vector", "needs a model that is as it was built"),
+        ("another model", "needs a model that is as it was built"),
+        ("the model's own call", "follow the methods of this Llama"),
+        ("its weights", "weights of this process's part of the model have changed"),
     ],
 )
 def test_mistakes_of_the_work(case: str, message: str, tiny: Path, tokenizer_path: str, pool: Pool) -> None:

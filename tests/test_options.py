@@ -52,7 +52,7 @@ def test_a_request_by_default() -> None:
     """Takes the best ids, ends at none of them, reports no numbers, and has lists of its own."""
     request = Request([1, 5], 3)
     assert (request.draws, request.sampling, request.seed, request.ends) == (False, Sampling(temperature=0), None, frozenset())
-    assert (request.logprobs, request.alternatives, request.score_prompt) == (False, 0, False)
+    assert (request.logprobs, request.alternatives, request.scored) == (False, 0, ())
     assert (request.draft, request.grammar, request.least_shared) == (None, None, LEAST_SHARED)
     assert Request([1, 5], 3, Sampling(1e-9)).draws
 

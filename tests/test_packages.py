@@ -21,6 +21,7 @@ from helpers import PROMPTS, build
 
 from llama import ModelArgs, Transformer, runtime
 from llama.decoding import compiled, compiler, packages
+from llama.system import sealed
 
 unix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no owners and modes")
 OTHER = 65534
@@ -155,8 +156,8 @@ def test_what_is_not_believed_is_not_loaded(
 @unix
 def test_what_is_loaded_is_what_was_checked(package: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is swapped between the two counts for nothing; and the umask opens nothing to others."""
-    write = packages._write
-    monkeypatch.setattr(packages, "_write", lambda path, data: package.write_bytes(b"another") and write(path, data))
+    write = sealed.write
+    monkeypatch.setattr(sealed, "write", lambda path, data: package.write_bytes(b"another") and write(path, data))
     before = os.umask(0)
     try:
         with pytest.raises(RuntimeError, match="it was loaded"):
@@ -183,7 +184,7 @@ def test_what_a_killed_process_left_is_removed(cache: Path) -> None:
     """But not while a process may still be at it."""
     left = cache / "tmp-left"
     left.mkdir()
-    with packages._in_use(cache):
+    with sealed._in_use(cache):
         assert not left.exists()
         left.mkdir()
         with packages.workspace(cache) as work:
@@ -251,7 +252,7 @@ def no_room(*_: Any, **__: Any) -> Any:
 
 
 @unix
-@pytest.mark.parametrize("writer", [(packages, "_write"), (os, "replace"), (Path, "write_text"), (Path, "mkdir"), (os, "open")])
+@pytest.mark.parametrize("writer", [(sealed, "write"), (os, "replace"), (Path, "write_text"), (Path, "mkdir"), (os, "open")])
 def test_a_full_disk(
     writer: Any,
     cache: Path,

@@ -24,7 +24,7 @@ from llama.layers import int4, int8, kernels, products, quantized, rounding
 from llama.layers.parallel import ColumnParallelLinear
 from llama.layers.quantization import quantize_layers
 from llama.layers.quantized import Quantized
-from llama.layers.rounding import Quantization, to_int4
+from llama.layers.rounding import KINDS, Quantization, to_int4
 
 CPU = torch.device("cpu")
 
@@ -46,6 +46,9 @@ def numbers(layer: Quantized) -> torch.Tensor:
     state = {name: tensor.double() for name, tensor in layer.state_dict().items()}
     if layer.kind == "int8":
         return state["weight"] * state["scales"][:, None]
+    if layer.kind == "w8a8":
+        groups = state["scales"].shape[1]
+        return (state["weight"].unflatten(1, (groups, -1)) * state["scales"][..., None]).flatten(1)
     left, right = state["weight"] // 16, state["weight"] % 16
     n = torch.stack((left, right), -1).flatten(1).unflatten(1, (state["scales"].shape[1], -1))
     return ((n - 8) * state["scales"][..., None] + state["zeros"][..., None]).flatten(1)
@@ -236,7 +239,7 @@ def test_plain_int4_rounding_is_within_half_a_step() -> None:
 
 
 def test_what_is_stored_is_what_is_packed(either_way: str) -> None:
-    for kind in ("int8", "int4"):
+    for kind in KINDS:
         layer = layer_of(weights(), kind)
         made = layer.quantize(weights(), None, CPU)
         assert layer.state_dict().keys() == made.keys()
@@ -280,7 +283,7 @@ def test_int8_sums_stay_in_float16() -> None:
 
 
 def test_no_silent_gradients() -> None:
-    for kind in ("int8", "int4"):
+    for kind in KINDS:
         with pytest.raises(ValueError, match="no gradients through quantized weights"):
             layer_of(weights(), kind)(torch.randn(1, 256, requires_grad=True))
 
@@ -294,7 +297,7 @@ def test_group_sizes() -> None:
         with pytest.raises(ValueError, match="must be a power of two from 16 to 256"):
             Quantization("int4", bad)  # type: ignore[arg-type]
     assert Quantization("8") == Quantization(8) == Quantization("int8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="quantize='int3' is not supported; use 'int8' or 'int4', or None"):
+    with pytest.raises(ValueError, match="quantize='int3' is not supported; use 'int8', 'int4', 'w8a8', 'w4a8', or None"):
         Quantization("int3")
     with pytest.raises(
         ValueError, match="11008 numbers in int4 groups of 32 .* by 16 processes; use 1 or 2 or 4 or 8, or int8"
@@ -341,8 +344,7 @@ def how_cut(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     return {name: dim for name, (_, dim, _) in cut(model).items()}
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize(("kind", "shards"), [(k, n) for k in ("int8", "int4") for n in (1, 2, 4)] + [("w8a8", 2), ("w4a8", 4)])
 def test_the_same_numbers_on_any_processes_from_any_shards(
     kind: str, shards: int, pool: Pool, tmp_path: Path, tokenizer_path: str
 ) -> None:
@@ -362,7 +364,7 @@ def state_and_logits_of(folder: str, tokenizer_path: str, processes: int, kind: 
     return state_and_logits(folder, tokenizer_path, processes, **({"quantize": kind} if kind else {}))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_stored_is_what_loading_makes(kind: str, pool: Pool, tmp_path: Path, tokenizer_path: str) -> None:
     bf16 = {name: weight.bfloat16() for name, weight in random_weights(WIDE).items()}
     source = write_checkpoint(tmp_path / "a", bf16, 2, WIDE)
@@ -370,7 +372,7 @@ def test_stored_is_what_loading_makes(kind: str, pool: Pool, tmp_path: Path, tok
     for shards in (1, 4):
         convert(source, tmp_path / f"q{shards}", "meta", shards, quantize=kind)
         stored = json.loads((tmp_path / f"q{shards}" / "params.json").read_text())["quantization"]
-        assert stored == ({"kind": "int4", "group_size": 32} if kind == "int4" else {"kind": "int8"})
+        assert stored == ({"kind": "int8"} if kind == "int8" else {"kind": kind, "group_size": 32})
         for options in ({}, {"quantize": kind}):
             state, again, held_again, same = state_and_logits(str(tmp_path / f"q{shards}"), tokenizer_path, 1, **options)
             assert all(torch.equal(state[name], tensor) for name, tensor in loaded.items())
@@ -410,11 +412,11 @@ def test_hugging_face_folders(kind: str, name: str, pool: Pool, tmp_path: Path, 
 
 
 def test_goldens_within_a_bound() -> None:
-    """Meta's logits of a random model: int8 moves them by at most 5 % of their size, int4 by 40 %."""
+    """Meta's logits of a random model: 8 bits move them by at most 5 % of their size, 4 bits by 40 %."""
     case = golden("toy-gqa")["prefill"]
     expected = torch.tensor(case["logits_last"])
     folder = shared("models/toy-gqa")
-    for kind, bound in (("int8", 0.05), ("int4", 0.4)):
+    for kind, bound in (("int8", 0.05), ("int4", 0.4), ("w8a8", 0.05), ("w4a8", 0.4)):
         model = Llama.build(str(folder), None, 128, 4, device="cpu", quantize=kind).model
         logits = model(torch.tensor(case["tokens"]), 0)[:, -1]
         assert 0 < (logits - expected).norm() < bound * expected.norm()
@@ -424,7 +426,7 @@ def test_the_compiler_takes_it(tmp_path: Path, tokenizer_path: str) -> None:
     """One graph, without the code generator: the packed weights are inputs of it that nobody looks into."""
     bf16 = {name: weight.bfloat16() for name, weight in random_weights(WIDE).items()}
     source = write_checkpoint(tmp_path / "a", bf16, 1, WIDE)
-    for kind in ("int8", "int4"):
+    for kind in KINDS:
         model = Llama.build(str(source), tokenizer_path, 16, 1, device="cpu", quantize=kind).model
         tokens = torch.tensor(TOKENS)[:, :4]
         with torch.no_grad():
@@ -439,7 +441,7 @@ def test_what_is_refused(tiny: Path, tmp_path: Path, tokenizer_path: str, pool: 
         with pytest.raises(ValueError, match=message):
             Llama.build(str(folder), tokenizer_path, 16, 1, device="cpu", **options)
 
-    refuse("quantize='int2' is not supported; use 'int8' or 'int4', or None", quantize="int2")
+    refuse("quantize='int2' is not supported; use 'int8', 'int4', 'w8a8', 'w4a8', or None", quantize="int2")
     refuse("quantize=4 is not supported", quantize=4)
     convert(tiny, tmp_path / "q", "meta", quantize="int4")
     refuse("q is already int4 and cannot become int8; leave quantize out", tmp_path / "q", quantize="int8")
@@ -527,7 +529,8 @@ def test_packed_matrices_generate(kind: str, tmp_path: Path, tokenizer_path: str
     for plain in (2**21, 0):
         monkeypatch.setattr(int8, "PLAIN", plain)
         llama = Llama.build(str(folder), tokenizer_path, 32, 1, device="cpu", quantize=kind)
-        assert llama.model.output.weight.is_mkldnn == (plain == 0)
+        weight = llama.model.output.weight
+        assert (weight.is_mkldnn or weight.dtype == torch.uint8) == (plain == 0)
         ids.append(llama.generate([[1, 5, 6]], 8, temperature=0)[0])
     assert ids[0] == ids[1]
     os.utime(folder / "consolidated.00.pth", (0, 0))

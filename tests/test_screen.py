@@ -280,8 +280,6 @@ def test_a_chat_at_a_terminal(server: OpenAI, tmp_path: Path) -> None:
         it.type("\x03")
         it.wait_for("it stays as it was")
         it.wait_for(">")
-        it.type("thrown away\x03")
-        it.wait_for(">")
         it.type("\x03")
         it.wait_for("Ctrl-C again or /quit leaves")
         it.wait_for(">")

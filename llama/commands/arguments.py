@@ -87,7 +87,7 @@ def a_name(word: str) -> Optional[str]:
     return None if word == "None" else word
 
 
-DEVICES, DTYPES, QUANTIZED = ("cuda", "mps", "cpu"), ("bf16", "fp16", "fp32", "auto"), ("int8", "int4")
+DEVICES, DTYPES, QUANTIZED = ("cuda", "mps", "cpu"), ("bf16", "fp16", "fp32", "auto"), ("int8", "int4", "w8a8", "w4a8")
 MODEL = {
     "ckpt_dir": Option(a_path, None, "a folder, GGUF file or name on the hub; else the demo"),
     "tokenizer_path": Option(a_path, None, "tokenizer.model or its folder, if not beside the model"),

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from ..system.program import as_a_program, fail
-from . import folders, serve, shells, terminal
+from . import evaluate, folders, serve, shells, terminal
 from .arguments import understand
 from .console import say
 from .help import asked_help
 
-COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **folders.COMMANDS}
+COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **evaluate.COMMANDS, **folders.COMMANDS}
 COMMANDS |= shells.commands(COMMANDS)
 
 

@@ -324,7 +324,7 @@ def quantization_params(quantization: Optional[Quantization]) -> dict[str, Any]:
     """The entry of params.json for quantized matrices."""
     if quantization is None:
         return {}
-    group = {"group_size": quantization.group_size} if quantization.kind == "int4" else {}
+    group = {} if quantization.kind == "int8" else {"group_size": quantization.group_size}
     return {"quantization": {"kind": quantization.kind, **group}}
 
 

@@ -1,5 +1,5 @@
 """The commands on a folder of weights: convert writes another, info says what it holds and what that needs to run, pull fetches
-one, bench measures one. What works is imported when it is asked for."""
+one, verify checks one, bench measures one. What works is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def convert(args: Namespace) -> None:
     command(args)
 
 
+def verify(args: Namespace) -> None:
+    """Check that a checkpoint is right, and gives its numbers here.
+
+    A row for each check: pass, fail or not applicable; then what each failure usually means. Status 1 if any failed.
+    """
+    from .verify import verify
+
+    verify(args)
+
+
 def bench(args: Namespace) -> None:
     """Measure how fast a checkpoint loads, reads and writes here.
 
@@ -46,7 +56,7 @@ COMMANDS = {
             "dtype": Option(a_name, None, "else as stored, or fp16 for gguf", DTYPES[:3]),
             "tokenizer_path": Option(a_path, None, "the tokenizer.model to copy, if not in SRC or above it"),
             "quantize": Option(
-                a_name, None, "that is for gguf, the others for meta", (*QUANTIZED, "q8_0")
+                a_name, None, "that is for gguf, the others for meta", (*QUANTIZED[:2], "q8_0")
             ),
             "adapter": MODEL["adapter"]._replace(rare=False),
         },
@@ -66,6 +76,22 @@ COMMANDS = {
     "pull": Command(pull, ["id"], {
         "what is fetched": {"id": Option(str, REQUIRED, "org/name, org/name@revision or org/name:Q4_K_M on the hub")},
     }, ["meta-llama/Llama-2-7b-chat-hf", "TheBloke/Llama-2-7B-Chat-GGUF:Q4_K_M"]),
+    "verify": Command(verify, ["ckpt_dir"], {
+        "what is checked": {
+            "ckpt_dir": Option(a_path, REQUIRED, "the folder, a GGUF file, or its name on the hub"),
+            "quick": Option(truth, False, "read files and weights only: run nothing"),
+            "rounded": Option(truth, None, "compare int8 and int4 too; else not for 1e9 parameters"),
+            "text": Option(a_path, None, "texts like those it was trained on, empty lines between"),
+            "wikitext": Option(a_path, None, "wiki.test.raw, compared with the published perplexity"),
+            "processes": Option(a_number, 4, "the most processes that share the model"),
+            "seconds": Option(a_number, 600, "time to look for faults of meaning"),
+        },
+        "what is told": {
+            "json": Option(truth, False, "print one JSON object in place of the table"),
+            "record": Option(truth, False, "if all is right, write checklist.chk"),
+        },
+        "the model": some_of_model("tokenizer_path", "device", "dtype", "compile"),
+    }, ["llama-2-7b/", "llama-2-7b/ --quick --record"]),
     "bench": Command(bench, ["ckpt_dir", "tokenizer_path"], {
         "what is run": {
             "prompt_tokens": Option(a_number, None, "tokens of a prompt; if not given 480, less for the demo"),

@@ -38,6 +38,8 @@ def info(args: Namespace) -> None:
     dtype = runtime.choose_dtype(args.dtype, stored, device)
     sharers = args.processes if runtime.device_kind(device) == "cpu" else 1
     quantization = choose_quantization(checkpoint, args.quantize)
+    if quantization is not None:
+        quantization.check_device(device)
     placement = memory.Placement(model, dtype, args.processes, device, sharers, quantization)
     files = counted(len(checkpoint.paths), "file")
     print(f"{escaped(str(checkpoint.folder))}: {checkpoint.format} format, {files} of weights")

@@ -69,8 +69,10 @@ class Call:
         self._events: deque[tuple[int, Step]] = deque()  # steps that nobody has read, each with its number in its request
         self._read = [0] * len(self.requests)  # how many steps of each request were read
         # Rows that draw from one source step together: then each draws the same whatever else runs. Prompts that are scored
-        # are read together, so that their numbers are the same to the bit, unless they are read in pieces.
-        self.together = source.lanes > 1 and any((r.draws and r.seed is None) or r.score_prompt for r in self.requests)
+        # whole are read together, so that their numbers are the same to the bit, unless they are read in pieces.
+        self.together = source.lanes > 1 and any(
+            (r.draws and r.seed is None) or (r.scored and not r.scored_from) for r in self.requests
+        )
 
     @property
     def lanes(self) -> int:

@@ -21,6 +21,7 @@ import torch
 
 from .. import runtime
 from ..layers import proven
+from ..layers.one_digit import OneDigit, W8A8ColumnParallelLinear
 from ..layers.parallel import (
     ColumnParallelLinear,
     all_agree,
@@ -28,6 +29,7 @@ from ..layers.parallel import (
     prepare_small_all_reduces,
 )
 from ..layers.proven import STEP_TOLERANCE, vectors_are_near
+from ..layers.quantized import Quantized
 from ..model import RMSNorm, Transformer
 from ..system.progress import bar, say
 from . import compiler, gpu_step, packages
@@ -36,7 +38,10 @@ LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; l
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
 PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find memory freed later
 # A package depends on the code of these files.
-SOURCES = ("model.py", "layers/parallel.py", "layers/products.py", "decoding/compiler.py", "decoding/compiled.py")
+SOURCES = (
+    *("model.py", "layers/parallel.py", "layers/products.py", "layers/one_digit.py", "layers/own_kernels.py"),
+    *("decoding/compiler.py", "decoding/compiled.py"),
+)
 
 
 def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Packaged, Recorded]]:
@@ -55,9 +60,9 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
         compiles = (wanted or (wanted is None and is_marked(model))) and not gpu_step.suits(model)
         recorded = Recorded(model, "inductor" if compiles else None)
         return recorded if wanted or kind == "cuda" else None
-    if type(model.output) is not ColumnParallelLinear:
+    if not takes_a_package(model):
         if wanted:
-            say("The decode step is not compiled: on a CPU quantized weights have a form that a package cannot take")
+            say("The decode step is not compiled: int8 and int4 weights have a form on a CPU that a package cannot take")
         return None
     if any(part.eps != model.params.norm_eps for part in model.modules() if isinstance(part, RMSNorm)):
         return None  # a package contains norm_eps
@@ -67,6 +72,13 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
     except Exception as error:  # no compiler, a full disk, an unknown operator, a file that is refused
         say(f"The decode step is not compiled, and runs as it is: {reason(error)}")
         return None
+
+
+def takes_a_package(model: Transformer) -> bool:
+    """Whether the matrices are plain, or packed for `cpu_kernels.cpp`, whose operators a package can call."""
+    quantized = [module for module in model.modules() if isinstance(module, Quantized)]
+    ours = (ColumnParallelLinear, W8A8ColumnParallelLinear)
+    return type(model.output) in ours and all(isinstance(layer, OneDigit) and layer.packed for layer in quantized)
 
 
 def reason(error: Exception) -> str:
@@ -89,7 +101,9 @@ def described(model: Transformer) -> dict[str, Any]:
     """The names and shapes of a compiled step's tensors, for `compiler.make`."""
     named = named_tensors(model).items()
     tensors = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.stride()) for name, t in named]
-    return {"tensors": tensors, "rotations": tuple(rotations(model).shape)}
+    quantization = getattr(model.output, "quantization", None)
+    stated = None if quantization is None else asdict(quantization)
+    return {"tensors": tensors, "rotations": tuple(rotations(model).shape), "quantization": stated}
 
 
 def marker(model: Transformer) -> Path:
@@ -167,7 +181,7 @@ class Packaged:
                 compiler.wait(process, shown)
                 packages.keep(work / path.stem / compiler.MADE, path, work)
                 self._runners[several] = packages.load(path)
-                bar.clear()
+                shown.clear()
                 say(f"Compiled in {time.perf_counter() - began:.0f} seconds, and kept as {path}")
 
     def refresh(self) -> None:

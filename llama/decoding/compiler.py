@@ -85,7 +85,8 @@ def make(request: dict[str, Any], folder: Path) -> None:
     """Compile `Transformer.step` into folder / MADE.
 
     request: "args", the fields of `ModelArgs`; "tensors", the name, shape, dtype and strides of each weight and cache;
-    "rotations", the shape of their table; "several", whether it is for several rows or for one; "threads".
+    "rotations", the shape of their table; "quantization", the fields of `Quantization`, or None; "several", whether it is for
+    several rows or for one; "threads".
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -97,6 +98,8 @@ def make(request: dict[str, Any], folder: Path) -> None:
     args = ModelArgs(**request["args"])
     with torch.device("meta"):
         model = Transformer(args).requires_grad_(False)
+    if request["quantization"] is not None:
+        _quantize(model, request)
     with FakeTensorMode(shape_env=ShapeEnv()):
         tensors = {
             name: torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
@@ -118,6 +121,24 @@ def make(request: dict[str, Any], folder: Path) -> None:
     with torch.no_grad():
         program = torch.export.export(_step_of(model), inputs, dynamic_shapes=shapes, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / MADE))
+
+
+def _quantize(model: Any, request: dict[str, Any]) -> None:
+    """Put packed layers, without numbers, in the place of the model's."""
+    import torch
+
+    from ..layers import own_kernels
+    from ..layers.one_digit import OneDigit
+    from ..layers.quantization import quantize_layers
+    from ..layers.rounding import Quantization
+
+    if not own_kernels.loaded():
+        raise RuntimeError("the products with 8-bit activations could not be loaded")
+    quantize_layers(model, Quantization(**request["quantization"]))
+    shapes = {name: shape for name, shape, _, _ in request["tensors"]}
+    for name, layer in model.named_modules():
+        if isinstance(layer, OneDigit):
+            layer.hold_packed(torch.empty(shapes[f"{name}.weight"], dtype=torch.uint8, device="meta"), len(layer.weight))
 
 
 def _step_of(model: Any) -> Any:

@@ -29,6 +29,7 @@ from ..layers.parallel import (
     to_first_process,
 )
 from ..system.interrupts import held_back
+from ..system.printable import shortened
 from .calls import Call, Draw, Source
 from .requests import Request, Step
 from .scheduler import Scheduler
@@ -273,7 +274,7 @@ class Leader:
             if not lost and self.line.is_whole:
                 raise
             self._started.lose()
-            self._end_calls(f"{lost or f'a step was cut short by {type(error).__name__}'}; {AGAIN}")
+            self._end_calls(f"{lost or f'a step was cut short by {shortened(error)}'}; {AGAIN}")
             if not lost:
                 raise
             raise RuntimeError(self._over) from error
@@ -292,7 +293,7 @@ class Leader:
             self._check_others(outcome)
         self.line.is_whole = True
         try:
-            if changes:
+            if any(isinstance(change, _Came) and change.copy == self._copy.index for change in changes):
                 self._check_weights(self.scheduler.weights)
         except ValueError as error:
             for call in self._calls.values():

@@ -44,9 +44,10 @@ def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> 
         call.before_step()
         logits = engine.forward(tokens[:, start:end], start)  # (B, S, V)
         for i, row in enumerate(rows):
-            if row.request.score_prompt and row.reading:
-                targets = tokens[i, start + 1 : min(end + 1, len(prompts[i]))]
-                row.scores.append(engine.scores(logits[i, : len(targets)], targets, row.request.alternatives))
+            if row.request.scored and row.reading:
+                first, ids = row.request.targets(start, end)
+                after = logits[i, first - start :][: len(ids)]
+                row.scores.append(engine.scores(after, to_device(ids, device), row.request.alternatives))
         chosen = chooser.choose(logits[:, -1], rows)  # ended rows draw too: draws must not depend on them
         deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in call.over]
         some = [rows[i] for i in deciding]

@@ -36,7 +36,8 @@ class Request:
     """A prompt, and how it is to be answered.
 
     max_new: how many ids may follow. seed: of draws of its own. ends: ids that end it. logprobs, alternatives: report each
-    id's log-probability, and this number of best ids, at each place. score_prompt: report those of the prompt's ids.
+    id's log-probability, and this number of best ids, at each place. scored: report those of these ids, which are the prompt's
+    from `scored_from` on; the last of them may stand behind the prompt, and is not read.
     draft: verify several ids, which the text itself suggests, in one pass; None: where that changes no id; False: no guesses
     of a draft model either. grammar: a `Grammar`; or data, of which the scheduler makes a new one for each row, wherever that
     runs. least_shared: start behind a prefix that the cache holds if it has at least this number of ids.
@@ -49,7 +50,8 @@ class Request:
     ends: frozenset[int] = frozenset()
     logprobs: bool = False
     alternatives: int = 0
-    score_prompt: bool = False
+    scored: Sequence[int] = ()
+    scored_from: int = 0
     draft: Optional[bool] = None
     grammar: Optional[Any] = None
     least_shared: int = LEAST_SHARED
@@ -64,6 +66,16 @@ class Request:
         """Whether guesses from its own ids cannot go wrong: the best id is taken, and depends on nothing else."""
         return self.draft is not False and not self.draws and not self.sampling.counts_ids and self.grammar is None
 
+    @property
+    def sharable(self) -> list[int]:
+        """The first ids of the prompt: those behind which no hidden state is needed."""
+        return self.prompt[: max(self.scored_from - 1, 0) if self.scored else -1]
+
+    def targets(self, start: int, end: int) -> tuple[int, Sequence[int]]:
+        """The ids to score by what the model says at the places from `start` to `end`, and the first such place."""
+        first = max(start, self.scored_from - 1)
+        return first, self.scored[first + 1 - self.scored_from : max(0, end + 1 - self.scored_from)]
+
 
 @dataclass(slots=True)
 class Step:
@@ -75,8 +87,8 @@ class Step:
         logprob: its natural log-probability, or that of `end`, if asked for.
         alternatives: the best ids at this place with their log-probabilities, if asked for.
         finish_reason: "stop", "length" or "context" in each prompt's last step; otherwise None.
-        prompt_logprobs: in the first step, if asked for, one for each of the prompt's ids, 0.0 for the first.
-        prompt_alternatives: in the first step, if asked for, as `alternatives`; the first id has none.
+        prompt_logprobs: in the first step, if asked for, one for each id that is scored, 0.0 for the prompt's first.
+        prompt_alternatives: in the first step, if asked for, as `alternatives`; the prompt's first id has none.
         end: EOS, or another id that ended the row.
     """
 

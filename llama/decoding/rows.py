@@ -117,10 +117,11 @@ class Row:
         return self.end - len(self.ids)
 
     def take_scores(self, values: list[float], *best: list[list[Any]]) -> bool:
-        """Keep what `Engine.scores` told of the prompt's ids but the first, for the next step. -> whether all are numbers"""
-        self.scores, self.prompt_logprobs = [], [0.0, *values]
-        most = self.request.alternatives
-        self.prompt_alternatives = [[], *(list(zip(ids, theirs))[:most] for ids, theirs in zip(*best))] if best else []
+        """Keep what `Engine.scores` told of the ids to score, for the next step. -> whether all are numbers"""
+        most, first = self.request.alternatives, self.request.scored_from == 0  # nothing tells the prompt's first id
+        self.scores, self.prompt_logprobs = [], [*[0.0] * first, *values]
+        told = [list(zip(ids, theirs))[:most] for ids, theirs in zip(*best)]
+        self.prompt_alternatives = [*[[]] * first, *told] if best else []
         return not any(map(math.isnan, values))
 
     def step(self, decision: Decision) -> Step:

@@ -395,9 +395,9 @@ class Scheduler:
     def _share(self, row: Row) -> int:
         """Choose a free slot for a row; let it start behind the longest prefix that any slot has, or is about to have."""
         free = [slot for slot, other in enumerate(self._slots) if other is None]
-        if row.request.score_prompt or row.apart:  # scores need all of its hidden states
+        if row.apart:
             return self.held.oldest(free)
-        *beginning, _ = row.request.prompt  # the last id runs in any case
+        beginning = row.request.sharable
         rows = [None if other is not None and other.apart else other for other in self._slots]
         holds = [self.held.ids[i] if other is None else other.ids[: other.columns] for i, other in enumerate(rows)]
 
@@ -483,7 +483,7 @@ class Scheduler:
 
     @staticmethod
     def _scores(*rows: Row) -> bool:
-        return any(row.request.score_prompt for row in rows)
+        return any(row.request.scored for row in rows)
 
     def _take_over(self, row: Row) -> None:
         """Copy what the row waits for, if it was read; let it read itself, if it never will be."""
@@ -519,9 +519,10 @@ class Scheduler:
         for which, hidden, at in self.engine.prefill(parts, slots, start, **whole):
             for states, i in zip(hidden, which):
                 row, length = rows[i], len(rows[i].ids)
-                if row.request.score_prompt and not row.generated:
-                    targets = to_device(row.request.prompt[at + 1 : at + 1 + len(states)], self.engine.device)
-                    row.scores.append(self.engine.logprobs(states[: len(targets)], targets, row.request.alternatives))
+                if row.request.scored and not row.generated:
+                    first, ids = row.request.targets(at, at + len(states))
+                    targets, after = to_device(ids, self.engine.device), states[first - at :][: len(ids)]
+                    row.scores.append(self.engine.logprobs(after, targets, row.request.alternatives))
                 if at < length <= at + len(states):
                     row.last = states[length - 1 - at].clone()
         for row, ids in zip(rows, parts):

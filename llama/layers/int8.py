@@ -6,6 +6,7 @@ to 10 billion weights a second on a CPU, where this reads 25 on two cores.
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache
 from typing import NamedTuple, Optional
 
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..runtime import device_kind
-from . import kernels, proven
+from . import kernels, own_kernels, proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import PIECE, STORED_ROWS, Quantized, refuse_gradients
 from .rounding import to_int8
+from .tiles import from_tiles, to_tiles
 
 FEW_ROWS = 64  # rows of activations; for more, reading the weights once for all digits no longer pays
 BASE = 254  # base of the activations' digits: each is off by at most half a step; the next one carries the remainder
@@ -54,7 +56,7 @@ class Int8(Quantized):
     """n * scale, with one scale for each row. See `Quantized` for the methods."""
 
     kind = "int8"
-    weight: nn.Parameter  # int8 (rows, columns), or oneDNN's packed form
+    weight: nn.Parameter  # int8 (rows, columns), or oneDNN's packed form, or tiles, uint8 (tiles, bytes)
     scales: nn.Parameter  # float32 (rows,)
 
     def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -69,13 +71,24 @@ class Int8(Quantized):
 
     def plain(self) -> dict[str, torch.Tensor]:
         weight = self.weight.detach()
-        return {"weight": weight.to_dense().t().contiguous() if weight.is_mkldnn else weight, "scales": self.scales}
+        if weight.dtype == torch.uint8:
+            weight, _ = from_tiles(weight, len(self.scales), 8, self.in_tiles, 1)
+        elif weight.is_mkldnn:
+            weight = weight.to_dense().t().contiguous()
+        return {"weight": weight, "scales": self.scales}
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
         before = self.weight.detach()
         self.packed = device_kind(before) == "cpu" and onednn_is_exact()
-        if self.packed and before.numel() > PLAIN:
+        if not self.packed or before.numel() <= PLAIN:
+            return []
+        if onednn_is_fast():
             self.weight = nn.Parameter(torch.ops.onednn.qlinear_prepack(before, None), requires_grad=False)
+            return [before]
+        if before.shape[1] % 8 == 0 and own_kernels.loaded():
+            self.in_tiles = before.shape[1]
+            ones = torch.ones(len(before), 1, dtype=torch.bfloat16)  # the scales are multiplied later, as ever
+            self.weight = nn.Parameter(to_tiles(before, ones), requires_grad=False)
             return [before]
         return []
 
@@ -118,7 +131,11 @@ def int8_product(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tenso
     count, M, columns = digits.shape
     if not weight.is_mkldnn:
         flat = digits.view(-1, columns)
-        whole = torch._int_mm(weight, flat.t()).t().contiguous() if M <= FEW_ROWS else torch._int_mm(flat, weight.t())
+        if weight.dtype == torch.uint8:
+            ones = torch.ones(len(flat), 1)
+            whole = torch.ops.llama_cpu.product(flat, ones, weight, len(scales), 8, own_kernels.TYPES.index(torch.float32))
+        else:
+            whole = torch._int_mm(weight, flat.t()).t().contiguous() if M <= FEW_ROWS else torch._int_mm(flat, weight.t())
         y, *lower = (whole * scales).view(count, M, -1).unbind()
     elif M <= FEW_ROWS:  # one product of all digits reads the weights once
         y, *lower = _qlinear(digits, weight, scales).unbind()
@@ -180,6 +197,23 @@ def onednn_is_exact() -> bool:
         return torch.equal(packed.to_dense().t(), weight)
     except (AttributeError, RuntimeError):
         return False
+
+
+@lru_cache
+def onednn_is_fast() -> bool:
+    """Whether oneDNN's packed int8 is not slower here than its plain one: on processors that multiply bytes of one sign with
+    bytes of another only, it takes 200 times as long (measured: 50 ms for a row of 768 x 768)."""
+    weight, scales = torch.ones(512, 512, dtype=torch.int8), torch.ones(512)
+    digits = torch.ones(2, 1, 512, dtype=torch.int8)
+    times = []
+    for form in (weight, torch.ops.onednn.qlinear_prepack(weight, None)):
+        runs = []
+        for _ in range(3):
+            began = time.perf_counter()
+            int8_product(digits, form, scales)
+            runs.append(time.perf_counter() - began)
+        times.append(min(runs))
+    return times[1] < 10 * times[0]
 
 
 class Int8ColumnParallelLinear(Int8, ColumnParallelLinear):

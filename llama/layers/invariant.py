@@ -112,14 +112,13 @@ def _trial(x: torch.Tensor, matrix: Matrix, multiple: int) -> tuple[torch.Tensor
         offset = weight.data_ptr() % 64 // weight.element_size()
         room = torch.zeros(weight.numel() + offset, dtype=weight.dtype, device=x.device)
         return rows, doubled(normal(len(weight)), 1, room[offset:].view(weight.shape))
-    kinds = {"int8": (torch.int8, -127, 128), "int4": (torch.uint8, 0, 16)}
-    kind, least, end = kinds[matrix.kind]
+    kind, least, end = (torch.uint8, 0, 16) if matrix.kind in ("int4", "w4a8") else (torch.int8, -127, 128)
     outputs = _product(x.new_zeros(BLOCK, columns), matrix).shape[1]
     terms = torch.empty(outputs, columns // 2, dtype=kind, device=x.device).random_(least, end, generator=generator)
     numbers = doubled(terms, 1, torch.zeros(outputs, columns, dtype=kind, device=x.device))
     twin = copy(matrix)  # shares its dictionaries, so its parameters get one of their own
     twin.packed, stored = False, matrix.empty(outputs, columns, x.device)
-    stored["weight"] = numbers if matrix.kind == "int8" else pairs(numbers)
+    stored["weight"] = numbers if kind == torch.int8 else pairs(numbers)
     stored["scales"].fill_(1)
     if "zeros" in stored:
         stored["zeros"].zero_()

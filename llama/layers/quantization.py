@@ -15,11 +15,23 @@ from torch import nn
 from ..runtime import device_kind
 from .int4 import Int4ColumnParallelLinear, Int4RowParallelLinear
 from .int8 import Int8ColumnParallelLinear, Int8RowParallelLinear
+from .one_digit import (
+    W4A8ColumnParallelLinear,
+    W4A8RowParallelLinear,
+    W8A8ColumnParallelLinear,
+    W8A8RowParallelLinear,
+)
 from .parallel import ColumnParallelLinear, Make, RowParallelLinear, group_size, join
 from .quantized import Quantized
 from .rounding import Quantization
 
-QUANTIZED = (Int8ColumnParallelLinear, Int8RowParallelLinear, Int4ColumnParallelLinear, Int4RowParallelLinear)
+FORMS: dict[str, tuple[type[Quantized], type[Quantized]]] = {  # kind -> the layers cut along their rows, along their columns
+    "int8": (Int8ColumnParallelLinear, Int8RowParallelLinear),
+    "int4": (Int4ColumnParallelLinear, Int4RowParallelLinear),
+    "w8a8": (W8A8ColumnParallelLinear, W8A8RowParallelLinear),
+    "w4a8": (W4A8ColumnParallelLinear, W4A8RowParallelLinear),
+}
+QUANTIZED = tuple(form for forms in FORMS.values() for form in forms)
 
 
 def join_quantized(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optional[Quantized]:
@@ -40,19 +52,15 @@ def join_quantized(layers: Sequence[nn.Module], make: Make = torch.cat) -> Optio
 
 
 def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
-    """Put the quantized form, still empty, in the place of every parallel linear layer of a model on the meta device. The
-    output matrix is int8 for either kind.
+    """Put the quantized form, still empty, in the place of every parallel linear layer of a model on the meta device.
 
     ValueError if the processes cannot share the rows in whole groups.
     """
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and not isinstance(layer, Quantized):
-                is_int8 = quantization.group(layer.in_features) is None
-                if isinstance(layer, ColumnParallelLinear):
-                    is_int8 |= layer.gather_output  # the output matrix matters most for quality, and is a small part of all
-                    form: type[Quantized] = Int8ColumnParallelLinear if is_int8 else Int4ColumnParallelLinear
-                else:
+                by_rows = isinstance(layer, ColumnParallelLinear)
+                if not by_rows:
                     quantization.check_parts(layer.in_features, group_size(layer.group))
-                    form = Int8RowParallelLinear if is_int8 else Int4RowParallelLinear
-                setattr(parent, name, form(layer, quantization))
+                kind = quantization.kind_of(layer.in_features, getattr(layer, "gather_output", False))
+                setattr(parent, name, FORMS[kind][0 if by_rows else 1](layer, quantization))

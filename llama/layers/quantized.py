@@ -1,4 +1,4 @@
-"""The base of int8 and int4 layers: how weights become their tensors, and how these follow the model to a device."""
+"""The base of quantized layers: how weights become their tensors, and how these follow the model to a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blocks(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, 
 
 
 class Quantized(nn.Module):
-    """The base of the four quantized layers. `weight` and its companions have the stored form until `pack` gives them the
+    """The base of all quantized layers. `weight` and its companions have the stored form until `pack` gives them the
     form that the device multiplies fastest; the state dict always has the stored form.
 
     rows, columns: those of the part of the matrix that this rank holds.

@@ -2,6 +2,7 @@
 
 int8: w = n * scale, one scale for each row of the full matrix.
 int4: w = (n - 8) * scale + zero with n in 0 … 15, a scale and a zero for each group of neighbours in a row.
+w8a8: w = n * scale, a scale for each group. w4a8: as int4. Both round activations too (see `one_digit`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import torch
 from ..system.checks import whole
 from ..system.printable import shortened
 
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "w8a8", "w4a8")
+EXACT = ("int8", "int4")  # the kinds that keep activations as they are; they run on any device
 ALSO_CALLED = {"8": "int8", "4": "int4"}  # in text or as a number
 GROUP_SIZE = 32  # with groups of 64 a 1.1B model is read 15 % faster, at 1.6 times the loss of quality
 LEAST_GROUP = 16
+TILE = 32  # rows of a tile of w8a8 and w4a8, as CPUs read them; the last tile is filled up. As in cpu_kernels.cpp
 REFINEMENTS = 6
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The kind of a model's quantized numbers, "int8" (or 8) or "int4" (or 4); group_size is used by int4. ValueError for
-    others."""
+    """The kind of a model's quantized numbers, one of KINDS (or 8, 4); all but int8 use group_size. ValueError for others."""
 
     kind: str
     group_size: int = GROUP_SIZE
@@ -32,7 +34,7 @@ class Quantization:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", ALSO_CALLED.get(str(self.kind), self.kind))
         if self.kind not in KINDS:
-            raise ValueError(f"quantize={shortened(self.kind)} is not supported; use {' or '.join(map(repr, KINDS))}, or None")
+            raise ValueError(f"quantize={shortened(self.kind)} is not supported; use {', '.join(map(repr, KINDS))}, or None")
         size = whole(self.group_size)
         if size is None or not LEAST_GROUP <= size <= 256 or size & (size - 1):
             raise ValueError(f"group_size={shortened(self.group_size)} must be a power of two from {LEAST_GROUP} to 256")
@@ -44,7 +46,21 @@ class Quantization:
         None if the matrix is int8: because of `kind`, or because its rows cannot be cut into groups of 16 or more.
         """
         largest = min(self.group_size, in_features & -in_features)
-        return largest if self.kind == "int4" and largest >= LEAST_GROUP else None
+        return largest if self.kind != "int8" and largest >= LEAST_GROUP else None
+
+    def kind_of(self, in_features: int, is_output: bool = False) -> str:
+        """The kind of a matrix with in_features columns. The output matrix, which matters most for quality, has 8 bits."""
+        if self.group(in_features) is None:
+            return "int8"
+        return {"int4": "int8", "w4a8": "w8a8"}.get(self.kind, self.kind) if is_output else self.kind
+
+    def check_device(self, device: torch.device) -> None:
+        """ValueError if this kind cannot multiply on the device."""
+        if self.kind not in EXACT and device.type not in ("cpu", "meta"):
+            raise ValueError(
+                f"{self.kind} multiplies on CPUs only, not on {device}; use quantize={EXACT[self.kind == 'w4a8']!r} and the "
+                "original weights, or device='cpu'"
+            )
 
     def shares(self, in_features: int, parts: int) -> bool:
         """Whether rows of in_features numbers can be cut into `parts` of whole groups."""
@@ -56,14 +72,17 @@ class Quantization:
             group = self.group(in_features)
             good = [str(n) for n in range(1, parts) if in_features % n == 0 and self.shares(in_features, n)]
             raise ValueError(
-                f"rows of {in_features} numbers in int4 groups of {group} cannot be cut into whole groups by {parts} {what}; "
-                f"use {' or '.join(good)}, or int8"
+                f"rows of {in_features} numbers in {self.kind} groups of {group} cannot be cut into whole groups by "
+                f"{parts} {what}; use {' or '.join(good)}, or int8"
             )
 
-    def nbytes(self, rows: int, columns: int, in_features: int) -> int:
+    def nbytes(self, rows: int, columns: int, in_features: int, is_output: bool = False) -> int:
         """The bytes of `rows` x `columns` of a matrix with in_features columns."""
-        group = self.group(in_features)
-        return rows * (columns + 4) if group is None else rows * (columns // 2 + 2 * 2 * columns // group)
+        group, kind = self.group(in_features), self.kind_of(in_features, is_output)
+        if group is None or kind == "int8":
+            return rows * (columns + 4)
+        rows = rows if kind == "int4" else -(-rows // TILE) * TILE
+        return rows * (columns + 2 * columns // group if kind == "w8a8" else columns // 2 + 2 * 2 * columns // group)
 
 
 def row_maxima(weight: torch.Tensor) -> torch.Tensor:
@@ -76,6 +95,13 @@ def to_int8(weight: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Tensor, t
     """float32 (rows, columns) and its full rows' largest sizes (rows,) -> int8 of the same shape, float32 scales (rows,)."""
     scales = (maxima / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def to_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (rows, columns) -> int8 of the same shape, scales bfloat16 (rows, columns / group)."""
+    parts = weight.reshape(len(weight), -1, group)
+    scales = _stored(parts.abs().amax(-1) / 127, 2.0**-100)
+    return (parts / scales[..., None]).round_().clamp_(-127, 127).to(torch.int8).view(weight.shape), scales.bfloat16()
 
 
 def to_int4(weight: torch.Tensor, group: int, refinements: int = REFINEMENTS) -> tuple[torch.Tensor, ...]:

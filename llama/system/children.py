@@ -46,9 +46,11 @@ class Child:
 
     def why_ended(self, patience: float = 0) -> str:
         """How it ended; empty if it still runs after `patience` seconds."""
-        try:
-            status = self._process.wait(patience)
-        except subprocess.TimeoutExpired:
+        status = self._process.poll()
+        if status is None and patience:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self._process.wait(patience)
+        if status is None:
             return ""
         if status < 0:
             more = ", as Linux does where memory runs out" if -status == signal.SIGKILL else ""

@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from ..layers.rounding import Quantization
+from ..layers.rounding import KINDS, Quantization
 from ..model import ModelArgs
 from ..runtime import DTYPES
 from ..system.files import MappedFiles, Number, contents, listed, read_json
@@ -57,7 +57,8 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
 
 
 def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
-    """The entry "quantization" of params.json, {"kind": "int8"} or {"kind": "int4", "group_size": 32}; None without one.
+    """The entry "quantization" of params.json, {"kind": "int8"} or {"kind": "int4", "group_size": 32}, or another kind in
+    groups; None without one.
 
     ValueError for any other value.
     """
@@ -65,7 +66,7 @@ def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
     stated = read_json(path, "a params.json has a few hundred bytes").get("quantization")
     if stated is None:
         return None
-    keys = {"int8": {"kind"}, "int4": {"kind", "group_size"}}
+    keys = {kind: {"kind"} if kind == "int8" else {"kind", "group_size"} for kind in KINDS}
     kind = stated.get("kind") if isinstance(stated, dict) else None
     if not isinstance(kind, str) or set(stated) != keys.get(kind):
         raise ValueError(f"{path}: quantization={shortened(stated)} is not {{'kind': 'int8'}} or "

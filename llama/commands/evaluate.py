@@ -1,0 +1,140 @@
+"""How good a model is, in figures that others have too: `python -m llama perplexity` and `python -m llama eval`."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from typing import Any
+
+from ..perplexity import METHODS, Perplexity, parse_method, perplexity
+from ..system.files import read_file, user_path
+from ..system.launch import Launch
+from ..system.printable import counted, escaped, json_line, printable
+from .arguments import MODEL, REQUIRED, Command, Option, a_number, a_path, build, truth
+from .console import pipe_may_close, say
+from .fetching import ask_before_fetching
+
+
+def measure(args: Namespace) -> None:
+    """Show the perplexity of a text by one of the methods that numbers are published for.
+
+    Each is computed exactly as its tool does it: docs/EVALUATION.md. Without --max_seq_len the model has room for all positions
+    that it was trained on.
+    """
+    method = parse_method(args.method)
+    text = _text(args.file) if Launch.read().rank == 0 else ""  # before a long load; the others run the first one's steps
+    ask_before_fetching(args.ckpt_dir)
+    length = _length(args)
+    if args.max_seq_len is None and method.window is not None:
+        method.check_fits(length)
+        length = method.window
+    llama = build(args, max_seq_len=length)
+    told = llama.lead(lambda: perplexity(llama, text, args.method))
+    if told is not None:
+        with pipe_may_close():
+            say(f"{json_line({'file': args.file, **told}) if args.json else _in_words(args.file, told)}\n")
+
+
+def _length(args: Namespace) -> int:
+    """The max_seq_len that was asked for, or that of all positions that the model was trained on."""
+    from ..loading import whole_length  # imports torch
+
+    return args.max_seq_len or whole_length(args.ckpt_dir, args.device, args.model_parallel_size)
+
+
+def _text(file: str) -> str:
+    """The file as it stands there, to the last line end: the methods count it."""
+    path = user_path(file)
+    try:
+        text = read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def _in_words(file: str, told: Perplexity) -> str:
+    error = f" ± {told['standard_error']:.5f}" if "standard_error" in told else ""
+    lines = [
+        f"{printable(escaped(file))} by {told['method']}: {counted(told['tokens'], 'token')} scored, in "
+        f"{counted(told['windows'], 'window')} of up to {told['window']}",
+        f"  perplexity  {told['perplexity']:.4f}{error} of a token",
+        f"  bits        {told['bits_per_token']:.4f} of a token",
+    ]
+    if "words" in told:
+        counts = f"{counted(told['documents'], 'document')}, {told['words']} words, {told['bytes']} bytes"
+        bits = told["nll"] / told["words"] / math.log(2)
+        lines[1] += f", {told['word_perplexity']:.4f} of a word, {told['byte_perplexity']:.4f} of a byte ({counts})"
+        lines[2] += f", {bits:.4f} of a word, {told['bits_per_byte']:.4f} of a byte"
+    return "\n".join(lines)
+
+
+def evaluate(args: Namespace) -> None:
+    """Run tasks of lm-evaluation-harness.
+
+    Each request gets the answer that the harness' own model "hf" gives with the same weights. Tasks come with the harness, or
+    from YAML files in --include_path; their data is fetched from the Hugging Face Hub if it is not there. Without --max_seq_len
+    the model has room for all positions that it was trained on.
+    """
+    try:
+        from .. import lm_eval_model as harness
+    except ImportError as error:
+        raise ValueError(f"{error}: tasks need lm-evaluation-harness: pip install 'llama[eval]'") from error
+    first = Launch.read().rank == 0
+    tasks = harness.find_tasks(args.tasks, args.include_path) if first else None  # before a long load
+    out = user_path(args.out) if args.out is not None else None
+    if first and out is not None and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    ask_before_fetching(args.ckpt_dir, args.adapter)
+    llama = build(args, max_seq_len=_length(args))
+
+    def work() -> Any:
+        how = {name: getattr(args, name) for name in HOW}
+        assert tasks is not None
+        return harness.evaluate(llama, tasks, name=args.ckpt_dir or "demo", samples=args.samples, **how)
+
+    results = llama.lead(work)
+    if results is not None:
+        if out is not None:
+            out.write_text(harness.as_json(results), encoding="utf-8")
+        with pipe_may_close():
+            say(f"{harness.table(results)}\n")
+
+
+HOW = {
+    "limit": Option(a_number, None, "documents of each task, or a share below 1; else all"),
+    "num_fewshot": Option(a_number, None, "examples before each question; else as the task says"),
+    "apply_chat_template": Option(truth, False, "write questions as chats, in the folder's format"),
+    "system_instruction": Option(str, None, "their system message, or a text before each question", rare=True),
+    "fewshot_as_multiturn": Option(truth, True, "in chats, examples are turns of their own", rare=True),
+    "gen_kwargs": Option(str, None, "options of texts, as temperature=0.8,top_p=0.9", rare=True),
+    "bootstrap_iters": Option(a_number, 100000, "draws for standard errors without a formula; 0 for none", rare=True),
+}
+LENGTH = Option(a_number, None, "tokens that there is room for; all that it was trained on")
+
+COMMANDS = {
+    "eval": Command(evaluate, ["ckpt_dir", "tokenizer_path"], {
+        "the tasks": {
+            "tasks": Option(str, REQUIRED, "their names, as hellaswag,arc_easy; * is any letters"),
+            "include_path": Option(a_path, None, "a folder with further tasks as YAML files"),
+            **HOW,
+        },
+        "the results": {
+            "out": Option(a_path, None, "a file for all results as JSON, beside the table"),
+            "samples": Option(truth, False, "each request and its answer are in --out too"),
+        },
+        "the model": MODEL | {"max_seq_len": LENGTH, "max_batch_size": Option(a_number, 4, "requests that run side by side")},
+    }, ["llama-2-7b/ --tasks hellaswag,arc_easy --limit 100", "llama-2-7b/ --tasks gsm8k --num_fewshot 5 --out gsm8k.json"]),
+    "perplexity": Command(measure, ["ckpt_dir", "tokenizer_path"], {
+        "what is measured": {
+            "file": Option(a_path, REQUIRED, "the text, as wiki.test.raw of WikiText-2"),
+            "method": Option(str, REQUIRED, "also joined-N, llama.cpp-N: N tokens in a window", METHODS),
+            "json": Option(truth, False, "print one JSON object in place of the text"),
+        },
+        "the model": MODEL | {"max_seq_len": LENGTH},
+    }, [
+        "llama-2-7b/ --file wiki.test.raw --method joined-2048",
+        "7b.Q4_K_M.gguf --file wiki.test.raw --method llama.cpp-512",
+    ]),
+}  # fmt: skip

@@ -1,0 +1,74 @@
+"""The work of verify: a table of what was checked, row by row as it is known, and what each failure means."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import time
+from argparse import Namespace
+
+from ..system.checks import whole_number
+from ..system.files import user_path
+from ..system.launch import Launch
+from ..system.printable import escaped, printable
+from ..verification.checksums import new_checklist, record
+from ..verification.checkup import Asked, files_of
+from ..verification.checkup import verify as checked
+from ..verification.results import FAIL, NOT_APPLICABLE, PASS, Result
+from .console import file_text, note, say
+from .fetching import agreed_folder
+
+NAME_WIDTH, VERDICT_WIDTH, WIDTH = 20, 16, 120
+SHOWN = {PASS: "pass", FAIL: "FAIL", NOT_APPLICABLE: "not applicable"}
+
+
+def verify(args: Namespace) -> None:
+    """Run the command. SystemExit with status 1 if a check failed."""
+    if Launch.read().world_size > 1:
+        raise ValueError("start verify as one process, without torchrun: it starts others itself")
+    whole_number("processes", args.processes, 1)
+    texts = () if args.text is None else tuple(file_text(user_path(args.text)).split("\n\n"))
+    wikitext = None if args.wikitext is None else file_text(user_path(args.wikitext))
+    folder, began = agreed_folder(args.ckpt_dir), time.monotonic()
+    asked = Asked(
+        folder, args.tokenizer_path, args.device, args.dtype, args.compile, args.quick, args.rounded,
+        args.processes, args.seconds, texts,
+        wikitext,
+    )  # fmt: skip
+    if args.record:
+        new_checklist(folder)
+    if not args.json:
+        say(f"{escaped(str(folder))}\n")
+    results: list[Result] = []
+    for result in checked(asked):
+        results.append(result)
+        if not args.json:
+            say(_row(result.name, SHOWN[result.verdict], result.told))
+    wrong = [result for result in results if result.verdict == FAIL]
+    seconds = round(time.monotonic() - began, 1)
+    if args.json:
+        told = {"folder": str(folder), "verdict": "fail" if wrong else "pass", "seconds": seconds}
+        say(json.dumps({**told, "checks": [result._asdict() for result in results]}) + "\n")
+    else:
+        say(_summary(results, wrong, seconds))
+    if wrong:
+        sys.exit(1)
+    if args.record:
+        note(f"{record(folder, files_of(folder, None))} is written: whatever changes from now on is found")
+
+
+def _row(name: str, verdict: str, told: str) -> str:
+    head = f"  {name:{NAME_WIDTH}}{verdict:{VERDICT_WIDTH}}"
+    return (
+        "\n".join(textwrap.wrap(printable(escaped(told)), WIDTH, initial_indent=head, subsequent_indent=" " * len(head))) + "\n"
+    )
+
+
+def _summary(results: list[Result], wrong: list[Result], seconds: float) -> str:
+    counts = {verdict: sum(result.verdict == verdict for result in results) for verdict in SHOWN}
+    lines = [f"{counts[PASS]} passed, {counts[FAIL]} failed, {counts[NOT_APPLICABLE]} not applicable, in {seconds} s\n"]
+    for means in dict.fromkeys(result.means for result in wrong):
+        names = " and ".join(result.name for result in wrong if result.means == means)
+        lines.append(textwrap.fill(f"{names}: {means}", WIDTH) + "\n")
+    return "".join(lines)

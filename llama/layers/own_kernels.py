@@ -1,0 +1,94 @@
+"""Compiles `cpu_kernels.cpp` for this processor, once, and keeps it in the folder of compiled steps.
+
+Without a C++ compiler, or on a system other than Linux, the layers multiply in plain torch: the same bits, slowly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .. import runtime
+from ..system import sealed
+from ..system.printable import printable
+from .parallel import is_first_process
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+# No product and sum become one operation, and none changes places, unless the source says so.
+FLAGS = ["-O2", "-march=native", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+LIMIT = 300  # seconds for the compiler, which takes 3
+
+
+@cache
+def loaded() -> bool:
+    """Whether the operators of `cpu_kernels.cpp` are at hand as `torch.ops.llama_cpu`. The first call brings them in."""
+    try:
+        path = _kept()
+        sealed.load(path, torch.ops.load_library)
+    except Exception as error:  # no compiler, a full disk, a file that is refused
+        _say(f"Products with 8-bit activations run in plain torch, which is slow: {_first_line(error)}")
+        return False
+    torch.library.register_fake("llama_cpu::round_groups", _fake_groups)
+    torch.library.register_fake("llama_cpu::product", _fake_product)
+    return True
+
+
+def _kept() -> Path:
+    """The compiled file, made if it is not there or not to be trusted."""
+    compiler = runtime.cpp_compiler()
+    key = repr((runtime.processor(), torch.__version__, compiler, FLAGS)).encode() + SOURCE.read_bytes()
+    folder = runtime.cache_folder()
+    sealed.make_folder(folder)
+    path = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.kernels"
+    try:
+        sealed.read(path, "delete it")
+        return path
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        _say(f"The products with 8-bit activations are compiled anew: {_first_line(error)}")
+    if compiler is None:
+        raise RuntimeError("it needs a C++ compiler, on Linux; install g++, or let CXX name one")
+    _say("Compiling the products with 8-bit activations, once for this machine …")
+    with sealed.workspace(folder) as work:
+        made = work / "kernels.so"
+        torchs = Path(torch.__file__).parent
+        places = [f"-I{torchs / 'include'}", f"-L{torchs / 'lib'}"]
+        command = [compiler, *FLAGS, "-fPIC", "-shared", *places, str(SOURCE), "-ltorch_cpu", "-o", str(made)]
+        environment = runtime.compiler_environment(work)
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, encoding="utf-8",
+            errors="replace", check=False,
+        )  # fmt: skip
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "error" in line] or [f"it ended with {done.returncode}"]
+            raise RuntimeError(f"{compiler}: {said[0]}")
+        sealed.keep(made.read_bytes(), path, work)
+    return path
+
+
+def _say(line: str) -> None:
+    if is_first_process():
+        print(printable(line))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _fake_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = x.shape
+    return x.new_empty(rows, columns, dtype=torch.int8), x.new_empty(rows, columns // group, dtype=torch.float32)
+
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations; a kernel gets the place in this list
+
+
+def _fake_product(
+    numbers: torch.Tensor, unit: torch.Tensor, weight: torch.Tensor, outputs: int, bits: int, type: int
+) -> torch.Tensor:
+    return unit.new_empty(numbers.shape[0], outputs, dtype=TYPES[type])

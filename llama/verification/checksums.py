@@ -1,0 +1,155 @@
+"""The bytes of a folder against the checksums that came with them: checklist.chk, the hub's hashes, those in .pth files."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from tqdm import tqdm
+
+from ..system.files import check_file, is_there, listed, read_file, replace_file
+from ..system.printable import counted, escaped
+from ..weights.archive import map_tensors, read_directory
+from .results import Result, failed, not_applicable, passed
+
+CHECKLIST = "checklist.chk"
+BLOCK = 2**22
+DAMAGED = "The file was damaged in a download, on the disk or in memory. Download it again, and verify once more."
+
+
+class Expected(NamedTuple):
+    """What the digest of a file must be. kind: md5, sha256, or git for git's SHA-1 of a blob. source: who says so."""
+
+    kind: str
+    digest: str
+    source: str
+
+
+def check_checksums(folder: Path, files: Iterable[Path]) -> Result:
+    """Every file whose checksum is known. files: those that are loaded."""
+    name, files = "checksums", list(files)
+    expected = _expected(folder, files)
+    archives = [path for path in files if path not in expected and path.suffix in (".pth", ".bin")]
+    problems = []
+    with tqdm(total=sum(map(_size, [*expected, *archives])), desc="Checksums", unit="B", unit_scale=True,
+              delay=1.5, leave=False, disable=None) as bar:  # fmt: skip
+        for path, what in expected.items():
+            if not path.exists():
+                problems.append(f"{path.name} is missing, which {what.source} lists")
+            elif (found := _digest(path, what.kind, bar)) != what.digest:
+                problems.append(f"{path.name} has {what.kind} {found}, and {what.source} says {what.digest}")
+        for path in archives:
+            if (damage := _damage(path, bar)) is not None:
+                problems.append(f"{path.name}: {damage}")
+    if problems:
+        return failed(name, listed(problems, 4), DAMAGED)
+    bare = [path.name for path in files if path not in expected and path not in archives]
+    if not expected and not archives:
+        told = f"there is none for {listed(bare, 3)}, so a wrong bit that leaves a number plausible stays unseen"
+        return not_applicable(name, f"{told}; --record writes {CHECKLIST} now, by which later damage is found")
+    alike: dict[str, int] = Counter(f"{what.source} ({what.kind})" for what in expected.values())
+    alike |= {"the checksum in it (crc32)": len(archives)} if archives else {}
+    told = " and ".join(f"{counted(count, 'file')} as {source} says" for source, count in alike.items())
+    return passed(name, told + (f"; there is none for {listed(bare, 3)}" if bare else ""))
+
+
+def _expected(folder: Path, files: list[Path]) -> dict[Path, Expected]:
+    home = folder if folder.is_dir() else folder.parent
+    found = {path: what for path in files if (what := _of_hub(path)) is not None}
+    if is_there(home / CHECKLIST):
+        for digest, name in _lines(home / CHECKLIST):
+            # A list beside GGUF files may be about all of them, of which one is loaded.
+            if folder.is_dir() or home / name in files:
+                found[home / name] = Expected("md5", digest, CHECKLIST)
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The digests and names that a list of md5sum has. ValueError for a line of another form."""
+    for line in read_file(path, 2**20, "a checklist has a few lines").decode(errors="replace").splitlines():
+        found = re.fullmatch(r"([0-9a-fA-F]{32}) [ *]([^/\\]+)", line.strip())
+        if found is None and line.strip():
+            raise ValueError(f"{path} has the line {escaped(line)!r}, which is no md5 and a name; write it again with md5sum")
+        if found is not None:
+            yield found[1].lower(), found[2]
+
+
+def _of_hub(path: Path) -> Optional[Expected]:
+    """What the hub says of a file: the blobs of its cache are called by their hash, and `hf download --local-dir` notes it."""
+    target = path.resolve()
+    said = target.name if target.parent.name == "blobs" else ""
+    note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    if not said and note.is_file():
+        lines = read_file(note, 2**16, "it has three lines").decode(errors="replace").splitlines()
+        said = lines[1].strip() if len(lines) > 1 else ""
+    kind = {64: "sha256", 40: "git"}.get(len(said)) if re.fullmatch("[0-9a-f]+", said) else None
+    return None if kind is None else Expected(kind, said, "the hub")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _digest(path: Path, kind: str, bar: Any) -> str:
+    size = check_file(path).st_size
+    digest = hashlib.new("sha1" if kind == "git" else kind, usedforsecurity=False)
+    if kind == "git":
+        digest.update(b"blob %d\0" % size)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def _damage(path: Path, bar: Any) -> Optional[str]:
+    """What is wrong with a file of torch.save, which has a checksum of each part; None if nothing is, or it is of another
+    kind."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                try:
+                    with archive.open(record) as part:
+                        while block := part.read(BLOCK):
+                            bar.update(len(block))
+                except zipfile.BadZipFile:
+                    return f"{_tensor_name(path, record.filename)} does not match the checksum in the file (crc32)"
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return f"it ends after {path.stat().st_size:,} bytes without the directory that such a file ends with: it is cut short"
+    return None
+
+
+def _tensor_name(path: Path, part: str) -> str:
+    """The name of the tensor whose numbers are this part of the archive; the part's own if it is not known."""
+    try:
+        parts, tensors = read_directory(path)[0], map_tensors(path)
+    except ValueError:  # a small part, whose checksum is compared whenever the file is opened
+        return part
+    starts = {name: place.start for name, place in parts.items() if "/data/" in name}
+    base = min(tensor.data_ptr() for tensor in tensors.values()) - min(starts.values())
+    return next((name for name, tensor in tensors.items() if tensor.data_ptr() == base + starts.get(part, -1)), part)
+
+
+def new_checklist(folder: Path) -> Path:
+    """Where `record` writes. ValueError if something is there."""
+    target = (folder if folder.is_dir() else folder.parent) / CHECKLIST
+    if is_there(target):
+        raise ValueError(f"{target} is there already; remove it first if it is to be written anew")
+    return target
+
+
+def record(folder: Path, files: Iterable[Path]) -> Path:
+    """Write checklist.chk for these files, as md5sum would. ValueError if there is one."""
+    target = new_checklist(folder)
+    with tqdm(desc="Checksums", unit="B", unit_scale=True, delay=1.5, leave=False, disable=None) as bar:
+        lines = [f"{_digest(path, 'md5', bar)}  {path.name}\n" for path in files if path.parent == target.parent]
+    replace_file(target, "".join(lines).encode())
+    return target
