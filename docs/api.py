@@ -14,7 +14,7 @@ from typing import Any, get_args, is_typeddict
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import llama
-from llama import completion, generation, options, runtime, session
+from llama import completion, generation, options, runtime, scoring, session
 from llama.decoding import requests
 
 HEAD = """\
@@ -29,7 +29,7 @@ PUBLIC: list[tuple[str, Any, str]] = [
         "Llama",
         llama.Llama,
         "build text_completion stream_text chat_completion stream_chat chat generate steps infill stream_infill continue_ids "
-        "score embed lead close forget chat_format lock",
+        "score score_ids embed lead close forget chat_format lock",
     ),
     ("Options", llama.Options, ""),
     ("options.TurnOptions", options.TurnOptions, ""),
@@ -37,6 +37,7 @@ PUBLIC: list[tuple[str, Any, str]] = [
     ("ChatPrediction", llama.ChatPrediction, ""),
     ("Chunk", llama.Chunk, ""),
     ("Score", llama.Score, ""),
+    ("scoring.ContinuationScore", scoring.ContinuationScore, ""),
     ("completion.Alternative", completion.Alternative, ""),
     ("decoding.requests.Step", requests.Step, ""),
     ("Message", llama.Message, ""),

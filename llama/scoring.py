@@ -16,8 +16,11 @@ T = TypeVar("T")
 class ContinuationScore(TypedDict):
     """How probable a continuation is after its context.
 
-    logprob: ln p of the whole. is_greedy: whether each id is the likeliest one at its place. tokens, logprobs: each id's text,
-    and ln p of the id after all before it.
+    Attributes:
+        logprob: natural log-probability of the whole.
+        is_greedy: whether each id is the likeliest one at its place.
+        tokens: each id's text.
+        logprobs: natural log-probability of each id after all before it.
     """
 
     logprob: float

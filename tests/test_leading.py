@@ -49,6 +49,7 @@ def in_many_ways(llama: Llama) -> Any:
         "left": first,
         "nothing": (llama.text_completion([]), llama.chat_completion([[{"role": "user", "content": "[INST]"}]])),
         "score": [round(x, 3) for x in llama.score(["The dog ran."])[0]["logprobs"]],
+        "pairs": [round(score["logprob"], 3) for score in llama.score(["The dog"] * 5, [" ran.", " a", "s", " b", " c"])],
         "embed": [round(x, 3) for x in llama.embed(["The dog"]).flatten().tolist()[:5]],
         "forgotten": (llama.forget(), llama.generate([[1, 5, 6]], 8, 0)),
     }  # fmt: skip

@@ -161,7 +161,8 @@ def chat(m: Llama) -> Any:
 
 
 def score(m: Llama) -> Any:
-    return [one["logprobs"] for one in m.score(["a dog ran", "once"])]
+    pairs = m.score(["a dog", "once upon a"], [" ran", " time"])
+    return [one["logprobs"] for one in [*m.score(["a dog ran", "once"]), *pairs]]
 
 
 def embed(m: Llama) -> Any:

@@ -25,9 +25,9 @@ def measure(args: Namespace) -> None:
     text = _text(args.file) if Launch.read().rank == 0 else ""  # before a long load; the others run the first one's steps
     ask_before_fetching(args.ckpt_dir)
     length = _length(args)
-    if args.max_seq_len is None and method.window is not None:
-        method.check_fits(length)
-        length = method.window
+    method.check_fits(length)
+    if args.max_seq_len is None:
+        length = method.window or length
     llama = build(args, max_seq_len=length)
     told = llama.lead(lambda: perplexity(llama, text, args.method))
     if told is not None:
