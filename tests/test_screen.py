@@ -147,6 +147,7 @@ def test_signs(text: str, plain: str, styles: list[str]) -> None:
         ("| a | b |\n", ["| a | b |"]),
         ("| a | b |\n| no table", ["| a | b |", "| no table"]),
         ("|a|\n|-|\n|b|\n", [" a", "───", " b"]),
+        ("|a|\n|-|\n|b|c|", [" a", "───────", " b   c"]),
         ("```\n\n  x\n\n", ["```", "", "  x", ""]),
         ("~~~py\nx = 1  \n~~~\n", ["~~~py", "x = 1", "~~~"]),
         ("```nolanguage\n**x**", ["```nolangu", "age", "**x**"]),
@@ -156,6 +157,18 @@ def test_signs(text: str, plain: str, styles: list[str]) -> None:
 )
 def test_lines(block: str, lines: list[str]) -> None:
     assert [line.plain.rstrip() for line in drawn(block, console(io.StringIO(), 10))] == lines
+
+
+@pytest.mark.parametrize(
+    ("line", "styles"),
+    [
+        ("# a", ["dim", "bold magenta"]), ("> a", ["dim", "italic"]), ("- a", ["cyan"]), ("2. a", ["cyan"]), ("---", ["dim"]),
+        ("a", []),
+    ],
+)  # fmt: skip
+def test_styles(line: str, styles: list[str]) -> None:
+    [shown] = drawn(line, console(io.StringIO()))
+    assert [style for style in (str(shown.style), *(str(span.style) for span in shown.spans)) if style] == styles
 
 
 @pytest.mark.parametrize(

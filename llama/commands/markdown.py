@@ -111,10 +111,9 @@ def _code(lines: list[str], fence: re.Match[str], console: Console) -> list[Text
 
 
 def _table(lines: list[str], console: Console) -> list[Text]:
-    rows = [_cells(line) for line in lines]
-    head, dividers, *body = rows
+    head, dividers, *body = map(_cells, lines)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
-    for name, divider, _ in zip_longest(head, dividers, range(max(map(len, rows))), fillvalue=""):
+    for name, divider in zip_longest(head, dividers, fillvalue=""):  # a longer row adds columns of its own
         right, middle = divider.endswith(":"), divider.startswith(":")
         table.add_column(spans(name), justify="center" if right and middle else "right" if right else "left", overflow="fold")
     for row in body:
