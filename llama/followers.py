@@ -87,14 +87,18 @@ class Followers:
         with self._lock:
             if self._is_over or self._pid != os.getpid():
                 return
+            lost = self.why_lost()
             if (leader := self._leader()) is not None:
-                leader.end(None, why)
-            self._end(POLITE)
+                with contextlib.suppress(RuntimeError):  # a connection was lost
+                    leader.end(None, why)
+            if lost:
+                runtime.lose()
+            self._end(0 if lost else POLITE)
 
     def _let_go(self) -> None:
         if self._pid != os.getpid():
             return
-        with contextlib.suppress(RuntimeError):  # one of them is gone
+        with contextlib.suppress(RuntimeError):  # a connection was lost
             self._hang_up()
 
     def _end(self, patience: float) -> None:
