@@ -236,6 +236,8 @@ class Scheduler:
 
     def _mend(self) -> None:
         """After a step that ended in an exception: tell what it had decided, and trust nothing else."""
+        for row in self.rows:  # a grammar may lack the newest id, and is to be told what follows it
+            self.chooser.recount(row)
         while self._begun and self._begun[0].decisions is not None:
             self._tell()
         self._lose_all()
