@@ -5,7 +5,10 @@ A `Form` is what a request has of a constraint, and can be sent to other process
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Optional
@@ -15,6 +18,8 @@ import torch
 
 from .constraints import COMPILED, LIMITS, Constraint, library, one_line
 from .tokenizer import Tokenizer
+
+LOOKED_AT = 256  # bytes of a text that must come
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def forms(
 
 def matcher_of(tokenizer: Tokenizer, grammar: Any) -> Any:
     """The grammar of a row: a new `Matcher` for a `Form`; somebody's own as it is."""
-    return Matcher(vocabulary(tokenizer), grammar) if isinstance(grammar, Form) else grammar
+    return Matcher(tokenizer, grammar) if isinstance(grammar, Form) else grammar
 
 
 def _bits(some: torch.Tensor) -> torch.Tensor:
@@ -84,6 +89,7 @@ class Vocabulary:
         self._at_start = torch.arange(32 * self.words, device="cpu")  # id -> the one that says whether it may begin a text
         for i, twin in self._twins.items():
             self._at_start[i] = twin
+        self.bytes, self._sorted = tokens, sorted(tokens)
         self._tokenizer = library().LLTokenizer(_Pieces(tokenizer, tokens, special))
         self.compiled = lru_cache(maxsize=COMPILED)(self._compiled)
 
@@ -140,10 +146,31 @@ class Vocabulary:
 
     def mask(self, matcher: Any) -> torch.Tensor:
         """What may come next, int32 with a bit for each id of llguidance. ValueError if it has come to a limit."""
-        bits = b"" if matcher.is_error() else matcher.compute_bitmask()
+        bits = torch.zeros(-(-len(self.bytes) // 32), dtype=torch.int32, device="cpu")
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(bits.data_ptr(), 4 * len(bits))
         if matcher.is_error():
             raise ValueError(f"constraint: it cannot be used: {one_line(matcher.get_error())}")
-        return torch.frombuffer(bytearray(bits), dtype=torch.int32)
+        return bits
+
+    def certain(self, tokenizer: Tokenizer, text: bytes) -> list[int]:
+        """The first ids of a text that other text follows; not those at its end in whose place a longer piece may come. None at
+        all if it begins within a character, or the tokenizer changes it."""
+        try:
+            whole = text[:LOOKED_AT].decode()
+        except UnicodeDecodeError as error:  # the last character is not known whole
+            whole = text[: error.start].decode()
+        text, ids = whole.encode(), tokenizer.encode_behind(whole)
+        if b"".join(self.bytes[i] for i in ids) != text:
+            return []
+        certain = next((i for i in range(len(text)) if self._may_grow(text[i:])), len(text))
+        ends = itertools.accumulate(len(self.bytes[i]) for i in ids)
+        return [i for i, end in zip(ids, ends) if end <= certain]
+
+    def _may_grow(self, text: bytes) -> bool:
+        """Whether a piece goes on behind this text."""
+        longer = bisect_right(self._sorted, text)
+        return longer < len(self._sorted) and self._sorted[longer].startswith(text)
 
     def begins(self, mask: torch.Tensor) -> torch.Tensor:
         """The mask of a text's first id, whose piece loses its space. A space alone may come where nothing else can."""
@@ -160,22 +187,26 @@ class Vocabulary:
 class Matcher:
     """How far the answer of one row has come: a `Grammar` of `decoding/requests.py`."""
 
-    def __init__(self, vocabulary: Vocabulary, form: Form) -> None:
-        self._vocabulary, self._bare = vocabulary, form.bare
-        self._matcher = vocabulary.compiled(form.grammar).deep_copy()
-        ends = torch.zeros(32 * vocabulary.words, dtype=torch.bool, device="cpu")
+    def __init__(self, tokenizer: Tokenizer, form: Form) -> None:
+        self._tokenizer, self._bare = tokenizer, form.bare
+        self._vocabulary = vocabulary(tokenizer)
+        self._matcher = self._vocabulary.compiled(form.grammar).deep_copy()
+        ends = torch.zeros(32 * self._vocabulary.words, dtype=torch.bool, device="cpu")
         ends[[i for i in form.ends if i < len(ends)]] = True
-        self._ends = _bits(ends)
+        self._ends, self._others = _bits(ends), _bits(~ends)
 
     def fill(self, bits: torch.Tensor) -> None:
         """Write the mask of what may come next; any id that ends the answer may, once it is whole, and none before."""
         mask, eos = self._vocabulary.mask(self._matcher), self._vocabulary.eos
-        whole = bool(mask[eos // 32] >> eos % 32 & 1)
+        whole = int(mask[eos // 32]) >> eos % 32 & 1
         if self._bare:
             mask = self._vocabulary.begins(mask)
         words = min(len(bits), self._vocabulary.words)
         bits[words:] = 0
-        bits[:words] = mask[:words] | self._ends[:words] if whole else mask[:words] & ~self._ends[:words]
+        if whole:
+            torch.bitwise_or(mask[:words], self._ends[:words], out=bits[:words])
+        else:
+            torch.bitwise_and(mask[:words], self._others[:words], out=bits[:words])
 
     def _known(self, token: int) -> list[int]:
         """What llguidance is told of an id."""
@@ -188,6 +219,20 @@ class Matcher:
         known, self._bare = self._known(token), False
         if not self._matcher.consume_tokens(known):
             raise ValueError(f"constraint: {one_line(self._matcher.get_error())}")
+
+    def forced(self) -> list[int]:
+        """The ids of the text that must come next. None for a text's first id, which may lose its space."""
+        text = b"" if self._bare else self._matcher.compute_ff_bytes()
+        ids = self._vocabulary.certain(self._tokenizer, text) if text else []
+        return ids[: self._matcher.validate_tokens(ids)] if ids else []
+
+    def behind(self, ids: Sequence[int]) -> Matcher:
+        """A copy that has taken these ids."""
+        made = copy(self)
+        made._matcher = self._matcher.deep_copy()
+        for token in ids:
+            made.accept(token)
+        return made
 
     def ends_with(self, token: int) -> bool:
         """Whether the answer is whole with this id, and cannot go on. A copy tries it: a step that fails is decided again."""

@@ -583,7 +583,8 @@ class Transformer(nn.Module):
         """The states that `output` turns into logits, (B, S, dim) in the model's dtype. New keys and values enter the cache.
 
         tokens (B, S) int64. start_pos: the position of every row's first new token; an int (Meta's), or int64 (B,), one
-        for each row. slots int64 (B,): the cache rows of the batch rows; by default 0 … B-1. span, for a tensor of
+        for each row. slots int64 (B,): the cache rows of the batch rows; by default 0 … B-1. Tokens of one cache row may be
+        batch rows of their own: each sees those of this call that stand before it. span, for a tensor of
         start_pos: how many cache columns to read, at least its maximum + S; without it the host must wait for that maximum.
         layers: how many blocks to run, without the last norm; negative: all. pass_length: for dynamic scaling of positions, how
         many tokens are read as one, from position 0 on, though in several calls; if not given, each row's end with this call,
@@ -724,7 +725,7 @@ class Transformer(nn.Module):
         """The window of rows that stand at positions of their own: starts int64 (B,). Waits for the device without a span."""
         B, S = tokens.shape
         first, end = (int(starts.min()), int(starts.max()) + S) if span is None else (0, span)
-        self._check_room(B, first, end)
+        self._check_room(B if slots is None else 1, first, end)
         positions = starts[:, None] + torch.arange(S, device=tokens.device)
         written, read = _cache_rows(B, slots, tokens.device)
         return Window(written, positions, self._rotary(positions), (read, slice(0, end)), _up_to(positions, end))

@@ -151,6 +151,7 @@ def test_any_way_through_the_ids_gives_a_text(which: int, tokenizer_path: str) -
             for _ in range(3):
                 grammar, ids, over = matcher_of(tokenizer, form), list[int](), False
                 while not over:
+                    forced = grammar.forced() if rng.random() < 0.5 else []
                     bits = torch.full((-(-tokenizer.n_words // 32) + 1,), -1, dtype=torch.int32)
                     grammar.fill(bits)
                     may = set_in(bits)
@@ -158,7 +159,9 @@ def test_any_way_through_the_ids_gives_a_text(which: int, tokenizer_path: str) -
                     assert tokenizer.nameless.isdisjoint(may)
                     assert max(may) < tokenizer.n_words
                     spaced = [i for i in may if tokenizer.piece(i)[0] == "▁"]
-                    ids.append(rng.choice(spaced if spaced and rng.random() < 0.5 else may))
+                    ids.append(forced[0] if forced else rng.choice(spaced if spaced and rng.random() < 0.5 else may))
+                    assert ids[-1] in may
+                    assert not (forced and {2, 17} & {*may})
                     over = ids[-1] in (2, 17) or grammar.ends_with(ids[-1])
                     if ids[-1] not in (2, 17):
                         grammar.accept(ids[-1])
@@ -272,10 +275,11 @@ def test_other_ways(how: str, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> 
             hook.remove()
 
 
+@pytest.mark.parametrize("form", [NUMBER, {"regex": "The little (girl|dog) was very happy (and|to) [a-z]"}])
 @pytest.mark.parametrize("when", ["before", "behind"])
-def test_an_interruption(when: str, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the id that a row got and its matcher: the matcher is made anew of the row's ids."""
-    options: dict[str, Any] = {"max_gen_len": 30, "seed": 3, "constraint": NUMBER}
+def test_an_interruption(when: str, form: Any, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the id that a row got and its matcher, also among forced ids: the matcher is made anew of the row's ids."""
+    options: dict[str, Any] = {"max_gen_len": 30, "seed": 3, "constraint": form}
     expected = [chunk["text"] for chunk in llama.stream_text(["Tim"], **options)]
     accept, calls = Matcher.accept, 0
     prompt = [llama.tokenizer.encode("Tim", bos=True, eos=False)]

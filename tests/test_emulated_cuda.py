@@ -237,6 +237,7 @@ def test_a_step_waits_for_nothing_but_its_ids(
     assert waits == {}
     assert sum(machine.waits.values()) <= 30 + 1  # the prompts' own log-probabilities are one more
     assert not machine.violations
+    assert not llama._engine.joins_passes  # forced ids are steps, which are recorded
 
 
 def test_ids_are_fetched_behind_what_is_queued(tiny: Path, tokenizer_path: str, machine: Machine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from typing import Any, Optional
@@ -15,6 +16,8 @@ from .requests import Grammar
 from .rows import NONE_ALLOWED, NOT_FINITE, Decision, Noise, Row
 from .sampling import Drawing, Penalties, draw, exponential_noise, penalize
 
+FORCED = 31  # ids at once; with the newest one, a pass runs 32 tokens of a row
+
 
 class _Plan:
     """The options of these rows, as tensors; made anew when the rows change."""
@@ -24,9 +27,11 @@ class _Plan:
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
         self.counted = self._places(lambda row: row.request.sampling.counts_ids)
         self.biased = self._places(lambda row: bool(row.request.sampling.logit_bias))
-        self.ruled = self._places(lambda row: row.grammar is not None)
-        self.drawn = self._places(lambda row: row.request.draws and row.source.draw is None)
-        self.drawn_by_others = self._places(lambda row: row.request.draws and row.source.draw is not None)
+        self.ruled = self._places(lambda row: row.grammar is not None and row.forced is None)
+        drawn = self._places(lambda row: row.request.draws and row.forced is None)
+        self.drawn = [i for i in drawn if rows[i].source.draw is None]
+        self.drawn_by_others = [i for i in drawn if rows[i].source.draw is not None]
+        self.forced = self._places(lambda row: row.forced is not None)
         self.scored = any(row.request.logprobs for row in rows)
         self.alternatives = max(row.request.alternatives for row in rows)
         # Whose noise a step of these rows draws.
@@ -131,6 +136,31 @@ class Chooser:
                 place.counts = row.counts.index_add(0, new, torch.ones_like(new, dtype=torch.float32))
         return made
 
+    def forced(self, row: Row) -> list[int]:
+        """The ids that the row's grammar forces next, at most FORCED. None at its beginning, where the prompt's last state
+        gives a choice for nothing; none that has a bias or ends the row; and none where no choice could follow."""
+        find = getattr(row.grammar, "forced", None)
+        if find is None or not self.engine.joins_passes or not row.generated or row.room < 2:
+            return []
+        chosen = (self.never, row.request.ends, row.request.sampling.logit_bias or ())
+        try:
+            ids = find()[: min(FORCED, row.room - 1)]
+        except Exception as error:
+            row.call.error = error
+            return []
+        return list(itertools.takewhile(lambda token: not any(token in some for some in chosen), ids))
+
+    def forced_places(self, row: Row, ids: Sequence[int]) -> list[Row]:
+        """`places` for each of these ids, which are forced, and for the choice behind them."""
+        *forced, free = places = self.places(row, ids)
+        for place, token in zip(forced, ids):
+            place.forced = token
+        try:
+            free.grammar = row.grammar.behind(ids) if ids else row.grammar  # type: ignore[union-attr]
+        except Exception as error:
+            row.call.error = error
+        return places
+
     def choose(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
         """The next id of each row, float32 (rows, V) -> int64 (rows,); NOT_FINITE if a row's logits are not, NONE_ALLOWED if
         its grammar allows none. What somebody's own grammar or function raises is the error of the row's call."""
@@ -147,6 +177,8 @@ class Chooser:
             self._draw_by_others(logits, plan, ids)
         if plan.ruled:
             ids = ids.where((logits > -torch.inf).any(dim=-1), NONE_ALLOWED)
+        if plan.forced:
+            ids = plan.put(ids, plan.forced, to_device([rows[i].forced for i in plan.forced], ids.device))
         return ids.where(finite, NOT_FINITE)
 
     def error(self, row: Row, token: int, slot: Optional[int] = None) -> ValueError:
@@ -161,6 +193,12 @@ class Chooser:
         if plan.counted:
             flat = plan.take(ids, plan.counted).clamp(min=0) + plan.offsets
             plan.counts.view(-1).index_add_(0, flat, torch.full_like(flat, times, dtype=torch.float32))
+
+    def count_decided(self, rows: list[Row], decided: list[list[Decision]]) -> None:
+        """Let penalties count all that was decided in a pass over several ids."""
+        for row, decisions in zip(rows, decided):
+            for decision in decisions if row.counts is not None else ():
+                self.count(to_device([decision.token], self.engine.device), [row])
 
     def _adjusted(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """Logits with the rows' penalties, biases and grammars."""

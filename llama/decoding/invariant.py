@@ -104,6 +104,9 @@ class InvariantEngine(Engine):
         runs = [Run(slot, at, S) for slot, at in zip(range(len(tokens)) if slots is None else slots, positions)]
         return self.logits(self._pass([token for row in tokens for token in row], runs)).unflatten(0, (len(tokens), S))
 
+    def run_each(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
+        return self.logits(self._pass(tokens, [Run(slot, at, 1) for slot, at in zip(slots, positions)]))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         with self._explained(), runtime.current(self.device), self._same_kernels():
             return self._head(hidden)

@@ -48,7 +48,11 @@ def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> 
                 first, ids = row.request.targets(start, end)
                 after = logits[i, first - start :][: len(ids)]
                 row.scores.append(engine.scores(after, to_device(ids, device), row.request.alternatives))
-        chosen = chooser.choose(logits[:, -1], rows)  # ended rows draw too: draws must not depend on them
+        # Ended rows draw too: draws must not depend on them.
+        forced = [chooser.forced(row)[:1] for row in rows]
+        chosen = chooser.choose(
+            logits[:, -1], [chooser.forced_places(*each)[0] for each in zip(rows, forced)] if any(forced) else rows
+        )
         deciding = [i for i, row in enumerate(rows) if end >= len(prompts[i]) and row.index not in call.over]
         some = [rows[i] for i in deciding]
         for row in some:

@@ -21,8 +21,9 @@ LEAST_SHARED = 32
 
 
 class Grammar(Protocol):
-    """Says which ids may come next in one row, and is told which one did. It may have an `ends_with(token)` as well, which says
-    whether an id leaves nothing that could follow it but an end."""
+    """Says which ids may come next in one row, and is told which one did. It may have more methods: `ends_with(token)` says
+    whether an id leaves nothing that could follow it but an end; `forced()` gives the ids that are to come next without a
+    choice, which `fill` would allow one after the other, and `behind(ids)` a copy of the grammar that has taken them."""
 
     def fill(self, bits: torch.Tensor) -> None:
         """Write into int32 (ceil(vocab_size / 32),) on the CPU: bit i % 32 of word i // 32 is set if id i may come next."""

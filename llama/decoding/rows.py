@@ -85,7 +85,9 @@ class Row:
         self.counts: Optional[torch.Tensor] = None  # how often each id was generated, float32 (V,)
         self.grammar: Optional[Grammar] = None
         self.drafter = Drafter()
-        self.ahead = 0  # in a copy that stands for this row after some guesses: their number
+        # In a copy that stands for this row after some ids:
+        self.ahead = 0  # their number
+        self.forced: Optional[int] = None  # the id that comes there without a choice
         self.agreement: Optional[float] = None  # the share of a draft model's guesses that were right
         self.rounded: Optional[int] = None  # first cache column written by a pass over several tokens: it rounds differently
 

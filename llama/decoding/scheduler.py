@@ -26,6 +26,7 @@ from .calls import Call
 from .choosing import Chooser
 from .draft_model import DraftModel
 from .engine import Engine
+from .forcing import Forcing
 from .held import Held, common_prefix
 from .pace import Pace
 from .requests import Grammar
@@ -71,6 +72,7 @@ class Scheduler:
         self.chooser = Chooser(engine, draft is not None, never, grammars)
         self.draft_model = None if draft is None else DraftModel(draft, group, never)
         self.verifier = Verifier(engine, self.chooser, self.pace, self.draft_model)
+        self.forcing = Forcing(engine, self.chooser)
         slots = engine.model.params.max_batch_size
         self.held = Held(slots)
         self._slots: list[Optional[Row]] = [None] * slots
@@ -239,6 +241,8 @@ class Scheduler:
 
     def _mend(self) -> None:
         """After a step that ended in an exception: tell what it had decided, and trust nothing else."""
+        for row in self.rows:  # a grammar may lack the newest id, and is to be told what follows it
+            self.chooser.recount(row)
         while self._begun and self._begun[0].decisions is not None:
             self._tell()
         self._lose_all()
@@ -247,8 +251,21 @@ class Scheduler:
             self.chooser.recount(row)
 
     def _begin(self, rows: list[Row]) -> None:
-        """Run and choose; or verify guesses, if all rows run."""
+        """Run and choose; or take what is forced as well; or verify guesses, if all rows run."""
         begun = _Begun(rows, [len(row.ids) for row in rows], [])
+        forced = [self.chooser.forced(row) for row in rows]
+        if any(forced):
+            begun.states = [(g, g.get_state(), None) for g in self.chooser.generators(rows)]
+            self._begun.append(begun)
+            slots = list(map(self._slots.index, rows))
+            decided, changed = self.forcing.decide(rows, forced, slots, self._logits, self._doubt)
+            self._doubt, self._newest = None, ([], self._newest[1])
+            if any(changed):
+                self._lose_all()
+            else:
+                begun.decisions = decided
+                self.chooser.count_decided(rows, decided)
+            return
         run = rows == self.rows and all(row.last is None for row in rows)
         if run and self._doubt is None and self.verifier.takes(rows):
             begun.states = [(g, g.get_state(), None) for g in self.chooser.generators(rows)]
@@ -551,6 +568,14 @@ class Scheduler:
         rows = begun.rows
         begun.states = [(g, g.get_state(), None) for g in self.chooser.generators(rows)]
         self._begun.append(begun)
+        logits = self._logits(rows, known)
+        chosen = self.chooser.choose(logits, rows)
+        self.chooser.count(chosen, rows)
+        begun.states = [(generator, before, generator.get_state()) for generator, before, _ in begun.states]
+        begun.logits, begun.chosen = logits, chosen
+
+    def _logits(self, rows: list[Row], known: bool = True) -> torch.Tensor:
+        """Behind the newest tokens of rows, which are run if they were not: float32 (rows, V)"""
         running = [i for i, row in enumerate(rows) if row.last is None]
         logits = torch.empty(0)
         if running:
@@ -563,10 +588,7 @@ class Scheduler:
                 first = torch.cat((logits, first))
                 first = first if order == list(range(len(rows))) else first[to_device(order, logits.device)]
             logits = first
-        chosen = self.chooser.choose(logits, rows)
-        self.chooser.count(chosen, rows)
-        begun.states = [(generator, before, generator.get_state()) for generator, before, _ in begun.states]
-        begun.logits, begun.chosen = logits, chosen
+        return logits
 
     def _run(self, rows: list[Row], known: bool) -> torch.Tensor:
         """One token of each row -> float32 logits (rows, V). Rows between them take part, with a token behind their columns

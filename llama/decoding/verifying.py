@@ -77,9 +77,7 @@ class Verifier:
             decided = [[self._checked_step(rows[0])]]
         else:
             return None
-        for row, decisions in zip(rows, decided):
-            for decision in decisions if row.counts is not None else ():
-                self.chooser.count(to_device([decision.token], self.engine.device), [row])
+        self.chooser.count_decided(rows, decided)
         return decided
 
     def _look_up(self, rows: list[Row], most: list[int]) -> list[list[int]]:
