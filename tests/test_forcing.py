@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from llama import Llama, Tokenizer, constraints, generation
-from llama.constraints import Constraint, Matcher, forms, vocabulary
+from llama.constraints import Constraint
 from llama.decoding import forcing
 from llama.decoding.calls import Call, Source
 from llama.decoding.engine import Engine
 from llama.decoding.requests import Request, Step
 from llama.decoding.rows import Row
 from llama.decoding.sampling import Sampling
+from llama.masks import Matcher, forms, vocabulary
 
 pytest.importorskip("llguidance")
 KEYS = {
