@@ -49,23 +49,25 @@ TESTS = {
     "fetching": "hub", "fingerprint": "peers", "folders": "arguments", "gguf_header": "gguf",
     "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf", "gpu_step": "emulated_cuda", "held": "scheduler",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "info": "terminal convert",
-    "int4": "quantization", "int8": "quantization", "interrupts": "followers", "jobs": "terminal",
+    "int4": "quantization", "int8": "quantization one_digit", "interrupts": "followers", "jobs": "terminal",
     "keyboard": "terminal screen", "launch": "runtime", "layers/invariant": "invariant",
     "leading": "leading followers", "loading": "loading draft_model", "markdown": "screen", "masks": "constraints",
     "meta": "checkpoint files", "metas_way": "own_parts", "metrics": "server", "model": "model own_parts golden",
-    "openmp": "threads", "pace": "scheduler", "parallel": "collectives", "patterns": "adapter", "peft": "adapter",
+    "openmp": "threads", "own_kernels": "one_digit", "pace": "scheduler",
+    "parallel": "collectives", "patterns": "adapter", "peft": "adapter",
     "pipes": "terminal printable", "places": "gguf hub", "proven": "kernels", "quantized": "quantization",
     "replies": "server", "requests": "generation options", "rope": "rotary", "rounding": "quantization",
     "rows": "scheduler streams", "sampling": "sampling streams", "sandbox": "chat_formats", "saved": "session remote",
-    "scheduler": "scheduler streams threads", "sentencepieces": "tokenizer_json", "serve": "server",
+    "scheduler": "scheduler streams threads", "sealed": "packages", "sentencepieces": "tokenizer_json", "serve": "server",
     "serving": "server", "settings": "sampling options", "staging": "loading", "stepper": "server",
+    "tiles": "one_digit",
     "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels", "verifying": "drafting draft_model",
     "writers": "convert gguf",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
 SPEED = {
     "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "LOGITS_BYTES", "PASS", "PIECE",
-    "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "SUM_BYTES", "TRIES",
+    "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "SUM_BYTES", "TRIES", "UNTILED",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
