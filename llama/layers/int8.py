@@ -24,7 +24,8 @@ from .tiles import from_tiles, to_tiles
 FEW_ROWS = 64  # rows of activations; for more, reading the weights once for all digits no longer pays
 BASE = 254  # base of the activations' digits: each is off by at most half a step; the next one carries the remainder
 BLOCK_ROWS = 2048  # rows of activations that the product takes at a time, because their digits take twice their memory
-PLAIN = 2**21  # most numbers of a matrix that is not packed
+PLAIN = 2**21  # most numbers of a matrix that oneDNN need not pack
+UNTILED = 2**17  # most numbers of one that is not put into tiles, where oneDNN is slow
 
 
 class Digits(NamedTuple):
@@ -80,9 +81,11 @@ class Int8(Quantized):
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
         before = self.weight.detach()
         self.packed = device_kind(before) == "cpu" and onednn_is_exact()
-        if not self.packed or before.numel() <= PLAIN:
+        if not self.packed or before.numel() <= min(PLAIN, UNTILED):
             return []
         if onednn_is_fast():
+            if before.numel() <= PLAIN:
+                return []
             self.weight = nn.Parameter(torch.ops.onednn.qlinear_prepack(before, None), requires_grad=False)
             return [before]
         if before.shape[1] % 8 == 0 and own_kernels.loaded():

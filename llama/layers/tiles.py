@@ -11,15 +11,15 @@ from .rounding import TILE, pairs, unpair
 def to_tiles(weight: torch.Tensor, *of_groups: torch.Tensor) -> torch.Tensor:
     """weight int8 (rows, columns), or uint8 (rows, columns / 2) as int4 is stored; scales, and zeros if there are any, bfloat16
     (rows, groups) -> uint8 (tiles, bytes). The weights go four at a time, as one number of 32 bits."""
-    weight, *of_groups = (F.pad(t, (0, 0, 0, -len(weight) % TILE)) for t in (weight, *of_groups))
-    tiles, groups = len(weight) // TILE, of_groups[0].shape[1]
+    weight, *padded = (F.pad(t, (0, 0, 0, -len(weight) % TILE)) for t in (weight, *of_groups))
+    tiles, groups = len(weight) // TILE, padded[0].shape[1]
     if weight.dtype == torch.int8:
         fours = (weight.view(torch.uint8) ^ 128).view(torch.int32)
     else:
         left, right = unpair(weight).view(torch.int32).unflatten(1, (-1, 2)).unbind(-1)
         fours = left | right << 4
     parts = [fours.view(tiles, TILE, groups, -1).permute(0, 2, 3, 1).flatten(2).view(torch.uint8)]
-    parts += [t.view(tiles, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in of_groups]
+    parts += [t.view(tiles, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in padded]
     return torch.cat(parts, dim=2).flatten(1)
 
 
