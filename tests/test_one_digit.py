@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from emulated_cuda import emulated
 from test_quantization import layer_of, numbers, weights
 
 from llama import Llama, runtime
+from llama.decoding import compiled, compiler
 from llama.layers import int8, own_kernels
 from llama.layers.one_digit import Digits, OneDigit, in_digits, multiplied
 from llama.layers.rounding import to_groups
@@ -124,6 +126,24 @@ def test_int8_where_onednn_is_slow(dtype: torch.dtype, monkeypatch: pytest.Monke
         assert torch.equal(packed(x), plain(x))
     before = packed(x)
     assert torch.equal(packed.to(torch.float16).to(dtype)(x), before)
+
+
+@compiles
+def test_a_package_calls_the_kernels(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Any] = []
+    kind = "w4a8"
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: made.append(program))
+    model = Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu", quantize=kind, compile=False).model
+    assert compiled.takes_a_package(model)
+    request = {"args": asdict(model.params), **compiled.described(model), "several": True, "threads": torch.get_num_threads()}
+    compiler.make(request, Path("nowhere"))
+    called = [node for node in made[0].graph.nodes if str(node.target).startswith("llama_cpu.product")]
+    assert len(called) == 7 * model.n_layers + 1
+    monkeypatch.setattr(own_kernels, "loaded", lambda: False)
+    Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu", quantize=kind, compile=True)
+    assert f"on a CPU {kind} weights have a form that a package cannot take" in capsys.readouterr().out
 
 
 BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], str]] = {

@@ -62,7 +62,8 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
         return recorded if wanted or kind == "cuda" else None
     if not takes_a_package(model):
         if wanted:
-            say("The decode step is not compiled: int8 and int4 weights have a form on a CPU that a package cannot take")
+            kind = getattr(getattr(model.output, "quantization", None), "kind", "quantized")
+            say(f"The decode step is not compiled: on a CPU {kind} weights have a form that a package cannot take")
         return None
     if any(part.eps != model.params.norm_eps for part in model.modules() if isinstance(part, RMSNorm)):
         return None  # a package contains norm_eps
