@@ -155,13 +155,15 @@ def _text(llama: Llama, name: str, text: dict[str, str]) -> Result:
     start, ids = max(1, start), ids[: llama.model.params.max_seq_len]
     logprobs = one_pass(llama, ids[:-1])[start - 1 :]
     behind = logprobs.amax(-1) - logprobs.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
-    near = NEAR[llama.model.norm.weight.dtype]
+    near, chance = NEAR[llama.model.norm.weight.dtype], -math.log(logprobs.shape[1])
     where = f"{shortened(text['prompt'], 40)}, {text['source']}"
     if (wrong := (behind > near).nonzero()).numel():
         at = int(wrong[0])
         told = f"token {at + 1} of {len(behind)} should be {shortened(tokenizer.piece(ids[start + at]))}, and is "
         told += f"{behind[at]:.2f} nats less likely than {shortened(tokenizer.piece(int(logprobs[at].argmax())))} ({where})"
         return failed(name, told, OTHER_NUMBERS)
+    if not logprobs.amax(-1).mean().item() > chance + 1:  # then all tokens are equally likely
+        return failed(name, f"no token is likelier than chance has it ({where})", OTHER_NUMBERS)
     return passed(name, f"each of {len(behind)} tokens is the likeliest ({where})")
 
 
