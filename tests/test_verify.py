@@ -258,6 +258,15 @@ def test_the_demo_model_is_known() -> None:
     assert {result.verdict for result in check_published(llama, known)} == {PASS}
 
 
+def test_a_model_that_overflows_ends_in_a_row(tmp_path: Path) -> None:
+    """Generation would raise ValueError, and no table would be written. Another number makes all tokens equally likely."""
+    source = shared("models/stories260K")
+    within = copied(tmp_path / "within", with_number("layers.2.attention.wo.weight", 3e37), source)
+    assert until_failure(within, "published text 1").startswith("no token is likelier than chance has it")
+    folder = copied(tmp_path / "bad", with_number("output.weight", 3.4e38), source)
+    assert until_failure(folder, "running the model") == "its numbers are NaN or infinite after a text"
+
+
 def test_untrained_weights_are_no_failure(tmp_path: Path) -> None:
     """No text is likely under them, so nothing of meaning can be told; all else passes. In two shards."""
     folder = write_checkpoint(tmp_path / "random", random_weights(vocab_size=2048), shards=2)

@@ -36,6 +36,7 @@ CUT_SHORT = (
     "folder again."
 )
 CANNOT_RUN = "The sentence says what is missing and what would do; --quick leaves out all that runs the model."
+CANNOT_COMPUTE = "Weights are damaged (see the rows above), or float16 overflows: try --dtype bfloat16 or float32."
 NOT_ITS_OWN = "The tokenizer belongs to another model. Take the one that came with the weights, or pass --tokenizer_path."
 
 
@@ -169,12 +170,16 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
         yield failed("loading", str(error), CANNOT_RUN)
         return
     told = {result.name: result for result in _settings(opened, known)}
+    ids = itself.sample(llama)
+    reference = itself.one_pass(llama, ids)
+    if not reference.isfinite().all():
+        yield from told.values()
+        yield failed("running the model", "its numbers are NaN or infinite after a text", CANNOT_COMPUTE)
+        return
     for result in faults.check_meaning(llama, asked.seconds, asked.texts):
         yield _surer(result, told.get(result.name))
     yield from check_published(llama, known)
     yield from itself.check_itself(llama)
-    ids = itself.sample(llama)
-    reference = itself.one_pass(llama, ids)
     quantized, counts = itself.is_quantized(llama), itself.startable(llama, asked.processes)
     weight, parameters = llama.model.norm.weight, sum(p.numel() for p in llama.model.parameters())
     rounded = (device_kind(weight) != "cpu" or parameters < MANY) if asked.rounded is None else asked.rounded

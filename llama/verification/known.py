@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from tqdm import tqdm
 
 from ..generation import Llama
 from ..model import ModelArgs
+from ..perplexity import perplexity
 from ..system.files import listed
 from ..system.printable import shortened
 from ..weights.checkpoint import Checkpoint
@@ -155,13 +155,15 @@ def _text(llama: Llama, name: str, text: dict[str, str]) -> Result:
     start, ids = max(1, start), ids[: llama.model.params.max_seq_len]
     logprobs = one_pass(llama, ids[:-1])[start - 1 :]
     behind = logprobs.amax(-1) - logprobs.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
-    near = NEAR[llama.model.norm.weight.dtype]
+    near, chance = NEAR[llama.model.norm.weight.dtype], -math.log(logprobs.shape[1])
     where = f"{shortened(text['prompt'], 40)}, {text['source']}"
     if (wrong := (behind > near).nonzero()).numel():
         at = int(wrong[0])
         told = f"token {at + 1} of {len(behind)} should be {shortened(tokenizer.piece(ids[start + at]))}, and is "
         told += f"{behind[at]:.2f} nats less likely than {shortened(tokenizer.piece(int(logprobs[at].argmax())))} ({where})"
         return failed(name, told, OTHER_NUMBERS)
+    if not logprobs.amax(-1).mean().item() > chance + 1:  # then all tokens are equally likely
+        return failed(name, f"no token is likelier than chance has it ({where})", OTHER_NUMBERS)
     return passed(name, f"each of {len(behind)} tokens is the likeliest ({where})")
 
 
@@ -171,7 +173,7 @@ def check_perplexity(llama: Llama, known: Known, text: str) -> Result:
     entry = next((entry for entry in known.entries if "perplexity" in entry), None)
     number = next((n for n in entry["perplexity"] if n["window"] == size), None) if entry is not None else None
     try:
-        found = _joined_perplexity(llama, text, size)
+        found = perplexity(llama, text, f"joined-{size}")["perplexity"]
     except ValueError as error:
         return not_applicable(name, str(error))
     told = f"perplexity {found:.4f} of a token, in windows of {size}"
@@ -180,18 +182,3 @@ def check_perplexity(llama: Llama, known: Known, text: str) -> Result:
     told += f"; {number['value']} is published for {entry['name']} ({number['source']})"
     right = abs(found / number["value"] - 1) <= PERPLEXITY_WITHIN
     return passed(name, told) if right else _wrong(name, known, told)
-
-
-@torch.inference_mode()
-def _joined_perplexity(llama: Llama, text: str, size: int) -> float:
-    """All lines joined with two newlines, BOS in front, in windows that do not overlap; the rest is left out."""
-    rows = [line if line.strip() else "" for line in text.splitlines(keepends=True)]
-    ids = llama.tokenizer.encode("\n\n".join(rows), bos=True, eos=False)
-    if len(ids) < size:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {size}")
-    windows = torch.tensor(ids[: len(ids) // size * size], device=llama.model.norm.weight.device).view(-1, size)
-    losses = [
-        torch.nn.functional.cross_entropy(llama.model(window[None], 0)[0, :-1].float(), window[1:]).item()
-        for window in tqdm(windows, "WikiText-2", unit="window", delay=1.5, leave=False, disable=None)
-    ]
-    return math.exp(sum(losses) / len(losses))
