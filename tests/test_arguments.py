@@ -151,7 +151,7 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert max(map(len, whole.splitlines())) < 80
     for option, kind in command.options.items():
         default = "" if kind.default in (None, False, REQUIRED) else f" (default {kind.default})"
-        lines = rf" --{option}( [A-Z]+)? ([\w, -]+[;,] )?{re.escape(kind.told + default)}"
+        lines = rf" --{option}( [A-Z]+)? ([\w, .-]+[;,] )?{re.escape(kind.told + default)}"
         assert re.search(lines, " ".join(whole.split())), option
         assert f"--{option}" in brief
         assert all(choice in whole for choice in kind.choices)

@@ -442,7 +442,7 @@ def test_what_is_refused(tiny: Path, tmp_path: Path, tokenizer_path: str, pool: 
             Llama.build(str(folder), tokenizer_path, 16, 1, device="cpu", **options)
 
     refuse("quantize='int2' is not supported; use 'int8', 'int4', 'w8a8', 'w4a8', or None", quantize="int2")
-    refuse("quantize=4 is not supported", quantize=4)
+    refuse("quantize=3 is not supported", quantize=3)
     convert(tiny, tmp_path / "q", "meta", quantize="int4")
     refuse("q is already int4 and cannot become int8; leave quantize out", tmp_path / "q", quantize="int8")
     with pytest.raises(ValueError, match="q is stored as int4, which is for Meta's format alone"):

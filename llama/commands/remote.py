@@ -20,7 +20,7 @@ from .conversation import Conversation
 
 SERVER = {
     "url": Option(str, None, "a server of OpenAI's API, in place of a model here"),
-    "api_key": Option(str, None, "its key; LLAMA_API_KEY in the environment is safer", rare=True),
+    "api_key": Option(str, None, "its key; the variable LLAMA_API_KEY is safer", rare=True),
     "model": Option(str, None, "the model's name there; the first if not given", rare=True),
 }
 

@@ -52,7 +52,7 @@ COMMANDS = {
         "the server": {
             "host": Option(str, "127.0.0.1", "the address to listen on; 0.0.0.0 is all of them"),
             "port": Option(a_number, 8000, "the port to listen on; 0 takes a free one"),
-            "api_key": Option(str, None, "clients' key; LLAMA_API_KEY in the environment is safer"),
+            "api_key": Option(str, None, "clients' key; the variable LLAMA_API_KEY is safer"),
             "max_waiting": Option(a_number, 256, "answers that may wait for a slot; more get status 429"),
             "allowed_origins": Option(str, None, "a JSON list of other sites whose pages may use it"),
             "served_model_name": Option(str, None, "the model's name; that of its folder if not given"),
