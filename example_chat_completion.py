@@ -23,7 +23,10 @@ def main(
     max_seq_len, max_batch_size: tokens of a dialog and its answer, and dialogs, that the cache has room for.
     max_gen_len: tokens to generate at most; if not given, as many as there is room for.
     """
-    from llama import Dialog, Llama  # here, since it takes a second: flags are checked before, and Ctrl-C ends it quietly
+    from llama import (
+        Dialog,
+        Llama,
+    )  # here, since it takes a second: flags are checked before, and Ctrl-C ends it quietly
 
     generator = Llama.build(
         ckpt_dir=ckpt_dir,

@@ -21,8 +21,8 @@ SCRIPT = Path(__file__).with_name("systems.py")
 class System:
     """A name in the table, the specs to try for it one after another, and what came of it.
 
-    kind: "ours", "peer" or "limits". form: of its weights: "bf16", "int8" or "int4". loads: what each start took. runs: for
-    each task, the answers. notes: what the reader has to know.
+    kind: "ours", "peer" or "limits". form: of its weights: "bf16", "int8" or "int4". loads: what each start took. runs:
+    for each task, the answers. notes: what the reader has to know.
     """
 
     def __init__(self, name: str, kind: str, form: str, specs: list[dict[str, Any]]) -> None:

@@ -1,11 +1,12 @@
 """This library beside its peers and beside this machine's limits, in one go.
 
-    python benchmarks/compare.py --tokenizer_path tokenizer.model [--shape 1.1B] [--device cpu] [--quantize none,int8,int4]
-    python benchmarks/compare.py --tokenizer_path tokenizer.model --ckpt_dir FOLDER --json out.json --plot out.png
+    python benchmarks/compare.py --tokenizer_path tokenizer.model [--shape 1.1B] [--device cpu] [--quantize
+    none,int8,int4] python benchmarks/compare.py --tokenizer_path tokenizer.model --ckpt_dir FOLDER --json out.json
+    --plot out.png
 
-Each system sits loaded in a process of its own and sleeps until its turn; each round asks all of them for each task in turn,
-so that a busy machine is busy for all. The first round warms up and is not counted. Peers that are not installed are
-left out with a note (pip install -e '.[bench]'). What is made for it, random checkpoints and other formats, is kept
+Each system sits loaded in a process of its own and sleeps until its turn; each round asks all of them for each task in
+turn, so that a busy machine is busy for all. The first round warms up and is not counted. Peers that are not installed
+are left out with a note (pip install -e '.[bench]'). What is made for it, random checkpoints and other formats, is kept
 under the temp folder. Prints Markdown.
 """
 
@@ -100,7 +101,9 @@ def main(
     if json is not None:
         user_path(json).write_text(jsonlib.dumps(report, indent=1))
     if plot is not None:
-        draw(report["systems"], setting.profile.tasks, f"{source.name}, {report['about']['processor']}", user_path(plot))
+        draw(
+            report["systems"], setting.profile.tasks, f"{source.name}, {report['about']['processor']}", user_path(plot)
+        )
 
 
 def _words(name: str, given: Words, known: dict[str, Any]) -> list[str]:
@@ -163,11 +166,15 @@ def to_markdown(report: dict[str, Any], setting: Setting) -> str:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    notes = [*report["notes"], *(f"{result['name']}: {note}" for result in report["systems"] for note in result["notes"])]
+    notes = [
+        *report["notes"],
+        *(f"{result['name']}: {note}" for result in report["systems"] for note in result["notes"]),
+    ]
     largest = max((load["weights_bytes"] for result in report["systems"] for load in result["loads"]), default=0)
     if report["about"]["device"] == "cpu" and largest < 2 * bench.largest_cache():
         notes.append(
-            f"the processor says that it has a cache of {bench.largest_cache() / 1e6:.0f} MB: weights that stay in it can be "
+            f"the processor says that it has a cache of {bench.largest_cache() / 1e6:.0f} MB: weights that stay in it "
+            f"can be "
             "read faster than memory"
         )
     return notes
@@ -177,7 +184,8 @@ def _about(setting: Setting, repeats: int) -> dict[str, Any]:
     return {
         "checkpoint": setting.source.name,
         "shape": {
-            key: getattr(setting.args, key) for key in ("dim", "n_layers", "n_heads", "kv_heads", "ffn_width", "vocab_size")
+            key: getattr(setting.args, key)
+            for key in ("dim", "n_layers", "n_heads", "kv_heads", "ffn_width", "vocab_size")
         },
         "device": str(setting.device),
         "processor": _processor(setting.device),

@@ -4,17 +4,18 @@
     python benchmarks/drafting.py --draft int4                  (a draft model: the same one, in int4; or a folder)
     python benchmarks/drafting.py --ckpt_dir FOLDER --tokenizer_path tokenizer.model --dtype float32
 
-Random ids; small and random models do not copy, so in two cases the answer is forced, by an offset to its logits. That costs
-a few microseconds a token with and without drafts; passes, look-ups and checks are the real ones. (In float32 forced choices
-are always clear; how often others are not is the model's own affair.)
+Random ids; small and random models do not copy, so in two cases the answer is forced, by an offset to its logits. That
+costs a few microseconds a token with and without drafts; passes, look-ups and checks are the real ones. (In float32
+forced choices are always clear; how often others are not is the model's own affair.)
 
     copied   the answer is a passage of the prompt, as in an edit that changes nothing
     edited   the same, with every 16th id another one
     misled   three ids of the prompt come again and again, with something else behind them each time: the worst case
     free     the model's own answer to ids that do not recur; it may run in a loop, which drafts then find
 
-With --draft: stories that the model goes on with, 1 and 4 at once, at temperature 0 and 0.8, by turns without the draft model,
-with as many guesses as pay, and with 4 in each pass. right: how many guesses held in a pass, of each row; ratio: of the time.
+With --draft: stories that the model goes on with, 1 and 4 at once, at temperature 0 and 0.8, by turns without the draft
+model, with as many guesses as pay, and with 4 in each pass. right: how many guesses held in a pass, of each row; ratio:
+of the time.
 
 Prints one JSON object.
 """
@@ -58,13 +59,17 @@ def forced(llama: Llama, prompt: list[int], answer: list[int]) -> Iterator[None]
 
     with (
         mock.patch.object(engine, "decode", lambda tokens, positions: towards(decode(tokens, positions), positions[0])),
-        mock.patch.object(engine, "verify", lambda ids, positions: towards(verify(ids, positions)[0], positions[0])[None]),
+        mock.patch.object(
+            engine, "verify", lambda ids, positions: towards(verify(ids, positions)[0], positions[0])[None]
+        ),
         mock.patch.object(engine, "logits", lambda hidden: towards(logits(hidden), len(prompt) - 1)),
     ):
         yield
 
 
-def run(llama: Llama, prompt: list[int], count: int, draft: bool, answer: Optional[list[int]]) -> tuple[list[Any], float]:
+def run(
+    llama: Llama, prompt: list[int], count: int, draft: bool, answer: Optional[list[int]]
+) -> tuple[list[Any], float]:
     """The ids, and the seconds from the first to the last."""
     ids, began = [], 0.0
     with forced(llama, prompt, answer) if answer else nullcontext():
@@ -74,7 +79,12 @@ def run(llama: Llama, prompt: list[int], count: int, draft: bool, answer: Option
     return ids, time.perf_counter() - began
 
 
-BEGINNINGS = ["Once upon a time there was a little dog", "One day, Tom and his mom", "The cat", "Lily had a red ball and"]
+BEGINNINGS = [
+    "Once upon a time there was a little dog",
+    "One day, Tom and his mom",
+    "The cat",
+    "Lily had a red ball and",
+]
 
 
 def with_draft_model(
@@ -120,7 +130,7 @@ def noticed(llama: Llama, right: list[int], always: int) -> Iterator[None]:
         yield
         return
     judge, count = model.judge, model.count
-    model.judge = lambda row, guessed, held: right.append(held) or judge(row, guessed, held)  # type: ignore[method-assign]
+    model.judge = lambda row, tried, held: right.append(held) or judge(row, tried, held)  # type: ignore[method-assign]
     if always:
         model.count = lambda rows, pace: always  # type: ignore[method-assign]
     yield

@@ -37,8 +37,8 @@ def gguf_name(name: str) -> str:
 def write_gguf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """The checkpoint as GGUF in this dtype, without a tokenizer, tensor by tensor.
 
-    Rows of q and k stand in Meta's interleaved order, which is that of GGUF's llama architecture too; norms are float32,
-    as llama.cpp wants them.
+    Rows of q and k stand in Meta's interleaved order, which is that of GGUF's llama architecture too; norms are
+    float32, as llama.cpp wants them.
     """
     import gguf
     import numpy
@@ -94,7 +94,9 @@ def quantize(source: Path, target: Path, form: str, threads: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()[-1:]
-        raise RuntimeError(f"llama.cpp did not quantize {source} to {form}: exit status {done.returncode} {''.join(said)}")
+        raise RuntimeError(
+            f"llama.cpp did not quantize {source} to {form}: exit status {done.returncode} {''.join(said)}"
+        )
     part.rename(target)
 
 

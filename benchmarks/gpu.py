@@ -1,10 +1,12 @@
-"""What can be known of this library on one GPU only, in one command: kernels, ids, waits, speed, loading, tests, block sizes.
+"""What can be known of this library on one GPU only, in one command: kernels, ids, waits, speed, loading, tests, block
+sizes.
 
     python benchmarks/gpu.py [--part NAME ...] [--minutes 40] [--out gpu.json] [--small]
 
-Each part (they are the functions of `gpu_parts`) runs in a process of its own, which may crash, hang or break its GPU: it is
-started again behind the case that it failed at. Progress goes to stderr, results to --out as they come, and all of them once
-more, as JSON, into the last line of stdout. --small: tiny shapes on the tests' emulated GPU, to test this script without one.
+Each part (they are the functions of `gpu_parts`) runs in a process of its own, which may crash, hang or break its GPU:
+it is started again behind the case that it failed at. Progress goes to stderr, results to --out as they come, and all
+of them once more, as JSON, into the last line of stdout. --small: tiny shapes on the tests' emulated GPU, to test this
+script without one.
 """
 
 from __future__ import annotations
@@ -128,7 +130,9 @@ class Runner:
                     event = ""
                     process.join()
                     code = process.exitcode or 0
-                    problem = f"its process ended by {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
+                    problem = (
+                        f"its process ended by {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
+                    )
                     break
                 if event == "about":
                     self.report["about"] = value
@@ -163,7 +167,8 @@ class Runner:
         self.save(self.report)
 
     def end(self, patience: float = 0) -> None:
-        """End the process, if one is there, and those that it has started. patience: seconds in which it may end by itself."""
+        """End the process, if one is there, and those that it has started. patience: seconds in which it may end by
+        itself."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -202,7 +207,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
     args = parser.parse_args(arguments)
     paths = [str(HERE), str(HERE.parent), *([str(HERE.parent / "tests")] if args.small else [])]
     sys.path[:0] = paths  # which the processes of the parts take over
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))  # and those they start
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [*paths, os.environ.get("PYTHONPATH")])
+    )  # and those they start
     signal.signal(signal.SIGTERM, stop)
     runner = Runner(time.monotonic() + 60 * args.minutes, args.small, written(args.out))
     try:

@@ -3,8 +3,9 @@
     python benchmarks/gpu_drafts.py            (a GPU with 24 GB, a minute or two)
     python benchmarks/gpu_drafts.py --small    (tiny models on the tests' emulated GPU: does it run?)
 
-Weights are random, which says nothing about how many guesses hold; so for each number of guesses the report has the share of
-them that must hold for the pass to pay. The demo model then guesses for itself: ids with and without, and how many held.
+Weights are random, which says nothing about how many guesses hold; so for each number of guesses the report has the
+share of them that must hold for the pass to pay. The demo model then guesses for itself: ids with and without, and how
+many held.
 
 Prints one JSON object: milliseconds by rows.
 """
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,9 @@ def break_even(guesses: int, cost: float) -> float | None:
 
 
 @torch.inference_mode()
-def costs(where: Place, model: Transformer, draft: Transformer, rows: int, context: int, repeats: int) -> dict[str, Any]:
+def costs(
+    where: Place, model: Transformer, draft: Transformer, rows: int, context: int, repeats: int
+) -> dict[str, Any]:
     engine, guesser = Engine(model, None), DraftModel(Engine(draft, None))
     with engine.turn():
         engine.refresh()
@@ -79,9 +83,10 @@ def costs(where: Place, model: Transformer, draft: Transformer, rows: int, conte
         plain = timed(where, lambda: read(engine.decode(newest, positions)), repeats)
         report: dict[str, Any] = {"step": round(plain, 3)}
         for count in GUESSES:
-            guess = timed(where, lambda count=count: guesser.guess(some, [count] * rows), repeats) / count  # type: ignore[misc]
+            guess = timed(where, partial(guesser.guess, some, [count] * rows), repeats) / count
             tokens = [[1] * (count + 1)] * rows
-            verify = timed(where, lambda tokens=tokens: read(engine.verify(tokens, positions)), repeats)  # type: ignore[misc]
+            verifies = partial(engine.verify, tokens, positions)
+            verify = timed(where, lambda verifies=verifies: read(verifies()), repeats)  # type: ignore[misc]
             cost = (verify + count * guess) / plain
             report[f"{count} guesses"] = {
                 "guess": round(guess, 3), "verify": round(verify, 3), "cost_in_steps": round(cost, 2),
@@ -99,12 +104,15 @@ def demo(where: Place, count: int) -> dict[str, Any]:
     assert model is not None
     judge = model.judge
     model.count = lambda rows, pace: 4  # type: ignore[method-assign]
-    model.judge = lambda row, guessed, held: right.append(held) or judge(row, guessed, held)  # type: ignore[method-assign]
+    model.judge = lambda row, tried, held: right.append(held) or judge(row, tried, held)  # type: ignore[method-assign]
     for rows in (1, 4):
         prompts = [[1, 403, 407 + i] for i in range(rows)]
-        report[f"{rows} rows"] = {"same_ids": llamas[0].generate(prompts, count, 0) == llamas[1].generate(prompts, count, 0)}
+        report[f"{rows} rows"] = {
+            "same_ids": llamas[0].generate(prompts, count, 0) == llamas[1].generate(prompts, count, 0)
+        }
     seeds = [
-        [llama.text_completion(["Once", "The"], 0.8, max_gen_len=count, seed=[3, 4]) for _ in range(2)] for llama in llamas
+        [llama.text_completion(["Once", "The"], 0.8, max_gen_len=count, seed=[3, 4]) for _ in range(2)]
+        for llama in llamas
     ]
     report["same_draws_twice"] = seeds[1][0] == seeds[1][1]
     report["right_of_4"] = round(sum(right) / max(len(right), 1), 2)

@@ -34,7 +34,9 @@ Cases = Iterator[tuple[str, Callable[[], Any]]]
 FORMS = (None, "int8", "int4")  # of the weights
 ROWS = (1, 4, 32)
 TINY = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
-REFRESHED = 256 * 2**20  # bytes: the copies of a kernel's arguments fill more than the L2 cache, so that it does not help
+REFRESHED = (
+    256 * 2**20
+)  # bytes: the copies of a kernel's arguments fill more than the L2 cache, so that it does not help
 TIMED = 0.02  # seconds that a measurement takes at least
 
 
@@ -86,7 +88,9 @@ def place(small: bool) -> Iterator[Place]:
 def about(place: Place) -> dict[str, Any]:
     triton = proven.triton_kernels()
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    commit = (
+        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    )
     return {
         "gpu": torch.cuda.get_device_name(place.device),
         "capability": torch.cuda.get_device_capability(place.device),
@@ -120,7 +124,8 @@ def median_seconds(place: Place, work: Callable[[], Any]) -> float:
 
 
 def recorded_seconds(place: Place, calls: Sequence[Callable[[], Any]]) -> float:
-    """Mean of the calls in one CUDA graph, where they follow each other as in a step: launches are counted, Python is not."""
+    """Mean of the calls in one CUDA graph, where they follow each other as in a step: launches are counted, Python is
+    not."""
     for call in calls[:2]:  # compiles
         call()
     graph = torch.cuda.CUDAGraph()
@@ -135,7 +140,8 @@ def recorded_seconds(place: Place, calls: Sequence[Callable[[], Any]]) -> float:
 
 @dataclass
 class Kernel:
-    """One call of a function of `llama.layers.kernels`: how to make its arguments, and the bytes that it has to move."""
+    """One call of a function of `llama.layers.kernels`: how to make its arguments, and the bytes that it has to
+    move."""
 
     name: str
     make: Callable[[], list[Any]]
@@ -148,7 +154,8 @@ def tensor_bytes(args: list[Any], result: Any) -> int:
 
 
 def product_kernel(place: Place, dtype: torch.dtype, bits: int, B: int, N: int, K: int, gated: bool) -> Kernel:
-    """gated: N is that of w1 and w3 together. The numbers are random bits, of the size that keeps activations near one."""
+    """gated: N is that of w1 and w3 together. The numbers are random bits, of the size that keeps activations near
+    one."""
     device, spread = place.device, K**-0.5
 
     def make() -> list[Any]:
@@ -166,7 +173,8 @@ def product_kernel(place: Place, dtype: torch.dtype, bits: int, B: int, N: int, 
 
 
 def cache_kernels(place: Place, dtype: torch.dtype, B: int, heads: int, kv_heads: int, D: int, T: int) -> list[Kernel]:
-    """Those that read and write the cache, which lies as `Attention.allocate_cache` has it. The last row is half full."""
+    """Those that read and write the cache, which lies as `Attention.allocate_cache` has it. The last row is half
+    full."""
     device = place.device
     last = [T - 1] * (B - 1) + [T // 2 if B > 1 else T - 1]
 
@@ -190,7 +198,8 @@ def cache_kernels(place: Place, dtype: torch.dtype, B: int, heads: int, kv_heads
 def kernel_cases(place: Place, dtype: torch.dtype) -> Iterator[tuple[str, Kernel]]:
     device, args = place.device, place.args(1, 1)
     dim, width, heads, D = args.dim, args.ffn_width, args.n_heads, args.head_size
-    shapes = {"wqkv": (3 * dim, dim, False), "wo": (dim, dim, False), "w1w3": (2 * width, dim, True), "w2": (dim, width, False),
+    shapes = {"wqkv": (3 * dim, dim, False), "wo": (dim, dim, False), "w1w3": (2 * width, dim, True),
+      "w2": (dim, width, False),
               "odd": (2 * 37, 352, True)}  # fmt: skip
     several = (3,) if place.small else (1, 4, 16)
     for B, bits, (shape, (N, K, gated)) in itertools.product(several, (16, 8, 4), shapes.items()):
@@ -212,16 +221,20 @@ def kernel_cases(place: Place, dtype: torch.dtype) -> Iterator[tuple[str, Kernel
     for B, n in ((rows[0], width), (rows[-1], width), (3, 77)):
         yield (
             f"silu_mul B={B} width={n}",
-            Kernel("silu_mul", lambda B=B, n=n: [torch.randn(B, 2 * n, device=device).to(dtype)], tensor_bytes),  # type: ignore[misc]
+            Kernel("silu_mul", lambda B=B, n=n: [torch.randn(B, 2 * n, device=device).to(dtype)], tensor_bytes),
+            # type: ignore[misc]
         )
     for name, N, K in (("w2", dim, width), ("odd", 5, 768)):
         int4 = product_kernel(place, dtype, 4, 1, N, K, False)
-        yield f"dequantize_int4 {name}", Kernel("dequantize_int4", lambda int4=int4: [*int4.make()[1:4], dtype], tensor_bytes)  # type: ignore[misc]
+        yield (
+            f"dequantize_int4 {name}",
+            Kernel("dequantize_int4", lambda int4=int4: [*int4.make()[1:4], dtype], tensor_bytes),
+        )  # type: ignore[misc]
 
 
 def compared(kernel: Kernel, args: list[Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The kernel beside its plain form in float32, as `proven` compares them: whether it is used, and why not; the largest
-    difference in units of the numbers' spread, and that of the plain form in their dtype."""
+    """The kernel beside its plain form in float32, as `proven` compares them: whether it is used, and why not; the
+    largest difference in units of the numbers' spread, and that of the plain form in their dtype."""
     function: proven.Proven = getattr(proven, kernel.name)
     try:
         found = function.results(getattr(proven.triton_kernels(), kernel.name), args, {})
@@ -231,7 +244,9 @@ def compared(kernel: Kernel, args: list[Any], dtype: torch.dtype) -> dict[str, A
     near = all(proven.is_near(a, b, proven.KERNEL_TOLERANCE[dtype]) for a, b in zip(found, expected))
 
     def error(results: list[torch.Tensor]) -> float:
-        errors = [(a.float() - b.float()).abs().max() / b.float().square().mean().sqrt() for a, b in zip(results, expected)]
+        errors = [
+            (a.float() - b.float()).abs().max() / b.float().square().mean().sqrt() for a, b in zip(results, expected)
+        ]
         return float(f"{max(map(float, errors)):.2e}")
 
     return {
@@ -281,13 +296,20 @@ def tune(place: Place) -> Cases:
 
     args = place.args(1, 1)
     dim, width = args.dim, args.ffn_width
-    shapes = {"w1w3": (2 * width, dim, True), "w2": (dim, width, False), "wqkv": (3 * dim, dim, False), "wo": (dim, dim, False)}
+    shapes = {
+        "w1w3": (2 * width, dim, True),
+        "w2": (dim, width, False),
+        "wqkv": (3 * dim, dim, False),
+        "wo": (dim, dim, False),
+    }
 
     def grid(now: Any, several: bool) -> list[Any]:
         steps = itertools.product((1, 0.5, 2), (1, 0.5, 2))
         made = [now._replace(rows=int(now.rows * r), columns=int(now.columns * c)) for r, c in steps]
         made += [now._replace(warps=max(1, int(now.warps * f))) for f in (0.5, 2)]
-        made += [now._replace(stages=max(1, now.stages + s)) for s in (-2, -1, 1)] if several else [now._replace(stages=2)]
+        made += (
+            [now._replace(stages=max(1, now.stages + s)) for s in (-2, -1, 1)] if several else [now._replace(stages=2)]
+        )
         return list(dict.fromkeys(tiles for tiles in made if not several or tiles.rows >= 16))
 
     @torch.inference_mode()

@@ -102,7 +102,12 @@ def checkpoint(place: Place, layers: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         device = "cpu" if place.small else "cuda"
         path = write_random(
-            {**place.params, "n_layers": layers}, tokenizer().n_words, Path(folder) / "random", torch.bfloat16, 1, device
+            {**place.params, "n_layers": layers},
+            tokenizer().n_words,
+            Path(folder) / "random",
+            torch.bfloat16,
+            1,
+            device,
         )
         shutil.copy(DEMO / "tokenizer.model", path)
         torch.cuda.empty_cache()
@@ -114,7 +119,9 @@ def built(place: Place, folder: Optional[Path], rows: int, **options: Any) -> Ll
     if place.small and folder is None:
         return Llama(random_model(place, place.args(64, rows)), tokenizer(), compile=options.get("compile"))
     sizes = (min(256, DEMO_POSITIONS), rows)
-    return Llama.build(None if folder is None else str(folder), None, *sizes, device=place.device, dtype="bfloat16", **options)
+    return Llama.build(
+        None if folder is None else str(folder), None, *sizes, device=place.device, dtype="bfloat16", **options
+    )
 
 
 def ways(llama: Llama, recorded_plain: bool) -> dict[str, Llama]:
@@ -132,7 +139,9 @@ def kind(llama: Llama) -> str:
     return graph._ways[0].kind if isinstance(graph, Recorded) else "not recorded"
 
 
-def followed(llama: Llama, prompts: list[list[int]], new: int, temperature: float = 0.0, **options: Any) -> list[list[int]]:
+def followed(
+    llama: Llama, prompts: list[list[int]], new: int, temperature: float = 0.0, **options: Any
+) -> list[list[int]]:
     """The new ids of each prompt, past any EOS."""
     ids: list[list[int]] = [[] for _ in prompts]
     llama.forget()
@@ -159,7 +168,9 @@ def forced_logits(llama: Llama, prompts: list[list[int]], ids: list[list[int]], 
 
 
 def agreeing(found: list[list[int]], expected: list[list[int]]) -> str:
-    same = sum(len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))) for a, b in zip(found, expected))
+    same = sum(
+        len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))) for a, b in zip(found, expected)
+    )
     return f"{same} of {sum(map(len, expected))}"
 
 
@@ -229,7 +240,9 @@ class Waits:
             lines = collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in synchronizing)
             del (self.caught or [])[:]
             return lines
-        lines = collections.Counter({w: n for w, n in self.machine.waits.items() if not w.startswith("event at engine.py")})
+        lines = collections.Counter(
+            {w: n for w, n in self.machine.waits.items() if not w.startswith("event at engine.py")}
+        )
         self.machine.waits.clear()
         return lines
 
@@ -241,13 +254,19 @@ def waits(place: Place) -> Cases:
         for _ in range(2):  # the first records, and compares its first replays
             steps, first = collections.Counter[str](), collections.Counter[str]()
             llama.forget()
-            requests = [Request(list(p), new, sampling, i if seeded else None, **options) for i, p in enumerate(prompts)]
+            requests = [
+                Request(list(p), new, sampling, i if seeded else None, **options) for i, p in enumerate(prompts)
+            ]
             with Waits(place) as counter:
                 for i, _ in enumerate(Call(llama._scheduler, requests, Source(len(requests)))):
                     if i == 0:
                         first = counter.take()
                 steps = counter.take()
-        return {"of_the_prompts": sum(first.values()), "each_step": sum(steps.values()) / (new - 1), "at": dict(first + steps)}
+        return {
+            "of_the_prompts": sum(first.values()),
+            "each_step": sum(steps.values()) / (new - 1),
+            "at": dict(first + steps),
+        }
 
     llama = built(place, None, 4)
     greedy, sampled = Sampling(temperature=0), Sampling(temperature=0.8)
@@ -256,7 +275,11 @@ def waits(place: Place) -> Cases:
         "sampled": (sampled, {}, False),
         "logprobs": (greedy, {"logprobs": True}, False),
         "alternatives": (greedy, {"logprobs": True, "alternatives": 3}, False),
-        "penalty": (Sampling(temperature=0.8, repetition_penalty=1.2, top_k=20, min_p=0.02, logit_bias={5: -2.0}), {}, False),
+        "penalty": (
+            Sampling(temperature=0.8, repetition_penalty=1.2, top_k=20, min_p=0.02, logit_bias={5: -2.0}),
+            {},
+            False,
+        ),
         "seeds": (sampled, {}, True),
     }
     for name, options in sets.items():
@@ -280,7 +303,11 @@ def liveness(place: Place) -> Cases:
 
     def again(llama: Llama, prompts: list[list[int]], new: int) -> dict[str, Any]:
         before, same = followed(llama, prompts, new), []
-        for empties in (False, True, True):  # into the blocks that torch keeps, then into all memory that was given back
+        for empties in (
+            False,
+            True,
+            True,
+        ):  # into the blocks that torch keeps, then into all memory that was given back
             gc.collect()
             if empties:
                 torch.cuda.empty_cache()
@@ -318,7 +345,11 @@ def without_prefill(llama: Llama) -> Iterator[None]:
 
     def prefill(self: Engine, prompts: Any, slots: Any, start: int = 0, **_: Any) -> Any:
         for row, prompt in enumerate(prompts):
-            yield [row], torch.randn(1, 1, llama.model.params.dim, device=weight.device).to(weight.dtype), len(prompt) - 1
+            yield (
+                [row],
+                torch.randn(1, 1, llama.model.params.dim, device=weight.device).to(weight.dtype),
+                len(prompt) - 1,
+            )
 
     with mock.patch.object(Engine, "prefill", prefill):
         yield
@@ -327,7 +358,10 @@ def without_prefill(llama: Llama) -> Iterator[None]:
 def decode(place: Place) -> Cases:
     new = 6 if place.small else 64
     contexts = (8,) if place.small else (100, 1030, 2040)
-    yield "published", lambda: {name: dict(zip(("tok_s", "share", "source"), numbers)) for name, numbers in PUBLISHED.items()}
+    yield (
+        "published",
+        lambda: {name: dict(zip(("tok_s", "share", "source"), numbers)) for name, numbers in PUBLISHED.items()},
+    )
 
     def speed(llama: Llama, rows: int, context: int) -> dict[str, Any]:
         model = llama.model
@@ -341,7 +375,10 @@ def decode(place: Place) -> Cases:
             runs = [bench.timed_run(llama, prompts, new)[1] for _ in range(1 if place.small else 4)][-3:]
         seconds = statistics.median(run for run in runs if run is not None)
         tokens = rows * (context + new // 2)
-        nbytes = bench.weight_bytes(model) + tokens * 2 * args.n_layers * cache.shape[2] * cache.shape[3] * cache.element_size()
+        nbytes = (
+            bench.weight_bytes(model)
+            + tokens * 2 * args.n_layers * cache.shape[2] * cache.shape[3] * cache.element_size()
+        )
         return {
             "tok_s": round(rows / seconds, 1),
             "ms": round(seconds * 1e3, 3),
@@ -355,7 +392,9 @@ def decode(place: Place) -> Cases:
     for form in FORMS:
         free = memory.free_bytes(place.device) or 0
         most = 4 if place.small else 32 if free > 60e9 else 8 if free > 30e9 else 1  # 32 rows of 2112 tokens are 35 GB
-        llama = Llama(random_model(place, place.args(64 if place.small else 2112, most), form), tokenizer(), compile=None)
+        llama = Llama(
+            random_model(place, place.args(64 if place.small else 2112, most), form), tokenizer(), compile=None
+        )
         for rows in (rows for rows in (1, 8, 32) if rows <= most):
             for context in contexts:
                 yield f"{form or 'bf16'} B={rows} T={context}", partial(speed, llama, rows, context)
@@ -374,7 +413,9 @@ def profile(place: Place, llama: Llama, context: int) -> dict[str, Any]:
         for _ in range(compiled.PROOFS + 1):
             engine.decode(tokens, [context])
         place.synchronize()
-        with torch.profiler.profile(activities=[activity.CPU] if place.small else [activity.CUDA, activity.CPU]) as profiler:
+        with torch.profiler.profile(
+            activities=[activity.CPU] if place.small else [activity.CUDA, activity.CPU]
+        ) as profiler:
             engine.decode(tokens, [context])
             place.synchronize()
 
@@ -385,7 +426,11 @@ def profile(place: Place, llama: Llama, context: int) -> dict[str, Any]:
     events = [event for event in profiler.key_averages() if microseconds(event) > 0]
     events.sort(key=microseconds, reverse=True)
     top = {event.key[:80]: (round(microseconds(event), 1), event.count) for event in events[:15]}
-    return {"us": round(sum(map(microseconds, events)), 1), "launches": sum(event.count for event in events), "kernels": top}
+    return {
+        "us": round(sum(map(microseconds, events)), 1),
+        "launches": sum(event.count for event in events),
+        "kernels": top,
+    }
 
 
 def prefill(place: Place) -> Cases:
@@ -393,7 +438,8 @@ def prefill(place: Place) -> Cases:
     from torch.nn import attention
     from torch.nn.attention import bias  # noqa: F401  # here, because what it imports looks into `sdpa_kernel`
 
-    names = {"as chosen": None, "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION",
+    names = {"as chosen": None, "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION",
+      "cudnn": "CUDNN_ATTENTION",
              "math": "MATH"}  # fmt: skip
     backends = {name: value for name, value in names.items() if not (place.small and name in ("efficient", "cudnn"))}
     original = attention.sdpa_kernel
@@ -444,7 +490,8 @@ def load(place: Place) -> Cases:
 
     def loaded(folder: Path, form: Optional[str]) -> dict[str, Any]:
         into_page_cache(folder)
-        spec = {"system": "ours", "path": str(folder), "tokenizer_path": str(folder / "tokenizer.model"), "quantize": form,
+        spec = {"system": "ours", "path": str(folder), "tokenizer_path": str(folder / "tokenizer.model"),
+          "quantize": form,
                 "max_seq_len": 64, "max_batch_size": 1, "device": "cpu" if place.small else "cuda"}  # fmt: skip
         system = System("ours", "ours", form or "bf16", [spec])
         try:
@@ -478,7 +525,8 @@ def tests(place: Place) -> Cases:
 
 
 def two(place: Place) -> Cases:
-    """Two processes of torchrun on two GPUs: ids against one process's, seconds to exit, microseconds of a sum in a graph."""
+    """Two processes of torchrun on two GPUs: ids against one process's, seconds to exit, microseconds of a sum in a
+    graph."""
 
     def run(folder: Path) -> dict[str, Any]:
         began = time.perf_counter()
@@ -523,8 +571,8 @@ def pair(folder: str) -> None:
         small = group is not None and group.group_name in parallel._small
         with torch.inference_mode():
             if small:
-                record[f"symmetric_us B={rows}"] = where_us(where, lambda x=x: parallel.all_reduce(x, group))  # type: ignore[misc]
-            record[f"nccl_us B={rows}"] = where_us(where, lambda x=x: torch.distributed.all_reduce(x, group=group))  # type: ignore[misc]
+                record[f"symmetric_us B={rows}"] = where_us(where, partial(parallel.all_reduce, x, group))
+            record[f"nccl_us B={rows}"] = where_us(where, partial(torch.distributed.all_reduce, x, group=group))
     if torch.distributed.get_rank() == 0:
         print(json.dumps({**record, "at": time.time()}), flush=True)
 

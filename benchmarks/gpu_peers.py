@@ -1,9 +1,12 @@
-"""This library beside transformers and Meta's way of computing, on one device with the same random weights, without a file.
+"""This library beside transformers and Meta's way of computing, on one device with the same random weights, without a
+file.
 
     python benchmarks/gpu_peers.py [--shape 7B] [--device cuda] [--compiled] [--new 128]
 
-Decode for batches of 1 and 8 behind 100 tokens, prefill of 2048, in turn; and how near the logits are to those of transformers.
---compiled: transformers with its static cache and torch.compile as well, which compiles for minutes. Prints one JSON object.
+Decode for batches of 1 and 8 behind 100 tokens, prefill of 2048, in turn; and how near the logits are to those of
+transformers.
+--compiled: transformers with its static cache and torch.compile as well, which compiles for minutes. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import metas_way
@@ -33,8 +37,10 @@ def as_transformers(model: Transformer, dtype: torch.dtype) -> Any:
     """The same weights in Hugging Face's class."""
     args, weight = model.params, model.norm.weight
     config = transformers.LlamaConfig(
-        vocab_size=model.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_width, num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads or args.n_heads, rms_norm_eps=args.norm_eps,
+        vocab_size=model.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_width,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads or args.n_heads,
+        rms_norm_eps=args.norm_eps,
         max_position_embeddings=args.max_seq_len, tie_word_embeddings=False, eos_token_id=None, bos_token_id=1,
     )  # fmt: skip
     torch.set_default_dtype(dtype)
@@ -51,8 +57,14 @@ def as_transformers(model: Transformer, dtype: torch.dtype) -> Any:
         attention, feed_forward = ours.attention, ours.feed_forward
         theirs.self_attn.q_proj.weight.data = to_hf_rows(attention.wq.weight, attention.head_dim)
         theirs.self_attn.k_proj.weight.data = to_hf_rows(attention.wk.weight, attention.head_dim)
-        theirs.self_attn.v_proj.weight.data, theirs.self_attn.o_proj.weight.data = attention.wv.weight, attention.wo.weight
-        theirs.mlp.gate_proj.weight.data, theirs.mlp.up_proj.weight.data = feed_forward.w1.weight, feed_forward.w3.weight
+        theirs.self_attn.v_proj.weight.data, theirs.self_attn.o_proj.weight.data = (
+            attention.wv.weight,
+            attention.wo.weight,
+        )
+        theirs.mlp.gate_proj.weight.data, theirs.mlp.up_proj.weight.data = (
+            feed_forward.w1.weight,
+            feed_forward.w3.weight,
+        )
         theirs.mlp.down_proj.weight.data = feed_forward.w2.weight
     return made
 
@@ -97,7 +109,9 @@ def main() -> None:
 
     ways: dict[str, Callable[..., None]] = {"ours": ours, "transformers": hugging, "metas_way": metas}
     if args.compiled:
-        ways["transformers, static cache, compiled"] = lambda prompts, new: hugging(prompts, new, cache_implementation="static")
+        ways["transformers, static cache, compiled"] = lambda prompts, new: hugging(
+            prompts, new, cache_implementation="static"
+        )
     result: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "shape": args.shape}
     if place.device.type == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
@@ -108,14 +122,16 @@ def main() -> None:
             way(prompts, args.new)
         for name, way in ways.items():
             # The prompt's time is taken out by the difference of two lengths.
-            pairs = [(timed(lambda: way(prompts, 8)), timed(lambda: way(prompts, args.new))) for _ in range(3)]  # noqa: B023
-            step = statistics.median((long - short) / (args.new - 8) for short, long in pairs)
+            short, long = partial(way, prompts, 8), partial(way, prompts, args.new)
+            pairs = [(timed(short), timed(long)) for _ in range(3)]
+            step = statistics.median((after - before) / (args.new - 8) for before, after in pairs)
             result[f"{name}, B={rows}"] = {"ms": round(step * 1e3, 3), "tok_s": round(rows / step, 1)}
     result["ran"] = kind(llama)
     prompts = bench.make_prompts(1, LONG, VOCAB_SIZE)
     for name, way in list(ways.items())[:3]:
         way(prompts, 1)
-        result[f"{name}, prefill of {LONG}, ms"] = round(min(timed(lambda: way(prompts, 1)) for _ in range(4)) * 1e3, 1)  # noqa: B023
+        reads = partial(way, prompts, 1)
+        result[f"{name}, prefill of {LONG}, ms"] = round(min(timed(reads) for _ in range(4)) * 1e3, 1)
     ids = torch.tensor(bench.make_prompts(2, 200, VOCAB_SIZE), device=place.device)
     expected = theirs(ids).logits.float()
     for name, logits in (("ours", model(ids, 0)), ("metas_way", metas_way.forward(model, ids, 0))):

@@ -3,8 +3,8 @@
     python benchmarks/invariant.py
 
 Random mixtures of the demo model's stories in each form, each compared to the bit with the same request alone; then a
-decode step and a prompt of 2,048 tokens at the shape of Llama 2 7B with 8 layers and random weights, normal and invariant
-in turn (A B B A).
+decode step and a prompt of 2,048 tokens at the shape of Llama 2 7B with 8 layers and random weights, normal and
+invariant in turn (A B B A).
 """
 
 from __future__ import annotations
@@ -30,18 +30,29 @@ from llama.decoding.invariant import InvariantEngine
 from llama.decoding.requests import Request
 from llama.decoding.sampling import Sampling
 
-FORMS: list[tuple[str, Optional[str]]] = [("bfloat16", None), ("float16", None), ("bfloat16", "int8"), ("bfloat16", "int4")]
-BEGINNING = "Once upon a time there was a little girl named Lily. She liked to play in the park with her dog, and one day"
+FORMS: list[tuple[str, Optional[str]]] = [
+    ("bfloat16", None),
+    ("float16", None),
+    ("bfloat16", "int8"),
+    ("bfloat16", "int4"),
+]
+BEGINNING = (
+    "Once upon a time there was a little girl named Lily. She liked to play in the park with her dog, and one day"
+)
 ENDS = [" she", " the dog ran", " her mom said that it was time to go home", " it", " a bird came", ""]
 SECONDS = 5.0  # for the mixtures of each form
 
 
 def drawn(llama: Llama, rng: random.Random) -> Request:
     text = rng.choice([BEGINNING + rng.choice(ENDS), rng.choice(ENDS), BEGINNING[: rng.randrange(1, 100)]])
-    sampling = rng.choice([Sampling(0), Sampling(0.8, 0.9), Sampling(1.0, 1.0, top_k=20), Sampling(0, repetition_penalty=1.2)])
+    sampling = rng.choice(
+        [Sampling(0), Sampling(0.8, 0.9), Sampling(1.0, 1.0, top_k=20), Sampling(0, repetition_penalty=1.2)]
+    )
     prompt = llama.tokenizer.encode(text, bos=True, eos=False)
     seed = rng.randrange(3) if sampling.temperature else None
-    return Request(prompt, rng.choice([3, 20, 40]), sampling, seed, logprobs=True, alternatives=2, draft=rng.random() < 0.5)
+    return Request(
+        prompt, rng.choice([3, 20, 40]), sampling, seed, logprobs=True, alternatives=2, draft=rng.random() < 0.5
+    )
 
 
 def told(call: Call) -> list[list[Any]]:
@@ -72,7 +83,8 @@ def mixtures(dtype: str, quantize: Optional[str]) -> dict[str, Any]:
 
 def sizes(engine: Engine) -> list[Any]:
     """Which sizes of blocks give the bits of the one that counts: (shape of a matrix, size, whether)."""
-    return sorted({(tuple(key[1]), size, same) for (key, size), same in engine._products._same.items()})  # type: ignore[attr-defined]
+    found = engine._products._same  # type: ignore[attr-defined]
+    return sorted({(tuple(key[1]), size, same) for (key, size), same in found.items()})
 
 
 def seconds(run: Callable[[], Any], times: int) -> float:
@@ -97,7 +109,8 @@ def costs(quantize: Optional[str], rows: int = 8) -> dict[str, Any]:
         engine.decode(torch.ones(count, dtype=torch.long, device=engine.device), [1000] * count)
 
     works: dict[str, tuple[Callable[[Engine], Any], int]] = {
-        **{f"step of {count}": (lambda engine, count=count: decode(engine, count), 30) for count in (1, 4, 8)},  # type: ignore[misc]
+        **{f"step of {count}": (lambda engine, count=count: decode(engine, count), 30) for count in (1, 4, 8)},
+        # type: ignore[misc]
         "prompt of 2048": (lambda engine: list(engine.prefill([prompt], [0])), 2),
     }
     report: dict[str, Any] = {"form": quantize or "bfloat16"}
@@ -105,7 +118,8 @@ def costs(quantize: Optional[str], rows: int = 8) -> dict[str, Any]:
         for engine in engines.values():
             for _ in range(5 if times > 2 else 1):  # graphs are recorded, kernels compiled and compared
                 work(engine)
-        found = [(which, seconds(lambda which=which, work=work: work(engines[which]), times)) for which in  # type: ignore[misc]
+        found = [(which, seconds(lambda which=which, work=work: work(engines[which]),
+              times)) for which in  # type: ignore[misc]
                  ("normal", "invariant", "invariant", "normal")]  # fmt: skip
         by = {which: 500 * sum(s for other, s in found if other == which) for which in engines}
         report[name] = {

@@ -2,9 +2,9 @@
 
     python benchmarks/loading.py --tokenizer_path tokenizer.model    (random 1.1B checkpoints, written once)
 
-The page cache is warm: every file is read before it is loaded. Peak memory is VmHWM, which counts the pages of mapped files
-too; "private" is what the process holds for itself when the model is ready (RssAnon). Times and peaks are medians of
-`repeats` fresh processes each; "imported" is the same process before it loads. Linux only.
+The page cache is warm: every file is read before it is loaded. Peak memory is VmHWM, which counts the pages of mapped
+files too; "private" is what the process holds for itself when the model is ready (RssAnon). Times and peaks are medians
+of `repeats` fresh processes each; "imported" is the same process before it loads. Linux only.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def main(tokenizer_path: str, shape: str = "1.1B", repeats: int = 5, folder: Opt
         for name, who, processes in cases:
             into_page_cache(folders[name])
             runs[name, who, processes].append(measure(who, folders[name], tokenizer_path, processes))
-    print("| checkpoint | by | processes | seconds (least) | share of weights | peak RSS | of it imports | private, ready |")
+    print(
+        "| checkpoint | by | processes | seconds (least) | share of weights | peak RSS | of it imports | private, "
+        "ready |"
+    )
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     for (name, who, processes), figures in runs.items():
         middle = {key: statistics.median(f[key] for f in figures) for key in figures[0]}

@@ -1,9 +1,10 @@
-"""Memory that `info` tells beside what fresh processes take: they build a model, fill the cache with a prompt, and go on.
+"""Memory that `info` tells beside what fresh processes take: they build a model, fill the cache with a prompt, and go
+on.
 
     python benchmarks/memory.py [--ckpt_dir llama-2-7b/] [--tokenizer_path tokenizer.model] [--processes 1,2]
 
-Told: what a process's imports take, and what `llama.memory` estimates on top. Measured: the most that was resident (VmHWM),
-of which `file` is pages of mapped files and of code, which lie in the system's page cache and are shared.
+Told: what a process's imports take, and what `llama.memory` estimates on top. Measured: the most that was resident
+(VmHWM), of which `file` is pages of mapped files and of code, which lie in the system's page cache and are shared.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from fire import Fire
 
 FORMS = ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"})
 NEW_TOKENS = 16
-COLUMNS = {"own": 6, "weights": 9, "cache": 7, "overhead": 10, "temporary": 11, "told": 7, "measured": 10, "file": 7}  # MB
+COLUMNS = {
+    "own": 6,
+    "weights": 9,
+    "cache": 7,
+    "overhead": 10,
+    "temporary": 11,
+    "told": 7,
+    "measured": 10,
+    "file": 7,
+}  # MB
 
 
 def measure(spec: dict[str, Any]) -> None:
@@ -60,7 +70,13 @@ def start(spec: dict[str, Any], processes: int) -> list[dict[str, Any]]:
     common = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     ranks = []
     for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         env = common | ({name: str(value) for name, value in place.items()} if processes > 1 else {})
         command = [sys.executable, __file__, "measure", json.dumps(spec)]
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
@@ -71,7 +87,8 @@ def start(spec: dict[str, Any], processes: int) -> list[dict[str, Any]]:
 
 
 def main(
-    ckpt_dir: Optional[str] = None, tokenizer_path: Optional[str] = None, max_seq_len: int = 512, max_batch_size: int = 1,
+    ckpt_dir: Optional[str] = None, tokenizer_path: Optional[str] = None, max_seq_len: int = 512,
+    max_batch_size: int = 1,
     processes: Any = (1, 2),
 ) -> None:  # fmt: skip
     """A line for each form and number of processes: the process that took the most."""

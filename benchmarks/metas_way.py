@@ -1,4 +1,5 @@
-"""The arithmetic of Meta's release, step by step, on our model's weights: what the library is measured against. One process.
+"""The arithmetic of Meta's release, step by step, on our model's weights: what the library is measured against. One
+process.
 
 Rotary positions in complex numbers, a cache that grows by slices, repeated key/value heads, scores of the whole square,
 the output head on every position.
@@ -21,7 +22,9 @@ def _attention(
 ) -> torch.Tensor:
     attention = block.attention
     B, S, _ = x.shape
-    q, k, v = (F.linear(x, w.weight).view(B, S, -1, attention.head_dim) for w in (attention.wq, attention.wk, attention.wv))
+    q, k, v = (
+        F.linear(x, w.weight).view(B, S, -1, attention.head_dim) for w in (attention.wq, attention.wk, attention.wv)
+    )
     q, k = apply_rotary_emb(q, k, freqs)
     attention.cache_k[:B, start : start + S] = k
     attention.cache_v[:B, start : start + S] = v

@@ -22,7 +22,11 @@ from llama.tokenizer import user_path
 from llama.weights.checkpoint import open_checkpoint
 
 FORMS = {"none": "bf16", "int8": "int8", "int4": "int4"}  # of the weights, by what `quantize` says
-PEERS = {"meta": [], "transformers": ["transformers"], "llama.cpp": ["llama_cpp", "gguf"]}  # and the modules that each needs
+PEERS = {
+    "meta": [],
+    "transformers": ["transformers"],
+    "llama.cpp": ["llama_cpp", "gguf"],
+}  # and the modules that each needs
 READ_BYTES = 2**30
 
 
@@ -51,7 +55,9 @@ class Setting:
     @property
     def cache(self) -> Path:
         """Where this checkpoint's other formats are; another place once its files change."""
-        files = sorted((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.source.iterdir() if f.is_file())
+        files = sorted(
+            (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.source.iterdir() if f.is_file()
+        )
         name = f"{self.source.name}-{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
         folder = Path(tempfile.gettempdir()) / "llama-benchmarks" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +129,9 @@ def _llama_cpp(setting: Setting, notes: list[str]) -> list[System]:
             continue
         # On some machines the kernels that use extra buffers (AMX and such) crash.
         specs = [
-            setting.spec("llama.cpp", path, weights_bytes=step_bytes(path), extra_buffers=extra, way=f"{how} extra buffers")
+            setting.spec(
+                "llama.cpp", path, weights_bytes=step_bytes(path), extra_buffers=extra, way=f"{how} extra buffers"
+            )
             for extra, how in ((True, "with"), (False, "without"))
         ]
         systems.append(System(f"llama.cpp {name}", "peer", form, specs))

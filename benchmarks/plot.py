@@ -22,7 +22,12 @@ def plot(results: Sequence[Result], tasks: dict[str, Task], title: str, path: Pa
     over_context, over_batch = picture.subplots(1, 2)
     stepping = {name: task for name, task in tasks.items() if task.new > 1}
     for axes, names, place, label in (
-        (over_context, [n for n, t in stepping.items() if t.batch == 1], lambda task: task.context, "tokens of context"),
+        (
+            over_context,
+            [n for n, t in stepping.items() if t.batch == 1],
+            lambda task: task.context,
+            "tokens of context",
+        ),
         (over_batch, [n for n in stepping if n.startswith("decode")], lambda task: task.batch, "prompts at once"),
     ):
         axes.set_prop_cycle(color=colormaps["tab20"].colors)  # there may be a dozen of them

@@ -11,7 +11,8 @@ STATUS = Path("/proc/self/status")
 
 
 def megabytes(key: str) -> Optional[float]:
-    """VmHWM: the most that was resident, mapped files included. RssAnon: what is its own now. None where it is not told."""
+    """VmHWM: the most that was resident, mapped files included. RssAnon: what is its own now. None where it is not
+    told."""
     if STATUS.exists():
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
         return int(line.split()[1]) * 1024 / 1e6

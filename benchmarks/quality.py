@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py --text tinystories-2MiB.txt [--ckpt_dir stories260K/] [--stories 100]
 
-Each story is scored with `Llama.score` in float32, from BOS on; every twentieth story of the text is held out, as for the
-demo model's card. The matrices get the numbers that `quantize=` gives them. int4 is shown with plain rounding and with the
-rounding that `quantize` uses, for groups of 32 and 64.
+Each story is scored with `Llama.score` in float32, from BOS on; every twentieth story of the text is held out, as for
+the demo model's card. The matrices get the numbers that `quantize=` gives them. int4 is shown with plain rounding and
+with the rounding that `quantize` uses, for groups of 32 and 64.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python benchmarks/sass.py [--arch 80 90] [--only product]
 
-A row for each kernel: registers and spilled bytes of a thread, shared memory of a program, wide and narrow loads, conversions
-of integers, special functions, multiplications (of tensors); the instructions of the main loop, for each weight or each
-number of the cache; the bytes that the call moves, and the microseconds that these take at the rate a GPU reaches.
+A row for each kernel: registers and spilled bytes of a thread, shared memory of a program, wide and narrow loads,
+conversions of integers, special functions, multiplications (of tensors); the instructions of the main loop, for each
+weight or each number of the cache; the bytes that the call moves, and the microseconds that these take at the rate a
+GPU reaches.
 """
 
 from __future__ import annotations
@@ -33,7 +34,15 @@ from triton.compiler import ASTSource
 from llama.layers import triton_kernels as kernels
 
 RATES = {80: {"A100": 1.7e12}, 90: {"H100": 2.9e12, "H200": 4.1e12}}  # bytes per second that good kernels reach
-TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8"}
+TYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "int64": "i64",
+    "int32": "i32",
+    "int8": "i8",
+    "uint8": "u8",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DIM, WIDTH, HEADS, SIZE, LENGTH, GROUP = 4096, 11008, 32, 128, 1024, 32
 
@@ -54,13 +63,21 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
         "attend": (kernels.attend, [empty(B, HEADS, SIZE), *cache, positions]),
         "silu_mul": (kernels.silu_mul, [empty(B, 2 * WIDTH)]),
     }
-    shapes = {"wqkv": (3 * DIM, DIM, False), "wo": (DIM, DIM, False), "w1w3": (2 * WIDTH, DIM, True), "w2": (DIM, WIDTH, False)}
+    shapes = {
+        "wqkv": (3 * DIM, DIM, False),
+        "wo": (DIM, DIM, False),
+        "w1w3": (2 * WIDTH, DIM, True),
+        "w2": (DIM, WIDTH, False),
+    }
     for rows in (1, 4):
         for name, (N, K, gated) in shapes.items():
             x, int8, int4 = empty(rows, K), empty(N, K, dtype=torch.int8), empty(N, K // 2, dtype=torch.uint8)
             groups = [empty(N, K // GROUP), empty(N, K // GROUP)]
             made[f"product {name} B={rows}"] = kernels.product, [x, empty(N, K), gated]
-            made[f"product_int8 {name} B={rows}"] = kernels.product_int8, [x, int8, empty(N, dtype=torch.float32), gated]
+            made[f"product_int8 {name} B={rows}"] = (
+                kernels.product_int8,
+                [x, int8, empty(N, dtype=torch.float32), gated],
+            )
             made[f"product_int4 {name} B={rows}"] = kernels.product_int4, [x, int4, *groups, gated]
     int4, groups = empty(DIM, WIDTH // 2, dtype=torch.uint8), [empty(DIM, WIDTH // GROUP), empty(DIM, WIDTH // GROUP)]
     made["dequantize_int4 w2"] = kernels.dequantize_int4, [int4, *groups, torch.bfloat16]
@@ -80,7 +97,8 @@ def launches(function: Callable[..., Any], arguments: list[Any]) -> tuple[list[t
 
 
 def compiled(kernel: Any, given: dict[str, Any], arch: int) -> Any:
-    """As a launch would compile it: ints that 16 divides are known to be so, and every tensor starts at such an address."""
+    """As a launch would compile it: ints that 16 divides are known to be so, and every tensor starts at such an
+    address."""
     signature, constants, known = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, given[parameter.name]
@@ -134,7 +152,9 @@ def nbytes(function: Callable[..., Any], arguments: list[Any], result: Any) -> i
     if function is kernels.rotate_and_store:
         return 2 * 2 * arguments[0].numel()
     tensors = {
-        id(t): t for t in (*arguments, *(result if isinstance(result, tuple) else [result])) if isinstance(t, torch.Tensor)
+        id(t): t
+        for t in (*arguments, *(result if isinstance(result, tuple) else [result]))
+        if isinstance(t, torch.Tensor)
     }
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -148,7 +168,8 @@ def main() -> None:
     for arch in args.arch:
         rates = RATES[arch]
         print(
-            f"\nsm_{arch}\n{'':28} regs spill shared  LDG.128  LDG  I2F MUFU FFMA HMMA  loop  each      MB  " + "  ".join(rates)
+            f"\nsm_{arch}\n{'':28} regs spill shared  LDG.128  LDG  I2F MUFU FFMA HMMA  loop  each      MB  "
+            + "  ".join(rates)
         )
         for name, (function, arguments) in cases().items():
             if not any(part in name for part in args.only):
@@ -175,10 +196,12 @@ def main() -> None:
                 }  # fmt: skip
                 rows.append(row)
                 shown = (
-                    f"{name if i == 0 else '  ' + kernel.__name__:28} {row['registers']:4} {row['spilled']:5} {row['shared']:6}"
+                    f"{name if i == 0 else '  ' + kernel.__name__:28} {row['registers']:4} {row['spilled']:5} "
+                    f"{row['shared']:6}"
                 )
                 shown += (
-                    f" {wide:8} {row['loads']:4} {row['I2F']:4} {row['MUFU']:4} {row['FFMA']:4} {row['HMMA']:4} {len(loop):5}"
+                    f" {wide:8} {row['loads']:4} {row['I2F']:4} {row['MUFU']:4} {row['FFMA']:4} {row['HMMA']:4} "
+                    f"{len(loop):5}"
                 )
                 shown += f" {each:5.2f} {row['bytes'] / 1e6:7.2f}  "
                 print(shown + "  ".join(f"{us:4.1f}" for us in row["microseconds"].values()), flush=True)

@@ -1,13 +1,14 @@
-"""A server under load, in a process of its own on this machine: many clients at once, of whom some leave and some send rubbish.
+"""A server under load, in a process of its own on this machine: many clients at once, of whom some leave and some send
+rubbish.
 
     python benchmarks/serve_load.py --requests 10000 --clients 256 --processes 1
     python benchmarks/serve_load.py --only leaving --requests 1000
     python benchmarks/serve_load.py --only rate --ckpt_dir FOLDER --tokenizer_path tokenizer.model --clients 1,4,16
 
-`load`: half of the clients stream, a tenth leaves early, a tenth sends what is refused; every good answer is compared with what
-its prompt gives alone (greedy, float32). `leaving`: all leave early. `rate`: tokens a second of clients that ask without a
-pause, beside `text_completion` with the same list (--clients 0), or of another server (--url).
-Prints one JSON object.
+`load`: half of the clients stream, a tenth leaves early, a tenth sends what is refused; every good answer is compared
+with what its prompt gives alone (greedy, float32). `leaving`: all leave early. `rate`: tokens a second of clients that
+ask without a pause, beside `text_completion` with the same list (--clients 0), or of another server (--url). Prints one
+JSON object.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ WORDS = "the a little dog cat girl boy found red ball tree and was happy to play
 RUBBISH: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": [1, 10**9]}), ("/v1/nothing", {}),
     ("/v1/completions", {"prompt": "a", "temperature": "hot"}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "[INST] <<SYS>>"}]}), ("/v1/completions", "no JSON"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "[INST] <<SYS>>"}]}),
+    ("/v1/completions", "no JSON"),
     ("/v1/chat/completions", {"messages": [], "tools": []}), ("/v1/completions", {"prompt": ["a"] * 3000}),
 ]  # fmt: skip
 
@@ -48,7 +50,9 @@ RUBBISH: list[tuple[str, Any]] = [
 def server(processes: int, slots: int, *options: str) -> Iterator[tuple[int, str]]:
     """Its first process and its address."""
     start = (
-        [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     )
     words = [*start, "-m", "llama", "serve", "--port=0", f"--max_batch_size={slots}", "--max_waiting=100000", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -56,7 +60,9 @@ def server(processes: int, slots: int, *options: str) -> Iterator[tuple[int, str
     assert running.stderr is not None
     try:
         url = next(line.split()[-1] for line in running.stderr if " listens on " in line)
-        threading.Thread(target=lambda: [None for _ in running.stderr or ()], daemon=True).start()  # nobody reads its log
+        threading.Thread(
+            target=lambda: [None for _ in running.stderr or ()], daemon=True
+        ).start()  # nobody reads its log
         yield _first_process(running.pid, processes), url
     finally:
         running.send_signal(signal.SIGTERM)
@@ -210,7 +216,8 @@ def compare(answers: dict[str, set[str]]) -> list[dict[str, Any]]:
 def rate(
     clients: list[int], requests: int, new_tokens: int, slots: int, url: Optional[str], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Tokens a second, for each number of clients that ask without a pause. 0: of `text_completion`, in this process."""
+    """Tokens a second, for each number of clients that ask without a pause. 0: of `text_completion`, in this
+    process."""
     rng = random.Random(5)
     prompts = ["Once upon a time " + " ".join(rng.choice(WORDS) for _ in range(24)) for _ in range(requests)]
     bias = {"2": -100}  # no answer ends by itself

@@ -1,5 +1,5 @@
-"""What users wait for: many ragged prompts, prompts that begin alike, clients that come at random, the tenth turn of a chat,
-long prompts, and memory over many calls.
+"""What users wait for: many ragged prompts, prompts that begin alike, clients that come at random, the tenth turn of a
+chat, long prompts, and memory over many calls.
 
     python benchmarks/serving.py --tokenizer_path tokenizer.model --ckpt_dir FOLDER --only prompts
     python benchmarks/serving.py … --only chat | shared | clients | joining | overhead | prefill | memory
@@ -84,8 +84,8 @@ def chat(llama: Llama, repeats: int) -> dict[str, Any]:
 
 
 def shared(llama: Llama, repeats: int) -> dict[str, Any]:
-    """40 prompts that begin with the same 400 tokens and end differently, and 8 answers to one prompt of 400: seconds with what
-    they share read once, and with each prompt read whole (after `forget`, one by one)."""
+    """40 prompts that begin with the same 400 tokens and end differently, and 8 answers to one prompt of 400: seconds
+    with what they share read once, and with each prompt read whole (after `forget`, one by one)."""
     rng = random.Random(2)
     ids = [1, *(rng.randrange(3, llama.model.vocab_size) for _ in range(399))]
     tasks = {"40_prompts": [[*ids, 5 + i, 9] for i in range(40)], "8_answers": [ids] * 8}
@@ -112,8 +112,9 @@ def shared(llama: Llama, repeats: int) -> dict[str, Any]:
 
 
 def clients(llama: Llama, count: int = 64, rate: float = 2.0) -> dict[str, Any]:
-    """Clients in threads that come at random (`rate` a second), each with a prompt of 5 to 200 tokens and 16 to 128 to be
-    answered: tokens a second beside the same work as one list, seconds to the first token, and gaps between tokens."""
+    """Clients in threads that come at random (`rate` a second), each with a prompt of 5 to 200 tokens and 16 to 128 to
+    be answered: tokens a second beside the same work as one list, seconds to the first token, and gaps between
+    tokens."""
     rng = random.Random(3)
     vocab_size = llama.model.vocab_size
     prompts = [[1, *(rng.randrange(3, vocab_size) for _ in range(rng.randint(4, 199)))] for _ in range(count)]
@@ -154,8 +155,8 @@ def clients(llama: Llama, count: int = 64, rate: float = 2.0) -> dict[str, Any]:
 
 
 def joining(llama: Llama, tokens: int = 2000) -> dict[str, Any]:
-    """A prompt of 2000 tokens joins three streams: the longest gap between two tokens of theirs, beside a step's time, the
-    time of reading such a prompt alone, and the pieces that it was read in."""
+    """A prompt of 2000 tokens joins three streams: the longest gap between two tokens of theirs, beside a step's time,
+    the time of reading such a prompt alone, and the pieces that it was read in."""
     streams = [llama.steps([[1, 50 + i]], 0, 1, 400, draft=False) for i in range(3)]
     running = [iter(stream) for stream in streams]
     llama.tokenizer.eos_id = -1

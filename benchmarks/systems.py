@@ -1,9 +1,10 @@
 """One system in a process of its own, which holds its model and sleeps until it is told what to run next.
 
-    python systems.py '{"system": "ours", …}'    then [prompts, new ids] on each line of stdin, an answer on each of stdout
+    python systems.py '{"system": "ours", …}'    then [prompts, new ids] on each line of stdin, an answer on each of
+    stdout
 
-Prompts are rows of ids, all of one length. The first answer is what loading took; imports are not counted in it, and each
-system imports only what it needs.
+Prompts are rows of ids, all of one length. The first answer is what loading took; imports are not counted in it, and
+each system imports only what it needs.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp through its own C functions, which can run several sequences at once. One context for each batch size."""
+    """llama.cpp through its own C functions, which can run several sequences at once. One context for each batch
+    size."""
 
     loads_by_itself = True
 
@@ -188,13 +190,21 @@ class Limits:
         from llama.commands import bench
 
         self.bench, self.device = bench, torch.device(spec["device"])
-        self.dtype, self.nbytes, self.shapes = torch.bfloat16, spec["read_bytes"], [tuple(shape) for shape in spec["shapes"]]
+        self.dtype, self.nbytes, self.shapes = (
+            torch.bfloat16,
+            spec["read_bytes"],
+            [tuple(shape) for shape in spec["shapes"]],
+        )
         self.began = time.perf_counter()
         self.facts = {"weights_bytes": 0, "threads": torch.get_num_threads()}
 
     def run(self, rows: Rows, new: int) -> Run:
         """In place of seconds: bytes a second and operations a second."""
-        return self.bench.read_rate(self.device, self.nbytes), self.bench.matmul_rate(self.device, self.dtype, self.shapes), []
+        return (
+            self.bench.read_rate(self.device, self.nbytes),
+            self.bench.matmul_rate(self.device, self.dtype, self.shapes),
+            [],
+        )
 
 
 SYSTEMS = {"ours": Ours, "meta": MetasWay, "transformers": Transformers, "llama.cpp": LlamaCpp, "limits": Limits}

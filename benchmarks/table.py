@@ -59,8 +59,10 @@ def figures(tasks: dict[str, Task]) -> list[Figure]:
 
 def legend(tasks: dict[str, Task]) -> str:
     return (
-        "decode n×c: tokens a second of n prompts together, at about c tokens of context; kept: the speed of one prompt at "
-        f"{tasks['long'].context} tokens beside {tasks['decode'].context}; prefill n: tokens a second of a prompt of n; first "
+        "decode n×c: tokens a second of n prompts together, at about c tokens of context; kept: the speed of one "
+        "prompt at "
+        f"{tasks['long'].context} tokens beside {tasks['decode'].context}; prefill n: tokens a second of a prompt of "
+        f"n; first "
         f"token: of a prompt of {tasks['middle'].prompt}; load: with room for one prompt; peak: resident then, "
         "with mapped files; private: without."
     )
@@ -101,13 +103,16 @@ def ratios_table(results: Sequence[Result], columns: Sequence[Figure]) -> str:
     for ours in (r for r in results if r["kind"] == "ours"):
         for peer in (r for r in results if r["kind"] == "peer" and r["form"] == ours["form"]):
             found = [
-                ratio(median(column.values(ours)), median(column.values(peer)), column.more_is_better) for column in columns
+                ratio(median(column.values(ours)), median(column.values(peer)), column.more_is_better)
+                for column in columns
             ]
             rows.append([f"{ours['name']} / {peer['name']}", *(DASH if r is None else f"{r:.2f}" for r in found)])
     return markdown(["times better than", *(column.label for column in columns)], rows) if rows else ""
 
 
-def shares_table(results: Sequence[Result], tasks: dict[str, Task], limits: dict[str, float], layer_flops: float) -> str:
+def shares_table(
+    results: Sequence[Result], tasks: dict[str, Task], limits: dict[str, float], layer_flops: float
+) -> str:
     """Decode as bytes of weights a second against the read rate; prefill as products a second against the product rate.
 
     limits: read_rate in bytes/s and matmul_rate in FLOP/s. layer_flops: of the layers' products, for one token.
@@ -130,14 +135,15 @@ def shares_table(results: Sequence[Result], tasks: dict[str, Task], limits: dict
                 f"{flops / limits['matmul_rate']:.0%}" if flops else DASH,
             ]
         )
-    header = ["system", "weights a step, GB", "tok/s that the read rate allows", "GB/s at decode, batch 1", "of the read rate",
+    header = ["system", "weights a step, GB", ("tok/s that the read rate "
+                                              "allows"), "GB/s at decode, batch 1", "of the read rate",
               f"GFLOP/s at prefill of {tasks['long'].prompt}", "of the product rate"]  # fmt: skip
     return markdown(header, rows)
 
 
 def agreement(results: Sequence[Result]) -> list[str]:
-    """How many of each system's greedy ids are those of the first one, up to each prompt's first difference: whether all
-    compute the same model. A near tie in a prompt's first ids can cost all of that prompt."""
+    """How many of each system's greedy ids are those of the first one, up to each prompt's first difference: whether
+    all compute the same model. A near tie in a prompt's first ids can cost all of that prompt."""
     texts = {r["name"]: {task: runs[0]["ids"] for task, runs in r["runs"].items()} for r in results if r["runs"]}
     if not texts:
         return []
@@ -147,5 +153,7 @@ def agreement(results: Sequence[Result]) -> list[str]:
         pairs = [(ids, reference[task]) for task, ids in rows.items() if task in reference]
         same = [next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), len(pair[0])) for pair in pairs]
         total = sum(len(ids) for ids, _ in pairs)
-        lines.append(f"{name}: {sum(same)} of {total} greedy ids are those of {first}, up to each prompt's first difference")
+        lines.append(
+            f"{name}: {sum(same)} of {total} greedy ids are those of {first}, up to each prompt's first difference"
+        )
     return lines

@@ -34,7 +34,9 @@ CHATS: tuple[tuple[str | None, str], ...] = (  # a system prompt or none, and wh
 
 
 @torch.no_grad()
-def score(model: nn.Module, tokenizer: SentencePieceProcessor, stories: Sequence[str], context: int) -> tuple[float, float]:
+def score(
+    model: nn.Module, tokenizer: SentencePieceProcessor, stories: Sequence[str], context: int
+) -> tuple[float, float]:
     """Mean loss per token in nats, ends of stories included; and bits per byte of the stories' text, ends not included.
 
     Each story begins after a BOS. One longer than the context is read in windows, each half a context further; each of
@@ -112,7 +114,9 @@ def main() -> None:
         print(f"{len(some)} {name} stories: {loss:.4f} nats per token, {bits:.4f} bits per byte")
     if not given.samples:
         return
-    generator = Llama.build(str(given.ckpt_dir), str(tokenizer_path), 512, max(given.samples, len(CHATS)), seed=given.seed)
+    generator = Llama.build(
+        str(given.ckpt_dir), str(tokenizer_path), 512, max(given.samples, len(CHATS)), seed=given.seed
+    )
     told = [story["generation"] for story in generator.text_completion([""] * given.samples)]
     for name, texts in ((f"{len(told)} samples", told), (f"{len(told)} held-out stories", held_out[: len(told)])):
         run = longest_shared_run(texts, stories)

@@ -110,7 +110,9 @@ class Training:
             drop.remove()
         self.drops = [drop_in(self.model.tok_embeddings, self.leg.embedding_dropout)]
         for layer in self.model.layers:
-            self.drops += [drop_in(layer.get_submodule(part), self.leg.dropout) for part in ("attention", "feed_forward")]
+            self.drops += [
+                drop_in(layer.get_submodule(part), self.leg.dropout) for part in ("attention", "feed_forward")
+            ]
 
     def run(self) -> None:
         while True:

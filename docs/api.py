@@ -28,7 +28,8 @@ PUBLIC: list[tuple[str, Any, str]] = [
     (
         "Llama",
         llama.Llama,
-        "build text_completion stream_text chat_completion stream_chat chat generate steps infill stream_infill continue_ids "
+        "build text_completion stream_text chat_completion stream_chat chat generate steps infill stream_infill "
+        "continue_ids "
         "score score_ids embed lead close forget chat_format lock",
     ),
     ("Options", llama.Options, ""),
@@ -99,7 +100,9 @@ def markdown(doc: str) -> Iterator[str]:
         title, _, rest = paragraph.partition("\n")
         if title in ("Args:", "Attributes:", "Raises:"):
             entries = [" ".join(entry.split()) for entry in re.split(r"\n(?= {4}\S)", f"\n{rest}") if entry.strip()]
-            yield f"**{title}**\n\n" + "\n".join(wrapped(re.sub(r"^([^:]+): ", r"- **\1**: ", entry)) for entry in entries)
+            yield f"**{title}**\n\n" + "\n".join(
+                wrapped(re.sub(r"^([^:]+): ", r"- **\1**: ", entry)) for entry in entries
+            )
         elif title == "Returns:":
             yield wrapped(f"**Returns:** {' '.join(rest.split())}")
         elif title.startswith((">>>", "    ")):

@@ -1,4 +1,5 @@
-"""Records a chat with the demo model as docs/chat.svg, the picture of the README. It needs pip install -e '.[terminal]' pyte.
+"""Records a chat with the demo model as docs/chat.svg, the picture of the README. It needs pip install -e '.[terminal]'
+pyte.
 
 python docs/record.py [OUT]
 """
@@ -35,7 +36,8 @@ WIDTH, HEIGHT, SIZE = 8.43, 19, 14  # of a letter's cell, and of the font
 FONTS = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 PAPER, INK = "#1b1e26", "#d7dae0"
 COLORS = {
-    "black": "#3b4048", "red": "#e8696f", "green": "#98c379", "brown": "#e0c07a", "blue": "#6cb2f5", "magenta": "#d08be8",
+    "black": "#3b4048", "red": "#e8696f", "green": "#98c379", "brown": "#e0c07a", "blue": "#6cb2f5",
+    "magenta": "#d08be8",
     "cyan": "#62c4cf", "white": INK, "brightblack": "#8a919e", "brightblue": "#6cb2f5", "brightcyan": "#62c4cf",
 }  # fmt: skip
 
@@ -86,7 +88,9 @@ class Recording:
 def picture(screen: pyte.Screen, since: list[float]) -> Iterator[str]:
     """The lines of the SVG. Where pictures move, a line comes when it came; elsewhere all are there."""
     width, height = COLUMNS * WIDTH + 32, LINES * HEIGHT + 52
-    yield f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img"'
+    yield (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img"'
+    )
     yield ' aria-label="A chat with the demo model at a terminal">'
     yield f"<style>text{{font-size:{SIZE}px;white-space:pre;font-family:{FONTS}}}"
     yield "@media (prefers-reduced-motion:no-preference){g{animation:a .2s both}}@keyframes a{from{opacity:0}}</style>"
@@ -118,7 +122,9 @@ def _run(x: int, y: int, text: str, style: Any) -> str:
     left, top, wide, box = 16 + x * WIDTH, 40 + y * HEIGHT, len(text) * WIDTH, ""
     if style.reverse:
         ink, paper = PAPER, ink
-        box = f'<rect x="{left:.1f}" y="{top - 0.75 * HEIGHT:.1f}" width="{wide:.1f}" height="{HEIGHT}" fill="{paper}"/>'
+        box = (
+            f'<rect x="{left:.1f}" y="{top - 0.75 * HEIGHT:.1f}" width="{wide:.1f}" height="{HEIGHT}" fill="{paper}"/>'
+        )
     more = ' font-weight="bold"' * style.bold + ' font-style="italic"' * style.italics
     shown = text.rstrip() or text
     place = f'x="{left:.1f}" y="{top}" textLength="{len(shown) * WIDTH:.1f}" fill="{ink}"{more}'

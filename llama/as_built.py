@@ -1,5 +1,5 @@
-"""Notices whether a model was changed since it was built. The fast ways call no module, so that no hook, patch or replaced part
-would run there: they may run only while nothing was changed.
+"""Notices whether a model was changed since it was built. The fast ways call no module, so that no hook, patch or
+replaced part would run there: they may run only while nothing was changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch.nn.modules import module as torch_modules
 class Originals:
     """The original methods and functions that people replace."""
 
-    def __init__(self, methods: Mapping[type, Sequence[str]], namespace: Mapping[str, Any], functions: Sequence[str]) -> None:
+    def __init__(
+        self, methods: Mapping[type, Sequence[str]], namespace: Mapping[str, Any], functions: Sequence[str]
+    ) -> None:
         """namespace: that of the module in which the functions are looked up."""
         self.classes = frozenset(methods)
         self._names = dict(methods)
@@ -69,8 +71,14 @@ class Watch:
     def _survey(self, model: nn.Module) -> None:
         """List the model's parts anew."""
         parts = [part for part in model.modules() if part is not model]
-        links = [(m._modules, name, child) for m in (model, *parts) for name, child in m._modules.items() if child is not None]
-        self._families, self._names, self.parts = ([link[i] for link in links] for i in range(3))  # type: ignore[assignment]
+        links = [
+            (m._modules, name, child)
+            for m in (model, *parts)
+            for name, child in m._modules.items()
+            if child is not None
+        ]
+        families, names, parts_of = ([link[i] for link in links] for i in range(3))
+        self._families, self._names, self.parts = families, names, parts_of  # type: ignore[assignment]
         self._classes = list(map(type, self.parts))
         self._attributes = [(name, vars(part)) for part in parts for name in self._originals.names_of(type(part))]
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

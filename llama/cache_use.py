@@ -14,7 +14,8 @@ import torch
 from .runtime import device_kind
 
 PAST_THE_STEP = (
-    "the model was called in the middle of a step, by a hook or a patch for example, and the cache was written over; call a "
+    "the model was called in the middle of a step, by a hook or a patch for example, and the cache was written over; "
+    "call a "
     "model of its own there"
 )
 _USES: weakref.WeakSet[CacheUse] = weakref.WeakSet()
@@ -43,8 +44,8 @@ class CacheUse:
 
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
-        """A block of one or more steps of one user; others wait. RuntimeError within another turn, or if somebody else called
-        the model within this one."""
+        """A block of one or more steps of one user; others wait. RuntimeError within another turn, or if somebody else
+        called the model within this one."""
         with self.lock:
             if self.stepping:
                 raise RuntimeError(PAST_THE_STEP)
@@ -68,7 +69,8 @@ class CacheUse:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """A block of one call of the model: a part of the user's step, or another's call, which waits for steps to end."""
+        """A block of one call of the model: a part of the user's step, or another's call, which waits for steps to
+        end."""
         with self.lock:
             if not self.stepping or self._depth > 0:
                 self.calls += 1
@@ -79,7 +81,8 @@ class CacheUse:
                 self._depth -= 1
 
     def take(self, user: Any) -> bool:
-        """The cache is this user's from now on, or nobody's (None). -> whether it was already, and nobody wrote to it since"""
+        """The cache is this user's from now on, or nobody's (None). -> whether it was already, and nobody wrote to it
+        since"""
         kept = user is not None and self.is_of(user)
         self._user = (lambda: None) if user is None else weakref.ref(user)  # a user holds its model already
         self._calls_then = self.calls

@@ -1,4 +1,5 @@
-"""Dialogs and their checks; the Llama-2 format: its tags, and the ids of a dialog's prompt. `chat_formats` has the others."""
+"""Dialogs and their checks; the Llama-2 format: its tags, and the ids of a dialog's prompt. `chat_formats` has the
+others."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def check_messages(dialog: Sequence[Message]) -> None:
 
 
 def check_dialog(dialog: Sequence[Message], begun: bool = False) -> None:
-    """Raise a DialogError unless `dialog` is [system,] user, assistant, user, … user. begun: it ends with an assistant's
-    message."""
+    """Raise a DialogError unless `dialog` is [system,] user, assistant, user, … user. begun: it ends with an
+    assistant's message."""
     check_messages(dialog)
     first = 1 if dialog and dialog[0]["role"] == "system" else 0
     if len(dialog) == first:
@@ -82,9 +83,9 @@ def encode_dialog(dialog: Sequence[Message], tokenizer: Tokenizer, begun: bool =
 
         <s> "[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST] {assistant} " </s> <s> "[INST] {user} [/INST]"
 
-    The system message becomes part of the first user message, and the two are stripped as one text. begun: the dialog ends
-    with the beginning of the reply, which is stripped on its left only, so that the reply goes on behind its last character.
-    DialogError for a dialog that is empty, system-only, out of turn, or not made of messages.
+    The system message becomes part of the first user message, and the two are stripped as one text. begun: the dialog
+    ends with the beginning of the reply, which is stripped on its left only, so that the reply goes on behind its last
+    character. DialogError for a dialog that is empty, system-only, out of turn, or not made of messages.
     """
     check_dialog(dialog, begun)
     texts = [message["content"] for message in dialog]
@@ -94,7 +95,9 @@ def encode_dialog(dialog: Sequence[Message], tokenizer: Tokenizer, begun: bool =
     for user, assistant in zip(texts[0::2], texts[1::2]):
         ids += encode_turn(user, assistant, tokenizer, system)
         system = None
-    return ids + tokenizer.encode(_asked(texts[-1], system) + (f" {beginning}" if beginning else ""), bos=True, eos=False)
+    return ids + tokenizer.encode(
+        _asked(texts[-1], system) + (f" {beginning}" if beginning else ""), bos=True, eos=False
+    )
 
 
 def _asked(user: str, system: Optional[str]) -> str:

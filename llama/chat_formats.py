@@ -1,5 +1,5 @@
-"""The chat formats of this family: Llama 2's, which `chat` has, and those of fine-tunes, as templates that write what their
-makers' own write; and which of them a folder speaks."""
+"""The chat formats of this family: Llama 2's, which `chat` has, and those of fine-tunes, as templates that write what
+their makers' own write; and which of them a folder speaks."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class ChatFormat(Protocol):
     def encode_dialog(
         self, dialog: Sequence[Message], tokenizer: Tokenizer, begun: bool = False, first: bool = True
     ) -> list[int]:
-        """The prompt's ids, up to the reply. begun: the dialog ends with the beginning of the reply. first=False: it goes on
-        behind other turns, which `encode_turn` has made. DialogError for what the format cannot express."""
+        """The prompt's ids, up to the reply. begun: the dialog ends with the beginning of the reply. first=False: it
+        goes on behind other turns, which `encode_turn` has made. DialogError for what the format cannot express."""
 
     def encode_turn(
         self, user: str, assistant: str, tokenizer: Tokenizer, system: Optional[str] = None, first: bool = True
@@ -76,11 +76,13 @@ class Llama2Format:
 
 
 def _template(roles: Mapping[str, str], asks: str, begin: str = "", check: str = "") -> str:
-    """A template in Jinja. roles: what is written for a message of each role, an expression with its `text`. asks: what is
-    written in front of a reply. begin, check: what stands at the beginning, and before each message."""
+    """A template in Jinja. roles: what is written for a message of each role, an expression with its `text`. asks: what
+    is written in front of a reply. begin, check: what stands at the beginning, and before each message."""
     cases = "".join(f"{{% elif message['role'] == '{role}' %}}{{{{ {text} }}}}" for role, text in roles.items())
     cases = cases.replace("elif", "if", 1)
-    each = "{% for message in messages %}{% set text = message['content'] %}" + check + cases + "{% endif %}{% endfor %}"
+    each = (
+        "{% for message in messages %}{% set text = message['content'] %}" + check + cases + "{% endif %}{% endfor %}"
+    )
     return begin + each + (f"{{% if add_generation_prompt %}}{{{{ '{asks}' }}}}{{% endif %}}" if asks else "")
 
 
@@ -93,7 +95,8 @@ def _unless_told(system: str) -> str:
 _BY_TURNS = (
     "{% set place = loop.index0 + (messages[0]['role'] == 'system') | int %}"
     "{% if (message['role'] == 'user') != (place % 2 == 0) %}"
-    "{{ raise_exception('a user and the assistant speak by turns; message ' ~ loop.index0 ~ ' is out of turn') }}{% endif %}"
+    "{{ raise_exception('a user and the assistant speak by turns; message ' ~ loop.index0 ~ ' is out of turn') }}{% "
+    "endif %}"
 )
 LLAMA2 = Llama2Format(
     "llama2",  # meta-llama/Llama-2-7b-chat-hf
@@ -111,7 +114,9 @@ _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
 FORMATS: dict[str, Union[Llama2Format, TemplateFormat]] = {
     format.name: format
     for format in (
@@ -119,7 +124,8 @@ FORMATS: dict[str, Union[Llama2Format, TemplateFormat]] = {
         TemplateFormat(
             "vicuna",  # lmsys/vicuna-7b-v1.5, as FastChat writes it ("vicuna_v1.1"); WizardLM-13B-V1.2 and Xwin-LM too
             _template(
-                {"system": "text + ' '", "user": "'USER: ' + text + ' '", "assistant": "'ASSISTANT: ' + text + eos_token"},
+                {"system": "text + ' '", "user": "'USER: ' + text + ' '", "assistant": ("'ASSISTANT: ' + text + "
+                                                                                       "eos_token")},
                 "ASSISTANT:", "{{ bos_token }}" + _unless_told(_VICUNA),
             ),
             "USER:", "ASSISTANT:", "ASSISTANT:", own_tags=("USER:", "ASSISTANT:"),
@@ -138,7 +144,8 @@ FORMATS: dict[str, Union[Llama2Format, TemplateFormat]] = {
                 {role: f"'<|im_start|>{role}\\n' + text + '<|im_end|>\\n'" for role in ("system", "user", "assistant")},
                 "<|im_start|>assistant\\n",
             ),
-            "<|im_start|>user", "<|im_start|>assistant", "<|im_start|>assistant", "<|im_end|>", ("<|im_start|>", "<|im_end|>"),
+            "<|im_start|>user", "<|im_start|>assistant", "<|im_start|>assistant", "<|im_end|>",
+            ("<|im_start|>", "<|im_end|>"),
         ),
         TemplateFormat(
             "alpaca",  # tatsu-lab/alpaca-7b, WizardLMTeam/WizardMath-7B-V1.0, WizardCoder
@@ -156,7 +163,8 @@ FORMATS: dict[str, Union[Llama2Format, TemplateFormat]] = {
             "orca",  # upstage/SOLAR-10.7B-Instruct-v1.0, pankajmathur/orca_mini; Orca-2 speaks ChatML
             _template(
                 {
-                    "system": "'### System:\\n' + text + '\\n\\n' if text else ''", "user": "'### User:\\n' + text + '\\n\\n'",
+                    "system": ("'### System:\\n' + text + '\\n\\n' if text else "
+                              "''"), "user": "'### User:\\n' + text + '\\n\\n'",
                     "assistant": "'### Assistant:\\n' + text",
                 },
                 "### Assistant:\\n",
@@ -167,7 +175,8 @@ FORMATS: dict[str, Union[Llama2Format, TemplateFormat]] = {
         TemplateFormat(
             "codellama70b",  # codellama/CodeLlama-70b-Instruct-hf
             _template(
-                {role: f"'Source: {role}\\n\\n ' + text | trim + ' <step> '" for role in ("system", "user", "assistant")},
+                {role: (f"'Source: {role}\\n\\n ' + text | trim + ' "
+                       f"<step> '") for role in ("system", "user", "assistant")},
                 "", "{{ bos_token }}", _BY_TURNS,
             ) + "{{ 'Source: assistant\\nDestination: user\\n\\n ' }}",
             "Source: user", "Source: assistant", "Source: assistant\nDestination: user", "<step>", ("<step>",),
@@ -178,8 +187,8 @@ FOLDERS_OWN = "template"  # the name of a format that stands for the folder's ow
 
 
 def choose_format(given: Optional[str], tokenizer: Tokenizer) -> ChatFormat:
-    """The format that was asked for: a name, "template", or a template in Jinja; if None, the one of the folder's template, and
-    Llama 2's without one. ValueError if there is no such format, or the folder's template is of none."""
+    """The format that was asked for: a name, "template", or a template in Jinja; if None, the one of the folder's
+    template, and Llama 2's without one. ValueError if there is no such format, or the folder's template is of none."""
     own = tokenizer.chat_template if isinstance(tokenizer, Tokenizer) else None
     if given is None:
         return LLAMA2 if own is None else recognised(own, *boundaries(tokenizer), way_out=True)
@@ -187,7 +196,9 @@ def choose_format(given: Optional[str], tokenizer: Tokenizer) -> ChatFormat:
     if given in FORMATS:
         return FORMATS[given]
     if given == FOLDERS_OWN and own is None:
-        raise ValueError(f"the folder has no chat template, so chat_format={given!r} says nothing; there are {_names()}")
+        raise ValueError(
+            f"the folder has no chat template, so chat_format={given!r} says nothing; there are {_names()}"
+        )
     return recognised(own if given == FOLDERS_OWN and own else given, *boundaries(tokenizer))
 
 
@@ -198,7 +209,9 @@ def spoken(tokenizer: Tokenizer) -> str:
     try:
         return f"{choose_format(None, tokenizer).name} (by the folder's chat template)"
     except ValueError:
-        return f"none of {', '.join(FORMATS)}: the folder's chat template is another; --chat_format {FOLDERS_OWN} runs it"
+        return (
+            f"none of {', '.join(FORMATS)}: the folder's chat template is another; --chat_format {FOLDERS_OWN} runs it"
+        )
 
 
 def check_format(given: Any) -> None:
@@ -229,7 +242,8 @@ def recognised(template: str, bos: str, eos: str, way_out: bool = False) -> Chat
     if way_out:
         raise ValueError(
             f"the folder's chat template is of no known format{reason}: pass chat_format={FOLDERS_OWN!r} to run it "
-            f"as it is, a format's name (chat_format='llama2'; there are {', '.join(FORMATS)}), or another template in Jinja "
+            f"as it is, a format's name (chat_format='llama2'; there are {', '.join(FORMATS)}), or another template in "
+            f"Jinja "
             "(--chat_format in the terminal)"
         )
     check_template(template)

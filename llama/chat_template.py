@@ -1,7 +1,7 @@
 """A chat template in Jinja, as Hugging Face's folders have them -> what stands around the messages of a dialog.
 
-A template is somebody's code: it runs in Jinja's sandbox, and sees marks in the place of the texts of messages. So what a text
-says can neither steer it nor pass for a part of it.
+A template is somebody's code: it runs in Jinja's sandbox, and sees marks in the place of the texts of messages. So what
+a text says can neither steer it nor pass for a part of it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ def check_template(template: str) -> None:
     _compiled(template)
 
 
-def render(template: str, messages: Sequence[Message], *, bos: str, eos: str, asks: bool, begun: bool = False) -> list[Part]:
-    """The prompt of a dialog, in parts. asks: the assistant's reply is to follow. begun: the last message is the beginning of a
-    reply, and what the template would put behind it is left out.
+def render(
+    template: str, messages: Sequence[Message], *, bos: str, eos: str, asks: bool, begun: bool = False
+) -> list[Part]:
+    """The prompt of a dialog, in parts. asks: the assistant's reply is to follow. begun: the last message is the
+    beginning of a reply, and what the template would put behind it is left out.
 
-    Spaces at the ends of a text stay outside its mark, so that a template may strip them. DialogError for what the template
-    refuses, and for a message that it leaves out.
+    Spaces at the ends of a text stay outside its mark, so that a template may strip them. DialogError for what the
+    template refuses, and for a message that it leaves out.
     """
     secret = secrets.token_hex(16)
     shown, cores = [], [message["content"].strip() for message in messages]
@@ -75,7 +77,12 @@ def _run(template: str, messages: list[dict[str, str]], bos: str, eos: str, asks
 
     try:
         return sandbox.run(
-            compiled, messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=asks, raise_exception=_refuse
+            compiled,
+            messages=messages,
+            bos_token=bos,
+            eos_token=eos,
+            add_generation_prompt=asks,
+            raise_exception=_refuse,
         )
     except DialogError:
         raise
@@ -106,16 +113,20 @@ def _compiled(template: str) -> Any:
         raise ValueError(f"the chat template cannot be read: {escaped(str(error))}") from error
 
 
-BEFORE: Dialog = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]  # any turn before another
+BEFORE: Dialog = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+]  # any turn before another
 
 
 @dataclass(frozen=True)
 class TemplateFormat:
     """A format that a Jinja template tells.
 
-    user, reply, asks: the text before a user's message, before a reply in the past, and before the one that is to come. end:
-    the piece behind a reply, "" for EOS. These recognise a folder's template, which may differ in the rest. own_tags: texts
-    that no message may have, unless they are control pieces of the tokenizer. own_stops: texts that end a reply too.
+    user, reply, asks: the text before a user's message, before a reply in the past, and before the one that is to come.
+    end: the piece behind a reply, "" for EOS. These recognise a folder's template, which may differ in the rest.
+    own_tags: texts that no message may have, unless they are control pieces of the tokenizer. own_stops: texts that end
+    a reply too.
     """
 
     name: str
@@ -191,7 +202,9 @@ class TemplateFormat:
                 text += part.text
                 continue
             if text:
-                ids += encode_plain(tokenizer, text, controls, behind=tokenizer.is_bare(text, begun=bool(ids) or behind))
+                ids += encode_plain(
+                    tokenizer, text, controls, behind=tokenizer.is_bare(text, begun=bool(ids) or behind)
+                )
                 text = ""
             if part is not None:
                 ids.append(part)
@@ -214,4 +227,6 @@ def boundaries(tokenizer: Tokenizer) -> tuple[str, str]:
 def need_pieces(tokenizer: Tokenizer) -> None:
     """ValueError for a user's own tokenizer, of which no control pieces are known."""
     if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(f"a chat template needs a llama.Tokenizer, not {type(tokenizer).__name__}; pass chat_format='llama2'")
+        raise ValueError(
+            f"a chat template needs a llama.Tokenizer, not {type(tokenizer).__name__}; pass chat_format='llama2'"
+        )

@@ -242,8 +242,8 @@ def chat_prediction(completion: Optional[CompletionPrediction], logprobs: Union[
 
 
 def chat_chunks(chunks: Iterable[Chunk], safe: Sequence[int], count: int) -> Iterator[Chunk]:
-    """Chunks of `count` dialogs. First come the refusals of unsafe ones, then `chunks`, numbered anew by `safe`: the index
-    of each safe dialog among all."""
+    """Chunks of `count` dialogs. First come the refusals of unsafe ones, then `chunks`, numbered anew by `safe`: the
+    index of each safe dialog among all."""
     for i in sorted(set(range(count)) - set(safe)):
         yield Chunk(index=i, text=UNSAFE_ERROR, tokens=[], finish_reason="stop")
     for chunk in chunks:

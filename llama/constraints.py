@@ -25,9 +25,15 @@ MOST_CHARACTERS = 2**18  # most characters of a schema, a regular expression, a 
 SECONDS = 5.0  # the time limit of a compilation, which has a process of its own
 MOST_MEMORY, MOST_STACK = 2**31, 2**22  # bytes that the compilation may take
 # llguidance's own limits, so that a step takes some milliseconds at most.
-LIMITS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_lexer_states": 50_000}
+LIMITS = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+}
 COMPILED = 32  # compiled constraints that are kept for each tokenizer, the last ones
-# Between the parts of JSON: nothing, a space, or a new line with what indents it. Otherwise spaces could follow without end.
+# Between the parts of JSON: nothing, a space, or a new line with what indents it. Otherwise spaces could follow without
+# end.
 WHITESPACE = r" |\n {0,12}"
 # All ids that lead on are allowed, since those that llguidance would choose depend on the space before a text.
 FREELY = '\n%llguidance {"no_forcing": true}\n'
@@ -55,7 +61,8 @@ class Bytes:  # a vocabulary of bytes, and of all the names of special tokens th
         return [i + 1 for i in (text.encode() if isinstance(text, str) else text)]
 
 grammar = LLMatcher.grammar_from_lark(grammar)
-matcher = LLMatcher(LLTokenizer(Bytes()), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **asked["limits"]))
+limits = LLParserLimits(verbose_errors=False, **asked["limits"])
+matcher = LLMatcher(LLTokenizer(Bytes()), grammar, log_level=0, limits=limits)
 if not matcher.is_error():
     matcher.compute_bitmask()
 json.dump(matcher.get_error(), sys.stdout)
@@ -79,12 +86,12 @@ class Constraint:
 
     @classmethod
     def of(cls, given: Any) -> Optional[Constraint]:
-        """The option `constraint`: None, or a dict with one key. ValueError if it is wrong, too large, or more than llguidance
-        can do.
+        """The option `constraint`: None, or a dict with one key. ValueError if it is wrong, too large, or more than
+        llguidance can do.
 
-        json_schema: a JSON Schema, as a dict or as text; {} and True mean any object. json_object: True. regex: a regular
-        expression in Rust's syntax, for the whole answer. choice: a list of texts. grammar: Lark's, as llguidance has it, or
-        llama.cpp's GBNF.
+        json_schema: a JSON Schema, as a dict or as text; {} and True mean any object. json_object: True. regex: a
+        regular expression in Rust's syntax, for the whole answer. choice: a list of texts. grammar: Lark's, as
+        llguidance has it, or llama.cpp's GBNF.
         """
         if given is None or isinstance(given, cls):
             return given
@@ -127,7 +134,8 @@ def _json_schema(value: Any) -> str:
     _text("json_schema", text)
     if problem := next(filter(None, map(_problem, _schemas(value))), ""):
         raise ValueError(f"constraint: json_schema cannot be used: {problem}")
-    # Each text has one spelling; if "a" could be \u0061 too, an object might have the key twice. Only controls need those.
+    # Each text has one spelling; if "a" could be \u0061 too, an object might have the key twice. Only controls need
+    # those.
     escapes = 'nrbtf\\"' + "u" * (re.search(r"\\u00[01]|\x7f", json.dumps(value)) is not None)
     options = {
         "whitespace_pattern": WHITESPACE, "json_allowed_escapes": escapes, "lenient": False, "coerce_one_of": False,
@@ -152,14 +160,23 @@ def _problem(schema: dict[str, Any]) -> str:
     """What llguidance takes, but gets wrong: it would let answers through that are not valid."""
     least, required = whole(schema.get("minProperties")), schema.get("required")
     if least is not None and least - len(required if isinstance(required, list) else []) > 1:
-        return f"minProperties={least} counts keys, and those that are not required could be twice the same; require them"
+        return (
+            f"minProperties={least} counts keys, and those that are not required could be twice the same; require them"
+        )
     low, high = (real(schema.get(f"exclusive{name}")) for name in ("Minimum", "Maximum"))
     most, fewest = (real(schema.get(name)) for name in ("maximum", "minimum"))
     above = min((bound for bound in (high, most) if bound is not None), default=math.inf)
     below = max((bound for bound in (low, fewest) if bound is not None), default=-math.inf)
     for name, open_end, other in (("exclusiveMinimum", low, above), ("exclusiveMaximum", high, below)):
-        if open_end is not None and open_end.is_integer() and 0 < abs(other - open_end) < 1 and schema.get("type") != "integer":
-            return f"{name}={open_end:g} would let this number itself through, where the other bound is less than 1 away"
+        if (
+            open_end is not None
+            and open_end.is_integer()
+            and 0 < abs(other - open_end) < 1
+            and schema.get("type") != "integer"
+        ):
+            return (
+                f"{name}={open_end:g} would let this number itself through, where the other bound is less than 1 away"
+            )
     return ""
 
 
@@ -178,7 +195,10 @@ def _choice(value: Any) -> str:
     if not several or not value or not all(isinstance(text, str) and text for text in value):
         raise ValueError(f"constraint: choice={shortened(value)} must be a list of texts that are not empty")
     _text("choice", "".join(value))
-    texts = ("".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text) for text in dict.fromkeys(value))
+    texts = (
+        "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
+        for text in dict.fromkeys(value)
+    )
     return _matching("|".join(texts))
 
 
@@ -216,7 +236,9 @@ def _check(kind: str, grammar: str) -> None:
     }  # fmt: skip
     command = [sys.executable, "-I", "-S", "-c", CHILD]
     try:
-        ended = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=SECONDS, check=False)
+        ended = subprocess.run(
+            command, input=json.dumps(asked), capture_output=True, text=True, timeout=SECONDS, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"constraint: {kind} takes longer than {SECONDS:g} seconds to compile; simplify it") from error
     if ended.returncode:

@@ -1,4 +1,5 @@
-"""`Llama.build(processes=N)`: this process is the first of N, starts the others itself, and ends them with its `Llama`."""
+"""`Llama.build(processes=N)`: this process is the first of N, starts the others itself, and ends them with its
+`Llama`."""
 
 from __future__ import annotations
 
@@ -46,7 +47,11 @@ class Followers:
         """Start them; they build the same. -> this process's place, once all are there"""
         with socket.create_server((HERE, 0)) as listening:
             port = listening.getsockname()[1]
-            options: Any = {"is_master": True, "wait_for_workers": False, "master_listen_fd": os.dup(listening.fileno())}
+            options: Any = {
+                "is_master": True,
+                "wait_for_workers": False,
+                "master_listen_fd": os.dup(listening.fileno()),
+            }
             store = TCPStore(HERE, port, **options)
         ranks = range(1, self.count)
         for rank in ranks:
@@ -130,8 +135,8 @@ def _place(rank: int, count: int, store: Optional[Store] = None) -> Launch:
 
 @contextlib.contextmanager
 def started(count: int, build: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[Followers]:
-    """A block that builds on this process what `build(**given)` builds on the others. What was built so before is closed: torch
-    has one process group."""
+    """A block that builds on this process what `build(**given)` builds on the others. What was built so before is
+    closed: torch has one process group."""
     global _newest
     with _building:
         if _newest is not None and (before := _newest()) is not None:
@@ -150,12 +155,13 @@ def started(count: int, build: Callable[..., Any], given: Mapping[str, Any]) -> 
 
 
 def check(processes: Any, given: Mapping[str, Any]) -> tuple[int, torch.device]:
-    """The number of processes for these arguments of `build`, and the first one's device. ValueError if they are not possible
-    here."""
+    """The number of processes for these arguments of `build`, and the first one's device. ValueError if they are not
+    possible here."""
     count = whole_number("processes", processes, 1, 2**15, "of 1 or more")
     if runtime.this_launch().by_launcher:
         raise ValueError(
-            f"processes={count}, but torchrun's variables, or a process group of your own, say already which processes there "
+            f"processes={count}, but torchrun's variables, or a process group of your own, say already which processes "
+            f"there "
             "are; leave processes out, or start this with python alone"
         )
     size = given["model_parallel_size"]
@@ -170,7 +176,9 @@ def check(processes: Any, given: Mapping[str, Any]) -> tuple[int, torch.device]:
                 f"pass processes={there} or less, or device='cpu'"
             )
         if count > 1 and torch.device(given["device"] or "cuda").index is not None:
-            raise ValueError(f"device={str(given['device'])!r} is one GPU, but processes={count} take one each; pass 'cuda'")
+            raise ValueError(
+                f"device={str(given['device'])!r} is one GPU, but processes={count} take one each; pass 'cuda'"
+            )
     if not sys.executable:
         raise ValueError("processes= starts Python anew, but sys.executable does not say where that is")
     return count, device

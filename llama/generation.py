@@ -112,12 +112,13 @@ class Llama:
         processes: Optional[int] = None,
         quiet: bool = False,
     ) -> Llama:
-        """Load a checkpoint onto this process, or onto all processes that torchrun started. Without arguments: the demo model.
+        """Load a checkpoint onto this process, or onto all processes that torchrun started. Without arguments: the demo
+        model.
 
         Args:
             ckpt_dir: a folder in Meta's or Hugging Face's format, a GGUF file, or a model on the Hugging Face Hub
-                (org/name, org/name@revision, or org/name:Q4_K_M for one of its GGUF files), which is fetched into the hub's
-                cache if it is not there. Default: the demo model that comes with this package.
+                (org/name, org/name@revision, or org/name:Q4_K_M for one of its GGUF files), which is fetched into the
+                hub's cache if it is not there. Default: the demo model that comes with this package.
             tokenizer_path: Default: the file tokenizer.model in ckpt_dir or in the folder above it.
             max_seq_len: tokens of a prompt and its answer together. Default: 2048, or fewer if the folder says so.
             max_batch_size: prompts that run side by side. Default: 4.
@@ -125,27 +126,33 @@ class Llama:
                 Default: all processes.
             seed: of torch's generators, the same on every process. Default: 1.
             device: "cuda", "mps" or "cpu". Default: the first of these that is there.
-            dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"). Default, or "auto": the checkpoint's own;
-                but float16 for a bfloat16 checkpoint if the device cannot compute in bfloat16, and bfloat16 for a float16
-                one on an x86 processor, which is slow in float16; a line says so.
-            quantize: "int8" or "int4" (or 8, 4), "w8a8" or "w4a8" rounds the matrices while they are loaded; the last two
+            dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"). Default, or "auto": the checkpoint's
+            own;
+                but float16 for a bfloat16 checkpoint if the device cannot compute in bfloat16, and bfloat16 for a
+                float16 one on an x86 processor, which is slow in float16; a line says so.
+            quantize: "int8" or "int4" (or 8, 4), "w8a8" or "w4a8" rounds the matrices while they are loaded; the last
+            two
                 also round activations to 8 bits, on CPUs only. Default: as stored.
             adapter: a folder that PEFT saved a LoRA adapter of this checkpoint in, or its name on the hub. It is added
                 before anything is rounded. Default: none.
             compile: True compiles the decode step, once, in a minute or two on a CPU, which needs a C++ compiler. False
                 does not. Default: nothing is compiled, but a step that an earlier run compiled is used.
-            draft: a folder, or a name on the hub, with a smaller model of the same tokenizer. It guesses what the model will
-                write, and the model verifies several guesses in one pass, as many as pay. Greedy ids stay the same, and so
-                does the distribution of drawn ones. Default: no draft model.
-            batch_invariant: True lets no prompt's ids and log-probabilities depend, to the bit, on what runs beside it or
+            draft: a folder, or a name on the hub, with a smaller model of the same tokenizer. It guesses what the model
+            will
+                write, and the model verifies several guesses in one pass, as many as pay. Greedy ids stay the same, and
+                so does the distribution of drawn ones. Default: no draft model.
+            batch_invariant: True lets no prompt's ids and log-probabilities depend, to the bit, on what runs beside it
+            or
                 ran before, also in 16 bits and with quantized weights. It costs speed (docs/SPEED.md), and does not go
                 with compile=True. Default: False.
-            chat_format: a name in `chat_formats.FORMATS`, "template" (the folder's own chat template, of whatever format), or
+            chat_format: a name in `chat_formats.FORMATS`, "template" (the folder's own chat template, of whatever
+            format), or
                 a template in Jinja. Default: the format that the folder's template is recognised as, and Llama 2's for
                 a folder without one.
-            processes: this process, and others that it starts for this `Llama`, share the model: one on each GPU, or dividing
-                the cores. They end with the object, with `close()`, or with this process; a new build with processes= closes
-                the one before (docs/NOTEBOOKS.md). Default: this process alone, or all that torchrun started.
+            processes: this process, and others that it starts for this `Llama`, share the model: one on each GPU, or
+            dividing
+                the cores. They end with the object, with `close()`, or with this process; a new build with processes=
+                closes the one before (docs/NOTEBOOKS.md). Default: this process alone, or all that torchrun started.
             quiet: True prints nothing. Default: False, which tells how long it took, and shows a bar at a terminal.
 
         Raises:
@@ -162,7 +169,9 @@ class Llama:
         with together(everyone=True) as agreement:
             max_seq_len, max_batch_size, seed = _checked(given, place)
             agreement.values = {"the call": "build"}
-        folder, draft_folder, adapter_folder = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft, adapter)
+        folder, draft_folder, adapter_folder = checkpoint_folders(
+            DEMO if ckpt_dir is None else ckpt_dir, draft, adapter
+        )
         assert folder is not None
         # Tensors made in inference mode could not be used outside it.
         with together(everyone=True) as agreement, torch.inference_mode(False):
@@ -172,7 +181,8 @@ class Llama:
             if chat_format is not None:
                 choose_format(chat_format, opened.tokenizer)  # the folder's own may be none
             agreement.values = {
-                **opened.compared(), "compile": compile, "batch_invariant": bool(batch_invariant), "chat_format": chat_format,
+                **opened.compared(), "compile": compile, "batch_invariant": bool(batch_invariant),
+                "chat_format": chat_format,
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
             }  # fmt: skip
         with together(everyone=True), torch.inference_mode(False), memory.explained(opened.placement):
@@ -264,14 +274,16 @@ class Llama:
             self._scheduler.forget()
 
     def lead(self, work: Callable[[], T]) -> Optional[T]:
-        """Let the first process take requests for all: it runs `work`, and the others run the same steps until `work` ends.
+        """Let the first process take requests for all: it runs `work`, and the others run the same steps until `work`
+        ends.
 
-        Call it on every process. Copies of the model (`model_parallel_size` below the number of processes) share the requests:
-        each goes to the one with the most room. Rows without a seed draw from seeds of their own. The model must be as it
-        was built.
+        Call it on every process. Copies of the model (`model_parallel_size` below the number of processes) share the
+        requests: each goes to the one with the most room. Rows without a seed draw from seeds of their own. The model
+        must be as it was built.
 
         Args:
-            work: called without arguments on the first process. It may call this `Llama` from any thread, at any time. What
+            work: called without arguments on the first process. It may call this `Llama` from any thread, at any time.
+            What
                 all processes do alike is not for `work`: the model's own call, `model(…)`, and another `Llama`.
 
         Returns:
@@ -337,7 +349,8 @@ class Llama:
         others = sum(p.numel() for p in self.model.parameters() if p not in stored)
         kind = f"{rounded[0].quantization.kind} and " if rounded else ""
         return (
-            f"Llama({(others + sum(module.numbers for module in rounded)) / 1e6:,.1f} million parameters on this process, "
+            f"Llama({(others + sum(module.numbers for module in rounded)) / 1e6:,.1f} million parameters on this "
+            f"process, "
             f"{kind}{str(weight.dtype).removeprefix('torch.')} on {weight.device}; {params.n_layers} layers of dim "
             f"{params.dim}; {self.tokenizer.n_words} pieces; cache for "
             f"{params.max_batch_size} prompts of {params.max_seq_len} tokens)"
@@ -363,11 +376,12 @@ class Llama:
             echo: put the prompt in front. Default: False.
 
         Returns:
-            The ids of each prompt; and with `logprobs` each id's natural log-probability under the model's own distribution
-            (no temperature, no top-p), 0.0 for an echoed prompt's first id; otherwise None.
+            The ids of each prompt; and with `logprobs` each id's natural log-probability under the model's own
+            distribution (no temperature, no top-p), 0.0 for an echoed prompt's first id; otherwise None.
 
         Raises:
-            ValueError: more prompts than max_batch_size; a prompt that is empty, longer than max_seq_len, or has an id outside
+            ValueError: more prompts than max_batch_size; a prompt that is empty, longer than max_seq_len, or has an id
+            outside
                 the vocabulary; an option out of range; logits that are not finite.
         """
         limit = self.model.params.max_batch_size
@@ -407,12 +421,13 @@ class Llama:
         Args:
             prompt_tokens: lists of ids, BOS included.
             temperature, top_p, max_gen_len, logprobs, echo: as in `text_completion`.
-            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+            logit_bias,
                 draft, n, constraint. `llama.Options` describes them.
 
         Returns:
-            What to iterate over for one `Step` after the other, once, and as far as you like. Its `cancel(index)` ends one
-            prompt.
+            What to iterate over for one `Step` after the other, once, and as far as you like. Its `cancel(index)` ends
+            one prompt.
 
         Raises:
             ValueError: as `generate`.
@@ -442,14 +457,17 @@ class Llama:
             logprobs: True reports each id's natural log-probability, a number N also the N best ids at each place.
                 Default: False.
             echo: put the prompt in front. Default: False.
-            options: stop=None, stop_ids=(), seed=None, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
-                frequency_penalty=0.0, logit_bias=None, draft=None, n=1, constraint=None. `llama.Options` describes them.
+            options: stop=None, stop_ids=(), seed=None, top_k=0, min_p=0.0, repetition_penalty=1.0,
+            presence_penalty=0.0,
+                frequency_penalty=0.0, logit_bias=None, draft=None, n=1, constraint=None. `llama.Options` describes
+                them.
 
         Returns:
             A prediction for each text, in order; n of them for each with the option n.
 
         Raises:
-            ValueError: prompts that are not a list of texts; a prompt longer than max_seq_len; an option that is unknown or
+            ValueError: prompts that are not a list of texts; a prompt longer than max_seq_len; an option that is
+            unknown or
                 out of range; logits that are not finite.
         """
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
@@ -466,12 +484,14 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Iterator[Chunk]:
-        """`text_completion` as it is decided. The stream may be left at any time; on several processes, at the same chunk.
+        """`text_completion` as it is decided. The stream may be left at any time; on several processes, at the same
+        chunk.
 
         Args:
             prompts: a list of texts.
             temperature, top_p, max_gen_len, logprobs, echo: as in `text_completion`.
-            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+            logit_bias,
                 draft, n, constraint. `llama.Options` describes them.
 
         Returns:
@@ -502,9 +522,11 @@ class Llama:
             temperature, top_p, max_gen_len, logprobs: as in `text_completion`.
             on_unsafe: what becomes of a dialog whose messages contain a tag of the chat format. "reply" answers it with
                 `UNSAFE_ERROR`, without tokens and without running it; "raise" raises DialogError. Default: "reply".
-            continue_final_message: the dialogs end with the beginning of the assistant's reply, and the predictions are what
+            continue_final_message: the dialogs end with the beginning of the assistant's reply, and the predictions are
+            what
                 follows it: the two texts, joined, are the reply. Default: False.
-            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+            logit_bias,
                 draft, n, constraint. `llama.Options` describes them.
 
         Returns:
@@ -540,8 +562,9 @@ class Llama:
         """`chat_completion` as it is decided. The replies to unsafe dialogs come first.
 
         Args:
-            dialogs, temperature, top_p, max_gen_len, logprobs, on_unsafe, continue_final_message: as in `chat_completion`.
-            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+            dialogs, temperature, top_p, max_gen_len, logprobs, on_unsafe, continue_final_message: as in
+            `chat_completion`. options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty,
+            frequency_penalty, logit_bias,
                 draft, n, constraint. `llama.Options` describes them.
 
         Returns:
@@ -551,7 +574,9 @@ class Llama:
             ValueError: as `chat_completion`, before the first chunk is asked for.
         """
         given = ending(self.chat_format, self.tokenizer, _given(temperature, top_p, max_gen_len, logprobs, options))
-        prompts, chunks = self._stream(Asked(lambda: self.encode_dialogs(dialogs, on_unsafe, continue_final_message), given))
+        prompts, chunks = self._stream(
+            Asked(lambda: self.encode_dialogs(dialogs, on_unsafe, continue_final_message), given)
+        )
         return chat_chunks(chunks, prompts.places, len(dialogs) * options.get("n", 1))
 
     def infill(
@@ -572,7 +597,8 @@ class Llama:
             prefixes, suffixes: two lists of texts, of equal length.
             temperature, top_p, max_gen_len, logprobs: as in `text_completion`.
             suffix_first: let the model read the suffix first. Default: False, as in Meta's release.
-            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+            logit_bias,
                 draft, n, constraint. `llama.Options` describes them.
 
         Returns:
@@ -581,7 +607,9 @@ class Llama:
         Raises:
             ValueError: a tokenizer without these pieces; otherwise as `text_completion`.
         """
-        asked = self._between(prefixes, suffixes, suffix_first, _given(temperature, top_p, max_gen_len, logprobs, options))
+        asked = self._between(
+            prefixes, suffixes, suffix_first, _given(temperature, top_p, max_gen_len, logprobs, options)
+        )
         return self._by_generate(asked)[1] if self._replaced_generate else self._complete(asked)[1]
 
     def stream_infill(
@@ -600,7 +628,8 @@ class Llama:
 
         Args:
             prefixes, suffixes, temperature, top_p, max_gen_len, logprobs, suffix_first: as in `infill`.
-            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+            logit_bias,
                 draft, n, constraint. `llama.Options` describes them.
 
         Returns:
@@ -609,7 +638,9 @@ class Llama:
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
         return self._stream(self._between(prefixes, suffixes, suffix_first, given))[1]
 
-    def _between(self, prefixes: Sequence[str], suffixes: Sequence[str], suffix_first: bool, given: dict[str, Any]) -> Asked:
+    def _between(
+        self, prefixes: Sequence[str], suffixes: Sequence[str], suffix_first: bool, given: dict[str, Any]
+    ) -> Asked:
         given = with_stops(given, [infilling_ids(self.tokenizer).eot])
         return Asked(lambda: infilling_prompts(prefixes, suffixes, self.tokenizer, suffix_first), given)
 
@@ -621,9 +652,10 @@ class Llama:
         Args:
             system: the system message. Default: none.
             dialog: what was said before, as `chat_completion` takes it, up to a reply. Default: nothing.
-            options: of every turn. temperature, top_p, max_gen_len and logprobs as in `text_completion`; stop, stop_ids, seed,
-                top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, draft, constraint as in
-                `llama.Options`, but no n.
+            options: of every turn. temperature, top_p, max_gen_len and logprobs as in `text_completion`; stop,
+            stop_ids, seed,
+                top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, draft, constraint as
+                in `llama.Options`, but no n.
 
         Raises:
             DialogError: a dialog that the format cannot express, or a message with a tag of the format.
@@ -647,9 +679,11 @@ class Llama:
         Args:
             prompt: ids, BOS included.
             temperature, top_p, max_gen_len, logprobs: as in `text_completion`.
-            begun: the last ids of the prompt, if the text is to go on from theirs: then it begins with the space between two
+            begun: the last ids of the prompt, if the text is to go on from theirs: then it begins with the space
+            between two
                 words, which it would otherwise lack. Default: none.
-            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+            logit_bias,
                 draft, n, constraint. `llama.Options` describes them.
 
         Returns:
@@ -663,10 +697,14 @@ class Llama:
         choice = parse_options(options, 1, self.model.vocab_size, self.model.params.max_seq_len)
         forms(choice.constraint, self.tokenizer, [()], ())
         if choice.n > 1:
-            raise ValueError(f"n={options['n']}: here a prompt has one answer; text_completion and chat_completion take n")
+            raise ValueError(
+                f"n={options['n']}: here a prompt has one answer; text_completion and chat_completion take n"
+            )
 
     @overload
-    def score(self, texts: Sequence[str], continuations: None = None, *, stride: Optional[int] = None) -> list[Score]: ...
+    def score(
+        self, texts: Sequence[str], continuations: None = None, *, stride: Optional[int] = None
+    ) -> list[Score]: ...
 
     @overload
     def score(self, texts: Sequence[str], continuations: Sequence[str]) -> list[ContinuationScore]: ...
@@ -674,8 +712,8 @@ class Llama:
     def score(
         self, texts: Sequence[str], continuations: Optional[Sequence[str]] = None, *, stride: Optional[int] = None
     ) -> Union[list[Score], list[ContinuationScore]]:
-        """How probable the model finds each text, token by token, with BOS in front; or, if `continuations` are given, each of
-        these after the text of the same index: score([context], [continuation]).
+        """How probable the model finds each text, token by token, with BOS in front; or, if `continuations` are given,
+        each of these after the text of the same index: score([context], [continuation]).
 
         A text longer than max_seq_len is read in windows; each token is scored once, in the first window that holds it.
         A context and its continuation are encoded as one text, which is split behind as many ids as the context has by
@@ -692,7 +730,9 @@ class Llama:
         """
         if continuations is not None:
             if stride is not None:
-                raise ValueError(f"stride={shortened(stride)} is for texts without continuations: a pair is read in one piece")
+                raise ValueError(
+                    f"stride={shortened(stride)} is for texts without continuations: a pair is read in one piece"
+                )
             return self._score_pairs(lambda: encode_pairs(lambda text: self._encode([text])[0], texts, continuations))
         size = self.model.params.max_seq_len
         stride = max(1, size // 2) if stride is None else stride
@@ -716,7 +756,9 @@ class Llama:
             for row, values in zip(ids, scores)
         ]
 
-    def score_ids(self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[ContinuationScore]:
+    def score_ids(
+        self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> list[ContinuationScore]:
         """How probable the model finds each continuation after its context, both as ids.
 
         Args:
@@ -724,7 +766,8 @@ class Llama:
             continuations: ids of what follows each, one at least.
 
         Raises:
-            ValueError: what is no list of lists of ids, an unknown id, and a pair of more than max_seq_len + 1 ids (the last
+            ValueError: what is no list of lists of ids, an unknown id, and a pair of more than max_seq_len + 1 ids (the
+            last
                 one is not read).
         """
         return self._score_pairs(lambda: id_pairs(contexts, continuations, self.model.params))
@@ -749,13 +792,15 @@ class Llama:
         return [scores[i] for i in range(len(made))]
 
     @torch.no_grad()
-    def embed(self, texts: Sequence[str], *, layer: int = -1, pooling: Literal["mean", "last"] = "mean") -> torch.Tensor:
+    def embed(
+        self, texts: Sequence[str], *, layer: int = -1, pooling: Literal["mean", "last"] = "mean"
+    ) -> torch.Tensor:
         """Hidden states of texts, BOS in front, as one vector each: float32 (texts, dim).
 
         Args:
             texts: a list of texts.
-            layer: how many blocks to run, 0 for the embeddings alone; -1, the default, is all of them and the last norm.
-            pooling: "mean" over a text's tokens, the default, or "last" for its last token's.
+            layer: how many blocks to run, 0 for the embeddings alone; -1, the default, is all of them and the last
+            norm. pooling: "mean" over a text's tokens, the default, or "last" for its last token's.
 
         Raises:
             ValueError: a text longer than max_seq_len, or another layer or pooling than there is.
@@ -801,7 +846,12 @@ class Llama:
         length = self.model.params.max_seq_len - 1 if length is None else length
         prompts = asked.prompts()
         tokens, scores = self.generate(
-            prompt_tokens=prompts.ids, max_gen_len=length, temperature=temperature, top_p=top_p, logprobs=bool(logprobs), **echo
+            prompt_tokens=prompts.ids,
+            max_gen_len=length,
+            temperature=temperature,
+            top_p=top_p,
+            logprobs=bool(logprobs),
+            **echo,
         )
         completions = []
         for i, row in enumerate(tokens):
@@ -838,10 +888,12 @@ class Llama:
         return Prompts(prompts, begun, safe)
 
     def _start(self, asked: Asked, share: tuple[int, int] = (0, 1), *, streams: bool = False) -> Running:
-        """A call of this replica's share (which, of how many) of the prompts. All is checked, on every process alike, before
-        anything runs. streams: see `Call`."""
+        """A call of this replica's share (which, of how many) of the prompts. All is checked, on every process alike,
+        before anything runs. streams: see `Call`."""
         (which, replicas), leader = share, self._leader
-        group = None if leader is not None else self._group  # the processes that make this call, and are to make it alike
+        group = (
+            None if leader is not None else self._group
+        )  # the processes that make this call, and are to make it alike
         with self.lock if group is not None else nullcontext(), together(group, everyone=replicas > 1) as agreement:
             self._engine.check_files()
             prompts = asked.prompts()
@@ -893,7 +945,9 @@ class Llama:
     def begin(self, asked: Asked, *, streams: bool = True) -> tuple[Prompts, Completions]:
         """A stream that was checked, and of which nothing runs until it is read. streams: see `Call`."""
         if self._replaced_generate:
-            raise ValueError("generate was replaced, and streams do not go through it; use text_completion or chat_completion")
+            raise ValueError(
+                "generate was replaced, and streams do not go through it; use text_completion or chat_completion"
+            )
         call, choice, prompts = self._start(asked, streams=streams)
         return prompts, Completions(self.tokenizer, call, stops=choice.stops, echo=asked.echo, begun=prompts.begun)
 
@@ -922,7 +976,8 @@ class Llama:
 
 
 def _checked(given: Mapping[str, Any], place: torch.device) -> tuple[Optional[int], int, int]:
-    """The numbers among the arguments of `build`: max_seq_len, max_batch_size, seed. ValueError if an argument is not right."""
+    """The numbers among the arguments of `build`: max_seq_len, max_batch_size, seed. ValueError if an argument is not
+    right."""
     sizes = {"max_seq_len": given["max_seq_len"], "max_batch_size": given["max_batch_size"]}
     for name, size in sizes.items():
         if size is not None or name == "max_batch_size":
@@ -969,7 +1024,11 @@ def _drawn_seed(device: torch.device) -> int:
 
 
 def _given(
-    temperature: float, top_p: float, max_gen_len: Optional[int], logprobs: Union[bool, int], options: Optional[Options] = None
+    temperature: float,
+    top_p: float,
+    max_gen_len: Optional[int],
+    logprobs: Union[bool, int],
+    options: Optional[Options] = None,
 ) -> dict[str, Any]:
     """Meta's arguments and the options, by name."""
     metas = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "logprobs": logprobs}

@@ -20,7 +20,10 @@ IDS = {
     "pad_id": ("padding_token_id", -1),
 }  # fmt: skip
 STOPS = ("eot_token_id", "eom_token_id")  # ids that end an answer, beside EOS
-SPACES = {"add_dummy_prefix": ("add_space_prefix", True), "remove_extra_whitespaces": ("remove_extra_whitespaces", False)}
+SPACES = {
+    "add_dummy_prefix": ("add_space_prefix", True),
+    "remove_extra_whitespaces": ("remove_extra_whitespaces", False),
+}
 
 
 class Vocabulary(NamedTuple):
@@ -36,13 +39,16 @@ class Vocabulary(NamedTuple):
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a GGUF model, of which `path` is a file. ValueError if it has none, or another kind than Llama 2's."""
+    """The vocabulary of a GGUF model, of which `path` is a file. ValueError if it has none, or another kind than Llama
+    2's."""
     path = (find_gguf(path) or [path])[0]
     metadata = read_header(path).metadata
     way_out = "pass tokenizer_path (--tokenizer_path), the tokenizer.model of that model"
     if (kind := metadata.get(f"{KEY}model")) != "llama":
         problem = (
-            "has no tokenizer" if kind is None else f"has a tokenizer of kind {shortened(kind)}, not SentencePiece ('llama')"
+            "has no tokenizer"
+            if kind is None
+            else f"has a tokenizer of kind {shortened(kind)}, not SentencePiece ('llama')"
         )
         raise ValueError(f"{path} {problem}; {way_out}, if it is a Llama 2 model")
     try:

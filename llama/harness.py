@@ -1,10 +1,11 @@
-"""The answers to lm-evaluation-harness' requests, each that of the harness' own model "hf". Needs no lm_eval: that part is
-`lm_eval_model.py`."""
+"""The answers to lm-evaluation-harness' requests, each that of the harness' own model "hf". Needs no lm_eval: that part
+is `lm_eval_model.py`."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Optional
 
 from .chat import Dialog, DialogError
@@ -24,8 +25,8 @@ NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_complet
 class Answers:
     """Answers requests with a model.
 
-    max_length: ids that are read at most, max_seq_len. add_bos: whether texts get a BOS in front; an empty context is a BOS in
-    any case. Text becomes control ids once `apply_chat_template` has written some of it, and not before.
+    max_length: ids that are read at most, max_seq_len. add_bos: whether texts get a BOS in front; an empty context is a
+    BOS in any case. Text becomes control ids once `apply_chat_template` has written some of it, and not before.
     """
 
     def __init__(self, llama: Llama, add_bos: bool = True) -> None:
@@ -34,7 +35,8 @@ class Answers:
         self._templated = False
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """ln p of each continuation after its context, and whether each of its ids is the likeliest one at its place."""
+        """ln p of each continuation after its context, and whether each of its ids is the likeliest one at its
+        place."""
         return self._scored([self._pair(*request) for request in requests])
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
@@ -58,19 +60,22 @@ class Answers:
                     f"{self.max_length}; ask for fewer, or build with a larger max_seq_len"
                 )
             prompts = Prompts([self._cut(self._encode(requests[i][0]), room) for i in group])
-            _, chunks = self.llama.begin(Asked(lambda prompts=prompts: prompts, given), streams=False)  # type: ignore[misc]
+            asked = Asked(partial(Prompts, prompts.ids), given)
+            _, chunks = self.llama.begin(asked, streams=False)
             texts = predictions(self.tokenizer, shown(chunks, chunks.call), len(group), ())
             answers.update((i, text["generation"]) for i, text in zip(group, texts))
         return [answers[i] for i in range(len(requests))]
 
     def apply_chat_template(self, dialog: Dialog, add_generation_prompt: bool = True) -> str:
         """A dialog as text, in the format that the folder speaks, up to the reply; or up to the end of a reply that is
-        begun, if add_generation_prompt=False. DialogError for a message that has a control piece in it: from this text it
-        would become its id."""
+        begun, if add_generation_prompt=False. DialogError for a message that has a control piece in it: from this text
+        it would become its id."""
         for message in dialog:
             for name in self.tokenizer.named:
                 if name in message["content"]:
-                    raise DialogError(f"{shortened(name)} is a control piece, and no message may have it: {shortened(message)}")
+                    raise DialogError(
+                        f"{shortened(name)} is a control piece, and no message may have it: {shortened(message)}"
+                    )
         self._templated = True
         bos, eos = boundaries(self.tokenizer)
         asks = add_generation_prompt
@@ -90,7 +95,8 @@ class Answers:
         before = before or [self.tokenizer.bos_id]
         if not 0 < len(ids) <= self.max_length:
             raise ValueError(
-                f"the continuation {shortened(continuation)} has {len(ids)} ids of its own; it needs at least one, and at most "
+                f"the continuation {shortened(continuation)} has {len(ids)} ids of its own; it needs at least one, and "
+                f"at most "
                 f"max_seq_len={self.max_length} are scored"
             )
         return Pair(self._cut(before, self.max_length + 1 - len(ids)), ids)
@@ -99,7 +105,10 @@ class Answers:
         """The last ids, as many as there is room for."""
         if len(ids) > room:
             warnings.warn(
-                f"a context of {len(ids)} tokens lost its first {len(ids) - room}, since max_seq_len is {self.max_length}",
+                (
+                    f"a context of {len(ids)} tokens lost its first {len(ids) - room}, since max_seq_len is "
+                    f"{self.max_length}"
+                ),
                 stacklevel=4,
             )
         return ids[-room:]

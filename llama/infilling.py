@@ -1,4 +1,5 @@
-"""Code Llama's infilling: what stands between a prefix and a suffix (Rozière et al. 2023), with Meta's ids and order."""
+"""Code Llama's infilling: what stands between a prefix and a suffix (Rozière et al. 2023), with Meta's ids and
+order."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def infilling_ids(tokenizer: Tokenizer) -> InfillingIds:
     if unknown in ids:
         missing = [name for name, i in zip(names, ids) if i == unknown]
         raise ValueError(
-            f"this model cannot fill in: its tokenizer has no {', '.join(missing)}; Code Llama 7B and 13B have them, and their "
+            f"this model cannot fill in: its tokenizer has no {', '.join(missing)}; Code Llama 7B and 13B have them, "
+            f"and their "
             "Instruct forms (not Python's, nor Llama 2)"
         )
     return InfillingIds(*ids)

@@ -1,4 +1,5 @@
-"""Our model in lm-evaluation-harness: `lm_eval --model llama --model_args ckpt_dir=…`, and what `python -m llama eval` runs.
+"""Our model in lm-evaluation-harness: `lm_eval --model llama --model_args ckpt_dir=…`, and what `python -m llama eval`
+runs.
 
 Releases of lm_eval that know entry points find it where this package is installed. The others, 0.4.13 among them, take
 
@@ -37,9 +38,9 @@ DEFAULT_DEVICE = "cuda:0"  # of the harness' command, whether there is one or no
 class LlamaLM(LM):
     """A model of the harness.
 
-    ckpt_dir, tokenizer_path and options: those of `Llama.build`; max_seq_len, which may be called max_length as well, is all
-    that the model was trained on if not given. batch_size: requests that run side by side ("auto" is max_batch_size, or 8).
-    add_bos_token: see `Answers`. llama: a model that is there already, in place of all these.
+    ckpt_dir, tokenizer_path and options: those of `Llama.build`; max_seq_len, which may be called max_length as well,
+    is all that the model was trained on if not given. batch_size: requests that run side by side ("auto" is
+    max_batch_size, or 8). add_bos_token: see `Answers`. llama: a model that is there already, in place of all these.
 
     Under torchrun the first process evaluates, and the others run its steps.
     """
@@ -61,7 +62,9 @@ class LlamaLM(LM):
         if llama is None:
             known = list(inspect.signature(Llama.build).parameters)
             if unknown := options.keys() - set(known):
-                raise ValueError(f"model_args has no {shortened(', '.join(sorted(unknown)))}; there are {', '.join(known)}")
+                raise ValueError(
+                    f"model_args has no {shortened(', '.join(sorted(unknown)))}; there are {', '.join(known)}"
+                )
             if max_length is not None:
                 options.setdefault("max_seq_len", max_length)
             if options.get("max_seq_len") is None:
@@ -74,9 +77,14 @@ class LlamaLM(LM):
         self._name = str(name or ckpt_dir or "demo")
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: Optional[dict[str, Any]] = None) -> LlamaLM:
-        """As the harness' own, but the device in model_args counts more than --device, whose default means the usual one."""
-        others = {name: value for name, value in (additional_config or {}).items() if value not in (None, DEFAULT_DEVICE)}
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: Optional[dict[str, Any]] = None
+    ) -> LlamaLM:
+        """As the harness' own, but the device in model_args counts more than --device, whose default means the usual
+        one."""
+        others = {
+            name: value for name, value in (additional_config or {}).items() if value not in (None, DEFAULT_DEVICE)
+        }
         return cls(**{**others, **arg_dict})
 
     @classmethod
@@ -174,12 +182,16 @@ def find_tasks(wanted: str, include_path: Optional[str] = None) -> Tasks:
 def evaluate(llama: Llama, tasks: Tasks, *, name: str, samples: bool = False, **how: Any) -> Any:
     """The harness' results. how: as in its `simple_evaluate`."""
     model = LlamaLM(llama=llama, name=name)
-    return lm_eval.simple_evaluate(model=model, tasks=tasks.names, task_manager=tasks.manager, log_samples=samples, **how)
+    return lm_eval.simple_evaluate(
+        model=model, tasks=tasks.names, task_manager=tasks.manager, log_samples=samples, **how
+    )
 
 
 def table(results: Any) -> str:
     """Results as the harness' own command shows them."""
-    return "\n".join(make_table(results, *part).strip() for part in [(), ("groups",)][: 1 + bool(results.get("groups"))])
+    return "\n".join(
+        make_table(results, *part).strip() for part in [(), ("groups",)][: 1 + bool(results.get("groups"))]
+    )
 
 
 def as_json(results: Any) -> str:

@@ -1,4 +1,5 @@
-"""What `build` makes of a folder before it loads weights: a model without numbers, for it and for its draft model, checked."""
+"""What `build` makes of a folder before it loads weights: a model without numbers, for it and for its draft model,
+checked."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from .weights.places import DEMO as DEMO
 from .weights.places import DEMO_POSITIONS as DEMO_POSITIONS
 
 DEMO_TOLD = (
-    "This is the demo model, which tells small children's stories. For Llama 2, download its weights (see README.md) and pass "
+    "This is the demo model, which tells small children's stories. For Llama 2, download its weights (see README.md) "
+    "and pass "
     "ckpt_dir (--ckpt_dir)."
 )
 UNSTATED = 2048  # max_seq_len if it is not given
@@ -35,14 +37,14 @@ PATIENCE = 1.0  # seconds between two looks at a download, which may outlast any
 
 
 def checkpoint_folder(given: Union[str, Path], fetching: bool = True) -> Path:
-    """The folder of a path, or of a name on the Hugging Face Hub (org/name, org/name@revision, or org/name:Q4_K_M for one of
-    its GGUF files), which is fetched into the hub's cache if it is not there. ValueError if it cannot be had."""
+    """The folder of a path, or of a name on the Hugging Face Hub (org/name, org/name@revision, or org/name:Q4_K_M for
+    one of its GGUF files), which is fetched into the hub's cache if it is not there. ValueError if it cannot be had."""
     return hub.locate(str(given), user_path(given), fetching)
 
 
 def checkpoint_folders(*given: Union[str, Path, None]) -> list[Optional[Path]]:
-    """`checkpoint_folder` of each that is given, on all processes together. The first process of each node fetches; the others
-    then find it in the cache. All wait for it in short meetings, so a long download meets no time limit."""
+    """`checkpoint_folder` of each that is given, on all processes together. The first process of each node fetches; the
+    others then find it in the cache. All wait for it in short meetings, so a long download meets no time limit."""
 
     def find(fetching: bool) -> list[Optional[Path]]:
         return [None if name is None else checkpoint_folder(name, fetching) for name in given]
@@ -112,7 +114,10 @@ class Opened(NamedTuple):
         """A line for the user if the model runs in another dtype than the stored one; empty otherwise."""
         stored, used = (str(d).removeprefix("torch.") for d in (self.main.checkpoint.dtype, self.placement.dtype))
         place = self.placement.device
-        told = f"The checkpoint is {stored}, which is slow on {place}; running in {used}. Pass dtype={stored!r} to keep it."
+        told = (
+            f"The checkpoint is {stored}, which is slow on {place}; running in {used}. Pass dtype={stored!r} to "
+            f"keep it."
+        )
         return "" if stored == used else told
 
 
@@ -130,7 +135,8 @@ class Wanted(NamedTuple):
 
 
 def open_folders(wanted: Wanted, place: torch.device) -> Opened:
-    """Open and check what is to be loaded, on this launcher's processes; copies no weight. ValueError if it cannot be so."""
+    """Open and check what is to be loaded, on this launcher's processes; copies no weight. ValueError if it cannot be
+    so."""
     checkpoint = add_adapter(open_checkpoint(wanted.folder), wanted.adapter)
     given = None if wanted.tokenizer_path is None else user_path(wanted.tokenizer_path)
     home = tokenizer_folder(wanted.folder, wanted.adapter, given)
@@ -192,8 +198,8 @@ def prepared(
 def prepared_draft(
     folder: Union[str, Path], tokenizer: Tokenizer, of: memory.Placement, dtype: Union[str, torch.dtype, None]
 ) -> Prepared:
-    """The draft model in a folder, as it is stored, for the model that is placed there. ValueError unless both have the same
-    ids, and it is made for as many positions."""
+    """The draft model in a folder, as it is stored, for the model that is placed there. ValueError unless both have the
+    same ids, and it is made for as many positions."""
     path, limits = user_path(folder), of.args
     checkpoint = add_adapter(open_checkpoint(path), None)
     way_out = "take a draft model that was made with the model's own tokenizer.model, or none"
@@ -209,7 +215,9 @@ def prepared_draft(
             f"the draft model in {path} was made for {made_for} positions, but max_seq_len is {limits.max_seq_len}; "
             f"build with max_seq_len={made_for} or less, or without this draft"
         )
-    args = replace(checkpoint.args, vocab_size=wanted, max_seq_len=limits.max_seq_len, max_batch_size=limits.max_batch_size)
+    args = replace(
+        checkpoint.args, vocab_size=wanted, max_seq_len=limits.max_seq_len, max_batch_size=limits.max_batch_size
+    )
     return prepared(checkpoint, args, of.device, dtype)
 
 
@@ -233,8 +241,8 @@ def positions(checkpoint: Checkpoint) -> int:
 def whole_length(
     ckpt_dir: Union[str, Path, None], device: Union[str, torch.device, None], model_parallel_size: Optional[int]
 ) -> int:
-    """The max_seq_len with which a model has room for all positions that it was trained on. The arguments are those of `build`,
-    before which all processes call this."""
+    """The max_seq_len with which a model has room for all positions that it was trained on. The arguments are those of
+    `build`, before which all processes call this."""
     runtime.start(device, model_parallel_size)
     (folder,) = checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir)
     assert folder is not None

@@ -1,6 +1,7 @@
 """The ids that a constraint allows: llguidance says which bytes may come next; here they become masks over ids.
 
-A `Form` is what a request has of a constraint, and can be sent to other processes; a `Matcher` holds how far one row has come.
+A `Form` is what a request has of a constraint, and can be sent to other processes; a `Matcher` holds how far one row
+has come.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Form:
 def forms(
     constraint: Optional[Constraint], tokenizer: Tokenizer, before: Sequence[Sequence[int]], ends: Collection[int]
 ) -> Sequence[Optional[Form]]:
-    """The form of each answer, which goes on from the text of the ids `before` it, and is ended by one of `ends`. ValueError if
-    the tokenizer is somebody's own, or its vocabulary makes the form too large."""
+    """The form of each answer, which goes on from the text of the ids `before` it, and is ended by one of `ends`.
+    ValueError if the tokenizer is somebody's own, or its vocabulary makes the form too large."""
     if constraint is None:
         return [None] * len(before)
     if not isinstance(tokenizer, Tokenizer):
@@ -84,9 +85,13 @@ class Vocabulary:
         self.words, self.eos = -(-tokenizer.n_words // 32), tokenizer.eos_id
         self._probe: Optional[int] = None  # an id whose text begins with a space
         tokens, special = self._read(tokenizer)
-        self.space: Optional[int] = None  # a space alone, which is no text at a start, if the next piece then shows its space
+        self.space: Optional[int] = (
+            None  # a space alone, which is no text at a start, if the next piece then shows its space
+        )
         self._twins = self._without_space(tokenizer, tokens, set(special))
-        self._at_start = torch.arange(32 * self.words, device="cpu")  # id -> the one that says whether it may begin a text
+        self._at_start = torch.arange(
+            32 * self.words, device="cpu"
+        )  # id -> the one that says whether it may begin a text
         for i, twin in self._twins.items():
             self._at_start[i] = twin
         self.bytes, self._sorted = tokens, sorted(tokens)
@@ -154,8 +159,8 @@ class Vocabulary:
         return bits
 
     def certain(self, tokenizer: Tokenizer, text: bytes) -> list[int]:
-        """The first ids of a text that other text follows; not those at its end in whose place a longer piece may come. None at
-        all if it begins within a character, or the tokenizer changes it."""
+        """The first ids of a text that other text follows; not those at its end in whose place a longer piece may come.
+        None at all if it begins within a character, or the tokenizer changes it."""
         try:
             whole = text[:LOOKED_AT].decode()
         except UnicodeDecodeError as error:  # the last character is not known whole
@@ -235,7 +240,8 @@ class Matcher:
         return made
 
     def ends_with(self, token: int) -> bool:
-        """Whether the answer is whole with this id, and cannot go on. A copy tries it: a step that fails is decided again."""
+        """Whether the answer is whole with this id, and cannot go on. A copy tries it: a step that fails is decided
+        again."""
         trial = self._matcher.deep_copy()
         return trial.consume_tokens(self._known(token)) and trial.is_accepting() and trial.is_stopped()
 

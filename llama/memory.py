@@ -17,17 +17,19 @@ from .model import ModelArgs, process_counts
 from .runtime import device_kind
 from .system.printable import gigabytes as gigabytes
 
-# A GPU needs memory beside tensors. cuBLAS has a workspace (torch's: 32 MiB on Hopper, less before) for each stream that
-# multiplies: the one that reads prompts, and the one that graphs are recorded on.
+# A GPU needs memory beside tensors. cuBLAS has a workspace (torch's: 32 MiB on Hopper, less before) for each stream
+# that multiplies: the one that reads prompts, and the one that graphs are recorded on.
 WORKSPACE_BYTES = 32 * 2**20
 STREAMS = 2
 KERNEL_BYTES = 192 * 2**20  # CUDA brings the code of torch's and cuBLAS's kernels to the GPU when they are first called
-NCCL_BYTES = 768 * 2**20  # each process has a few MiB for each channel, peer and protocol, for the model's group and for all
-# A recorded step keeps its logits in the model's dtype and in float32. There are graphs for one row, and for 2, 4, 8 … rows;
-# together they take twice the largest.
+NCCL_BYTES = (
+    768 * 2**20
+)  # each process has a few MiB for each channel, peer and protocol, for the model's group and for all
+# A recorded step keeps its logits in the model's dtype and in float32. There are graphs for one row, and for 2, 4, 8 …
+# rows; together they take twice the largest.
 GRAPH_LOGITS = 2 * 2
-# A CPU's process needs memory beside tensors and what its imports took: code of torch and oneDNN that comes from disk when it
-# is first called (16 to 33 MB), gloo's buffers, and what the allocator keeps of freed pieces.
+# A CPU's process needs memory beside tensors and what its imports took: code of torch and oneDNN that comes from disk
+# when it is first called (16 to 33 MB), gloo's buffers, and what the allocator keeps of freed pieces.
 CODE_BYTES = 32 * 2**20
 INT8_ROWS = 512  # tokens that int8 and int4 layers multiply at a time, with two results in float32
 HOST = torch.device("cpu")
@@ -35,7 +37,8 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Placement:
-    """A model and where it will lie, with a cache of max_batch_size rows of max_seq_len tokens, and weights in `dtype`."""
+    """A model and where it will lie, with a cache of max_batch_size rows of max_seq_len tokens, and weights in
+    `dtype`."""
 
     args: ModelArgs
     dtype: torch.dtype
@@ -54,13 +57,16 @@ class Placement:
 
     def keeps_groups_whole(self) -> bool:
         """Whether no group of quantized numbers would be cut by the processes."""
-        cut = self.args.n_heads * self.args.head_size, self.args.ffn_width  # columns of wo and w2, which are cut along them
+        cut = (
+            self.args.n_heads * self.args.head_size,
+            self.args.ffn_width,
+        )  # columns of wo and w2, which are cut along them
         return self.quantization is None or all(self.quantization.shares(columns, self.processes) for columns in cut)
 
 
 class Need(NamedTuple):
-    """Bytes that one process comes to hold beside what its imports took (`own_bytes`). Weights that stay in mapped files count:
-    the system may drop their pages, but every step would then read them from disk again."""
+    """Bytes that one process comes to hold beside what its imports took (`own_bytes`). Weights that stay in mapped
+    files count: the system may drop their pages, but every step would then read them from disk again."""
 
     weights: int
     cache: int
@@ -122,7 +128,8 @@ def estimate(placement: Placement) -> Need:
 
 
 def _overhead(placement: Placement, largest: int) -> int:
-    """largest: bytes of the largest matrix that oneDNN rearranges, as a copy, before it multiplies many rows with it."""
+    """largest: bytes of the largest matrix that oneDNN rearranges, as a copy, before it multiplies many rows with
+    it."""
     args, place = placement.args, device_kind(placement.device)
     if place == "cuda":
         graphs = 4 * GRAPH_LOGITS * args.max_batch_size * args.vocab_size
@@ -131,7 +138,8 @@ def _overhead(placement: Placement, largest: int) -> int:
 
 
 def own_bytes() -> int:
-    """Bytes that are resident in this process now: Python, torch and its other imports. 0 if the system does not tell."""
+    """Bytes that are resident in this process now: Python, torch and its other imports. 0 if the system does not
+    tell."""
     counts = Path("/proc/self/statm")
     return int(counts.read_text().split()[1]) * mmap.PAGESIZE if counts.exists() else 0
 
@@ -152,7 +160,9 @@ def _free_host_bytes(root: Path) -> Optional[int]:
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return None
-    found = [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    found = [
+        1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")
+    ]
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
@@ -182,8 +192,8 @@ def _free_in_group(folder: Path) -> Optional[int]:
 
 
 def return_freed() -> None:
-    """Have glibc give freed memory back to the system. Up to a third of a quantized model is such memory, because loading
-    frees many pieces. Does nothing without glibc."""
+    """Have glibc give freed memory back to the system. Up to a third of a quantized model is such memory, because
+    loading frees many pieces. Does nothing without glibc."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -204,7 +214,8 @@ def check_fits(placement: Placement) -> None:
 
 
 def way_out(placement: Placement, free: int, working: bool = False) -> str:
-    """The single changes that make weights and cache (and with `working` the temporary) fit `free` bytes, for a message."""
+    """The single changes that make weights and cache (and with `working` the temporary) fit `free` bytes, for a
+    message."""
 
     def fits(changed: Placement) -> bool:
         need = estimate(changed)

@@ -41,8 +41,8 @@ from .system.checks import whole
 from .system.files import MappedFiles
 from .system.printable import shortened
 
-# Without a mask, torch's fused attention on CPUs turns NaN scores into zeros if they do not fill a vector register, which holds
-# up to 16. With fewer columns it gets a mask that hides nothing: no other way keeps NaN as cheaply.
+# Without a mask, torch's fused attention on CPUs turns NaN scores into zeros if they do not fill a vector register,
+# which holds up to 16. With fewer columns it gets a mask that hides nothing: no other way keeps NaN as cheaply.
 NAN_COLUMNS = 16
 
 
@@ -94,7 +94,8 @@ class ModelArgs:
 
 
 def feed_forward_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Optional[float]) -> int:
-    """Meta's rule for SwiGLU's inner width: two thirds, times the multiplier, rounded up. Truncates twice, in this order."""
+    """Meta's rule for SwiGLU's inner width: two thirds, times the multiplier, rounded up. Truncates twice, in this
+    order."""
     width = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
@@ -109,12 +110,15 @@ def process_counts(args: ModelArgs) -> list[int]:
     shared = (args.n_heads, args.dim, args.ffn_width)
     heads = args.kv_heads
     return [
-        n for n in range(1, args.n_heads + 1) if all(size % n == 0 for size in shared) and (heads % n == 0 or n % heads == 0)
+        n
+        for n in range(1, args.n_heads + 1)
+        if all(size % n == 0 for size in shared) and (heads % n == 0 or n % heads == 0)
     ]
 
 
 def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -> None:
-    """ValueError for a shape that cannot be built, or be shared by `processes`. source: the folder that it comes from."""
+    """ValueError for a shape that cannot be built, or be shared by `processes`. source: the folder that it comes
+    from."""
     problem = ""
     if args.vocab_size < 1:
         problem = f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer"
@@ -128,7 +132,8 @@ def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -
         problem = f"scaled rotary positions need heads of 4 or more, not {args.head_size}, and a rope_theta above 1"
     elif processes not in (counts := process_counts(args)):
         problem = (
-            f"{args.n_heads} query heads, {args.kv_heads} key/value heads, a width of {args.dim} and one of {args.ffn_width} "
+            f"{args.n_heads} query heads, {args.kv_heads} key/value heads, a width of {args.dim} and one of "
+            f"{args.ffn_width} "
             f"cannot be shared by {processes} processes; use {' or '.join(map(str, counts))}"
         )
     if problem:
@@ -136,7 +141,8 @@ def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang & Sennrich 2019): normalised in float32, scaled in x's dtype. (..., dim) -> (..., dim)."""
+    """x / rms(x) * weight (Zhang & Sennrich 2019): normalised in float32, scaled in x's dtype. (..., dim) -> (...,
+    dim)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -174,7 +180,8 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn each adjacent pair (2j, 2j+1) of (B, S, H, D) by its angle, in float32. The results have the inputs' dtypes."""
+    """Turn each adjacent pair (2j, 2j+1) of (B, S, H, D) by its angle, in float32. The results have the inputs'
+    dtypes."""
 
     def turn(x: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -206,20 +213,22 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 def hides_infinity(q: torch.Tensor) -> bool:
     """Whether to turn infinite queries q (B, S, H, D) and their keys into NaN, so that the logits show them.
 
-    Attention would take a score of -infinity for a hidden key. float16 overflows from 65504 on; in other dtypes only weights
-    that are not finite lead there. Every prompt shows those; with fused attention on CPUs it does only thanks to this NaN. A
-    step on a GPU is left alone, because it would take another launch.
+    Attention would take a score of -infinity for a hidden key. float16 overflows from 65504 on; in other dtypes only
+    weights that are not finite lead there. Every prompt shows those; with fused attention on CPUs it does only thanks
+    to this NaN. A step on a GPU is left alone, because it would take another launch.
     """
     if q.dtype == torch.float16:
         return q.shape[1] > 1 or device_kind(q) == "cpu"
     return q.shape[1] > 1 and device_kind(q) == "cpu"
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool
+) -> torch.Tensor:
     """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
 
-    q (B, S, H, D); k, v (B, T, K, D); mask (1 or B, S, T), True for a key that a query sees; causal: the queries are the
-    last S of T positions, and each sees the keys up to its own. -> (B, S, H * D)
+    q (B, S, H, D); k, v (B, T, K, D); mask (1 or B, S, T), True for a key that a query sees; causal: the queries are
+    the last S of T positions, and each sees the keys up to its own. -> (B, S, H * D)
     """
     B, S, H, D = q.shape
     T, K = k.shape[1:3]
@@ -249,14 +258,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[tor
 def _attend_on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], causal: bool
 ) -> torch.Tensor:
-    """`attend` for several queries: q (B, S, H, D); k, v (B, K, T, D); mask (1 or B, 1, S, T) or None -> (B, S, H * D)"""
+    """`attend` for several queries: q (B, S, H, D); k, v (B, K, T, D); mask (1 or B, 1, S, T) or None -> (B, S, H *
+    D)"""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes a second
 
     B, S, H, D = q.shape
     K, T = k.shape[1:3]
     q = q.transpose(1, 2)
-    flash = q.dtype != torch.float32 and (mask is None or causal) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    flash = (
+        q.dtype != torch.float32 and (mask is None or causal) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
     if K != H and not flash:  # only flash attention shares heads; else a form with all scores in memory would run
         k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
     seen: Any = mask
@@ -264,7 +276,9 @@ def _attend_on_gpu(
         seen = causal_lower_right(S, T)  # the same mask, in a form that flash attention knows
     # cuDNN's backend is left out: it makes a plan for each new length of prompts.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and S == T, enable_gqa=K != H and flash)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=causal and S == T, enable_gqa=K != H and flash
+        )
     return out.transpose(1, 2).reshape(B, S, H * D)
 
 
@@ -316,9 +330,11 @@ class Attention(nn.Module):
             cache = torch.zeros(slots, heads, columns + 1, size, device=device, dtype=dtype)[:, :, :-1].transpose(1, 2)
             self.register_buffer(name, cache, persistent=False)
 
-    def forward(self, x: torch.Tensor, start_pos: int, freqs_cis: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
-        """Meta's way, for rows that all stand at start_pos: x (B, S, dim); freqs_cis complex64 (S, D/2), their rotations;
-        mask None or (S, start_pos + S), added to the scores -> (B, S, dim)."""
+    def forward(
+        self, x: torch.Tensor, start_pos: int, freqs_cis: torch.Tensor, mask: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """Meta's way, for rows that all stand at start_pos: x (B, S, dim); freqs_cis complex64 (S, D/2), their
+        rotations; mask None or (S, start_pos + S), added to the scores -> (B, S, dim)."""
         B, S, _ = x.shape
         xq, xk, xv = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
@@ -370,7 +386,13 @@ class FeedForward(nn.Module):
     joined: Optional[Quantized] = None  # see `Attention`
 
     def __init__(
-        self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: Optional[float], *, width: Optional[int] = None
+        self,
+        dim: int,
+        hidden_dim: int,
+        multiple_of: int,
+        ffn_dim_multiplier: Optional[float],
+        *,
+        width: Optional[int] = None,
     ) -> None:
         super().__init__()
         width = width or feed_forward_width(hidden_dim, multiple_of, ffn_dim_multiplier)
@@ -401,11 +423,15 @@ class TransformerBlock(nn.Module):
         self.dim = args.dim
         self.head_dim = args.head_size
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier, width=args.ffn_dim)
+        self.feed_forward = FeedForward(
+            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier, width=args.ffn_dim
+        )
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: torch.Tensor, start_pos: int, freqs_cis: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, start_pos: int, freqs_cis: torch.Tensor, mask: Optional[torch.Tensor]
+    ) -> torch.Tensor:
         """Meta's way. `Attention.forward` says what the arguments are."""
         h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
@@ -419,8 +445,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """The decoder. ValueError for a shape that this launcher's processes cannot share.
 
-    freqs_cis: complex64 (2 * max_seq_len, D / 2), Meta's table of rotations, by `rope_scaling` if there is one. It follows the
-    model to a device, never to a dtype. The model uses a table that is put in its place.
+    freqs_cis: complex64 (2 * max_seq_len, D / 2), Meta's table of rotations, by `rope_scaling` if there is one. It
+    follows the model to a device, never to a dtype. The model uses a table that is put in its place.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -484,7 +510,8 @@ class Transformer(nn.Module):
 
     @property
     def as_built(self) -> bool:
-        """Whether nothing was replaced, patched or hooked since the model was made: then the fast ways compute the same."""
+        """Whether nothing was replaced, patched or hooked since the model was made: then the fast ways compute the
+        same."""
         ours = type(self).forward is FORWARD and "forward" not in vars(self)
         return ours and self._watch.sees_no_change(self)
 
@@ -511,7 +538,9 @@ class Transformer(nn.Module):
             if module.fused is not None and not is_fused(module.fused, layers):
                 module.fused = fuse(layers)
             whole = module.joined
-            if whole is not None and not all(is_fused(t, layers, name) for name, t in whole.named_parameters(recurse=False)):
+            if whole is not None and not all(
+                is_fused(t, layers, name) for name, t in whole.named_parameters(recurse=False)
+            ):
                 vars(module)["joined"] = join_quantized(layers)
 
     def _fusable(self) -> Iterator[tuple[Union[Attention, FeedForward], list[Any]]]:
@@ -524,9 +553,14 @@ class Transformer(nn.Module):
                 yield feed_forward, [feed_forward.w1, feed_forward.w3]
 
     def allocate_weights(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the weights of a model from the meta device to another, without numbers yet, and fuse them. Quantized layers
-        keep their dtypes."""
-        stored = {id(p) for module in self.modules() if isinstance(module, Quantized) for p in module.parameters(recurse=False)}
+        """Move the weights of a model from the meta device to another, without numbers yet, and fuse them. Quantized
+        layers keep their dtypes."""
+        stored = {
+            id(p)
+            for module in self.modules()
+            if isinstance(module, Quantized)
+            for p in module.parameters(recurse=False)
+        }
 
         def empty(parts: list[torch.Tensor]) -> torch.Tensor:
             wanted = parts[0].dtype if id(parts[0]) in stored else dtype
@@ -560,9 +594,9 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 (B, S).
-            start_pos: the position of every row's first new token, as in Meta's release; or int64 (B,), one for each row.
-            slots: int64 (B,), the cache rows of the batch rows. Default: 0 … B-1.
-            span: for a tensor of start_pos, how many cache columns to read, at least its maximum + S. Without it the host
+            start_pos: the position of every row's first new token, as in Meta's release; or int64 (B,), one for each
+            row. slots: int64 (B,), the cache rows of the batch rows. Default: 0 … B-1. span: for a tensor of start_pos,
+            how many cache columns to read, at least its maximum + S. Without it the host
                 waits for that maximum.
 
         Raises:
@@ -580,16 +614,17 @@ class Transformer(nn.Module):
         layers: int = -1,
         pass_length: Optional[int] = None,
     ) -> torch.Tensor:
-        """The states that `output` turns into logits, (B, S, dim) in the model's dtype. New keys and values enter the cache.
+        """The states that `output` turns into logits, (B, S, dim) in the model's dtype. New keys and values enter the
+        cache.
 
         tokens (B, S) int64. start_pos: the position of every row's first new token; an int (Meta's), or int64 (B,), one
-        for each row. slots int64 (B,): the cache rows of the batch rows; by default 0 … B-1. Tokens of one cache row may be
-        batch rows of their own: each sees those of this call that stand before it. span, for a tensor of
-        start_pos: how many cache columns to read, at least its maximum + S; without it the host must wait for that maximum.
-        layers: how many blocks to run, without the last norm; negative: all. pass_length: for dynamic scaling of positions, how
-        many tokens are read as one, from position 0 on, though in several calls; if not given, each row's end with this call,
-        as in transformers; 0: each token comes alone. ValueError for tokens that are no ids, and for
-        rows and positions that the cache has no room for.
+        for each row. slots int64 (B,): the cache rows of the batch rows; by default 0 … B-1. Tokens of one cache row
+        may be batch rows of their own: each sees those of this call that stand before it. span, for a tensor of
+        start_pos: how many cache columns to read, at least its maximum + S; without it the host must wait for that
+        maximum. layers: how many blocks to run, without the last norm; negative: all. pass_length: for dynamic scaling
+        of positions, how many tokens are read as one, from position 0 on, though in several calls; if not given, each
+        row's end with this call, as in transformers; 0: each token comes alone. ValueError for tokens that are no ids,
+        and for rows and positions that the cache has no room for.
         """
         if torch.compiler.is_compiling():  # compiled code cannot take locks
             self.cache_use.called = True
@@ -612,7 +647,9 @@ class Transformer(nn.Module):
         start_pos = start_pos.to(h.device) if isinstance(start_pos, torch.Tensor) else start_pos
         slots = None if slots is None else slots.to(h.device)
         if not isinstance(start_pos, torch.Tensor) and whole(start_pos) is None:
-            raise ValueError(f"start_pos={shortened(start_pos)} must be a whole number, or a tensor with one for each row")
+            raise ValueError(
+                f"start_pos={shortened(start_pos)} must be a whole number, or a tensor with one for each row"
+            )
         if self._watch.sees_no_change(self):
             self.keep_fused()
             window = self._window(tokens, start_pos, slots, span, pass_length)
@@ -630,7 +667,8 @@ class Transformer(nn.Module):
         return self.norm(h) if layers < 0 else h
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, S) -> (B, S, dim). ValueError if they are no ids. On a GPU only dtype and shape are checked, without a wait."""
+        """(B, S) -> (B, S, dim). ValueError if they are no ids. On a GPU only dtype and shape are checked, without a
+        wait."""
         if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             shape = tuple(getattr(tokens, "shape", ()))
             told = f"{type(tokens).__name__} of {getattr(tokens, 'dtype', None)} and shape {shape}"
@@ -644,13 +682,17 @@ class Transformer(nn.Module):
                 raise ValueError(f"the id {wrong[0]} is outside the vocabulary; ids go from 0 to {most}") from error
             raise
 
-    def _only_position(self, tokens: torch.Tensor, start_pos: Union[int, torch.Tensor], slots: Optional[torch.Tensor]) -> int:
-        """The position of all rows. ValueError if they have several, or slots of their own: Meta's way has one position."""
+    def _only_position(
+        self, tokens: torch.Tensor, start_pos: Union[int, torch.Tensor], slots: Optional[torch.Tensor]
+    ) -> int:
+        """The position of all rows. ValueError if they have several, or slots of their own: Meta's way has one
+        position."""
         B, S = tokens.shape
         starts = set(start_pos.tolist()) if isinstance(start_pos, torch.Tensor) else {index(start_pos)}
         if len(starts) > 1 or (slots is not None and slots.tolist() != list(range(B))):
             raise ValueError(
-                f"rows at positions {sorted(starts)} need a model that is as it was built; with hooks, patches or parts of "
+                f"rows at positions {sorted(starts)} need a model that is as it was built; with hooks, patches or "
+                f"parts of "
                 "one's own all rows stand at one start_pos, and row i owns slot i, as in Meta's code"
             )
         self._check_room(B, min(starts), max(starts) + S)
@@ -669,7 +711,8 @@ class Transformer(nn.Module):
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor, rotations: torch.Tensor
     ) -> torch.Tensor:
-        """One token of each row, row i in slot i. The operators depend on the shapes alone, so that they can become one graph.
+        """One token of each row, row i in slot i. The operators depend on the shapes alone, so that they can become one
+        graph.
 
         tokens, positions int64 (B,); columns: 0 … T-1 as int64 (T,), T above every position; rotations: `freqs_cis` as
         real numbers, (max_seq_len, D/2, 2). -> logits float32 (B, vocab_size)
@@ -722,7 +765,8 @@ class Transformer(nn.Module):
     def _window_apart(
         self, tokens: torch.Tensor, starts: torch.Tensor, slots: Optional[torch.Tensor], span: Optional[int]
     ) -> Window:
-        """The window of rows that stand at positions of their own: starts int64 (B,). Waits for the device without a span."""
+        """The window of rows that stand at positions of their own: starts int64 (B,). Waits for the device without a
+        span."""
         B, S = tokens.shape
         first, end = (int(starts.min()), int(starts.max()) + S) if span is None else (0, span)
         self._check_room(B if slots is None else 1, first, end)
@@ -740,8 +784,11 @@ def _placed(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device_kind(device) == "cuda" else table.to(device)
 
 
-def _cache_rows(B: int, slots: Optional[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Union[slice, torch.Tensor]]:
-    """The cache rows of a batch: int64 (B, 1) to write to, and an index to read with, which copies nothing without `slots`."""
+def _cache_rows(
+    B: int, slots: Optional[torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, Union[slice, torch.Tensor]]:
+    """The cache rows of a batch: int64 (B, 1) to write to, and an index to read with, which copies nothing without
+    `slots`."""
     if slots is None:
         return torch.arange(B, device=device)[:, None], slice(0, B)
     return slots[:, None], slots
@@ -756,7 +803,8 @@ FORWARD = Transformer.forward
 FORWARD_ONLY = (ParallelEmbedding, ColumnParallelLinear, RowParallelLinear, *QUANTIZED, nn.ModuleList)
 ORIGINALS = Originals(
     {
-        TransformerBlock: ("forward",), Attention: ("forward",), FeedForward: ("forward",), RMSNorm: ("forward", "_norm"),
+        TransformerBlock: ("forward",), Attention: ("forward",), FeedForward: ("forward",),
+        RMSNorm: ("forward", "_norm"),
         **dict.fromkeys(FORWARD_ONLY, ("forward",)),
     },
     globals(),

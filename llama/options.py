@@ -18,24 +18,27 @@ class Options(TypedDict, total=False):
     Attributes:
         stop: a text or several; an answer ends before the first that comes up, also across ids. Default: None.
         stop_ids: ids that end an answer as EOS does. Default: ().
-        seed: one for the call, or a list with one for each prompt. A prompt with a seed gives the same text whatever else
+        seed: one for the call, or a list with one for each prompt. A prompt with a seed gives the same text whatever
+        else
             runs, but for rounding (see `batch_invariant`). Default: None.
         top_k: draw one of this many best ids; 0 means all. Default: 0.
         min_p: draw from ids that are at least this share as probable as the best. Default: 0.0.
         repetition_penalty: makes ids less probable that the row has already, prompt included; from 1e-10 to 1e10, and 1
             does nothing. Default: 1.0.
         presence_penalty: what is subtracted, once, from the logits of ids that were generated. Default: 0.0.
-        frequency_penalty: what is subtracted from the logits of ids for each time that they were generated. Default: 0.0.
-        logit_bias: ids, and what is added to their logits: at most 1e10, and -inf forbids an id. Default: None.
-        draft: at temperature 0, whether to verify in one pass several ids that the text itself suggests. None does so in
-            float32 on a CPU, where it changes no id. True does so everywhere; rounding may then choose another of equally good
-            ids. With a draft model its guesses are verified as well; False does without all guesses, and then drawn ids
-            are what they are without a draft model. Default: None.
-        n: answers to each prompt, which is read once. Those of prompt i are the results n * i to n * i + n - 1; the k-th draws
+        frequency_penalty: what is subtracted from the logits of ids for each time that they were generated. Default:
+        0.0. logit_bias: ids, and what is added to their logits: at most 1e10, and -inf forbids an id. Default: None.
+        draft: at temperature 0, whether to verify in one pass several ids that the text itself suggests. None does so
+        in
+            float32 on a CPU, where it changes no id. True does so everywhere; rounding may then choose another of
+            equally good ids. With a draft model its guesses are verified as well; False does without all guesses, and
+            then drawn ids are what they are without a draft model. Default: None.
+        n: answers to each prompt, which is read once. Those of prompt i are the results n * i to n * i + n - 1; the
+        k-th draws
             with the prompt's seed + k, if it has one. Default: 1.
         constraint: the form that each answer is to have: {"json_schema": …}, {"json_object": True}, {"regex": …},
-            {"choice": […]} or {"grammar": …}; see docs/PYTHON.md. If the answer is whole, EOS and stop_ids may come, and
-            only then; max_gen_len and stop texts end it anywhere. Default: None.
+            {"choice": […]} or {"grammar": …}; see docs/PYTHON.md. If the answer is whole, EOS and stop_ids may come,
+            and only then; max_gen_len and stop texts end it anywhere. Default: None.
     """
 
     stop: Union[str, Sequence[str], None]
@@ -59,7 +62,8 @@ class TurnOptions(Options, total=False):
         temperature: 0 takes the best id; above it, ids are drawn, the more freely the higher it is. Default: 0.6.
         top_p: ids are drawn from the fewest best whose mass exceeds this. Default: 0.9.
         max_gen_len: ids of a reply, at most; None lets it have all the room. Default: None.
-        logprobs: whether chunks have each id's log-probability, or how many of the best ids at each place. Default: False.
+        logprobs: whether chunks have each id's log-probability, or how many of the best ids at each place. Default:
+        False.
     """
 
     temperature: float
@@ -70,8 +74,8 @@ class TurnOptions(Options, total=False):
 
 class Prompts(NamedTuple):
     """Prompts as ids. begun: for each prompt the ids at its end that begin the reply; empty if no prompt has such ids.
-    places: the index of each prompt among the dialogs that were passed; unsafe dialogs are not run. scored: for each prompt the
-    ids to score, its last ones and one behind it; empty if no prompt has such ids."""
+    places: the index of each prompt among the dialogs that were passed; unsafe dialogs are not run. scored: for each
+    prompt the ids to score, its last ones and one behind it; empty if no prompt has such ids."""
 
     ids: Sequence[Sequence[int]]
     begun: Sequence[Sequence[int]] = ()
@@ -90,9 +94,9 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """A call as it was made, before it is checked. prompts: makes the prompts, and raises if they are wrong; it is called
-    once, when the processes compare what they were given. options: Meta's arguments and `Options` by name. continues: the
-    prompt goes on from what is likely to be in the cache.
+    """A call as it was made, before it is checked. prompts: makes the prompts, and raises if they are wrong; it is
+    called once, when the processes compare what they were given. options: Meta's arguments and `Options` by name.
+    continues: the prompt goes on from what is likely to be in the cache.
     """
 
     prompts: Callable[[], Prompts]
@@ -118,7 +122,8 @@ class Choice:
     constraint: Optional[Constraint] = None
 
     def values(self) -> dict[str, Any]:
-        """The options by name. What means the same looks the same: stop and stop_ids, which may come as sets, are sorted."""
+        """The options by name. What means the same looks the same: stop and stop_ids, which may come as sets, are
+        sorted."""
         seeds = self.seed if self.seed is not None else self.seeds
         stops = {"stop": sorted(set(self.stops)), "stop_ids": sorted(set(self.stop_ids))}
         metas = {"max_gen_len": self.length, "logprobs": self.alternatives or self.scored}
@@ -145,7 +150,9 @@ TOLD = {  # the sentence that the terminal's help has for each option of an answ
     "stop": "a text that ends the answer; several as a JSON list",
 }
 SETTABLE = [*TOLD, "seed"]  # options that /set changes in a chat
-IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")]  # keys of a line of --jsonl
+IN_JSON = [
+    name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")
+]  # keys of a line of --jsonl
 
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
@@ -179,7 +186,9 @@ def with_stops(options: Mapping[str, Any], ids: Sequence[int] = (), texts: Seque
 
 def _seeds(given: Any, prompts: int) -> tuple[Optional[int], tuple[Optional[int], ...]]:
     """The option `seed` as (the call's seed, the seed of each prompt)."""
-    is_one = given is None or whole(given) is not None or not isinstance(given, Collection) or isinstance(given, (str, Set))
+    is_one = (
+        given is None or whole(given) is not None or not isinstance(given, Collection) or isinstance(given, (str, Set))
+    )
     told = (given,) if is_one else _several("seed", given, "a whole number, or one for each prompt")
     if not is_one and len(told) != prompts:
         raise ValueError(f"{len(told)} seeds for {prompts} prompts; give one seed, or one for each prompt")

@@ -1,5 +1,5 @@
-"""The perplexity of a text by the methods that numbers are published for, each exactly as its tool has it. docs/EVALUATION.md
-says where each comes from."""
+"""The perplexity of a text by the methods that numbers are published for, each exactly as its tool has it.
+docs/EVALUATION.md says where each comes from."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Perplexity(TypedDict, total=False):
     """The figures of a text.
 
     window: tokens of a window. tokens: how many are scored. nll: minus the sum of their ln p. perplexity: exp of
-    nll / tokens. standard_error: of the perplexity, as llama.cpp tells it. With lm-eval also documents, words and bytes of
-    the original text, and the figures of each word and byte, as the harness' task "wikitext" tells them.
+    nll / tokens. standard_error: of the perplexity, as llama.cpp tells it. With lm-eval also documents, words and bytes
+    of the original text, and the figures of each word and byte, as the harness' task "wikitext" tells them.
     """
 
     method: str
@@ -54,13 +54,15 @@ class Method(NamedTuple):
         """ValueError if a model of this length cannot read a window."""
         if self.window is not None and self.window > max_seq_len:
             raise ValueError(
-                f"{self.kind}-{self.window} reads windows of {self.window} tokens, but the model has room for {max_seq_len} "
+                f"{self.kind}-{self.window} reads windows of {self.window} tokens, but the model has room for "
+                f"{max_seq_len} "
                 f"(max_seq_len); {self.kind}-{max_seq_len} would fit, and gives another number"
             )
 
 
 def parse_method(name: str) -> Method:
-    """A method by its name: one of METHODS, or joined-N or llama.cpp-N with windows of N tokens. ValueError for another."""
+    """A method by its name: one of METHODS, or joined-N or llama.cpp-N with windows of N tokens. ValueError for
+    another."""
     if name == "lm-eval":
         return Method(name, None)
     found = re.fullmatch(r"(joined|llama\.cpp)-(\d{1,7})", str(name), flags=re.ASCII)
@@ -68,15 +70,16 @@ def parse_method(name: str) -> Method:
         near = get_close_matches(str(name).lower(), METHODS, 1, 0.4)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"there is no method {shortened(name)}{hint}; there are {', '.join(METHODS)}, and joined-N and llama.cpp-N with "
+            f"there is no method {shortened(name)}{hint}; there are {', '.join(METHODS)}, and joined-N and llama.cpp-N "
+            f"with "
             "windows of N tokens, 4 at least"
         )
     return Method(found[1], int(found[2]))
 
 
 def perplexity(llama: Llama, text: str, method: str) -> Perplexity:
-    """The perplexity of a text, a file's as it stands there, by a method. ValueError for an unknown method, a text of less than
-    a window (two for llama.cpp), and a window that is longer than the model's max_seq_len."""
+    """The perplexity of a text, a file's as it stands there, by a method. ValueError for an unknown method, a text of
+    less than a window (two for llama.cpp), and a window that is longer than the model's max_seq_len."""
     parsed = parse_method(method)
     parsed.check_fits(llama.model.params.max_seq_len)
     if llama.tokenizer.bos_id < 0:
@@ -143,13 +146,16 @@ def _plain(*changes: tuple[str, str]) -> list[tuple[str, str]]:
     return [(re.escape(old), new) for old, new in changes]
 
 
-# What makes running text of WikiText's tokens, in this order. The second one finds next to nothing, since the slashes were
-# meant to be its delimiters; the numbers that are published were made with it.
+# What makes running text of WikiText's tokens, in this order. The second one finds next to nothing, since the slashes
+# were meant to be its delimiters; the numbers that are published were made with it.
 _CHANGES = [
     *_plain(("s '", "s'")),
     (r"/' [0-9]/", r"/'[0-9]/"),
     *_plain(*((f" @{mark}@ ", mark) for mark in "-,."), *((f" {mark} ", f"{mark} ") for mark in ":;.!?,")),
-    *((rf"{begin}\s*([^{end}]*?)\s*{end}", rf"{begin[-1]}\1{end[-1]}") for begin, end in (r"\( \)".split(), r"\[ \]".split())),
+    *(
+        (rf"{begin}\s*([^{end}]*?)\s*{end}", rf"{begin[-1]}\1{end[-1]}")
+        for begin, end in (r"\( \)".split(), r"\[ \]".split())
+    ),
     *((rf"{begin}\s*([^{end}]*?)\s*{end}", rf"{begin}\1{end}") for begin, end in ("{}", '""', "''")),
     *_plain(*(("= " * n + "=", "=" * (n + 1)) for n in (3, 2, 1)), (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}")),
     *_plain((" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")),
@@ -177,14 +183,14 @@ def rolling(ids: list[int], first: int, window: int) -> list[Window]:
 
 
 def joined(text: str) -> str:
-    """The rows that Hugging Face's data set "wikitext" makes of the file, lines that are blank or end in their line end, joined
-    by two line ends."""
+    """The rows that Hugging Face's data set "wikitext" makes of the file, lines that are blank or end in their line
+    end, joined by two line ends."""
     return "\n\n".join(line if line.strip() else "" for line in io.StringIO(text))
 
 
 def joined_windows(ids: list[int], window: int) -> list[Window]:
-    """Windows side by side; all ids are scored but the first of each. What is left at the end is not read. ValueError if there
-    is no whole window."""
+    """Windows side by side; all ids are scored but the first of each. What is left at the end is not read. ValueError
+    if there is no whole window."""
     if len(ids) < window:
         raise ValueError(f"the text has {counted(len(ids), 'token')}, fewer than one window of {window}")
     return [(ids[at : at + 1], ids[at + 1 : at + window]) for at in range(0, len(ids) - window + 1, window)]
@@ -194,8 +200,8 @@ def joined_windows(ids: list[int], window: int) -> list[Window]:
 
 
 def chunks(ids: list[int], bos: int, window: int) -> list[Window]:
-    """Windows side by side, in which BOS stands in place of the first id; the ids behind their middle are scored. What is
-    left at the end is not read. ValueError for fewer ids than two windows have."""
+    """Windows side by side, in which BOS stands in place of the first id; the ids behind their middle are scored. What
+    is left at the end is not read. ValueError for fewer ids than two windows have."""
     if len(ids) < 2 * window:
         told = counted(len(ids), "token")
         raise ValueError(f"the text has {told}, and llama.cpp's method needs two windows of {window} at least")

@@ -1,7 +1,7 @@
 """Scaled rotary positions: rules by which a model reads texts that are longer than what it was trained for. No files.
 
-Pair j of a head of D numbers turns by t theta^(-2j/D) at position t (RoFormer, Su et al. 2021). Each rule has frequencies of
-its own in place of theta^(-2j/D). The numbers have the names that config.json gives them.
+Pair j of a head of D numbers turns by t theta^(-2j/D) at position t (RoFormer, Su et al. 2021). Each rule has
+frequencies of its own in place of theta^(-2j/D). The numbers have the names that config.json gives them.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class RotaryScaling:
     """A rule and its numbers. ValueError, with every reason in one message, for what cannot be computed.
 
     kind: "linear", "dynamic", "yarn" or "llama3". factor: how many times as long the texts may be.
-    original_max_position_embeddings: the positions that the model was first trained for. positions: those that it is made for
-    with the scaling; factor times the original ones if not given. The others are yarn's, and llama3's, which needs both.
+    original_max_position_embeddings: the positions that the model was first trained for. positions: those that it is
+    made for with the scaling; factor times the original ones if not given. The others are yarn's, and llama3's, which
+    needs both.
     """
 
     kind: str
@@ -69,7 +70,8 @@ class RotaryScaling:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(
-                f"its rotary positions are scaled ({shortened(self.kind)}), which is not computed; only {', '.join(KINDS)} are"
+                f"its rotary positions are scaled ({shortened(self.kind)}), which is not computed; only "
+                f"{', '.join(KINDS)} are"
             )
         given, needed = vars(self), OWN_NUMBERS["llama3"] if self.kind == "llama3" else ()
         numbers = {key: number._replace(required=number.required or key in needed) for key, number in NUMBERS.items()}
@@ -105,13 +107,17 @@ class RotaryScaling:
     def frequencies(self, dim: int, theta: float, lengths: torch.Tensor) -> torch.Tensor:
         """Radians that each pair of a head turns by from one position to the next, float32.
 
-        lengths: int64 (S,), the length of the text when each token is read. -> (dim // 2,), and (S, dim // 2) for "dynamic".
+        lengths: int64 (S,), the length of the text when each token is read. -> (dim // 2,), and (S, dim // 2) for
+        "dynamic".
         """
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=lengths.device)[: dim // 2] / dim
         if self.kind == "dynamic":
             # The base grows with the text, so that the slowest pair turns about as far as in one of the original length
             # ("NTK-aware" and its dynamic form, by bloc97 and emozilla; sections 3.1 and 3.3 of YaRN's paper).
-            longer = lengths.clamp(min=self.original_max_position_embeddings).double() / self.original_max_position_embeddings
+            longer = (
+                lengths.clamp(min=self.original_max_position_embeddings).double()
+                / self.original_max_position_embeddings
+            )
             bases = theta * (self.factor * longer - (self.factor - 1)) ** (dim / (dim - 2))
             return 1.0 / bases.float()[:, None] ** exponents
         plain = 1.0 / theta**exponents
@@ -121,8 +127,9 @@ class RotaryScaling:
         return plain / self.factor * (1 - kept) + plain * kept
 
     def _kept_by_yarn(self, dim: int, theta: float, plain: torch.Tensor) -> torch.Tensor:
-        """The share of each pair that is not slowed down: all of one that turns beta_fast times within the original length,
-        none of one that turns beta_slow times (YaRN, Peng et al. 2023, section 3.2, https://arxiv.org/abs/2309.00071)."""
+        """The share of each pair that is not slowed down: all of one that turns beta_fast times within the original
+        length, none of one that turns beta_slow times (YaRN, Peng et al. 2023, section 3.2,
+        https://arxiv.org/abs/2309.00071)."""
 
         def pair(turns: float) -> float:
             length = self.original_max_position_embeddings
@@ -138,8 +145,8 @@ class RotaryScaling:
         return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
 
     def _kept_by_llama3(self, plain: torch.Tensor) -> torch.Tensor:
-        """The same share by Llama 3.1's release (apply_scaling in models/llama3/model.py of meta-llama/llama-models): by how
-        often a pair turns within the original length."""
+        """The same share by Llama 3.1's release (apply_scaling in models/llama3/model.py of meta-llama/llama-models):
+        by how often a pair turns within the original length."""
         assert self.low_freq_factor is not None
         assert self.high_freq_factor is not None
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)
@@ -151,8 +158,8 @@ def scaled_freqs_cis(
 ) -> torch.Tensor:
     """Rows start … end - 1 of a table of rotations: complex64 (end - start, dim // 2), magnitudes included, on the CPU.
 
-    pass_length: "dynamic" turns all tokens of a pass by the length that the pass reaches, as transformers does: those in front
-    of this length are of one pass, and each of the others comes alone.
+    pass_length: "dynamic" turns all tokens of a pass by the length that the pass reaches, as transformers does: those
+    in front of this length are of one pass, and each of the others comes alone.
     """
     positions = torch.arange(start, end, device="cpu")
     frequencies = scaling.frequencies(dim, theta, (positions + 1).clamp(min=pass_length))

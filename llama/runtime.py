@@ -1,7 +1,8 @@
-"""Sets up this process: torchrun's variables, or none -> device, dtype, process group, threads, quiet ranks, a clean end.
+"""Sets up this process: torchrun's variables, or none -> device, dtype, process group, threads, quiet ranks, a clean
+end.
 
-Only this file and `launch` read the environment. A process that torchrun did not start needs no process group and gets none,
-so it opens no port and leaves nothing to clean up. `shutdown` undoes what `start` did; it also runs at exit.
+Only this file and `launch` read the environment. A process that torchrun did not start needs no process group and gets
+none, so it opens no port and leaves nothing to clean up. `shutdown` undoes what `start` did; it also runs at exit.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ ALIASES: dict[str, str] = {}
 
 
 def device_kind(place: Union[torch.Tensor, torch.device]) -> str:
-    """The kind of a device, or of the one that a tensor lies on: "cpu", "cuda", "mps" or "meta". No other place asks."""
+    """The kind of a device, or of the one that a tensor lies on: "cpu", "cuda", "mps" or "meta". No other place
+    asks."""
     device = place.device if isinstance(place, torch.Tensor) else place
     return ALIASES.get(device.type, device.type)
 
@@ -71,9 +73,9 @@ def to_device(values: Any, device: torch.device, out: Optional[torch.Tensor] = N
 FAIRSCALE_GROUPS = tuple(f"_{kind}" for kind in (
     "MODEL_PARALLEL_GROUP", "DATA_PARALLEL_GROUP", "PIPELINE_PARALLEL_GROUP", "PIPELINE_PARALLEL_RANKS"
 ))  # fmt: skip
-# A collective waits this long for a process that is late: it may read 138 GB of weights from a network disk that another
-# process has in its page cache (torch's limits are 30 minutes, and 10 with NCCL). A process that died is noticed sooner:
-# gloo loses its connection, and torchrun ends the others.
+# A collective waits this long for a process that is late: it may read 138 GB of weights from a network disk that
+# another process has in its page cache (torch's limits are 30 minutes, and 10 with NCCL). A process that died is
+# noticed sooner: gloo loses its connection, and torchrun ends the others.
 TIME_LIMIT = timedelta(hours=6)
 
 
@@ -111,8 +113,8 @@ def placed(launch: Launch) -> Iterator[None]:
 
 
 def acts_alone() -> bool:
-    """Whether the process group is not for what runs here: it is of a `Llama` that started processes of its own, and that was
-    built before."""
+    """Whether the process group is not for what runs here: it is of a `Llama` that started processes of its own, and
+    that was built before."""
     return _started.launch is not None and _placed.get() is None
 
 
@@ -190,10 +192,13 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
         raise ValueError(f"device={device!r} is not a device of torch; use 'cpu', 'cuda' or 'mps'") from error
     if device_kind(chosen) == "cuda":
         count = torch.cuda.device_count()
-        # A single visible GPU is this process's own, as SLURM gives them out; `start` refuses two processes that see the same.
+        # A single visible GPU is this process's own, as SLURM gives them out; `start` refuses two processes that see
+        # the same.
         index = chosen.index if chosen.index is not None else 0 if count == 1 else launch.local_rank
         if not count:
-            raise ValueError("device='cuda', but torch sees no GPU; pass device='cpu', or install a CUDA build of PyTorch")
+            raise ValueError(
+                "device='cuda', but torch sees no GPU; pass device='cpu', or install a CUDA build of PyTorch"
+            )
         if index >= count:
             raise ValueError(
                 f"process {launch.local_rank} of this machine wants GPU {index}, but {count} can be seen; "
@@ -232,24 +237,33 @@ class _Place:
 
 
 def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
-    """A collective. ValueError on all processes if one has a problem, if not all compute on the same kind of device, if two
-    have the same GPU, or if sizes differ: their first collective would wait for ever, or fail inside NCCL."""
+    """A collective. ValueError on all processes if one has a problem, if not all compute on the same kind of device, if
+    two have the same GPU, or if sizes differ: their first collective would wait for ever, or fail inside NCCL."""
     places: list[_Place] = [mine] * dist.get_world_size()
     with peers.waiting(range(len(places)), "start"):
         dist.all_gather_object(places, mine)
     words = ""
     for rank, place in enumerate(places):
-        first = next(other for other, known in enumerate(places) if (known.machine, known.uuid) == (place.machine, place.uuid))
+        first = next(
+            other for other, known in enumerate(places) if (known.machine, known.uuid) == (place.machine, place.uuid)
+        )
         if place.problem:
             everyones = all(other.problem == place.problem for other in places)
             words = place.problem if everyones else f"{place.problem} (on process {rank})"
         elif place.kind != places[0].kind:
-            words = f"process 0 computes on {places[0].kind}, but process {rank} on {place.kind}; pass the same device= to both"
+            words = (
+                f"process 0 computes on {places[0].kind}, but process {rank} on {place.kind}; pass the same "
+                f"device= to both"
+            )
         elif place.size != places[0].size:
-            words = f"model_parallel_size is {places[0].size} on process 0, but {place.size} on process {rank}; they must agree"
+            words = (
+                f"model_parallel_size is {places[0].size} on process 0, but {place.size} on process {rank}; they "
+                f"must agree"
+            )
         elif place.kind == "cuda" and first != rank:
             words = (
-                f"processes {first} and {rank} of {place.machine.split(' ')[0]} both compute on GPU {place.uuid}; start no "
+                f"processes {first} and {rank} of {place.machine.split(' ')[0]} both compute on GPU {place.uuid}; "
+                f"start no "
                 "more processes than GPUs, let CUDA_VISIBLE_DEVICES show each process another one, or pass device='cpu'"
             )
         if words:
@@ -276,7 +290,9 @@ def _join(launch: Launch) -> None:
     _started.launch = launch if launch.store is not None else None
     _started.watch = watch = peers.begin(launch.rank, launch.world_size, launch.launcher)
     if dist.is_initialized():
-        with contextlib.suppress(RuntimeError, AttributeError):  # a store that has no second connection carries no signs
+        with contextlib.suppress(
+            RuntimeError, AttributeError
+        ):  # a store that has no second connection carries no signs
             watch.publish(PrefixStore(f"llama/{_joined}", _default_store().clone()))
         _started.world = dist.group.WORLD
         return
@@ -285,7 +301,9 @@ def _join(launch: Launch) -> None:
         # With GPUs both are joined: a later build may be for the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and peers.is_refused(address):
-            raise RuntimeError(peers.GONE)  # torchrun ended while this process was importing; rendezvous would wait for minutes
+            raise RuntimeError(
+                peers.GONE
+            )  # torchrun ended while this process was importing; rendezvous would wait for minutes
         store: Any = launch.store
         if store is None:
             with peers.waiting((), address):
@@ -293,17 +311,21 @@ def _join(launch: Launch) -> None:
         turn = _joined if launch.store is None else 0
         # The signs have a connection of their own: on the other one they would wait while this process waits.
         watch.publish(PrefixStore(f"llama/{turn}", store.clone()))
-        # The group has keys of its own: a store that outlives a group, as torchrun's does, still has the old group's addresses.
+        # The group has keys of its own: a store that outlives a group, as torchrun's does, still has the old group's
+        # addresses.
         _started.store = store = PrefixStore(f"llama/{turn}/group", store)
         hook = sys.excepthook
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIME_LIMIT)
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIME_LIMIT
+        )
         if launch.store is not None:
             sys.excepthook = hook  # torch has put one there that says which rank this is
     except RuntimeError as error:
         watch.stop()
         _started.watch = _started.store = None
         raise ValueError(
-            f"process {launch.rank} cannot meet the others at MASTER_ADDR:MASTER_PORT = {address}: {str(error).splitlines()[0]}"
+            f"process {launch.rank} cannot meet the others at MASTER_ADDR:MASTER_PORT = {address}: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     _started.world = dist.group.WORLD
 
@@ -335,9 +357,14 @@ def _make_groups(model_parallel_size: int) -> None:
 
 
 def _share_cores(device: torch.device, launch: Launch) -> None:
-    """Divide the cores among the processes. torchrun sets OMP_NUM_THREADS=1, which would leave most cores idle on a CPU."""
+    """Divide the cores among the processes. torchrun sets OMP_NUM_THREADS=1, which would leave most cores idle on a
+    CPU."""
     launchers_own = "1" if launch.store is None else None
-    if device_kind(device) == "cpu" and os.environ.get("OMP_NUM_THREADS") in (None, launchers_own) and _started.threads is None:
+    if (
+        device_kind(device) == "cpu"
+        and os.environ.get("OMP_NUM_THREADS") in (None, launchers_own)
+        and _started.threads is None
+    ):
         _started.threads = torch.get_num_threads()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // launch.local_world_size))
@@ -388,7 +415,8 @@ def inductor_cache(make_folder: Callable[[Path], None]) -> Iterator[None]:
 
 
 def cpp_compiler() -> Optional[str]:
-    """The C++ compiler to call: $CXX, or the first of the usual names that is found. None on other systems than Linux."""
+    """The C++ compiler to call: $CXX, or the first of the usual names that is found. None on other systems than
+    Linux."""
     if sys.platform != "linux":
         return None
     return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
@@ -407,7 +435,9 @@ def processor() -> str:
     abilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     listed = Path("/proc/cpuinfo")
     if not abilities and listed.exists():  # the flags of the first processor
-        abilities = dict.fromkeys(re.findall(r"^(?:flags|Features)\s*:(.*)", listed.read_text(), flags=re.MULTILINE)[:1])
+        abilities = dict.fromkeys(
+            re.findall(r"^(?:flags|Features)\s*:(.*)", listed.read_text(), flags=re.MULTILINE)[:1]
+        )
     return repr((platform.machine(), torch.backends.cpu.get_cpu_capability(), sorted(abilities.items())))
 
 
@@ -417,16 +447,16 @@ _first: list[Callable[[], Optional[Callable[[], object]]]] = []  # references to
 def release_first(callback: Callable[[], object]) -> None:
     """Have each `shutdown` call this before it destroys the process group; the latest callback comes first.
 
-    It is for owners of CUDA graphs and the like: NCCL waits for ever for a graph with one of its collectives (pytorch issue
-    115388). A bound method is held weakly, so that it keeps no model alive.
+    It is for owners of CUDA graphs and the like: NCCL waits for ever for a graph with one of its collectives (pytorch
+    issue 115388). A bound method is held weakly, so that it keeps no model alive.
     """
     reference = weakref.WeakMethod(callback) if isinstance(callback, MethodType) else lambda: callback
     _first[:] = [known for known in _first if known() is not None] + [reference]
 
 
 def has_failed() -> bool:
-    """Whether an exception ends this process, or a process is gone that it had started. If so, it must not wait for its GPU:
-    a collective there may never end."""
+    """Whether an exception ends this process, or a process is gone that it had started. If so, it must not wait for its
+    GPU: a collective there may never end."""
     return _started.lost if _started.launch is not None else getattr(sys, "last_value", None) is not None
 
 
@@ -442,8 +472,8 @@ def lose() -> None:
 def shutdown() -> None:
     """Leave the process group that `start` joined, and restore stdout, threads and the exception hook.
 
-    Call it on every process. Models built over several processes cannot run afterwards; a new `build` can. The first error of
-    a callback of `release_first` is raised at the end.
+    Call it on every process. Models built over several processes cannot run afterwards; a new `build` can. The first
+    error of a callback of `release_first` is raised at the end.
     """
     global _started
     started, failed = _started, has_failed()
@@ -486,12 +516,14 @@ def shutdown() -> None:
 
 
 def choose_dtype(wanted: Union[str, torch.dtype, None], stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """`wanted`, or else the checkpoint's own dtype, or the other 16-bit dtype if the device is slow or unable in that one.
+    """`wanted`, or else the checkpoint's own dtype, or the other 16-bit dtype if the device is slow or unable in that
+    one.
 
     wanted: a dtype or its name, also as bf16, fp16, half or fp32; "auto" is as None.
 
-    float16 replaces bfloat16 if the device cannot compute in that. bfloat16 replaces float16 on an x86 processor, which reads
-    prompts up to twenty times as fast in it; Llama 2's weights, trained in bfloat16, lose nothing. ValueError for other dtypes.
+    float16 replaces bfloat16 if the device cannot compute in that. bfloat16 replaces float16 on an x86 processor, which
+    reads prompts up to twenty times as fast in it; Llama 2's weights, trained in bfloat16, lose nothing. ValueError for
+    other dtypes.
     """
     wanted = ALSO_CALLED.get(wanted, wanted) if isinstance(wanted, str) else wanted
     if wanted is None:

@@ -1,7 +1,7 @@
 """Jinja's sandbox, with limits: no template runs for ever, or fills the memory. Needs jinja2.
 
-A template comes with a model that somebody has published. Jinja keeps it from files and from the program; what it computes is
-limited here: the time, the rounds of its loops, and the size of whatever one step makes.
+A template comes with a model that somebody has published. Jinja keeps it from files and from the program; what it
+computes is limited here: the time, the rounds of its loops, and the size of whatever one step makes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ MOST_SIZE = 2**22  # characters of a text, or items of a list
 MOST_PRODUCT = 2**26  # sizes of all that a function of MULTIPLYING is given, multiplied: it makes no more than that
 MOST_BITS = 2**12  # bits of a number
 MULTIPLYING = {
-    "replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice", "wordwrap",
+    "replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice",
+    "wordwrap",
 }  # fmt: skip
-WIDE = re.compile(r"%(\(.*?\))?[^%a-zA-Z]*(\d{4}|\*)|{[^{}]*(\d{4}|{)")  # in a text to format: widths that make much of little
+WIDE = re.compile(
+    r"%(\(.*?\))?[^%a-zA-Z]*(\d{4}|\*)|{[^{}]*(\d{4}|{)"
+)  # in a text to format: widths that make much of little
 
 
 class TooMuch(ValueError):
@@ -79,7 +82,8 @@ def _count_round() -> str:
 
 
 def _size(value: Any) -> int:
-    """How much a step may make of a value: the number itself, or the characters and items in it, counted up to the limit."""
+    """How much a step may make of a value: the number itself, or the characters and items in it, counted up to the
+    limit."""
     if isinstance(value, int):
         return max(1, abs(value))
     size, inner = 0, [value]
@@ -140,7 +144,9 @@ class Limited(ImmutableSandboxedEnvironment):
     joined = staticmethod(_joined)
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=self._checked)
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=self._checked
+        )
         formatted = self.filters["format"]
         self.filters["format"] = lambda text, *args, **named: formatted(_narrow(text), *args, **named)
         self.filters = {name: _limited(filter, name) for name, filter in self.filters.items()}

@@ -20,7 +20,8 @@ class _Said(TypedDict):
 
 
 class Turn(_Said, total=False):
-    """What the user said and the assistant answered, and the ids that the two are to the model, up to the reply's end."""
+    """What the user said and the assistant answered, and the ids that the two are to the model, up to the reply's
+    end."""
 
     ids: list[int]
 
@@ -43,8 +44,8 @@ def write_messages(path: Path, dialog: Dialog) -> None:
 
 
 def read_conversation(path: Path) -> tuple[Optional[str], list[Turn]]:
-    """The system message and the turns of a file: a list of messages, {"messages": such a list}, or what a session's `save`
-    wrote, whose turns may have ids. ValueError if it is something else."""
+    """The system message and the turns of a file: a list of messages, {"messages": such a list}, or what a session's
+    `save` wrote, whose turns may have ids. ValueError if it is something else."""
     try:
         data = read_file(path, MOST_BYTES, "a session has some thousands")
     except ValueError as error:

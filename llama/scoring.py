@@ -37,8 +37,8 @@ class Pair(NamedTuple):
 
 
 def encode_pair(encode: Callable[[str], list[int]], context: str, continuation: str) -> Pair:
-    """The ids of two texts, as lm-evaluation-harness has them: both are encoded as one text, which is split behind as many ids
-    as the context has by itself. Spaces at the context's end belong to the continuation."""
+    """The ids of two texts, as lm-evaluation-harness has them: both are encoded as one text, which is split behind as
+    many ids as the context has by itself. Spaces at the context's end belong to the continuation."""
     before = encode(context.rstrip())
     return Pair(before, encode(context + continuation)[len(before) :])
 
@@ -60,13 +60,15 @@ def id_pairs(contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence
 
 def _paired(contexts: Sequence[T], continuations: Sequence[T]) -> list[tuple[T, T]]:
     if len(contexts) != len(continuations):
-        raise ValueError(f"{len(contexts)} contexts for {len(continuations)} continuations; give one of each for every pair")
+        raise ValueError(
+            f"{len(contexts)} contexts for {len(continuations)} continuations; give one of each for every pair"
+        )
     return list(zip(contexts, continuations))
 
 
 def pair_prompts(pairs: Sequence[Pair], args: ModelArgs) -> tuple[list[int], Prompts]:
-    """Pairs as prompts, and the index of the pair that each prompt is of. Contexts that begin alike stand side by side, so that
-    their beginning is read once. ValueError for a pair that is too long, or has no ids to score."""
+    """Pairs as prompts, and the index of the pair that each prompt is of. Contexts that begin alike stand side by side,
+    so that their beginning is read once. ValueError for a pair that is too long, or has no ids to score."""
     for i, (context, continuation) in enumerate(pairs):
         if not continuation:
             raise ValueError(f"continuation {i} has no ids of its own; give it a text that is not empty")

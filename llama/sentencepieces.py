@@ -14,7 +14,12 @@ from typing import Any, Union
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, as SentencePiece numbers them
 PIECE, TRAINER, NORMALIZER = 1, 2, 3  # fields of a model
 MODEL_TYPE, VOCAB_SIZE, BYTE_FALLBACK = 3, 4, 35  # fields of the trainer's part
-IDS = {"unk_id": (40, 45), "bos_id": (41, 46), "eos_id": (42, 47), "pad_id": (43, 48)}  # each with the field of its piece
+IDS = {
+    "unk_id": (40, 45),
+    "bos_id": (41, 46),
+    "eos_id": (42, 47),
+    "pad_id": (43, 48),
+}  # each with the field of its piece
 BPE = 2
 NAME, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 1, 3, 4  # fields of the normalizer's part
 
@@ -94,11 +99,11 @@ def sentencepiece_model(
 ) -> bytes:
     """The bytes of a SentencePiece BPE model, as a tokenizer.model has them, with Llama's way of reading text.
 
-    pieces: text, score (the two neighbours whose piece scores best are joined first) and kind of each id. The pieces of bos_id,
-    eos_id and pad_id become control pieces, and that of unk_id the unknown one; an id is -1 where there is none.
-    add_dummy_prefix: whether a space goes before each text. remove_extra_whitespaces: whether runs of spaces are read as one,
-    and those at the ends as none; Llama 2 keeps them. ValueError for another kind, an id without a piece, no unk_id, or
-    text that UTF-8 cannot encode.
+    pieces: text, score (the two neighbours whose piece scores best are joined first) and kind of each id. The pieces of
+    bos_id, eos_id and pad_id become control pieces, and that of unk_id the unknown one; an id is -1 where there is
+    none. add_dummy_prefix: whether a space goes before each text. remove_extra_whitespaces: whether runs of spaces are
+    read as one, and those at the ends as none; Llama 2 keeps them. ValueError for another kind, an id without a piece,
+    no unk_id, or text that UTF-8 cannot encode.
     """
     named = {"bos_id": bos_id, "eos_id": eos_id, "unk_id": unk_id, "pad_id": pad_id}
     for name, i in named.items():

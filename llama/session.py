@@ -54,22 +54,28 @@ class ChatSession:
     >>> for chunk in chat.send("Who wrote Hamlet?"):
     ...     print(chunk["text"], end="", flush=True)
 
-    `Llama.chat` makes one, and describes the arguments; `send` may override options for one turn. A reply ends before a tag of
-    the chat format too, since no message may have one.
+    `Llama.chat` makes one, and describes the arguments; `send` may override options for one turn. A reply ends before a
+    tag of the chat format too, since no message may have one.
 
-    The texts in `turns` are what counts: they may be changed, deleted, appended. A turn's ids are made from its texts, and
-    kept as long as they say the same. So a reply stays as it was generated, and each turn runs only what is new: the ids of
-    the turns before are in the cache, as long as no other prompts needed their place.
+    The texts in `turns` are what counts: they may be changed, deleted, appended. A turn's ids are made from its texts,
+    and kept as long as they say the same. So a reply stays as it was generated, and each turn runs only what is new:
+    the ids of the turns before are in the cache, as long as no other prompts needed their place.
     """
 
     def __init__(
-        self, llama: Talker, system: Optional[str] = None, *, dialog: Optional[Dialog] = None, **options: Unpack[TurnOptions]
+        self,
+        llama: Talker,
+        system: Optional[str] = None,
+        *,
+        dialog: Optional[Dialog] = None,
+        **options: Unpack[TurnOptions],
     ) -> None:
         llama.check_options(options)
         self.llama, self.options = llama, options
         self._turns: list[Turn] = []
         self._system: Optional[str] = None
-        # (user, assistant, system message, whether first) -> ids that were found to say these texts: it takes milliseconds.
+        # (user, assistant, system message, whether first) -> ids that were found to say these texts: it takes
+        # milliseconds.
         self._proven: dict[tuple[str, str, Optional[str], bool], tuple[int, ...]] = {}
         if dialog is not None:
             self.dialog = dialog
@@ -165,15 +171,17 @@ class ChatSession:
             return self.turns[-1]["assistant"]
 
     def continue_reply(self, **options: Unpack[TurnOptions]) -> Iterator[Chunk]:
-        """Let the last turn's reply go on: one that max_gen_len ended, or whose beginning you have written. The chunks are
-        what is new of it, as from `chat_completion(chat.dialog, continue_final_message=True)`."""
+        """Let the last turn's reply go on: one that max_gen_len ended, or whose beginning you have written. The chunks
+        are what is new of it, as from `chat_completion(chat.dialog, continue_final_message=True)`."""
         if not self._turns:
             raise ValueError("there is no reply that could go on; send() a message first")
         *history, last = self._history()
         turn, first = self._turns[-1], not history
         prompt = self._encode(turn["user"], first)
         reply = self._open(last)[len(prompt) :]
-        if last == self._finished(turn, first) or turn["assistant"].endswith(REPLACEMENT):  # it may end in half a character
+        if last == self._finished(turn, first) or turn["assistant"].endswith(
+            REPLACEMENT
+        ):  # it may end in half a character
             begun = self._encode(turn["user"], first, turn["assistant"])
             prompt, reply = begun[: (same := in_common(begun, prompt))], begun[same:]
         self._check_room(history, turn["user"], len(prompt) + len(reply))
@@ -192,8 +200,8 @@ class ChatSession:
         end: tuple[list[Turn], Optional[Turn]],
         options: dict[str, Any],
     ) -> Iterator[Chunk]:
-        """Run the reply that these ids begin to its end. What was read of it stands in `turn`; a new turn is put at the `end`
-        of the list that the session had before: to clear or load a session gives it another list.
+        """Run the reply that these ids begin to its end. What was read of it stands in `turn`; a new turn is put at the
+        `end` of the list that the session had before: to clear or load a session gives it another list.
 
         RuntimeError if that list has changed meanwhile, by another message for example: this reply knows nothing of it.
         """
@@ -209,7 +217,8 @@ class ChatSession:
             with self.llama.lock:
                 if (turns[-1] if turns else None) is not newest:
                     raise RuntimeError(
-                        "another message was sent to this chat, or its turns were changed, before this reply ended; fork() the "
+                        "another message was sent to this chat, or its turns were changed, before this reply ended; "
+                        "fork() the "
                         "chat for a second one"
                     )
                 chunk = next(chunks, None)
@@ -250,14 +259,17 @@ class ChatSession:
     def save(self, path: Union[str, Path]) -> None:
         """Write the session as JSON. What was at `path` stays as it was until all is written."""
         turns: list[Turn] = []
-        for (turn, first), ids in zip(self._placed(), self._history()):  # turns that could not be loaded again are not written
+        for (turn, first), ids in zip(
+            self._placed(), self._history()
+        ):  # turns that could not be loaded again are not written
             turns.append(Turn(user=turn["user"], assistant=turn["assistant"]))
             if self._is_exact(ids, turn, first):
                 turns[-1]["ids"] = ids
         replace_file(user_path(path), json_line({"system": self.system, "turns": turns}).encode())
 
     def load(self, path: Union[str, Path]) -> None:
-        """Read what `save` wrote, or a list of messages, in place of what was said here. ValueError if it is something else.
+        """Read what `save` wrote, or a list of messages, in place of what was said here. ValueError if it is something
+        else.
 
         A turn may have no `ids`: they are made from its texts. If it has, they must say the same.
         """
@@ -269,7 +281,8 @@ class ChatSession:
         for given, (turn, first), ids in zip(stored, loaded._placed(), loaded._history()):
             if "ids" in given and not (given["ids"] == ids and loaded._is_exact(ids, turn, first)):
                 raise ValueError(
-                    f"{source} has ids that do not say what their texts say: it was saved with another tokenizer, or changed; "
+                    f"{source} has ids that do not say what their texts say: it was saved with another tokenizer, or "
+                    f"changed; "
                     "take the ids out, and they are made from the texts"
                 )
         self._system, self._turns = loaded.system, loaded.turns
@@ -287,7 +300,8 @@ class ChatSession:
         return [self._ids(turn, first) for turn, first in self._placed()]
 
     def _ids(self, turn: Turn, first: bool) -> list[int]:
-        """The turn's own ids if they say what its texts say, with the reply as it was generated; otherwise ids of these."""
+        """The turn's own ids if they say what its texts say, with the reply as it was generated; otherwise ids of
+        these."""
         self._check_turn(turn)
         ids, said = turn.get("ids"), (turn["user"], turn["assistant"], self.system if first else None, first)
         if said in self._proven and ids == list(self._proven[said]):
@@ -335,7 +349,9 @@ class ChatSession:
         """The ids of a message, up to the reply or with its beginning. first: no turn stands before it."""
         return self._encode_as(message, self.system if first else None, first, beginning)
 
-    def _encode_as(self, message: str, system: Optional[str], first: bool, beginning: Optional[str] = None) -> list[int]:
+    def _encode_as(
+        self, message: str, system: Optional[str], first: bool, beginning: Optional[str] = None
+    ) -> list[int]:
         messages = turn_messages(message, beginning, system)
         return self._format.encode_dialog(messages, self.llama.tokenizer, beginning is not None, first)
 
@@ -370,7 +386,8 @@ class ChatSession:
             if left <= 0:
                 oldest = "the oldest turn" if drop == 1 else f"the {drop} oldest turns"
                 raise ContextFull(
-                    f"the context of {limit} tokens is full: {missing} are missing; drop({drop}) forgets {oldest}, or build "
+                    f"the context of {limit} tokens is full: {missing} are missing; drop({drop}) forgets {oldest}, or "
+                    f"build "
                     "with a larger max_seq_len",
                     drop,
                 )

@@ -38,13 +38,13 @@ class AddedToken(NamedTuple):
 class Tokenizer:
     """A SentencePiece model, and tokens that were added to it.
 
-    bos_id, eos_id, pad_id: ids of the control pieces; pad_id is -1 for Llama 2, which has no padding piece. n_words: how many
-    ids there are; `rows` if given, some of which may have no name. named: control pieces and added tokens, text -> id; text
-    never becomes them by itself. nameless: ids that have no text, and are never drawn. stop_ids: ids that end an answer;
-    eos_id is one of them. chat_template: the folder's own, in Jinja; boundaries: its bos_token and eos_token, if the folder
-    names them. spaced: which parts of a text get SentencePiece's space in front if control pieces split it: "all", as
-    SentencePiece does it; "words", those that begin without a space; or only the "first", if it begins without one.
-    transformers knows these three.
+    bos_id, eos_id, pad_id: ids of the control pieces; pad_id is -1 for Llama 2, which has no padding piece. n_words:
+    how many ids there are; `rows` if given, some of which may have no name. named: control pieces and added tokens,
+    text -> id; text never becomes them by itself. nameless: ids that have no text, and are never drawn. stop_ids: ids
+    that end an answer; eos_id is one of them. chat_template: the folder's own, in Jinja; boundaries: its bos_token and
+    eos_token, if the folder names them. spaced: which parts of a text get SentencePiece's space in front if control
+    pieces split it: "all", as SentencePiece does it; "words", those that begin without a space; or only the "first", if
+    it begins without one. transformers knows these three.
 
     Args:
         model_path: the file tokenizer.model, or its folder.
@@ -79,13 +79,16 @@ class Tokenizer:
             self._pieces: int = self.sp_model.vocab_size()
             self.sp_model.DecodeIds(list(range(self._pieces)))  # fails if the text of a piece is damaged
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model, or damaged; pass the path of a tokenizer.model") from error
+            raise ValueError(
+                f"{path} is not a SentencePiece model, or damaged; pass the path of a tokenizer.model"
+            ) from error
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
         if min(self.bos_id, self.eos_id) < 0 or self.bos_id == self.eos_id:
             raise ValueError(
-                f"{path} has no two control pieces for the begin and the end of a text (<s> has the id {self.bos_id}, </s> "
+                f"{path} has no two control pieces for the begin and the end of a text (<s> has the id {self.bos_id}, "
+                f"</s> "
                 f"{self.eos_id}); pass the tokenizer.model that belongs to the checkpoint"
             )
         own = {self.bos_id, self.eos_id, self.pad_id, self.sp_model.unk_id()}
@@ -120,7 +123,11 @@ class Tokenizer:
         begun = False  # whether something lies before the text that comes next
         for text, control in self._parts(s) if special else [(s, None)]:
             if text or not special:
-                ids += self.encode_behind(text) if special and self.is_bare(text, begun) else self._encode(self.sp_model, text)
+                ids += (
+                    self.encode_behind(text)
+                    if special and self.is_bare(text, begun)
+                    else self._encode(self.sp_model, text)
+                )
             if control is not None:
                 ids.append(control)
             begun = True
@@ -168,8 +175,8 @@ class Tokenizer:
         yield s[at:], None
 
     def decode(self, t: Union[int, Sequence[int]]) -> str:
-        """The text of one id or of many. SentencePiece's space before a text is dropped. Control ids give no text, added tokens
-        give theirs.
+        """The text of one id or of many. SentencePiece's space before a text is dropped. Control ids give no text,
+        added tokens give theirs.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -198,7 +205,9 @@ class Tokenizer:
 
     def piece(self, i: int) -> str:
         """The name of an id, as SentencePiece has it."""
-        return self.added[i].content if i in self.added else f"<{i}>" if i in self.nameless else self.sp_model.IdToPiece(i)
+        return (
+            self.added[i].content if i in self.added else f"<{i}>" if i in self.nameless else self.sp_model.IdToPiece(i)
+        )
 
     @cached_property
     def _beyond(self) -> dict[int, str]:
@@ -225,7 +234,10 @@ class Tokenizer:
         length."""
         for i in range(self._pieces):
             piece: str = self.sp_model.IdToPiece(i)
-            if not (self.sp_model.IsControl(i) or self.sp_model.IsUnknown(i) or self.sp_model.IsByte(i)) and "▁" not in piece:
+            if (
+                not (self.sp_model.IsControl(i) or self.sp_model.IsUnknown(i) or self.sp_model.IsByte(i))
+                and "▁" not in piece
+            ):
                 return i, len(self.sp_model.DecodeIds(i))
         raise ValueError("the vocabulary has no piece without a space")
 
@@ -263,8 +275,8 @@ def encode_plain(tokenizer: Tokenizer, text: str, controls: Collection[int], *, 
 class StreamDecoder:
     """Text from ids as they come. The strings that `add` and `finish` return, joined, are `decode` of all ids.
 
-    Text that may still change is held back: a character waits until all its bytes have come. A user's own tokenizer, which
-    has only Meta's methods, decodes all ids again for each new one.
+    Text that may still change is held back: a character waits until all its bytes have come. A user's own tokenizer,
+    which has only Meta's methods, decodes all ids again for each new one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -1,5 +1,5 @@
-"""The tokenizer of a folder: its SentencePiece model, or one that is rebuilt from tokenizer.json; the tokens that were added,
-the ids that end an answer, and the chat template."""
+"""The tokenizer of a folder: its SentencePiece model, or one that is rebuilt from tokenizer.json; the tokens that were
+added, the ids that end an answer, and the chat template."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FILES = ("tokenizer.model", "tokenizer.json")  # the first that is there counts
 
 
 def find_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None) -> Optional[Path]:
-    """The path that was given, or the file in that folder; or a GGUF model itself, or the checkpoint's tokenizer.model, or else
-    its tokenizer.json; None if there is no such file.
+    """The path that was given, or the file in that folder; or a GGUF model itself, or the checkpoint's tokenizer.model,
+    or else its tokenizer.json; None if there is no such file.
 
     Meta's layout has one file beside the folders of all models; other layouts have one in each folder.
     """
@@ -47,16 +47,20 @@ def need_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
     if path := find_tokenizer(ckpt_dir, given):
         return path
     if not ckpt_dir.is_dir():
-        raise ValueError(f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json")
+        raise ValueError(
+            f"no checkpoint folder at {ckpt_dir}; pass the folder that holds consolidated.00.pth and params.json"
+        )
     raise ValueError(
         f"no tokenizer.model or tokenizer.json in {ckpt_dir}, nor a tokenizer.model in the folder above it; pass "
         "tokenizer_path (--tokenizer_path)"
     )
 
 
-def open_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None, rows: Optional[int] = None) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, or the one in the file `given`, with what the folder says of added tokens, of stops
-    and of chats. rows: how many ids the model has, if that is known.
+def open_tokenizer(
+    ckpt_dir: Path, given: Union[str, PathLike[str], None] = None, rows: Optional[int] = None
+) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, or the one in the file `given`, with what the folder says of added tokens,
+    of stops and of chats. rows: how many ids the model has, if that is known.
 
     ValueError if a file is missing or wrong.
     """
@@ -78,10 +82,13 @@ def open_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
         if i < tokenizer.sp_model.vocab_size() and (piece := tokenizer.sp_model.IdToPiece(i)) != token.content
     ]
     if doubtful and is_first_process():
-        warnings.warn(f"{escaped(str(ckpt_dir))} names added tokens: {', '.join(doubtful[:3])}; the first counts", stacklevel=4)
+        warnings.warn(
+            f"{escaped(str(ckpt_dir))} names added tokens: {', '.join(doubtful[:3])}; the first counts", stacklevel=4
+        )
     if tokenizer.nameless and is_first_process():
         warnings.warn(
-            f"{escaped(str(ckpt_dir))} has {tokenizer.n_words} ids, and {counted(len(tokenizer.nameless), 'id')} without a "
+            f"{escaped(str(ckpt_dir))} has {tokenizer.n_words} ids, and {counted(len(tokenizer.nameless), 'id')} "
+            f"without a "
             f"name ({_span(tokenizer.nameless)}): they are never drawn",
             stacklevel=4,
         )
@@ -153,7 +160,8 @@ class _Described:
         i, content = (whole(entry.get("id")), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if i is None or not 0 <= i < MOST_IDS or not isinstance(content, str) or not content:
             raise ValueError(
-                f"{self.folder / name}: an added token has an id from 0 to {MOST_IDS} and a text, not {shortened(entry)}"
+                f"{self.folder / name}: an added token has an id from 0 to {MOST_IDS} and a text, not "
+                f"{shortened(entry)}"
             )
         return AddedToken(i, content, *(entry.get(key) is True for key in ("lstrip", "rstrip")))
 

@@ -6,7 +6,18 @@ import re
 from pathlib import Path
 from typing import Any, Optional
 
-from .sentencepieces import BYTE, CONTROL, NORMAL, TRAINER, UNKNOWN, UNUSED, VOCAB_SIZE, field, more_pieces, sentencepiece_model
+from .sentencepieces import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    TRAINER,
+    UNKNOWN,
+    UNUSED,
+    VOCAB_SIZE,
+    field,
+    more_pieces,
+    sentencepiece_model,
+)
 from .system.files import read_json
 from .system.printable import shortened
 from .tokenizer import AddedToken, Tokenizer
@@ -15,8 +26,8 @@ JSON_BYTES = 2**27  # a larger tokenizer.json is refused; Llama 2's has two mill
 
 
 def whole_model(tokenizer: Tokenizer) -> bytes:
-    """The bytes of a SentencePiece model that has a piece for each id, the added tokens too: control pieces, which text never
-    becomes. Ids without a name are unused pieces."""
+    """The bytes of a SentencePiece model that has a piece for each id, the added tokens too: control pieces, which text
+    never becomes. Ids without a name are unused pieces."""
     own: bytes = tokenizer.sp_model.serialized_model_proto()
     count = tokenizer.sp_model.vocab_size()
     if tokenizer.n_words == count:
@@ -44,10 +55,11 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
 
 
 def rebuilt(path: Path, tokenizer: dict[str, Any], bos: Optional[str] = None, eos: Optional[str] = None) -> bytes:
-    """The SentencePiece model that a tokenizer.json was made from, as bytes. path: where it lies, for messages. bos, eos: the
-    texts of those two pieces.
+    """The SentencePiece model that a tokenizer.json was made from, as bytes. path: where it lies, for messages. bos,
+    eos: the texts of those two pieces.
 
-    The pairs that it merges, in their order, are the order of the pieces' scores. ValueError for another kind of tokenizer.
+    The pairs that it merges, in their order, are the order of the pieces' scores. ValueError for another kind of
+    tokenizer.
     """
     model = tokenizer.get("model")
     model = model if isinstance(model, dict) else {}
@@ -153,7 +165,8 @@ def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         "added_tokens": [
             {"id": token.id, "content": token.content, "special": True, "normalized": False, "single_word": False,
              "lstrip": token.lstrip, "rstrip": token.rstrip}
-            for token in [*(AddedToken(i, pieces[i]) for i in special if i not in tokenizer.added), *tokenizer.added.values()]
+            for token in [*(AddedToken(i, pieces[i]) for i in special if i not in tokenizer.added),
+              *tokenizer.added.values()]
         ],
         "normalizer": {"type": "Sequence", "normalizers": [*spaces, *([] if scheme else [
             {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},

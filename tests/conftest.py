@@ -1,7 +1,8 @@
-"""Fixtures that need no network, weights or GPU: a SentencePiece model trained here, tiny checkpoints, a pool of processes.
+"""Fixtures that need no network, weights or GPU: a SentencePiece model trained here, tiny checkpoints, a pool of
+processes.
 
-What needs the project's shared material (Meta's goldens, the real tokenizer, stories260K) looks for it beside the checkout,
-or where LLAMA_SHARED points, and is skipped where it is missing.
+What needs the project's shared material (Meta's goldens, the real tokenizer, stories260K) looks for it beside the
+checkout, or where LLAMA_SHARED points, and is skipped where it is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ pytest.register_assert_rewrite("helpers")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LLAMA_SHARED", ROOT.parent / "shared"))
 
-# How Meta cuts its matrices (None: every shard has the whole). Written down here, apart from the layers that say it too.
+# How Meta cuts its matrices (None: every shard has the whole). Written down here, apart from the layers that say it
+# too.
 META_SHARD_DIMS = {
     "tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0,
     "norm": None, "attention_norm": None, "ffn_norm": None,
@@ -105,7 +107,9 @@ def near(weights: dict[str, torch.Tensor], error: float = 0.15) -> dict[str, tor
     }
 
 
-def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor], shards: int = 1, params: dict[str, Any] = PARAMS) -> Path:
+def write_checkpoint(
+    folder: Path, weights: dict[str, torch.Tensor], shards: int = 1, params: dict[str, Any] = PARAMS
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(shards):
         piece = {}

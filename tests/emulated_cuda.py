@@ -1,15 +1,18 @@
 """A GPU made of CPU memory: what the lines for CUDA do, with numbers, where no GPU is.
 
-Tensors on the device type "emulated" (which `runtime.device_kind` is told to call "cuda") wrap tensors of the CPU. Each lies
-in an arena of its device that behaves like CUDA's caching allocator: a block is freed with its last tensor, POISONED at once,
-and given out again. torch.cuda's functions work on these devices:
+Tensors on the device type "emulated" (which `runtime.device_kind` is told to call "cuda") wrap tensors of the CPU. Each
+lies in an arena of its device that behaves like CUDA's caching allocator: a block is freed with its last tensor,
+POISONED at once, and given out again. torch.cuda's functions work on these devices:
 
-- A graph records operators with the addresses that they read and write, keeps no tensor alive, computes nothing while it is
+- A graph records operators with the addresses that they read and write, keeps no tensor alive, computes nothing while
+it is
   captured, and runs over the same addresses when it is replayed. Only what the thread issues on the capturing stream of
   the capturing device is recorded. A replay that reads a block which was freed since is a violation.
-- Each thread has a current device and current streams, as in CUDA. A copy to pinned memory is done when an event behind it,
+- Each thread has a current device and current streams, as in CUDA. A copy to pinned memory is done when an event behind
+it,
   on the same stream, was waited for; until then the host sees poison.
-- `waits` counts what makes the host wait for the device, by line; `launches` counts kernels; operators whose tensors lie on
+- `waits` counts what makes the host wait for the device, by line; `launches` counts kernels; operators whose tensors
+lie on
   different devices are refused.
 
 Use it through `emulated(...)`; `Violations` are collected in `Machine.violations`.
@@ -292,7 +295,9 @@ def _check_places(name: str, args: Any, tensors: list[torch.Tensor], ours: list[
     indices = name in ("index", "index_put", "index_put_")
     for x in tensors:
         if not isinstance(x, EmulatedTensor) and x.dim() and not indices and "c10d" not in name:
-            raise RuntimeError(f"{name}: tensors on {ours[0].device if ours else 'emulated'} and {x.device}, at {here()}")
+            raise RuntimeError(
+                f"{name}: tensors on {ours[0].device if ours else 'emulated'} and {x.device}, at {here()}"
+            )
     if len({x.device for x in ours}) > 1:
         raise RuntimeError(f"{name}: tensors on {sorted(str(x.device) for x in ours)}, at {here()}")
     if indices:
@@ -513,8 +518,8 @@ def use_stream(stream: Stream) -> Iterator[None]:
 
 
 class Capture:
-    """torch.cuda.graph. Without a stream it takes one that all captures of the process share, of the device that was the
-    current one at the first of them."""
+    """torch.cuda.graph. Without a stream it takes one that all captures of the process share, of the device that was
+    the current one at the first of them."""
 
     shared: Optional[Stream] = None
 
@@ -543,7 +548,9 @@ def _register() -> None:
     library.fallback(lambda op, *args, **kwargs: run(op, args, kwargs), "PrivateUse1")
     _registered.append(library)
     with torch.device("cpu"):
-        torch.empty(0)  # torch remembers its constructors at their first use here, which must come before they are patched
+        torch.empty(
+            0
+        )  # torch remembers its constructors at their first use here, which must come before they are patched
 
 
 _registered: list[Any] = []
@@ -592,8 +599,9 @@ def emulated(
     def reserved(device: Any = None) -> int:
         return machine.devices[_index(device)].reserved
 
-    # torch's compiler notes once in a process which functions are torch's: it must not find the ones that stand in for them.
-    # It is imported here, since that takes seconds, and the pool's processes import this file with the tests that they run.
+    # torch's compiler notes once in a process which functions are torch's: it must not find the ones that stand in for
+    # them. It is imported here, since that takes seconds, and the pool's processes import this file with the tests that
+    # they run.
     from torch._dynamo import trace_rules
 
     trace_rules.lookup(arange)

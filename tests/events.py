@@ -3,7 +3,8 @@
     python tests/events.py --events 200000 --seed 1
     python tests/events.py --events 1000 --exactly bfloat16 int8
 
-Prints how many texts were compared, and resident memory along the way. `tests/test_scheduler.py` runs some hundred events.
+Prints how many texts were compared, and resident memory along the way. `tests/test_scheduler.py` runs some hundred
+events.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def opened(seed: int, number: int) -> tuple[list[Request], bool]:
 
 
 class Alone:
-    """What each request gives by itself, in a model of its own. near: what rounding changes of a probability. greedy: also for
-    rows that do not draw. guessed: draw as beside a draft model, of which there is none here."""
+    """What each request gives by itself, in a model of its own. near: what rounding changes of a probability. greedy:
+    also for rows that do not draw. guessed: draw as beside a draft model, of which there is none here."""
 
     def __init__(self, llama: Llama, near: float = 1e-4, greedy: bool = False, guessed: bool = False) -> None:
         self.llama, self.near, self.greedy = llama, near, greedy
@@ -88,9 +89,9 @@ class Alone:
 
     @torch.inference_mode()
     def is_tie(self, request: Request, ours: list[int], theirs: list[int]) -> bool:
-        """Whether rounding may choose either id where the two part: they are as likely as each other. Noise belongs to ranks,
-        as in Meta's release, so a draw may turn on which of two such ids is the likelier. Where the ids do not tell, since one
-        of them ended its row or penalties changed them, any two of the likeliest count."""
+        """Whether rounding may choose either id where the two part: they are as likely as each other. Noise belongs to
+        ranks, as in Meta's release, so a draw may turn on which of two such ids is the likelier. Where the ids do not
+        tell, since one of them ended its row or penalties changed them, any two of the likeliest count."""
         if not (request.draws or self.greedy):
             return False
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs)))
@@ -98,7 +99,9 @@ class Alone:
         probs = torch.softmax(logits / (request.sampling.temperature or 1.0), -1)
         if same < min(len(ours), len(theirs)) and not request.sampling.counts_ids:
             one, other = probs[ours[same]], probs[theirs[same]]
-            return bool((one - other).abs() < self.near * torch.minimum(one, other)) or self._is_at_an_edge(request, probs)
+            return bool((one - other).abs() < self.near * torch.minimum(one, other)) or self._is_at_an_edge(
+                request, probs
+            )
         best = probs.sort(descending=True).values[: 60 if request.draws or request.sampling.counts_ids else 2]
         return bool((best[:-1] - best[1:] < self.near * best[1:]).any())
 
@@ -123,7 +126,9 @@ class Open:
 
     def __init__(self, llama: Llama, requests: list[Request], streams: bool) -> None:
         slots = llama.model.params.max_batch_size
-        self.call = Call(llama._leader or llama._scheduler, requests, Source(min(len(requests), slots)), streams=streams)
+        self.call = Call(
+            llama._leader or llama._scheduler, requests, Source(min(len(requests), slots)), streams=streams
+        )
         self.steps: Iterator[Step] = iter(self.call)
         self.tokens: list[list[int]] = [[] for _ in requests]
         self.reasons: list[Optional[str]] = [None] * len(requests)
@@ -155,12 +160,14 @@ class Open:
 
 
 def insist(llama: Llama) -> list[int]:
-    """Let the draft model guess in every pass, from 1 to 4 ids by turns. -> how many of its guesses were right, as they come"""
+    """Let the draft model guess in every pass, from 1 to 4 ids by turns. -> how many of its guesses were right, as they
+    come"""
     model, turns, right = llama._scheduler.draft_model, itertools.cycle((4, 1, 3, 2)), list[int]()
     assert model is not None
     judge = model.judge
     model.count = lambda rows, pace: next(turns)  # type: ignore[method-assign]
-    model.judge = lambda row, guessed, found: right.append(found) or judge(row, guessed, found)  # type: ignore[method-assign]
+    counts = lambda row, tried, found: right.append(found) or judge(row, tried, found)  # noqa: E731
+    model.judge = counts  # type: ignore[method-assign]
     return right
 
 
@@ -229,12 +236,19 @@ def led(
 
 
 def scored(step: Step) -> tuple[Any, ...]:
-    return step.token, step.logprob, step.alternatives, step.finish_reason, step.prompt_logprobs, step.prompt_alternatives
+    return (
+        step.token,
+        step.logprob,
+        step.alternatives,
+        step.finish_reason,
+        step.prompt_logprobs,
+        step.prompt_alternatives,
+    )
 
 
 def run_exactly(llama: Llama, alone: Llama, mixtures: int, seed: int) -> dict[str, Any]:
-    """Models with batch_invariant: random mixtures of calls that come, are read, cancelled and left, whose slots go on holding
-    what was read. Each step is to the bit what its request gives alone, read anew and without drafts."""
+    """Models with batch_invariant: random mixtures of calls that come, are read, cancelled and left, whose slots go on
+    holding what was read. Each step is to the bit what its request gives alone, read anew and without drafts."""
     rng, compared, known = random.Random(seed), 0, dict[str, list[Any]]()
 
     def expected(request: Request) -> list[Any]:
@@ -279,7 +293,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="of which the first takes requests for all")
     parser.add_argument("--parallel", type=int, help="processes for one copy of the model; all if not given")
     parser.add_argument("--draft", action="store_true", help="a draft model guesses up to 4 ids a pass")
-    parser.add_argument("--exactly", nargs=2, metavar=("DTYPE", "KIND"), help="that many mixtures with batch_invariant=True")
+    parser.add_argument(
+        "--exactly", nargs=2, metavar=("DTYPE", "KIND"), help="that many mixtures with batch_invariant=True"
+    )
     args = parser.parse_args()
     from conftest import near, random_weights, train_tokenizer, write_checkpoint
     from workers import Pool

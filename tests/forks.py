@@ -27,7 +27,8 @@ class Ended(NamedTuple):
 
 
 def python(*arguments: str) -> str:
-    """The script that does what `python` with these arguments does: a file, or -m and a module, and what that is given."""
+    """The script that does what `python` with these arguments does: a file, or -m and a module, and what that is
+    given."""
     if arguments[0] == "-m":
         arguments, run = arguments[1:], "run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     else:

@@ -62,7 +62,8 @@ def one_of_many(rng: random.Random, depth: int) -> dict[str, Any]:
         {"type": "object", "properties": some(names), "required": names[:1], "additionalProperties": False},
         {"type": "object", "properties": some(names), "required": names, "additionalProperties": inner(),
          "maxProperties": len(names)},
-        {"type": "object", "patternProperties": {"^[a-z]{1,3}$": inner()}, "additionalProperties": False, "minProperties": 1,
+        {"type": "object", "patternProperties": {"^[a-z]{1,3}$": inner()}, "additionalProperties": False,
+          "minProperties": 1,
          "maxProperties": 2},
         {"type": "array", "items": inner(), "minItems": 1, "maxItems": 3},
         {"type": "array", "prefixItems": [inner(), inner()], "items": False, "minItems": 2},
@@ -109,7 +110,12 @@ def measure(llama: Llama, asked: list[dict[str, Any]], answers: int, length: int
     began, tokens = time.time(), 0
     for number, schema in enumerate(asked):
         judge = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
-        options: dict[str, Any] = {"n": answers, "seed": number, "max_gen_len": length, "constraint": {"json_schema": schema}}
+        options: dict[str, Any] = {
+            "n": answers,
+            "seed": number,
+            "max_gen_len": length,
+            "constraint": {"json_schema": schema},
+        }
         try:
             found = llama.text_completion(["Once upon a time"], 1.0, 1.0, logprobs=True, **options)
         except ValueError as error:
@@ -127,7 +133,13 @@ def measure(llama: Llama, asked: list[dict[str, Any]], answers: int, length: int
                 counts["valid"] += 1
             except (ValueError, jsonschema.ValidationError) as error:
                 counts["wrong"].append([number, answer["generation"], str(error).splitlines()[0][:200]])
-    return {**counts, "schemas": len(asked), "max_gen_len": length, "tokens": tokens, "seconds": round(time.time() - began, 1)}
+    return {
+        **counts,
+        "schemas": len(asked),
+        "max_gen_len": length,
+        "tokens": tokens,
+        "seconds": round(time.time() - began, 1),
+    }
 
 
 def main() -> None:
@@ -138,7 +150,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     llama = Llama.build(max_seq_len=args.max_gen_len + 16, max_batch_size=args.answers, device="cpu")
-    print(json.dumps(measure(llama, schemas(args.schemas, args.seed), args.answers, args.max_gen_len), ensure_ascii=False))
+    print(
+        json.dumps(measure(llama, schemas(args.schemas, args.seed), args.answers, args.max_gen_len), ensure_ascii=False)
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ MESSAGE = st.fixed_dictionaries(
 )
 SHARED: dict[str, st.SearchStrategy[Any]] = {
     "temperature": NUMBER, "top_p": NUMBER, "top_k": NUMBER, "min_p": NUMBER, "repetition_penalty": NUMBER,
-    "presence_penalty": NUMBER, "frequency_penalty": NUMBER, "stop": TEXT | st.lists(TEXT, max_size=3) | JSON, "seed": NUMBER,
+    "presence_penalty": NUMBER, "frequency_penalty": NUMBER, "stop": TEXT | st.lists(TEXT, max_size=3) | JSON,
+    "seed": NUMBER,
     "n": st.integers(-1, 3) | JSON, "max_tokens": st.integers(-1, 6) | JSON, "stop_token_ids": IDS | JSON,
     "logit_bias": st.dictionaries(st.integers(-1, 2100).map(str), NUMBER, max_size=3) | JSON,
     "model": st.just("demo") | TEXT | JSON,
@@ -77,7 +78,8 @@ REQUESTS = st.one_of(
         ),
     ),
     st.tuples(
-        st.just("/v1/embeddings"), bodies({"input": TEXT | st.lists(TEXT, max_size=2) | JSON}, {"encoding_format": TEXT})
+        st.just("/v1/embeddings"), bodies({"input": TEXT | st.lists(TEXT, max_size=2) | JSON},
+          {"encoding_format": TEXT})
     ),
     st.tuples(st.just("/tokenize"), bodies({"prompt": TEXT | JSON}, {"add_special_tokens": JSON, "messages": JSON})),
     st.tuples(st.just("/detokenize"), bodies({"tokens": IDS | JSON}, {})),
@@ -106,7 +108,11 @@ def fuzz(llama: Llama, count: int, start: int) -> Counter[str]:
 
         @seed(start)
         @settings(
-            max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+            max_examples=count,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
         )
         @given(request=REQUESTS)
         def ask(request: tuple[str, Any]) -> None:

@@ -111,7 +111,9 @@ def by_server(folder: Path, processes: int) -> dict[str, Any]:
     llama = Llama.build(device="cpu", dtype="float32", max_batch_size=8)
     worst = {task: max(difference(llama, sample) for sample in samples) for task, samples in told["samples"].items()}
     count = {task: len(samples) for task, samples in told["samples"].items()}
-    results = {task: {k: v for k, v in values.items() if isinstance(v, float)} for task, values in told["results"].items()}
+    results = {
+        task: {k: v for k, v in values.items() if isinstance(v, float)} for task, values in told["results"].items()
+    }
     return {"samples": count, "largest_difference": worst, "results": results}
 
 
@@ -122,7 +124,8 @@ def run(folder: Path, tasks: list[str], **how: Any) -> Any:
 
 
 TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] | trim + "
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] | "
+    "trim + "
     "' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
     "{% endif %}{% endfor %}"
 )
@@ -140,15 +143,35 @@ def beside_hf(folder: Path, source: Path, processes: int) -> dict[str, Any]:
     config = folder / "hf/tokenizer_config.json"
     told = json.loads(config.read_text()) if config.exists() else {}
     config.write_text(json.dumps({**told, "chat_template": TEMPLATE}))
-    launcher = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else [])]
+    launcher = [
+        sys.executable,
+        *(["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []),
+    ]
     report: dict[str, Any] = {}
     for way, (options, how, of_hf) in WAYS.items():
         tasks = ["local_choice", "local_rolling", "local_generate", "local_long"]
         if way != "plain":
             tasks = tasks[:1] + tasks[2:3] if way != "short" else [tasks[0], tasks[3]]
-        command = [*launcher, "-m", "llama", "eval", f"{folder}/hf", f"--tasks={','.join(tasks)}", f"--include_path={folder}"]
-        command += [f"--out={folder}/out.json", "--samples", "--dtype=float32", "--device=cpu", "--bootstrap_iters=0", *options]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        command = [
+            *launcher,
+            "-m",
+            "llama",
+            "eval",
+            f"{folder}/hf",
+            f"--tasks={','.join(tasks)}",
+            f"--include_path={folder}",
+        ]
+        command += [
+            f"--out={folder}/out.json",
+            "--samples",
+            "--dtype=float32",
+            "--device=cpu",
+            "--bootstrap_iters=0",
+            *options,
+        ]
+        subprocess.run(
+            command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
         ours = json.loads((folder / "out.json").read_text())["samples"]
         model = {"pretrained": f"{folder}/hf", "dtype": "float32", "device": "cpu", **of_hf}
         theirs = run(folder, tasks, model="hf", model_args=model, **how)["samples"]

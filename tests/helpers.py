@@ -1,4 +1,5 @@
-"""What several test files share: commands in processes of their own, Meta's goldens, twins by transformers, tiny builds."""
+"""What several test files share: commands in processes of their own, Meta's goldens, twins by transformers, tiny
+builds."""
 
 from __future__ import annotations
 
@@ -31,9 +32,13 @@ NOISE = ("OMP_NUM_THREADS", "*****", "NOTE: Redirects are currently not supporte
 
 
 def run_cells(notebook: str) -> dict[str, Any]:
-    """Run the cells of a notebook from top to bottom, which is stored with its outputs: they are plain Python, so no kernel
-    has to start. -> its names"""
-    cells = [cell for cell in json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    """Run the cells of a notebook from top to bottom, which is stored with its outputs: they are plain Python, so no
+    kernel has to start. -> its names"""
+    cells = [
+        cell
+        for cell in json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
     assert ["".join(cell["source"]) for cell in cells if not cell["outputs"]] == []
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
     names: dict[str, Any] = {}
@@ -47,7 +52,9 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str], cwd: Path = ROOT, seconds: int = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=seconds, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=seconds, check=False
+    )
 
 
 def command(name: str, *places: str, **options: Any) -> None:
@@ -56,7 +63,8 @@ def command(name: str, *places: str, **options: Any) -> None:
 
 
 def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:
-    """What it printed, less the time it took. It must have ended well, with nothing on stderr but torchrun's own remark."""
+    """What it printed, less the time it took. It must have ended well, with nothing on stderr but torchrun's own
+    remark."""
     assert result.returncode == 0, result.stderr
     noise = [line for line in result.stderr.splitlines() if line and not any(known in line for known in NOISE)]
     assert noise == []
@@ -68,7 +76,8 @@ def text_of(result: Union[subprocess.CompletedProcess[str], Ended]) -> str:
 def watch_prefill(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, told: Callable[[Sequence[Sequence[int]], int], T]
 ) -> list[T]:
-    """What `told` says of each pass over prompts: of their ids, and of the position that it starts at. Grows as they run."""
+    """What `told` says of each pass over prompts: of their ids, and of the position that it starts at. Grows as they
+    run."""
     seen: list[T] = []
     prefill = engine.prefill
 
@@ -85,7 +94,9 @@ def chosen(
 ) -> torch.Tensor:
     """The next ids of rows with these logits (N, V), options, prompts and new ids, drawn from the global generator."""
     params = SimpleNamespace(vocab_size=logits.shape[-1])
-    chooser = Chooser(SimpleNamespace(device=logits.device, model=SimpleNamespace(params=params), batch_invariant=False))  # type: ignore[arg-type]
+    chooser = Chooser(
+        SimpleNamespace(device=logits.device, model=SimpleNamespace(params=params), batch_invariant=False)
+    )  # type: ignore[arg-type]
     requests = [Request(list(prompt), 9, sampling, grammar=grammar) for _ in logits]
     call = Call(None, requests, Source(len(logits)))  # type: ignore[arg-type]
     rows = [Row(call, i, 99, lane=i) for i in range(len(logits))]
@@ -118,7 +129,9 @@ def check_golden(results: dict[str, Any], cases: dict[str, Any]) -> None:
         for ours, theirs in zip(logprobs or [], case.get("logprobs", []), strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
     for name in ("prefill", "chunk_after_prefill", "decode_after_chunk"):
-        torch.testing.assert_close(torch.tensor(results[name]), torch.tensor(cases[name]["logits_last"]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(results[name]), torch.tensor(cases[name]["logits_last"]), atol=1e-4, rtol=0
+        )
 
 
 SHAPE: dict[str, Any] = {
@@ -147,7 +160,9 @@ PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1, 20], [1, 8, 30, 31]]
 COLUMNS = 128  # of the caches
 
 
-def build(tiny: Path, tokenizer_path: str, compile: Optional[bool] = None, rows: int = 4, dtype: Optional[str] = None) -> Llama:
+def build(
+    tiny: Path, tokenizer_path: str, compile: Optional[bool] = None, rows: int = 4, dtype: Optional[str] = None
+) -> Llama:
     llama = Llama.build(str(tiny), tokenizer_path, COLUMNS, rows, device="cpu", compile=compile, dtype=dtype)
     llama.tokenizer.eos_id = -1  # random weights may choose it
     return llama

@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on this machine, as far as huggingface_hub asks one for models: their files, redirects, and refusals."""
+"""A Hugging Face Hub on this machine, as far as huggingface_hub asks one for models: their files, redirects, and
+refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ class Repo:
     private: bool = False
 
     def commit(self, revision: str) -> Optional[str]:
-        told = {name: sorted((file, digest(data)) for file, data in files.items()) for name, files in self.files.items()}
+        told = {
+            name: sorted((file, digest(data)) for file, data in files.items()) for name, files in self.files.items()
+        }
         commits = {name: digest(repr(files).encode()) for name, files in told.items()}
         return commits.get(revision, revision if revision in commits.values() else None)
 
@@ -40,8 +43,8 @@ class Repo:
 
 @dataclass
 class Hub:
-    """repos may be changed at any time. cut: name of a file -> how many of its next answers end in the middle. status: what
-    is answered in place of everything else, for example 503. asked: "GET /path" of each request."""
+    """repos may be changed at any time. cut: name of a file -> how many of its next answers end in the middle. status:
+    what is answered in place of everything else, for example 503. asked: "GET /path" of each request."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
@@ -76,7 +79,10 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
-    wbufsize, disable_nagle_algorithm = -1, True  # an answer in one piece: else the client's system waits 40 ms for more
+    wbufsize, disable_nagle_algorithm = (
+        -1,
+        True,
+    )  # an answer in one piece: else the client's system waits 40 ms for more
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -101,14 +107,18 @@ class _Handler(BaseHTTPRequestHandler):
         repo, rest = self.hub.repos.get("/".join(words[:2])), words[2:]
         allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if repo is None or (repo.private and not allowed):
-            return self._send(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
+            return self._send(
+                401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."}
+            )
         revision = "main"
         if len(rest) > 1:
             revision = rest[1] if rest[0] in ("tree", "resolve") else "/".join(rest[1:])
         if (commit := repo.commit(revision)) is None:
             return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if api:
-            return self._send(200, json.dumps(self._told(repo, commit, rest)).encode(), {"Content-Type": "application/json"})
+            return self._send(
+                200, json.dumps(self._told(repo, commit, rest)).encode(), {"Content-Type": "application/json"}
+            )
         if repo.gated and not allowed:
             return self._send(403 if "Authorization" in self.headers else 401, b"", {"X-Error-Code": "GatedRepo"})
         return self._resolve("/".join(words[:2]), repo, commit, "/".join(rest[2:]))
@@ -116,11 +126,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _told(self, repo: Repo, commit: str, rest: list[str]) -> Any:
         files = []
         for name, data in repo.at(commit).items():
-            lfs = {"size": len(data), "sha256": digest(data, "sha256"), "oid": digest(data, "sha256"), "pointerSize": 130}
+            lfs = {
+                "size": len(data),
+                "sha256": digest(data, "sha256"),
+                "oid": digest(data, "sha256"),
+                "pointerSize": 130,
+            }
             files.append({"size": len(data)} | ({"lfs": lfs} if len(data) >= LARGE else {}) | {
                 "type": "file", "path": name, "oid": digest(data),
             } if rest[:1] == ["tree"] else {
-                "rfilename": name, "size": len(data), "blobId": digest(data), **({"lfs": lfs} if len(data) >= LARGE else {}),
+                "rfilename": name, "size": len(data), "blobId": digest(data),
+                **({"lfs": lfs} if len(data) >= LARGE else {}),
             })  # fmt: skip
         return files if rest[:1] == ["tree"] else {"id": "a model", "sha": commit, "siblings": files}
 

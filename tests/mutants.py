@@ -1,11 +1,11 @@
-"""Mutated code: which single changes of llama/ does no test notice? Each survivor shows a missing test, or code that does
-nothing.
+"""Mutated code: which single changes of llama/ does no test notice? Each survivor shows a missing test, or code that
+does nothing.
 
     python tests/mutants.py --mutants 12 --seed 1 drafting rounding sampling
 
-Without names, of all files. A copy of the checkout is changed, not the checkout. The test files that belong to a file must
-pass on it unchanged; then they run on each mutant until the first that fails, which notices it, as does whatever takes long.
-The numbers in SPEED are left as they are.
+Without names, of all files. A copy of the checkout is changed, not the checkout. The test files that belong to a file
+must pass on it unchanged; then they run on each mutant until the first that fails, which notices it, as does whatever
+takes long. The numbers in SPEED are left as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ import torch  # noqa: F401, once, for all the children
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
-# The tests of each file that has no test file of its own name, or whose behaviour others test as well: files, or file::test.
+# The tests of each file that has no test file of its own name, or whose behaviour others test as well: files, or
+# file::test.
 TESTS = {
     "agreement": "generation", "app": "server", "archive": "files checkpoint", "as_built": "own_parts",
     "bodies": "server", "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
@@ -69,13 +70,16 @@ TESTS = {
     "tiles": "one_digit", "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels",
     "verifying": "drafting draft_model", "writers": "convert gguf",
 }  # fmt: skip
-# Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no result.
+# Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no
+# result.
 SPEED = {
-    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "LOGITS_BYTES", "PASS", "PIECE",
+    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "LOGITS_BYTES", "PASS",
+    "PIECE",
     "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "SUM_BYTES", "TRIES", "UNTILED",
 }  # fmt: skip
 OTHER: dict[type, type] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
     ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And, ast.Add: ast.Sub,
     ast.Sub: ast.Add,
 }  # fmt: skip
@@ -138,7 +142,8 @@ def others(node: ast.AST, in_function: bool) -> Iterator[ast.AST]:
     elif isinstance(node, ast.Call):
         yield from (new(keywords=without(node.keywords, i)) for i in range(len(node.keywords)))
     elif in_function and (
-        isinstance(node, (ast.Assign, ast.AugAssign)) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+        isinstance(node, (ast.Assign, ast.AugAssign))
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
     ):
         yield ast.Pass()
 
@@ -149,7 +154,9 @@ def changes(node: ast.AST, in_function: bool = False) -> Iterator[Change]:
         for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if field in UNSEEN or not isinstance(child, ast.AST) or isinstance(child, SILENT):
                 continue
-            if isinstance(child, ast.Assign) and any(getattr(part, "id", None) in SPEED for part in ast.walk(child.targets[0])):
+            if isinstance(child, ast.Assign) and any(
+                getattr(part, "id", None) in SPEED for part in ast.walk(child.targets[0])
+            ):
                 continue
             inside = in_function or isinstance(node, ast.FunctionDef)
             for other in others(child, inside):
@@ -227,7 +234,9 @@ def main() -> None:
             print(f"{told}: {result}", flush=True)
             outcomes[result.partition(":")[0]] += 1
             survivors += [told] * (result == "survived")
-    print(json.dumps({"mutants": len(drawn), "seed": args.seed, **outcomes, "survivors": survivors}, ensure_ascii=False))
+    print(
+        json.dumps({"mutants": len(drawn), "seed": args.seed, **outcomes, "survivors": survivors}, ensure_ascii=False)
+    )
     sys.exit(bool(survivors))
 
 

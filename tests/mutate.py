@@ -1,10 +1,11 @@
-"""Mutated checkpoints in bulk: what becomes of damaged files of tiny models in every format, loaded and run in a child process.
+"""Mutated checkpoints in bulk: what becomes of damaged files of tiny models in every format, loaded and run in a child
+process.
 
     python tests/mutate.py --mutations 5000 --seed 1
 
-None may answer otherwise in silence, raise anything but a ValueError that names the folder, end by a signal, or hang. Some
-mutations are honest: they make a good file of another model (numbers of weights that no checksum covers, a piece of a
-tokenizer, a parameter that fits), which nothing can tell.
+None may answer otherwise in silence, raise anything but a ValueError that names the folder, end by a signal, or hang.
+Some mutations are honest: they make a good file of another model (numbers of weights that no checksum covers, a piece
+of a tokenizer, a parameter that fits), which nothing can tell.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def change_json(rng: random.Random, data: bytes) -> bytes:
     change = rng.randrange(7)
     if change <= 2:
         inner[key] = (
-            rng.choice(VALUES) if rng.random() < 0.7 or not isinstance(inner[key], int) else inner[key] * rng.choice([-1, 2, 3])
+            rng.choice(VALUES)
+            if rng.random() < 0.7 or not isinstance(inner[key], int)
+            else inner[key] * rng.choice([-1, 2, 3])
         )
     elif change == 3:
         del inner[key]
@@ -123,7 +126,8 @@ def weight_bytes(data: bytes, name: str) -> tuple[list[range], list[range]]:
 
 
 def gguf_places(data: bytes) -> tuple[int, int]:
-    """Of a GGUF file of `convert`: where its names and places of tensors begin, behind the metadata, and where they end."""
+    """Of a GGUF file of `convert`: where its names and places of tensors begin, behind the metadata, and where they
+    end."""
     from llama.weights.gguf_header import ALIGNMENT
 
     infos = data.index(b"token_embd.weight") - 8
@@ -132,7 +136,8 @@ def gguf_places(data: bytes) -> tuple[int, int]:
 
 
 def change_metadata(rng: random.Random, data: bytes) -> tuple[bytes, bool]:
-    """A length, count, kind, key or number of a GGUF file's metadata is another, or all of it is shifted by some bytes."""
+    """A length, count, kind, key or number of a GGUF file's metadata is another, or all of it is shifted by some
+    bytes."""
     infos, _ = gguf_places(data)
     change = rng.randrange(4)
     if change == 0:  # the counts of tensors and of keys, and the version
@@ -161,7 +166,9 @@ def change_header(rng: random.Random, data: bytes) -> tuple[bytes, bool]:
     elif change == 1:
         header[a]["data_offsets"] = header[b]["data_offsets"]
     elif change == 2:
-        header[a]["shape"] = rng.choice([header[a]["shape"][::-1], [*header[a]["shape"], 1], [2**62, 4], [-1], [], "x", None])
+        header[a]["shape"] = rng.choice(
+            [header[a]["shape"][::-1], [*header[a]["shape"], 1], [2**62, 4], [-1], [], "x", None]
+        )
     elif change == 3:
         header[a]["dtype"] = rng.choice(["I32", "F64", "F8_E4M3", "BF16", "F16", "x", 3])
     else:
@@ -194,7 +201,9 @@ def mutations(folder: Path, rng: random.Random) -> Iterator[Mutation]:
         for name in files
         if name not in unread and name.endswith((".json", ".pth", ".bin", ".safetensors", ".model", ".gguf"))
     ]
-    names = [name for name in names if name.startswith("adapter_")] or names  # an adapter's own files, and not its base's
+    names = [
+        name for name in names if name.startswith("adapter_")
+    ] or names  # an adapter's own files, and not its base's
     names += [name for name in names if name.endswith((".pth", ".bin", ".safetensors"))]  # which have the most in them
     while True:
         name = rng.choice(names)
@@ -202,16 +211,22 @@ def mutations(folder: Path, rng: random.Random) -> Iterator[Mutation]:
         if rng.random() < 0.15:
             yield Mutation("cut", name, cut(rng, data))
         elif rng.random() < 0.05:
-            other = rng.choice([b"", bytes(len(data)), rng.randbytes(len(data)), deep(data), data + data, *files.values()])
+            other = rng.choice(
+                [b"", bytes(len(data)), rng.randbytes(len(data)), deep(data), data + data, *files.values()]
+            )
             yield Mutation("another file", name, other)
         elif name.endswith(".json"):
             honest = "index" not in name
             if rng.random() < 0.5:
                 yield Mutation("JSON value", name, change_json(rng, data), honest)
             else:
-                yield Mutation("JSON bytes", name, rng.choice([splice(rng, data), flip(rng, data, [range(len(data))])]), honest)
+                yield Mutation(
+                    "JSON bytes", name, rng.choice([splice(rng, data), flip(rng, data, [range(len(data))])]), honest
+                )
         elif name.endswith(".model"):
-            yield Mutation("tokenizer", name, rng.choice([splice(rng, data), flip(rng, data, [range(len(data))])]), True)
+            yield Mutation(
+                "tokenizer", name, rng.choice([splice(rng, data), flip(rng, data, [range(len(data))])]), True
+            )
         else:
             numbers, rest = weight_bytes(data, name)
             kind = rng.randrange(4)
@@ -325,8 +340,8 @@ def write_adapter(folder: Path, pickled: bool) -> None:
 
 
 def make_folders(root: Path) -> list[Path]:
-    """A tiny model in each format: one and two shards, int8, int4, safetensors in one file and in parts; with adapters; GGUF in
-    two kinds."""
+    """A tiny model in each format: one and two shards, int8, int4, safetensors in one file and in parts; with adapters;
+    GGUF in two kinds."""
     from conftest import random_weights, train_tokenizer, write_checkpoint
 
     from llama.commands import convert
@@ -340,7 +355,9 @@ def make_folders(root: Path) -> list[Path]:
         convert.PART_BYTES = 2**17 if name == "parts" else usual
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                convert.convert(folders[0], root / name, "meta" if options else "hf", tokenizer_path=tokenizer, **options)
+                convert.convert(
+                    folders[0], root / name, "meta" if options else "hf", tokenizer_path=tokenizer, **options
+                )
         finally:
             convert.PART_BYTES = usual
         folders.append(root / name)
@@ -358,7 +375,8 @@ def make_folders(root: Path) -> list[Path]:
 def run(
     folders: list[Path], count: int, seed: int, report: Callable[[str], None] = lambda _: None
 ) -> Counter[tuple[str, str, str]]:
-    """(format, kind, outcome) -> how often. What is not as it should be is reported with the seed that makes it again."""
+    """(format, kind, outcome) -> how often. What is not as it should be is reported with the seed that makes it
+    again."""
     counts: Counter[tuple[str, str, str]] = Counter()
     for i, folder in enumerate(folders):
         child = Child(folder)
@@ -389,7 +407,11 @@ def main() -> None:
         row = [sum(n for (_, k, o), n in counts.items() if (k, o) == (kind, outcome)) for outcome in outcomes]
         print(f"{kind:24s}" + "".join(f"{n:16d}" for n in row))
     totals = {outcome: sum(n for key, n in counts.items() if key[2] == outcome) for outcome in outcomes}
-    print(json.dumps({"mutations": args.mutations, "seed": args.seed, "seconds": round(time.perf_counter() - began), **totals}))
+    print(
+        json.dumps(
+            {"mutations": args.mutations, "seed": args.seed, "seconds": round(time.perf_counter() - began), **totals}
+        )
+    )
     sys.exit(bool(set(outcomes) - {"same", "refused", "another model"}))
 
 

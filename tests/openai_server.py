@@ -21,14 +21,14 @@ class Error(NamedTuple):
     headers: Mapping[str, str] = NOTHING
 
 
-# An answer: its pieces of text, Events that it waits for, chunks that go out as they are, or whole lines of data. After None
-# the connection is lost.
+# An answer: its pieces of text, Events that it waits for, chunks that go out as they are, or whole lines of data. After
+# None the connection is lost.
 Pieces = Sequence[Union[str, threading.Event, dict[str, Any], None]]
 
 
 class OpenAI:
-    """Serves on a port of its own. answers: those to come, in order; then "Hello." comes for ever. asked: (path, body) of
-    each request. left: set when a client went away in the middle of an answer. pages: path -> (headers, content)."""
+    """Serves on a port of its own. answers: those to come, in order; then "Hello." comes for ever. asked: (path, body)
+    of each request. left: set when a client went away in the middle of an answer. pages: path -> (headers, content)."""
 
     def __init__(self) -> None:
         self.pages: dict[str, tuple[dict[str, str], bytes]] = {}

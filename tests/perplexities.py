@@ -1,5 +1,5 @@
-"""Each method of `llama perplexity` beside its own tool, on the same weights in float32: the harness' model "hf" with its own
-task's functions, a plain loop over transformers, llama.cpp. (`pip install 'lm_eval[hf]' llama-cpp-python`)
+"""Each method of `llama perplexity` beside its own tool, on the same weights in float32: the harness' model "hf" with
+its own task's functions, a plain loop over transformers, llama.cpp. (`pip install 'lm_eval[hf]' llama-cpp-python`)
 
     python tests/perplexities.py TEXT --source CHECKPOINT [--same_ids]
 
@@ -52,7 +52,9 @@ def like_wikitext(text: str) -> str:
     """Stories as articles with titles, and with spaces where WikiText has them."""
     stories = [story.strip() for story in re.split(r"\n\s*\n|<\|endoftext\|>", text) if story.strip()]
     articles = [
-        f" = Story {i} = \n \n = = The story = = \n " + re.sub(r"([.,!?:;\"'()])", r" \1 ", story).replace("-", " @-@ ") + " \n"
+        f" = Story {i} = \n \n = = The story = = \n "
+        + re.sub(r"([.,!?:;\"'()])", r" \1 ", story).replace("-", " @-@ ")
+        + " \n"
         for i, story in enumerate(stories)
     ]
     return " \n" + " \n".join(articles)
@@ -72,7 +74,13 @@ def by_the_harness(text: str, folder: Path, length: int, encode: Encode) -> dict
     own = Path(lm_eval.__file__).parent / "tasks/wikitext/preprocess_wikitext.py"
     (folder / own.name).write_text(own.read_text())
     (folder / "task.yaml").write_text(TASK.format(file=folder / "pages.jsonl"))
-    model = {"pretrained": f"{folder}/hf", "dtype": "float32", "device": "cpu", "max_length": length, "add_bos_token": False}
+    model = {
+        "pretrained": f"{folder}/hf",
+        "dtype": "float32",
+        "device": "cpu",
+        "max_length": length,
+        "add_bos_token": False,
+    }
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     hf = HFLM(**model)
     if encode is not None:

@@ -21,7 +21,9 @@ class Served:
         given = Settings(**{"model": "demo", **settings})
         self.stepper = Stepper(llama.model.params.max_batch_size, given.max_waiting)
         self.server = Server(llama, given, self.stepper)
-        config = uvicorn.Config(self.server.app, port=0, access_log=False, log_level="warning", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            self.server.app, port=0, access_log=False, log_level="warning", timeout_graceful_shutdown=5
+        )
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
 

@@ -28,7 +28,8 @@ from llama.weights.checkpoint import Checkpoint, open_checkpoint
 from llama.weights.huggingface import NAMES, ROTATED, other_name, to_hf_rows
 
 CUT = {"tok_embeddings": 1, "wo": 1, "w2": 1}  # other matrices are cut along 0, as Meta cuts them
-# PEFT matches ranks and alphas with regular expressions, targets with one or by a name's end, modules to save by any end.
+# PEFT matches ranks and alphas with regular expressions, targets with one or by a name's end, modules to save by any
+# end.
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 3},
@@ -39,14 +40,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"down_proj": 3, "self_attn.*_proj": 9, "q_proj": 1},
     },
     "layers": {
-        "target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1], "layers_pattern": "layers",
+        "target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1],
+        "layers_pattern": "layers",
     },
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "0.self_attn.v_proj"]},
     "excluded by a regex": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*1\.self.*q_proj"},
     "embedding": {"target_modules": ["embed_tokens", "lm_head", "gate_proj"]},
     "saved": {"target_modules": ["up_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
     "saved in part": {"target_modules": "all-linear", "modules_to_save": ["mlp", "1.self_attn.q_proj"]},
-    "no effect": {"target_modules": ["q_proj"], "fan_in_fan_out": True, "bias": "all", "init_lora_weights": "orthogonal"},
+    "no effect": {"target_modules": ["q_proj"], "fan_in_fan_out": True, "bias": "all",
+      "init_lora_weights": "orthogonal"},
 }  # fmt: skip
 IN_SEVERAL_WAYS = ["patterns", "embedding", "saved"]
 
@@ -168,7 +171,8 @@ def test_16_bits(dtype: torch.dtype, made: Made, bases: dict[str, Path], tmp_pat
 @pytest.mark.parametrize("base", ["tied", "hf", "meta"])
 @pytest.mark.parametrize("name", IN_SEVERAL_WAYS)
 def test_on_any_processes(base: str, name: str, made: Made, bases: dict[str, Path], pool: Pool) -> None:
-    """Against PEFT's own forward pass: its merge of a tied embedding changes the output matrix too, which was trained apart."""
+    """Against PEFT's own forward pass: its merge of a tied embedding changes the output matrix too, which was trained
+    apart."""
     source = bases["hf" if base == "meta" else base]
     folder, tokens = made.folder(source, name), torch.tensor(TOKENS)
     with torch.inference_mode():
@@ -183,7 +187,9 @@ def local(base: str, adapter: str, processes: int) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in llama.model.state_dict().items()}
 
 
-def test_the_sum_does_not_depend_on_the_processes(made: Made, bases: dict[str, Path], pool: Pool, tmp_path: Path) -> None:
+def test_the_sum_does_not_depend_on_the_processes(
+    made: Made, bases: dict[str, Path], pool: Pool, tmp_path: Path
+) -> None:
     """To the bit; so it becomes the same int8 numbers everywhere, and those of the folder that `convert` writes."""
     folder = made.folder(bases["hf"], "linear")
     full = read_all(add_adapter(open_checkpoint(bases["meta"]), folder))
@@ -193,7 +199,9 @@ def test_the_sum_does_not_depend_on_the_processes(made: Made, bases: dict[str, P
         for rank, part in enumerate(pool.run(local, str(bases["meta"]), str(folder), processes)):
             for name, weight in full.items():
                 dim = dimension(name)
-                assert torch.equal(part[name], weight if dim is None else weight.chunk(processes, dim)[rank % processes]), name
+                assert torch.equal(
+                    part[name], weight if dim is None else weight.chunk(processes, dim)[rank % processes]
+                ), name
         ways = ((bases["hf"], str(folder)), (tmp_path / "sum", None))
         one, other = (pool.run(logits, str(base), adapter, TOKENS, processes, "int8")[0] for base, adapter in ways)
         assert torch.equal(one, other)
@@ -220,14 +228,19 @@ def test_convert_writes_the_sum(to: str, made: Made, bases: dict[str, Path], tmp
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["k_proj", "down_proj", "embed_tokens"],
     "base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "use_rslora": False, "use_dora": False, "rank_pattern": {},
-    "alpha_pattern": {"1.self_attn.k_proj": 4}, "modules_to_save": ["model.norm"], "bias": "none", "init_lora_weights": True,
+    "alpha_pattern": {"1.self_attn.k_proj": 4}, "modules_to_save": ["model.norm"], "bias": "none",
+    "init_lora_weights": True,
 }  # fmt: skip
 K, DOWN, EMBEDDING = "model.layers.{}.self_attn.k_proj", "model.layers.{}.mlp.down_proj", "model.embed_tokens"
 
 
 def right_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    shapes = {f"{EMBEDDING}.lora_embedding_A": (2, 400), f"{EMBEDDING}.lora_embedding_B": (64, 2), "model.norm.weight": (64,)}
+    shapes = {
+        f"{EMBEDDING}.lora_embedding_A": (2, 400),
+        f"{EMBEDDING}.lora_embedding_B": (64, 2),
+        "model.norm.weight": (64,),
+    }
     for i in (0, 1):
         shapes |= {f"{K.format(i)}.lora_A.weight": (2, 64), f"{K.format(i)}.lora_B.weight": (32, 2)}
         shapes |= {f"{DOWN.format(i)}.lora_A.weight": (2, 168), f"{DOWN.format(i)}.lora_B.weight": (64, 2)}
@@ -267,7 +280,9 @@ def by_hand(base: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("pickled", [False, True])
 def test_by_hand(pickled: bool, bases: dict[str, Path], tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", pickled=pickled)
-    assert_near(in_theirs(read_all(add_adapter(open_checkpoint(bases["hf"]), folder))), by_hand(bases["hf"], CONFIG), 1e-6)
+    assert_near(
+        in_theirs(read_all(add_adapter(open_checkpoint(bases["hf"]), folder))), by_hand(bases["hf"], CONFIG), 1e-6
+    )
 
 
 def test_slices_of_the_sum(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -347,7 +362,9 @@ def test_configs_that_are_refused(change: dict[str, Any], message: str, bases: d
 def test_a_pattern_that_takes_for_ever(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     folder = write_adapter(tmp_path / "adapter", changed(target_modules="([a-z_.0-9]+)+!"))
-    with pytest.raises(ValueError, match="adapter_config.json: .*takes longer than 0.5 seconds to match; write plain names"):
+    with pytest.raises(
+        ValueError, match="adapter_config.json: .*takes longer than 0.5 seconds to match; write plain names"
+    ):
         add_adapter(open_checkpoint(bases["hf"]), folder)
 
 
@@ -359,17 +376,20 @@ TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
     (lambda t: t.clear(), "does not hold what its adapter_config.json describes"),
     (lambda t: t.update({A0: t[A0].T.contiguous()}), r"has \[64, 2\] and \[32, 2\], which are not of rank 2"),
     (lambda t: t.update({A0: t[A0][0]}), "which are not of rank 2"),
-    (lambda t: t.update({B0: torch.ones(64, 2)}), r"another base than .* 'meta-llama/Llama-2-7b-hf'\): it changes "
-                                                  r"layers.0.attention.wk.weight of shape \[64, 64\], which is \[32, 64\] h"),
+    (lambda t: t.update({B0: torch.ones(64, 2)}), (r"another base than .* 'meta-llama/Llama-2-7b-hf'\): "
+      r"it changes layers.0.attention.wk.weight of shape \[64, 64\], which is \[32, 64\] h")),
     (lambda t: t.update({NORM: torch.ones(65)}), r"it changes norm.weight of shape \[65\], which is \[64\] here"),
     (lambda t: t.update({NORM: torch.ones(64, 1)}), r"model.norm has shape \[64, 1\]"),
-    (lambda t: t[A0].view(-1)[3:4].fill_(float("nan")), "numbers that are not finite: .*layers.0.self_attn.k_proj.lora_A"),
+    (lambda t: t[A0].view(-1)[3:4].fill_(float("nan")), ("numbers that are not finite: "
+                                                        ".*layers.0.self_attn.k_proj.lora_A")),
     (lambda t: t[NORM][3:4].fill_(float("inf")), "numbers that are not finite: .*model.norm.weight"),
     (lambda t: t.update({A0: t[A0].to(torch.int8)}), "k_proj.lora_A.weight (is stored as I8|is torch.int8)"),
     (lambda t: t.update({A0: t[A0].double()}), "k_proj.lora_A.weight (is stored as F64|is torch.float64)"),
-    (lambda t: t.update({A0.replace(".0.", ".7."): t.pop(A0)}), "layers.7.self_attn.k_proj.lora_A.weight is unexpected"),
+    (lambda t: t.update({A0.replace(".0.", ".7."): t.pop(A0)}), ("layers.7.self_attn.k_proj.lora_A.weight is "
+                                                                "unexpected")),
     (lambda t: t.update({A0.replace("lora_A", "lora_A.default"): t.pop(A0)}), "lora_A.default.weight is unexpected"),
-    (lambda t: t.update({A0.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}), "magnitude_vector is unexp"),
+    (lambda t: t.update({A0.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}),
+      "magnitude_vector is unexp"),
     (lambda t: t.update({A0.replace("A.weight", "B.bias"): torch.ones(32)}), "lora_B.bias is unexpected"),
     (lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 64)}), "score.weight is unexpected"),
     (lambda t: t.update({"stray": torch.ones(1)}), "stray is unexpected"),
@@ -381,7 +401,9 @@ TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
 
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize(("change", "message"), TENSORS)
-def test_tensors_that_are_refused(change: Any, message: str, pickled: bool, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_tensors_that_are_refused(
+    change: Any, message: str, pickled: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
     """Before any weight is read."""
     tensors = right_tensors()
     change(tensors)
@@ -414,19 +436,25 @@ def test_a_damaged_base(bases: dict[str, Path], tmp_path: Path) -> None:
         weights = load_file(bases["hf"] / "model.safetensors")
         save_file({**weights, f"{name}.weight": torch.tensor(1.0)}, base / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=r"lm_head.weight has|has shape \[\] instead of|which is \[\] here"):
-            Llama.build(str(base), str(bases["hf"].parent / "tokenizer.model"), 16, 1, device="cpu", adapter=str(adapter))
+            Llama.build(
+                str(base), str(bases["hf"].parent / "tokenizer.model"), 16, 1, device="cpu", adapter=str(adapter)
+            )
 
 
 def test_more_ids_than_the_base(bases: dict[str, Path], pool: Pool, tmp_path: Path) -> None:
     """Embedding and output that were saved whole, with rows for pieces that were added: the model has as many ids."""
     config = changed(modules_to_save=["embed_tokens", "lm_head"], target_modules=["down_proj"])
     whole = {f"base_model.model.{name}.weight": torch.randn(403, 64) for name in (EMBEDDING, "lm_head")}
-    folder = write_adapter(tmp_path / "adapter", config, {k: v for k, v in right_tensors().items() if "down" in k} | whole)
+    folder = write_adapter(
+        tmp_path / "adapter", config, {k: v for k, v in right_tensors().items() if "down" in k} | whole
+    )
     for base in ("hf", "meta", "tied"):
         checkpoint = add_adapter(open_checkpoint(bases[base]), folder)
         assert checkpoint.args.vocab_size == 403
         assert checkpoint.shape("tok_embeddings.weight", 1) == checkpoint.shape("output.weight", 0) == [403, 64]
-        assert torch.equal(checkpoint.read("output.weight", 0, 400, 403), whole["base_model.model.lm_head.weight"][400:])
+        assert torch.equal(
+            checkpoint.read("output.weight", 0, 400, 403), whole["base_model.model.lm_head.weight"][400:]
+        )
         assert checkpoint.leave_out_ids(401)
         assert checkpoint.shape("output.weight", 0) == [401, 64]
         assert len(checkpoint.read("tok_embeddings.weight", 1, 3, 9)) == 401
@@ -449,7 +477,8 @@ def test_more_ids_than_the_base(bases: dict[str, Path], pool: Pool, tmp_path: Pa
 
 
 def test_the_tokenizer_that_was_saved_with_an_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
-    """It tells the chat template and the ids that end an answer, also where training added no rows; convert took the base's."""
+    """It tells the chat template and the ids that end an answer, also where training added no rows; convert took the
+    base's."""
     folder, home = write_adapter(tmp_path / "adapter"), bases["hf"].parent
     assert tokenizer_folder(bases["hf"], folder) == bases["hf"]
     command("convert", str(bases["hf"]), str(tmp_path / "plain"), to="hf", adapter=str(folder))
@@ -488,13 +517,15 @@ def test_folders_that_are_mixed_up(bases: dict[str, Path], tmp_path: Path, capsy
     adapter = write_adapter(tmp_path / "adapter")
     base, tokenizer = str(bases["hf"]), str(bases["hf"].parent / "tokenizer.model")
     # An adapter in the place of a base.
-    with pytest.raises(ValueError, match=r"alone, which is added to its base \('meta-llama/Llama-2-7b-hf'\) by build\("
-                                         r"ckpt_dir=BASE, adapter='.*adapter'\), or --ckpt_dir and --adapter"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"added to its base \('meta-llama/Llama-2-7b-hf'\) by build\(ckpt_dir=BASE, "
+                                         r"adapter='.*adapter'\), or --ckpt_dir and"):  # fmt: skip
         Llama.build(str(adapter), tokenizer)
     # A base in the place of an adapter; nothing; a file.
     for other, held in ((base, "it holds config.json"), (tmp_path / "none", "it is no folder"),
                         (adapter / "adapter_config.json", "it is no folder")):  # fmt: skip
-        with pytest.raises(ValueError, match=f"is no adapter: {held}.*pass the folder that holds adapter_config.json and"):
+        with pytest.raises(
+            ValueError, match=f"is no adapter: {held}.*pass the folder that holds adapter_config.json and"
+        ):
             Llama.build(base, tokenizer, adapter=str(other))
     # An adapter beside a base: the base alone, and a warning that says how to add it.
     both = shutil.copytree(bases["hf"], tmp_path / "both")
@@ -522,7 +553,8 @@ def test_folders_that_are_mixed_up(bases: dict[str, Path], tmp_path: Path, capsy
 
 
 def test_a_new_adapter_in_the_place_of_one_that_was_added(bases: dict[str, Path], tmp_path: Path) -> None:
-    """A training run saves over its last one while the model runs: no harm, unless the model still reads a tensor there."""
+    """A training run saves over its last one while the model runs: no harm, unless the model still reads a tensor
+    there."""
     for name, config, tensors in (
         ("sum", changed(modules_to_save=None), {key: t for key, t in right_tensors().items() if key != NORM}),
         ("whole", None, None),
@@ -560,8 +592,8 @@ def test_processes_with_different_adapters(bases: dict[str, Path], pool: Pool, t
 
 
 def damage(path: Path, chance: random.Random) -> None:
-    """Flip a bit, cut the file, take a run of bytes away or double it: in safetensors within the header, as nothing could tell
-    a number from another."""
+    """Flip a bit, cut the file, take a run of bytes away or double it: in safetensors within the header, as nothing
+    could tell a number from another."""
     data = bytearray(path.read_bytes())
     end = len(data) if path.suffix == ".json" else 8 + struct.unpack("<Q", data[:8])[0]
     at, size = chance.randrange(end), chance.randint(1, 12)

@@ -1,5 +1,5 @@
-"""Folders of fine-tunes: tokens that were added to SentencePiece's, rows without a name, ids that stop, and their way through
-`convert`; against transformers on the same files."""
+"""Folders of fine-tunes: tokens that were added to SentencePiece's, rows without a name, ids that stop, and their way
+through `convert`; against transformers on the same files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from llama.tokenizer_files import open_tokenizer
 ROWS = 405  # of which the last two have no name
 ADDED = {"<|im_start|>": 400, "<|im_end|>": 401, "<pad>": 402}
 TEXTS = [
-    "<|im_start|>user\nhi <|im_end|> yes<|im_end|>\n<|im_start|>", "a<pad>b", "<|im_end|>", " <s>x</s> <|im_end|> ", "no token",
+    ("<|im_start|>user\nhi <|im_end|> "
+    "yes<|im_end|>\n<|im_start|>"), "a<pad>b", "<|im_end|>", " <s>x</s> <|im_end|> ", "no token",
     "", "<|im_start|><|im_end|>", "<|im_", "the <pad> <pad>  end",
 ]  # fmt: skip
 NAMELESS = pytest.warns(UserWarning, match="has 405 ids, and 2 ids without a name .403 to 404.: they are never drawn")
@@ -167,7 +168,23 @@ def test_info_and_tokenize(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "403 pieces, BOS 1, EOS 2, 401" in capsys.readouterr().out
 
 
-VALUES: list[Any] = [None, -1, 2**70, 1.5, "x", "", [], {}, True, "401", {"content": 3}, [[1]], "\ud800", "\0", {"a": {"b": 1}}]
+VALUES: list[Any] = [
+    None,
+    -1,
+    2**70,
+    1.5,
+    "x",
+    "",
+    [],
+    {},
+    True,
+    "401",
+    {"content": 3},
+    [[1]],
+    "\ud800",
+    "\0",
+    {"a": {"b": 1}},
+]
 
 
 def damaged(value: Any, rng: random.Random) -> Any:
@@ -175,7 +192,9 @@ def damaged(value: Any, rng: random.Random) -> Any:
     if isinstance(value, dict) and value and rng.random() < 0.8:
         key = rng.choice(list(value))
         if rng.random() < 0.2:
-            return {(name if name != key else rng.choice(["", "-1", "9" * 30, "400", "²"])): x for name, x in value.items()}
+            return {
+                (name if name != key else rng.choice(["", "-1", "9" * 30, "400", "²"])): x for name, x in value.items()
+            }
         return {**value, key: damaged(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.8:
         return [damaged(x, rng) if rng.random() < 0.5 else x for x in value]

@@ -40,7 +40,9 @@ def test_text_stays_text(text: str) -> None:
     assert read(["complete", "x", "--stop", text])["stop"] == text
 
 
-def test_folders_are_called_what_they_are_called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_are_called_what_they_are_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for folder in ("1e3", "['x']", "1_0", "[x]"):
         monkeypatch.setattr(sys, "argv", ["llama", "info", folder])
         with pytest.raises(SystemExit, match="1"):
@@ -90,7 +92,10 @@ def test_places() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("complete a b c", "complete does not take 'b c'; put a text with spaces in quotes"),  # once "--jsonl brings its own"
+        (
+            "complete a b c",
+            "complete does not take 'b c'; put a text with spaces in quotes",
+        ),  # once "--jsonl brings its own"
         (
             "complete hi --temprature 0 --max_gen_len 1",
             "complete does not take '--temprature' (did you mean --temperature?); see",
@@ -111,7 +116,10 @@ def test_places() -> None:
         ("info llama/demo --dtpye bfloat16", "info does not take '--dtpye' (did you mean --dtype?)"),
         ("convert nowhere x hf 1 float32 x int8 more", "convert does not take 'more'"),
         ("convert a", "convert needs --dst and --to; see llama convert --help"),
-        ("bench --device cpu --new_tokens 2 --bach_size 2", "bench does not take '--bach_size' (did you mean --batch_size?)"),
+        (
+            "bench --device cpu --new_tokens 2 --bach_size 2",
+            "bench does not take '--bach_size' (did you mean --batch_size?)",
+        ),
         ("complet hi", "there is no command 'complet' (did you mean complete?); there are chat, complete, "),
         ("\x1b[2J", r"there is no command '\x1b[2J'; there are chat, "),
         ("--device cpu chat", "a command comes before '--device': chat, complete, "),
@@ -187,7 +195,9 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use; pass another"):
+        with pytest.raises(
+            ValueError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use; pass another"
+        ):
             cli.run(["serve", "--port", str(port)])
     with pytest.raises(ValueError, match="cannot listen on 1.2.3.4.5, port 0: "):
         cli.run(["serve", "--host", "1.2.3.4.5", "--port", "0"])

@@ -1,4 +1,5 @@
-"""The command bench, and the benchmarks: their arithmetic on numbers worked by hand, and the whole of it on a tiny model."""
+"""The command bench, and the benchmarks: their arithmetic on numbers worked by hand, and the whole of it on a tiny
+model."""
 
 from __future__ import annotations
 
@@ -36,7 +37,14 @@ def flags(tiny: Path, tokenizer_path: str) -> list[str]:
 
 
 def check_report(report: dict[str, Any], flags: list[str], processes: int = 1) -> None:
-    given = {"checkpoint": flags[1], "device": "cpu", "dtype": "float32", "batch_size": 2, "prompt_tokens": 12, "new_tokens": 5}
+    given = {
+        "checkpoint": flags[1],
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_size": 2,
+        "prompt_tokens": 12,
+        "new_tokens": 5,
+    }
     assert {key: report[key] for key in given} == given
     assert report["processes"] == processes
     for key in ("load_s", "prefill_tok_s", "first_token_s", "decode_tok_s", "step_s", "weights_GB_s", "memory_GB_s"):
@@ -68,7 +76,9 @@ def test_bench_under_torchrun(flags: list[str]) -> None:
     norms = 4 * (2 * 2 * 64 + 64)
     assert report["weights_bytes"] == (STEP_BYTES - norms) // 2 + norms
     assert all(
-        line.startswith("Loaded in") or any(noise in line for noise in NOISE) for line in result.stderr.split("\n") if line
+        line.startswith("Loaded in") or any(noise in line for noise in NOISE)
+        for line in result.stderr.split("\n")
+        if line
     )
 
 
@@ -83,7 +93,8 @@ def test_bench_in_words(flags: list[str], capsys: pytest.CaptureFixture[str], mo
 REPORT = {
     "checkpoint": "a\nfolder", "quantize": None, "compile": None, "load_s": 1.234, "device": "cpu", "dtype": "bfloat16",
     "processes": 1, "threads": 1, "batch_size": 1, "prompt_tokens": 480, "new_tokens": 64, "prefill_tok_s": 123.45,
-    "first_token_s": 0.12345, "decode_tok_s": 45.678, "step_s": 0.0123, "weights_bytes": 2_500_000, "weights_GB_s": 12.34,
+    "first_token_s": 0.12345, "decode_tok_s": 45.678, "step_s": 0.0123, "weights_bytes": 2_500_000,
+    "weights_GB_s": 12.34,
     "memory_GB_s": 23.46, "share_of_memory_rate": 0.526, "fits_cache": False,
 }  # fmt: skip
 WORDS = """a
@@ -203,7 +214,14 @@ def result_of(
 ) -> dict[str, Any]:
     runs, again = ([{"first": f, "step": s, "ids": [5, 6, 7]} for f, s in zip(firsts, steps)] for _ in range(2))
     loads = [{"load_s": load, "peak_MB": 100.0, "private_MB": None, "weights_bytes": nbytes}]
-    return {"name": name, "kind": kind, "form": form, "loads": loads, "runs": {"decode": runs, "long": again}, "notes": []}
+    return {
+        "name": name,
+        "kind": kind,
+        "form": form,
+        "loads": loads,
+        "runs": {"decode": runs, "long": again},
+        "notes": [],
+    }
 
 
 def test_tables() -> None:
@@ -224,14 +242,18 @@ def test_tables() -> None:
     small = result_of("small", "peer", "int8", [0.1], [1.0], 0.5, 100)
     small["runs"] = {}
     tasks = {**FULL.tasks, "decode": Task(1, 8, 49), "long": Task(1, 100, 33)}
-    columns = [c for c in figures(tasks) if c.label in ("decode 1×32", "decode 4×32", "prefill 100", "load, s", "private, MB")]
+    columns = [
+        c for c in figures(tasks) if c.label in ("decode 1×32", "decode 4×32", "prefill 100", "load, s", "private, MB")
+    ]
     table = results_table([ours, peer, small], columns).splitlines()
     assert table[0] == "| system | decode 1×32 | decode 4×32 | prefill 100 | load, s | private, MB |"
     assert table[2] == "| ours | 5.0 (2.5–10.0) | – | 25 (25–50) | 1.00 | – |"
     assert table[4] == "| small | – | – | – | 0.50 | – |"
     ratios = ratios_table([ours, peer, small], columns).splitlines()
     assert ratios[2:] == ["| ours / peer | 2.00 | – | 1.00 | 0.50 | – |"]  # small computes in another form
-    shares = shares_table([ours, small], tasks, {"read_rate": 2000.0, "matmul_rate": 1000.0}, layer_flops=8.0).splitlines()
+    shares = shares_table(
+        [ours, small], tasks, {"read_rate": 2000.0, "matmul_rate": 1000.0}, layer_flops=8.0
+    ).splitlines()
     # 200 bytes in 0.2 s of 2000 a second; 8 x 100 operations in 4 s of 1000 a second.
     assert shares[2] == "| ours | 0.000 | 10.0 | 0.0 | 50% | 0 | 20% |"
     assert shares[3] == "| small | 0.000 | 20.0 | – | – | – | – |"
@@ -279,7 +301,16 @@ def test_a_peer_that_crashes_is_a_note(tmp_path: Path, monkeypatch: pytest.Monke
 def test_compare(flags: list[str], tmp_path: Path) -> None:
     """What [test] installs, on a tiny model. All are to compute the same ids: bfloat16 is far from a tie in so few."""
     out = tmp_path / "out.json"
-    command = [sys.executable, "benchmarks/compare.py", *flags, "--quick", "--repeats", "2", "--against", "meta,transformers"]
+    command = [
+        sys.executable,
+        "benchmarks/compare.py",
+        *flags,
+        "--quick",
+        "--repeats",
+        "2",
+        "--against",
+        "meta,transformers",
+    ]
     env_folder = ["env", f"TMPDIR={tmp_path}", "OMP_NUM_THREADS=1"]
     result = run([*env_folder, *command, "--json", str(out), "--plot", str(tmp_path / "out.png")])
     assert result.returncode == 0, result.stderr
@@ -290,7 +321,10 @@ def test_compare(flags: list[str], tmp_path: Path) -> None:
     for system in report["systems"]:
         assert {name: len(runs) for name, runs in system["runs"].items()} == dict.fromkeys(report["tasks"], 2)
         for name, runs in system["runs"].items():
-            assert runs[0]["ids"] == runs[1]["ids"] == report["systems"][0]["runs"][name][0]["ids"], (system["name"], name)
+            assert runs[0]["ids"] == runs[1]["ids"] == report["systems"][0]["runs"][name][0]["ids"], (
+                system["name"],
+                name,
+            )
     assert len(report["limits"]["read_rate"]) == len(report["limits"]["matmul_rate"]) == 2
     assert report["about"]["shape"]["ffn_width"] == WIDTH
     for words in ("| ours / transformers |", "| Meta's way |", "This machine: memory read at"):
@@ -329,12 +363,15 @@ def test_compare_refuses_before_it_works(arguments: dict[str, Any], said: str, m
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_quality_rounds_as_quantize_does(kind: str, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_rounds_as_quantize_does(
+    kind: str, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     from quality import rounded
 
     plain, model = (
-        Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu", quantize=quantize).model for quantize in (None, kind)
+        Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu", quantize=quantize).model
+        for quantize in (None, kind)
     )
     layers = quantized_layers(model)
     assert len(layers) == 2 * 7 + 1

@@ -30,7 +30,9 @@ def local_weights(folder: str, tokenizer_path: str, processes: int) -> dict[str,
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_any_shards_on_any_processes(shards: int, processes: int, pool: Pool, tmp_path: Path, tokenizer_path: str) -> None:
+def test_any_shards_on_any_processes(
+    shards: int, processes: int, pool: Pool, tmp_path: Path, tokenizer_path: str
+) -> None:
     weights = random_weights()
     folder = write_checkpoint(tmp_path, weights, shards)
     for rank, local in enumerate(pool.run(local_weights, str(folder), tokenizer_path, processes)):
@@ -81,7 +83,8 @@ def test_the_stored_dtype_is_kept(
     if stored == torch.float16 and platform.machine() == "x86_64":
         assert {p.dtype for p in llama.model.parameters()} == {torch.bfloat16}
         assert (
-            "is float16, which is slow on cpu; running in bfloat16. Pass dtype='float16' to keep it" in capsys.readouterr().out
+            "is float16, which is slow on cpu; running in bfloat16. Pass dtype='float16' to keep it"
+            in capsys.readouterr().out
         )
         llama = build(folder, tokenizer_path, dtype="float16")
     assert "slow on" not in capsys.readouterr().out
@@ -227,7 +230,9 @@ def test_a_tokenizer_of_another_vocabulary(tmp_path: Path, tokenizer_path: str) 
         build(folder, tokenizer_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float64, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.bool, torch.float64, torch.complex64, torch.float8_e4m3fn]
+)
 def test_weights_in_other_forms(dtype: torch.dtype, tmp_path: Path, tokenizer_path: str, tiny: Path) -> None:
     """One int8 matrix was once cast to float silently, its scales unknown: garbage."""
     weights = random_weights()
@@ -271,7 +276,9 @@ def test_a_checkpoint_that_would_run_code(
     assert not (tmp_path / "evil-was-here").exists()
 
 
-@pytest.mark.parametrize("limits", [{"max_seq_len": 0}, {"max_batch_size": -1}, {"max_seq_len": 2.5}, {"max_batch_size": None}])
+@pytest.mark.parametrize(
+    "limits", [{"max_seq_len": 0}, {"max_batch_size": -1}, {"max_seq_len": 2.5}, {"max_batch_size": None}]
+)
 def test_bad_limits(limits: dict[str, Any], tiny: Path, tokenizer_path: str) -> None:
     with pytest.raises(ValueError, match="must be a whole number of 1 or more"):
         Llama.build(str(tiny), tokenizer_path, **limits)
@@ -318,7 +325,9 @@ def test_more_processes_than_key_value_heads(tmp_path: Path, tokenizer_path: str
         for rank, local in enumerate(pool.run(local_weights, str(folder), tokenizer_path, 4)):
             for name in ("layers.0.attention.wk.weight", "layers.1.attention.wv.weight"):
                 assert torch.equal(local[name], weights[name].chunk(2)[rank // 2]), name
-            assert torch.equal(local["layers.0.attention.wq.weight"], weights["layers.0.attention.wq.weight"].chunk(4)[rank])
+            assert torch.equal(
+                local["layers.0.attention.wq.weight"], weights["layers.0.attention.wq.weight"].chunk(4)[rank]
+            )
     for _, error in pool.try_run(gradient, str(folder), tokenizer_path):
         assert "no gradients where 2 processes have the same heads" in error
 
@@ -344,7 +353,8 @@ def test_a_code_llama_folder(tmp_path: Path, tokenizer_path: str) -> None:
     weights = random_weights()
     params = {**PARAMS, "rope_theta": 1e6, "ffn_dim_multiplier": 1.0}
     models = [
-        build(write_checkpoint(tmp_path / str(i), weights, 1, p), tokenizer_path).model for i, p in enumerate((params, PARAMS))
+        build(write_checkpoint(tmp_path / str(i), weights, 1, p), tokenizer_path).model
+        for i, p in enumerate((params, PARAMS))
     ]
     assert models[0].params.rope_theta == 1e6
     code, plain = (model(torch.tensor([[1, 2, 3, 4, 5, 6]]), 0) for model in models)

@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 
 
 def gathers(shapes: list[tuple[int, ...]]) -> list[bool]:
-    """Whether `all_gather` gives what a list and a `cat` gave, as it is and in one graph; then whether one row is a view."""
+    """Whether `all_gather` gives what a list and a `cat` gave, as it is and in one graph; then whether one row is a
+    view."""
     group, rank = parallel.model_parallel_group(), dist.get_rank()
     outcomes = []
     for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16, torch.int64)):
@@ -31,7 +32,9 @@ def gathers(shapes: list[tuple[int, ...]]) -> list[bool]:
         torch._dynamo.reset()
         compiled = torch.compile(lambda x: parallel.all_gather(x * 1, group) + 1, fullgraph=True, backend="aot_eager")
         with torch.inference_mode():
-            outcomes.append(torch.equal(parallel.all_gather(mine.mT.contiguous().mT if mine.ndim > 1 else mine, group), whole))
+            outcomes.append(
+                torch.equal(parallel.all_gather(mine.mT.contiguous().mT if mine.ndim > 1 else mine, group), whole)
+            )
             outcomes.append(torch.equal(compiled(mine), whole + 1))
     with torch.no_grad():
         outcomes.append(parallel.all_gather(torch.ones(1, 1, 6), group)._base is not None)
@@ -55,7 +58,9 @@ def test_agreements(pool: Pool) -> None:
 
 def states() -> tuple[set[torch.device], bool]:
     """The devices whose generators were read and set, and whether that of the first rank is everywhere."""
-    of: dict[torch.device, torch.Tensor] = {torch.device("cuda", 1): torch.full((4,), dist.get_rank(), dtype=torch.uint8)}
+    of: dict[torch.device, torch.Tensor] = {
+        torch.device("cuda", 1): torch.full((4,), dist.get_rank(), dtype=torch.uint8)
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": of[device])
@@ -65,7 +70,8 @@ def states() -> tuple[set[torch.device], bool]:
 
 
 def test_random_state_of_another_gpu_than_the_current_one(pool: Pool) -> None:
-    """A model on cuda:1 in a thread whose current GPU is 0: that one's generator was shared out, and the model's was not."""
+    """A model on cuda:1 in a thread whose current GPU is 0: that one's generator was shared out, and the model's was
+    not."""
     assert pool.run(states) == [({torch.device("cuda", 1)}, True)] * 4
 
 
@@ -126,12 +132,17 @@ def small_sums() -> list[Any]:
         seen += [add_up(bf16, 1, 1, 4096), add_up(f32, 2, 4), add_up(bf16, 8, 8192), memory.sums]
         seen += [add_up(bf16, 9, 8192), add_up(torch.float16, 8), add_up(f32, 3), memory.sums, len(memory.buffers)]
         torch._dynamo.reset()
-        compiled = torch.compile(lambda x, group: parallel.all_reduce(x * 1, group), fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(
+            lambda x, group: parallel.all_reduce(x * 1, group), fullgraph=True, backend="aot_eager"
+        )
         seen += [add_up(f32, 2, 4, by=compiled), memory.sums]
         parallel.forget_small_all_reduces(group)
         seen += [add_up(f32, 2, 4), add_up(f32, 2, 4, by=compiled), memory.sums]
         seen += [parallel.prepare_small_all_reduces(group, CPU, f32, 8)]
-    with torch.no_grad(), gpus(memory := Symmetric()):  # prepared under inference mode, used outside of it, and the reverse
+    with (
+        torch.no_grad(),
+        gpus(memory := Symmetric()),
+    ):  # prepared under inference mode, used outside of it, and the reverse
         with torch.inference_mode():
             seen += [parallel.prepare_small_all_reduces(group, CPU, f32, 8)]
         seen += [add_up(f32, 2, 4)]
@@ -141,7 +152,13 @@ def small_sums() -> list[Any]:
 def test_small_sums(pool: Pool) -> None:
     expected = [True, True, False, False, False]
     expected += [True, True, True, 3]
-    expected += [True, True, True, 3, 1]  # too large, of a dtype that the kernel lacks, not a multiple of 16 bytes: as ever
+    expected += [
+        True,
+        True,
+        True,
+        3,
+        1,
+    ]  # too large, of a dtype that the kernel lacks, not a multiple of 16 bytes: as ever
     expected += [True, 4]
     expected += [True, True, 4, False]
     expected += [True, True]

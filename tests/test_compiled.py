@@ -40,15 +40,21 @@ SCALED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer: most of the time goes into headers, but not all. Its positions are scaled."""
-    return write_checkpoint(tmp_path_factory.mktemp("small"), random_weights(SMALL), params={**SMALL, "rope_scaling": SCALED})
+    return write_checkpoint(
+        tmp_path_factory.mktemp("small"), random_weights(SMALL), params={**SMALL, "rope_scaling": SCALED}
+    )
 
 
 @needs_compiler
 def test_packaged(
-    small: Path, tokenizer_path: str, packages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path,
+    tokenizer_path: str,
+    packages: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Compiled once, said so, found again without being asked for; the same ids as op by op, over the whole cache; and weights,
-    in place or as other parameters, and hooks count from the next call on."""
+    """Compiled once, said so, found again without being asked for; the same ids as op by op, over the whole cache; and
+    weights, in place or as other parameters, and hooks count from the next call on."""
     monkeypatch.setenv("LLAMA_CACHE", str(packages))
     # Half of the time goes into what is the same for every package: proofs of the compiler, and its optimisations.
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
@@ -66,7 +72,9 @@ def test_packaged(
         assert isinstance(llama._engine.graph, compiled.Packaged)
     assert build(small, tokenizer_path, compile=False)._engine.graph is None
     run, widths = again.model.hidden_states, set()
-    monkeypatch.setattr(again.model, "hidden_states", lambda ids, *a, **k: widths.add(ids.shape[1]) or run(ids, *a, **k))
+    monkeypatch.setattr(
+        again.model, "hidden_states", lambda ids, *a, **k: widths.add(ids.shape[1]) or run(ids, *a, **k)
+    )
     for prompts in (PROMPTS[:1], PROMPTS):
         ids, scores = again.generate(prompts, COLUMNS - 7, temperature=0, logprobs=True)
         expected, theirs = eager.generate(prompts, COLUMNS - 7, temperature=0, logprobs=True)
@@ -122,7 +130,8 @@ def record(llama: Llama, backend: Optional[str]) -> compiled.Recorded:
 
 @pytest.mark.parametrize("backend", [None, "eager"])
 def test_recorded(tiny: Path, tokenizer_path: str, backend: Optional[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU records: static buffers, buckets of rows and columns, filled-up rows, rows that end and join, sampling."""
+    """What a GPU records: static buffers, buckets of rows and columns, filled-up rows, rows that end and join,
+    sampling."""
     monkeypatch.setattr(compiled, "LEAST_COLUMNS", 16)
     torch._dynamo.reset()
     llama, eager = build(tiny, tokenizer_path), build(tiny, tokenizer_path, compile=False)
@@ -149,8 +158,8 @@ def test_recorded(tiny: Path, tokenizer_path: str, backend: Optional[str], monke
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_looking_ahead(tiny: Path, tokenizer_path: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next step is queued before this one's ids are read. Rows end at EOS, at their lengths and by stop strings, others
-    take their slots; and draws are what they are one step after another, in later calls too."""
+    """The next step is queued before this one's ids are read. Rows end at EOS, at their lengths and by stop strings,
+    others take their slots; and draws are what they are one step after another, in later calls too."""
     llama, eager = build(tiny, tokenizer_path), build(tiny, tokenizer_path)
     record(llama, None)
     steps = count_calls(monkeypatch, compiled.Recorded, "__call__")
@@ -175,7 +184,9 @@ def test_looking_ahead(tiny: Path, tokenizer_path: str, temperature: float, monk
         assert len({len(reply["tokens"]) for reply in results[0][0]}) > 1
     before = len(steps)
     llama.text_completion(["a dog"], temperature, max_gen_len=20, draft=False)
-    assert len(steps) - before == 19  # the prompt gave the first id, and nothing was queued that was known to be in vain
+    assert (
+        len(steps) - before == 19
+    )  # the prompt gave the first id, and nothing was queued that was known to be in vain
 
 
 @pytest.mark.parametrize("backend", [None, "eager", "inductor"])
@@ -218,7 +229,9 @@ def test_one_graph_for_each_number_of_rows(tiny: Path, tokenizer_path: str, monk
         llama.generate(PROMPTS, 60, 0)
         llama.text_completion(["a dog"] * 9, max_gen_len=10, temperature=0)
     assert 2 <= len(graphs) <= 3  # for 1, 2 and 4 rows
-    assert not any("complex" in str(node.meta.get("example_value", "")) for graph in graphs for node in graph.graph.nodes)
+    assert not any(
+        "complex" in str(node.meta.get("example_value", "")) for graph in graphs for node in graph.graph.nodes
+    )
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(

@@ -1,4 +1,5 @@
-"""Answers of a given form: what comes is of it, on every path, and what cannot be asked for is refused before any work."""
+"""Answers of a given form: what comes is of it, on every path, and what cannot be asked for is refused before any
+work."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def llama() -> Llama:
 def test_the_text_matches(constraint: Any, pattern: str, echo: bool, llama: Llama) -> None:
     """To the character: behind an echoed prompt a first piece shows its space, and otherwise loses it."""
     for temperature in (0, 1.5):
-        for answer in llama.text_completion(["Lily"], temperature, 1.0, 40, echo=echo, constraint=constraint, n=6, seed=1):
+        for answer in llama.text_completion(
+            ["Lily"], temperature, 1.0, 40, echo=echo, constraint=constraint, n=6, seed=1
+        ):
             text = answer["generation"]
             assert re.fullmatch(pattern, text.removeprefix("Lily") if echo else text)
             assert answer["finish_reason"] == "stop"
@@ -79,7 +82,11 @@ def test_json_of_schemas(llama: Llama) -> None:
     assert (found["refused"], found["wrong"]) == ([], [])
     assert found["valid"] == found["ended"] >= found["answers"] // 2
     for empty in (True, {}, "{}"):
-        assert Constraint.of({"json_schema": empty}).grammar == Constraint.of({"json_object": True}).grammar  # type: ignore[union-attr]
+        assert Constraint.of({"json_schema": empty}) is not None
+        assert (
+            vars(Constraint.of({"json_schema": empty}))["grammar"]
+            == vars(Constraint.of({"json_object": True}))["grammar"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,9 @@ def test_json_of_schemas(llama: Llama) -> None:
 def test_what_is_json_of_a_schema(schema: Any, good: list[str], bad: list[str], llama: Llama) -> None:
     if "properties" in schema or "required" in schema:
         schema = {"type": "object", **schema}
-    [form] = forms(Constraint.of({"json_schema": schema}), llama.tokenizer, [llama.tokenizer.encode("x", True, False)], {2})
+    [form] = forms(
+        Constraint.of({"json_schema": schema}), llama.tokenizer, [llama.tokenizer.encode("x", True, False)], {2}
+    )
 
     def takes(text: str) -> bool:
         grammar, bits = matcher_of(llama.tokenizer, form), torch.zeros(64, dtype=torch.int32)
@@ -118,7 +127,8 @@ def test_what_is_json_of_a_schema(schema: Any, good: list[str], bad: list[str], 
 
 
 def tokenizers(path: str) -> Iterator[Tokenizer]:
-    """With and without the space in front of a text, with runs of spaces read as one, with more ids, without byte pieces."""
+    """With and without the space in front of a text, with runs of spaces read as one, with more ids, without byte
+    pieces."""
     proto = Path(path).read_bytes()
     for settings in ((True, False), (False, False), (True, True), (False, True)):
         numbers = (ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES)
@@ -126,7 +136,9 @@ def tokenizers(path: str) -> Iterator[Tokenizer]:
         yield Tokenizer(path, proto=proto + field(NORMALIZER, more))
     yield Tokenizer(path, added=[AddedToken(401, "<|end|>"), AddedToken(403, "cat"), AddedToken(300, "x")], rows=411)
     pieces = [*(piece for piece in pieces_of(proto) if piece[2] != BYTE), ("C", -999.0, 1), ("\n", -999.0, 1)]
-    yield Tokenizer(path, proto=sentencepiece_model(pieces, bos_id=1, eos_id=2, unk_id=0, pad_id=-1, add_dummy_prefix=True))
+    yield Tokenizer(
+        path, proto=sentencepiece_model(pieces, bos_id=1, eos_id=2, unk_id=0, pad_id=-1, add_dummy_prefix=True)
+    )
 
 
 def set_in(bits: torch.Tensor) -> list[int]:
@@ -139,8 +151,8 @@ ODD = ["é 日", "🦙  x", "▁ a"]
 
 @pytest.mark.parametrize("which", range(6))
 def test_any_way_through_the_ids_gives_a_text(which: int, tokenizer_path: str) -> None:
-    """Whatever ids are taken of those that may come, behind nothing, BOS, a text: what they decode to is one of the texts.
-    Once " a" had no way: llguidance forced the piece of " a", which at the start of a text is an "a"."""
+    """Whatever ids are taken of those that may come, behind nothing, BOS, a text: what they decode to is one of the
+    texts. Once " a" had no way: llguidance forced the piece of " a", which at the start of a text is an "a"."""
     tokenizer = list(tokenizers(tokenizer_path))[which]
     texts = TEXTS if which == 5 else TEXTS + ODD
     rng = random.Random(which)
@@ -234,7 +246,9 @@ def matches(texts: list[str]) -> bool:
 def on_several(folder: str, tokenizer_path: str) -> Any:
     llama = build(folder, tokenizer_path, 2)
     led = llama.lead(lambda: many_ways(llama))
-    alike = [llama.text_completion(["Lily"] * 3, 0.9, 1.0, 30, constraint=FORMS[i][0], seed=[i, 7, 8], n=2) for i in (0, 4)]
+    alike = [
+        llama.text_completion(["Lily"] * 3, 0.9, 1.0, 30, constraint=FORMS[i][0], seed=[i, 7, 8], n=2) for i in (0, 4)
+    ]
     try:
         llama.text_completion(["Lily"], constraint={"regex": "("})
     except ValueError as error:
@@ -278,7 +292,8 @@ def test_other_ways(how: str, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("form", [NUMBER, {"regex": "The little (girl|dog) was very happy (and|to) [a-z]"}])
 @pytest.mark.parametrize("when", ["before", "behind"])
 def test_an_interruption(when: str, form: Any, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the id that a row got and its matcher, also among forced ids: the matcher is made anew of the row's ids."""
+    """Between the id that a row got and its matcher, also among forced ids: the matcher is made anew of the row's
+    ids."""
     options: dict[str, Any] = {"max_gen_len": 30, "seed": 3, "constraint": form}
     expected = [chunk["text"] for chunk in llama.stream_text(["Tim"], **options)]
     accept, calls = Matcher.accept, 0
@@ -330,22 +345,29 @@ CHAIN = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(9999)) + '\nr
 WRONG: list[tuple[Any, str]] = [
     *[(given, "constraint=.* must be a dict with one of the keys json_schema, json_object, regex, choice, grammar")
       for given in ({}, 3, "yes", [], {"regex": "a", "choice": ["b"]}, {"json": True}, {3: "a"})],
-    *[({"choice": value}, "choice=.* must be a list of texts that are not empty") for value in ([], "ab", [""], [1], None, 1)],
+    *[({"choice": value}, ("choice=.* must be a list of texts that are not "
+                          "empty")) for value in ([], "ab", [""], [1], None, 1)],
     *[({"json_object": value}, "json_object=.* must be True") for value in (False, {}, 1, None)],
     *[({"json_schema": value}, "json_schema=.* (is no JSON|must be a JSON Schema)")
-      for value in ("{", "x", False, "[]", [], 1, None, {"const": float("nan")}, {"const": {1, 2}}, '{"a": 1, "a": 2}')],
+      for value in ("{", "x", False, "[]", [], 1, None, {"const": float("nan")}, {"const": {1, 2}},
+        '{"a": 1, "a": 2}')],
     ({"json_schema": {"not": {}}}, r'json_schema cannot be used: .*Unimplemented keys: \["not"\]'),
-    ({"json_schema": {"oneOf": [{"minLength": 1}, {}], "x-guidance": {"coerce_one_of": True}}}, "oneOf constraints are not"),
+    ({"json_schema": {"oneOf": [{"minLength": 1}, {}], "x-guidance": {"coerce_one_of": True}}},
+      "oneOf constraints are not"),
     ({"json_schema": {"enum": []}}, "Unsatisfiable schema"),
-    *[({"json_schema": {"items": [{"anyOf": [schema]}]}}, f"json_schema cannot be used: {message}") for schema, message in (
+    *[({"json_schema": {"items": [{"anyOf": [schema]}]}}, (f"json_schema cannot be used: "
+                                                          f"{message}")) for schema, message in (
         # llguidance lets these through: {"a": 1, "a": 2} has one key, and 0 was an answer.
         ({"minProperties": 3, "required": ["a"]}, "minProperties=3 counts keys, and those that are not required"),
         ({"exclusiveMinimum": 0, "maximum": 0.5}, "exclusiveMinimum=0 would let this number itself through"),
-        ({"type": "number", "minimum": -1.5, "exclusiveMaximum": -1}, "exclusiveMaximum=-1 would let this number itself"),
+        ({"type": "number", "minimum": -1.5, "exclusiveMaximum": -1}, ("exclusiveMaximum=-1 would let this number "
+                                                                      "itself")),
     )],
     ({"regex": "("}, "regex cannot be used: .*unclosed group"), ({"regex": "a^b"}, "lookarounds not supported"),
-    *[({name: value}, f"{name}=.* must be a text") for name in ("regex", "grammar") for value in (1, None, ["a"], b"a")],
-    *[({name: "a" * 262145}, f"{name} has 262145 characters; at most 262144 are read") for name in ("regex", "grammar")],
+    *[({name: value}, f"{name}=.* must be a text") for name in ("regex", "grammar") for value in (1, None, ["a"],
+        b"a")],
+    *[({name: "a" * 262145}, (f"{name} has 262145 characters; at most 262144 are "
+                             f"read")) for name in ("regex", "grammar")],
     ({"choice": ["a" * 262144, "b"]}, "choice has 262145 characters"), ({"regex": "\ud800"}, "UTF-8 cannot encode"),
     ({"json_schema": {"const": "a" * 262144}}, "json_schema has 262157 characters"),
     ({"grammar": 'root ::= "a'}, "grammar is no GBNF"), ({"grammar": "nonsense"}, "grammar cannot be used"),
@@ -391,7 +413,8 @@ def test_somebodys_own_tokenizer(llama: Llama) -> None:
         (["--json"], {"json_object": True}), (["--regex", "a+"], {"regex": "a+"}), (["--nojson"], None), ([], None),
         (["--choice", '["a", "b"]'], {"choice": ["a", "b"]}), (["--choice=a"], {"choice": ["a"]}),
         (["--json-schema", ' {"enum": [1]}'], {"json_schema": ' {"enum": [1]}'}),
-        (["--json_schema", "FILE"], {"json_schema": '{"enum": [2]}'}), (["--grammar", "FILE"], {"grammar": '{"enum": [2]}'}),
+        (["--json_schema", "FILE"], {"json_schema": '{"enum": [2]}'}),
+        (["--grammar", "FILE"], {"grammar": '{"enum": [2]}'}),
         (["--json", "--regex=a"], "an answer has one form; give one of --json, --regex"),
         (["--grammar", "MISSING"], "MISSING is missing"), (["--regex", "("], "unclosed group"),
     ],
@@ -415,7 +438,11 @@ def test_the_terminals_options(
 
 def test_lines_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = [{"prompt": "x", "constraint": {"choice": ["p"]}}, {"prompt": "z"}, {"prompt": "z", "constraint": {"regex": "("}}]
+    lines = [
+        {"prompt": "x", "constraint": {"choice": ["p"]}},
+        {"prompt": "z"},
+        {"prompt": "z", "constraint": {"regex": "("}},
+    ]
     Path("all").write_text("\n".join(map(json.dumps, lines)))
     Path("good").write_text("\n".join(map(json.dumps, lines[:2])))
     cli.run(["complete", "--jsonl", "good", "--choice", "q", "--device", "cpu"])

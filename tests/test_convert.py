@@ -99,11 +99,15 @@ def test_files_of_a_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.Monk
     weights = random_weights()
     source = write_checkpoint(tmp_path / "a", weights)
     largest = max(weight.nbytes for weight in weights.values())
-    monkeypatch.setattr("llama.commands.convert.PART_BYTES", 3 * 64 * 64 * 4)  # three square matrices; the embedding is larger
+    monkeypatch.setattr(
+        "llama.commands.convert.PART_BYTES", 3 * 64 * 64 * 4
+    )  # three square matrices; the embedding is larger
     convert(source, tmp_path / "hf", "hf")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     parts = sorted((tmp_path / "hf").glob("*.safetensors"))
-    assert [path.name for path in parts] == [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    assert [path.name for path in parts] == [
+        f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))
+    ]
     sizes: list[int] = []
     for path in parts:
         held = load_file(path)
@@ -123,11 +127,16 @@ def test_files_of_a_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.Monk
     [(None, 10000.0, 4096), (torch.bfloat16, 1e6, 16384), (torch.float16, 10000.0, 4096)],
 )
 def test_what_a_config_says(dtype: Any, rope_theta: float, positions: int, tmp_path: Path) -> None:
-    """All that transformers would take from its own defaults. Without a tokenizer the ids of BOS and EOS are Llama 2's."""
+    """All that transformers would take from its own defaults. Without a tokenizer the ids of BOS and EOS are Llama
+    2's."""
     source = write_checkpoint(tmp_path / "a", random_weights(), params={**PARAMS, "rope_theta": rope_theta})
     convert(source, tmp_path / "hf", "hf", dtype=dtype)
     ids = {"bos_token_id": 1, "eos_token_id": 2}
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == ids
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 192,
@@ -234,7 +243,11 @@ def test_control_ids_in_transformers_stand_where_their_text_does(tokenizer: Toke
 
     for left, right in (("one", "two"), ("one ", "two"), ("one", " two")):
         for i, special in enumerate(("<unk>", "<s>", "</s>")):
-            assert theirs.encode(f"{left}{special}{right}").ids == [1, *ids(left), i, *ids(right)], (left, special, right)
+            assert theirs.encode(f"{left}{special}{right}").ids == [1, *ids(left), i, *ids(right)], (
+                left,
+                special,
+                right,
+            )
     assert theirs.encode("one", "two").ids == [1, *ids("one"), 1, *ids("two")]
     assert theirs.decode([1, *ids("one"), 2]) == "one"
     assert theirs.encode("<S>").ids == [1, *ids("<S>")]
@@ -275,7 +288,9 @@ def test_folders_above_the_new_one_are_made(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
-    def refuse(message: str, source: Path = tiny, to: str = "hf", target: Path = tmp_path / "new", **options: Any) -> None:
+    def refuse(
+        message: str, source: Path = tiny, to: str = "hf", target: Path = tmp_path / "new", **options: Any
+    ) -> None:
         with pytest.raises(ValueError, match=message):
             convert(source, target, to, **options)
         assert not (tmp_path / "new").exists()

@@ -1,7 +1,7 @@
 """Whether README and docs/ tell the truth: their commands run, their links lead somewhere.
 
-In the pages, a block of `sh` or `python` is run here. A block of `bash` needs a network, a server, a GPU or Meta's weights:
-its llama commands are only understood, and its extras looked up.
+In the pages, a block of `sh` or `python` is run here. A block of `bash` needs a network, a server, a GPU or Meta's
+weights: its llama commands are only understood, and its extras looked up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 def blocks(language: str) -> list[Any]:
     """The blocks of a language on all pages."""
-    found = [(page, text) for page in PAGES for kind, text in FENCE.findall(page.read_text("utf-8")) if kind == language]
+    found = [
+        (page, text) for page in PAGES for kind, text in FENCE.findall(page.read_text("utf-8")) if kind == language
+    ]
     return [pytest.param(text, id=f"{page.stem}-{i}") for i, (page, text) in enumerate(found)]
 
 

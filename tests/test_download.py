@@ -70,7 +70,9 @@ class Handler(BaseHTTPRequestHandler):
         if path in mirror.statuses or data is None:
             return self.answer(mirror.statuses.get(path, 404), b"<html>no</html>", "text/html")
         if path in mirror.pages:
-            return self.answer(200, b"\n<!DOCTYPE html>\n<html>Unsupported browser</html>" * 50, "text/html; charset=utf-8")
+            return self.answer(
+                200, b"\n<!DOCTYPE html>\n<html>Unsupported browser</html>" * 50, "text/html; charset=utf-8"
+            )
         if path in mirror.corrupt:
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = int(range_header.removeprefix("bytes=").rstrip("-")) if range_header and mirror.can_resume else 0
@@ -152,7 +154,8 @@ class Sandbox:
     def run(self, *args: str, command: tuple[str, ...] | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [*(command or (str(self.bin / "bash"), str(SCRIPT))), *args],
-            env=self.env | env, cwd=self.bin.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+            env=self.env | env, cwd=self.bin.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=60,
             check=False,
         )  # fmt: skip
         self.check(done.stdout + done.stderr)
@@ -232,7 +235,8 @@ def test_downloads_models_into_metas_folders(mirror: Mirror, tmp_path: Path, dow
     assert order == [
         "LICENSE", "USE_POLICY.md", "tokenizer_checklist.chk", "tokenizer.model",
         *(f"llama-2-7b-chat/{name}" for name in ["checklist.chk", "consolidated.00.pth", "params.json"]),
-        *(f"llama-2-13b/{name}" for name in ["checklist.chk", "consolidated.00.pth", "consolidated.01.pth", "params.json"]),
+        *(f"llama-2-13b/{name}" for name in ["checklist.chk", "consolidated.00.pth", "consolidated.01.pth",
+            "params.json"]),
     ]  # fmt: skip
     for path in order:  # one line a file, and no progress bar where nobody watches
         assert done.stdout.count(path + ": ") == 1
@@ -296,7 +300,8 @@ def converse(box: Sandbox, answers: list[tuple[str, str]], *args: str) -> tuple[
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [box.bin / "bash", SCRIPT, *args],
-        env=box.env | {"TERM": "dumb"}, cwd=box.bin.parent, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        env=box.env | {"TERM": "dumb"}, cwd=box.bin.parent, stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True,
     )  # fmt: skip
     os.close(slave)
     seen = ""

@@ -1,4 +1,5 @@
-"""A draft model guesses, the model verifies: no greedy id changes, what is drawn keeps its distribution, seeds their texts."""
+"""A draft model guesses, the model verifies: no greedy id changes, what is drawn keeps its distribution, seeds their
+texts."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def followed(llama: Llama, requests: Sequence[Request], lanes: int = 4) -> list[
 def test_greedy_ids_stay(
     name: str, tiny: Path, tokenizer_path: str, folders: dict[str, str], plain: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever guesses: one row, several, more than there are slots, to the end of the cache; and good guesses save passes."""
+    """Whatever guesses: one row, several, more than there are slots, to the end of the cache; and good guesses save
+    passes."""
     llama = with_draft(tiny, tokenizer_path, {**folders, "itself": str(tiny)}[name])
     right, seen = events.insist(llama), passes(llama, monkeypatch)
     for prompts, most in (([PROMPTS[1]], 200), ([[1, 30 + i, 7] for i in range(6)], 30)):
@@ -111,7 +113,8 @@ def test_greedy_ids_stay_in_trained_models() -> None:
 
 
 def test_all_that_is_reported_stays(plain: Llama, drafted: Llama) -> None:
-    """Log-probabilities, alternatives, ends in the middle of a run, lengths, penalties, biases, grammars beside them."""
+    """Log-probabilities, alternatives, ends in the middle of a run, lengths, penalties, biases, grammars beside
+    them."""
     free = followed(plain, [Request(PROMPTS[0], 40)])[0]
     for count in range(12):
         assert followed(drafted, [Request(PROMPTS[0], count)])[0] == free[:count]
@@ -188,8 +191,8 @@ def distribution(llama: Llama, sampling: Sampling) -> dict[tuple[int, ...], floa
 
 
 def chance(found: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
-    """How probable counts are that are as far from what is expected, by the chi-square test. Runs that are expected less than
-    five times are put together."""
+    """How probable counts are that are as far from what is expected, by the chi-square test. Runs that are expected
+    less than five times are put together."""
     count = found.total()
     assert found.keys() <= expected.keys()
     often = [run for run, p in expected.items() if count * p >= 5]
@@ -223,7 +226,10 @@ def test_the_distribution_stays(
 
 def test_the_chi_square_test_sees_another_distribution(drafted: Llama) -> None:
     """A little cooler, or with another bias."""
-    for i, other in ((0, Sampling(0.5, 1.0, top_k=2)), (4, Sampling(0.9, 0.9, top_k=3, logit_bias={331: 0.4, 26: -1.0}))):
+    for i, other in (
+        (0, Sampling(0.5, 1.0, top_k=2)),
+        (4, Sampling(0.9, 0.9, top_k=3, logit_bias={331: 0.4, 26: -1.0})),
+    ):
         expected, wrong = distribution(drafted, CASES[i]), distribution(drafted, other)
         counts = Counter({run: round(1500 * wrong.get(run, 0)) for run in expected})
         assert chance(counts, expected) < 1e-4
@@ -233,7 +239,8 @@ def test_the_chi_square_test_sees_another_distribution(drafted: Llama) -> None:
 def test_a_seed_gives_the_same_whatever_is_guessed(
     drafted: Llama, tiny: Path, tokenizer_path: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A draft model changes no draw by its guesses: only by being there. So neighbours, moves and interrupts change none."""
+    """A draft model changes no draw by its guesses: only by being there. So neighbours, moves and interrupts change
+    none."""
     requests = [Request([1, 30 + i], 16, sampling, seed=i) for i, sampling in enumerate(events.SAMPLINGS)]
     expected = followed(drafted, requests)
     assert [followed(drafted, [request])[0] for request in requests] == expected
@@ -247,7 +254,9 @@ def test_a_seed_gives_the_same_whatever_is_guessed(
     first = drafted.generate(PROMPTS, 20, 0.9)
     torch.manual_seed(9)
     assert silent.generate(PROMPTS, 20, 0.9) == first
-    both = (llama.text_completion(["the little dog", "ran", "a"], 0.9, seed=4, max_gen_len=9) for llama in (drafted, silent))
+    both = (
+        llama.text_completion(["the little dog", "ran", "a"], 0.9, seed=4, max_gen_len=9) for llama in (drafted, silent)
+    )
     assert next(both) == next(both)
 
 
@@ -292,7 +301,8 @@ def measured(model: DraftModel, guess: float, place: float) -> Pace:
 
 @pytest.mark.parametrize(
     ("guess", "place", "share", "most", "least"),
-    [(0.1, 0.05, 0.8, 6, 3), (0.02, 0.01, 0.95, 8, 8), (0.1, 0.05, 0.3, 1, 1), (0.5, 0.1, 0.9, 3, 1), (0.9, 0.3, 0.9, 0, 0),
+    [(0.1, 0.05, 0.8, 6, 3), (0.02, 0.01, 0.95, 8, 8), (0.1, 0.05, 0.3, 1, 1), (0.5, 0.1, 0.9, 3, 1),
+      (0.9, 0.3, 0.9, 0, 0),
      (0.1, 0.1, 0.05, 0, 0)],
 )  # fmt: skip
 def test_as_many_as_pay(guess: float, place: float, share: float, most: int, least: int, model: DraftModel) -> None:
@@ -351,7 +361,9 @@ def test_rows_that_move_and_share_are_read_once(
     followed(llama, [Request(long, 9, Sampling(0.9), seed=i) for i in range(4)])
     assert len(long) <= sum(seen) < len(long) + 16  # of four
     seen.clear()
-    followed(llama, [Request([1, 100 + i, *range(200, 240)], 2 + 9 * i) for i in range(4)])  # those that go on move down
+    followed(
+        llama, [Request([1, 100 + i, *range(200, 240)], 2 + 9 * i) for i in range(4)]
+    )  # those that go on move down
     assert sum(seen) < 4 * 44
     seen.clear()
     answer = followed(llama, [Request([1, *range(300, 350)], 8)])[0]
@@ -385,7 +397,8 @@ def test_own_parts_run_without_guesses(plain: Llama, drafted: Llama, monkeypatch
 
 
 def test_a_draft_model_that_fails(tiny: Path, tokenizer_path: str, folders: dict[str, str], plain: Llama) -> None:
-    """One whose logits are not finite guesses nothing; an error or an interrupt of it ends one call, and no draw is lost."""
+    """One whose logits are not finite guesses nothing; an error or an interrupt of it ends one call, and no draw is
+    lost."""
     llama = with_draft(tiny, tokenizer_path, folders["near"])
     model = llama._scheduler.draft_model
     assert model is not None
@@ -432,7 +445,9 @@ def test_wrong_drafts(draft: str, message: str, tiny: Path, tokenizer_path: str,
         command("convert", str(tiny), str(tmp_path / "hf"), to="hf", tokenizer_path=tokenizer_path)
         folder = tmp_path / "hf"
         config = (folder / "config.json").read_text()
-        (folder / "config.json").write_text(config.replace('"max_position_embeddings": 4096', '"max_position_embeddings": 64'))
+        (folder / "config.json").write_text(
+            config.replace('"max_position_embeddings": 4096', '"max_position_embeddings": 64')
+        )
     with pytest.raises(ValueError, match=message):
         with_draft(tiny, tokenizer_path, str(folder))
 

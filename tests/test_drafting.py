@@ -1,4 +1,5 @@
-"""Drafts from a row's own ids: what they propose, that they change no id, and that they save passes where text repeats."""
+"""Drafts from a row's own ids: what they propose, that they change no id, and that they save passes where text
+repeats."""
 
 from __future__ import annotations
 
@@ -158,8 +159,8 @@ def test_no_id_changes(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_in_bfloat16_only_ties_are_decided_otherwise(demo16: Counting) -> None:
-    """There columns of the cache are rounded otherwise by a pass than by single steps, so it has to be asked for; and where
-    the ids part, the two best were closer than the bound that a pass has to keep, twice over."""
+    """There columns of the cache are rounded otherwise by a pass than by single steps, so it has to be asked for; and
+    where the ids part, the two best were closer than the bound that a pass has to keep, twice over."""
     saved = 0
     for text in TEXTS:
         prompt = demo16.llama.tokenizer.encode(text, bos=True, eos=False)
@@ -273,7 +274,9 @@ def test_stop_strings_cancel_inside_a_pass(tiny_model: Counting) -> None:
     whole = llama.text_completion(["the little"], 0, 1, 120, draft=False)[0]["generation"]
     for at in range(40, 80, 3):
         stop = whole[at : at + 4]
-        both = [llama.text_completion(["the little"], 0, 1, 120, True, stop=stop, draft=draft)[0] for draft in (False, True)]
+        both = [
+            llama.text_completion(["the little"], 0, 1, 120, True, stop=stop, draft=draft)[0] for draft in (False, True)
+        ]
         assert both[0]["generation"] == both[1]["generation"]
         assert both[0]["tokens"] == both[1]["tokens"]
         assert both[1]["finish_reason"] == "stop"
@@ -296,7 +299,8 @@ def test_cancelled_between_the_steps_of_a_pass(tiny_model: Counting) -> None:
 
 
 def test_left_or_taken_between_the_steps_of_a_pass(tiny_model: Counting) -> None:
-    """What is remembered holds: a call that goes on from it gives the same ids, and one whose cache others used goes on."""
+    """What is remembered holds: a call that goes on from it gives the same ids, and one whose cache others used goes
+    on."""
     llama = tiny_model.llama
     plain, _ = tiny_model.ids([1, 20, 30], 120, False)
     for count in range(60, 80):

@@ -1,4 +1,5 @@
-"""The lines for CUDA, on the emulation of `emulated_cuda`: recorded steps against plain ones, in all that the library does."""
+"""The lines for CUDA, on the emulation of `emulated_cuda`: recorded steps against plain ones, in all that the library
+does."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from llama.decoding import compiled
 from llama.layers import kernels
 from llama.model import precompute_freqs_cis
 
-TEXTS = ["Once upon a time", "The dog", "A little girl named Lily went to the park and saw a big", "One day, Tom and his",
+TEXTS = ["Once upon a time", "The dog", ("A little girl named Lily went to the park and saw a "
+                                        "big"), "One day, Tom and his",
          "There was a cat", "In the forest", "Mom said", "It was raining and the children"]  # fmt: skip
 FORTY = [f"{TEXTS[i % 8]} {'and then ' * (i % 5)}" for i in range(40)]
 
@@ -86,7 +88,8 @@ def hooked(llama: Llama, texts: list[str]) -> Any:
 
 
 def between(llama: Llama, texts: list[str]) -> Any:
-    """Steps of somebody else's own between two generations, with ids on the CPU: after Meta's build they are on the GPU."""
+    """Steps of somebody else's own between two generations, with ids on the CPU: after Meta's build they are on the
+    GPU."""
     ids = torch.tensor([llama.tokenizer.encode(texts[0], bos=True, eos=False)])
     llama.model(ids[:, :-1], 0)
     logits = llama.model(ids[:, -1:], torch.tensor([ids.shape[1] - 1]), slots=torch.tensor([0]))
@@ -194,7 +197,8 @@ def test_scenarios_of_kernels(
     machine: Machine,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The same of steps that are made of kernels, for which the plain forms stand in, beside steps op by op on the GPU."""
+    """The same of steps that are made of kernels, for which the plain forms stand in, beside steps op by op on the
+    GPU."""
     graph = build(tiny, tokenizer_path, rows, dtype=dtype, quantize=quantize)
     plain = build(tiny, tokenizer_path, rows, dtype=dtype, quantize=quantize, compile=False)
     for scenario in ("greedy", "options", "many with seeds", "drafts", "between", "interrupted"):
@@ -220,13 +224,15 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("options", "form"),
-    [(options, ("float32", None)) for options in OPTIONS] + [(OPTIONS[3], ("bfloat16", form)) for form in (None, "int4")],
+    [(options, ("float32", None)) for options in OPTIONS]
+    + [(OPTIONS[3], ("bfloat16", form)) for form in (None, "int4")],
     ids=str,
 )
 def test_a_step_waits_for_nothing_but_its_ids(
     options: dict[str, Any], form: tuple[str, Optional[str]], tiny: Path, tokenizer_path: str, machine: Machine
 ) -> None:
-    """The host reads each step's ids when the next step is queued already, and waits nowhere else, nor before the first."""
+    """The host reads each step's ids when the next step is queued already, and waits nowhere else, nor before the
+    first."""
     llama = build(tiny, tokenizer_path, dtype=form[0], quantize=form[1])
     llama.tokenizer.eos_id = -1
     for _ in range(2):  # the first records, and proves what it recorded
@@ -253,7 +259,8 @@ def test_ids_are_fetched_behind_what_is_queued(tiny: Path, tokenizer_path: str, 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_launches(quantize: Optional[str], tiny: Path, tokenizer_path: str, machine: Machine) -> None:
-    """Nine launches a layer, of which attention takes two; around them the embedding, a norm, the output and its float32."""
+    """Nine launches a layer, of which attention takes two; around them the embedding, a norm, the output and its
+    float32."""
     llama = build(tiny, tokenizer_path, dtype="bfloat16", quantize=quantize)
     graph = llama._engine.graph
     assert isinstance(graph, compiled.Recorded)
@@ -289,7 +296,10 @@ def test_a_wrong_kernel_is_not_used(
         assert_same(llama.text_completion(texts, 0, 1, 6), plain.text_completion(texts, 0, 1, 6), 0.1)
     out = capsys.readouterr().out
     assert "The kernel add_norm is not used here, torch's own run in its place: it gives other numbers\n" in out
-    assert "The kernel silu_mul is not used here, torch's own run in its place: RuntimeError: PassManager::run failed\n" in out
+    assert (
+        "The kernel silu_mul is not used here, torch's own run in its place: RuntimeError: PassManager::run failed\n"
+        in out
+    )
     assert "The decode step is not" not in out
 
 
@@ -318,7 +328,11 @@ def test_a_compared_step_leaves_what_the_replay_wrote(
 
 
 def test_requests_that_come_and_go(
-    tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    tokenizer_path: str,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """While the next step is queued ahead, and recordings of several sizes take turns."""
     monkeypatch.setattr(compiled, "LEAST_COLUMNS", 32)
@@ -361,16 +375,20 @@ def test_a_prompt_that_joins_does_not_stop_the_graph(
     llama.text_completion(FORTY[:8], 0, 1, 10)
     widths: list[int] = []
     run = llama.model.hidden_states
-    monkeypatch.setattr(llama.model, "hidden_states", lambda ids, *a, **k: widths.append(ids.shape[1]) or run(ids, *a, **k))
+    monkeypatch.setattr(
+        llama.model, "hidden_states", lambda ids, *a, **k: widths.append(ids.shape[1]) or run(ids, *a, **k)
+    )
     llama.text_completion(FORTY, 0, 1, 10, stop=["e"])
     assert 1 not in widths
 
 
 def test_every_device_and_thread(tiny: Path, tokenizer_path: str, machine: Machine) -> None:
-    """Streams, events and captures belonged to the thread's current device, whatever the model's was: a worker thread, or
-    a model on the second GPU, recorded nothing and read memory that nobody had written."""
+    """Streams, events and captures belonged to the thread's current device, whatever the model's was: a worker thread,
+    or a model on the second GPU, recorded nothing and read memory that nobody had written."""
     models = [build(tiny, tokenizer_path, device=f"emulated:{index}") for index in (0, 1)]
-    expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:4], 0, 1, 20, logprobs=True)
+    expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(
+        TEXTS[:4], 0, 1, 20, logprobs=True
+    )
     torch.cuda.set_device(0)
     for llama in (*models, *models):
         assert_same(llama.text_completion(TEXTS[:4], 0, 1, 20, logprobs=True), expected, 1e-3)
@@ -390,8 +408,8 @@ def test_every_device_and_thread(tiny: Path, tokenizer_path: str, machine: Machi
 def test_a_graph_that_reads_freed_memory_is_found_out(
     tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The fault that every recorded step had, put in again: the columns that a step looks at were kept by nobody. Its first
-    replays differ from the plain step, which then runs."""
+    """The fault that every recorded step had, put in again: the columns that a step looks at were kept by nobody. Its
+    first replays differ from the plain step, which then runs."""
     expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:2], 0, 1, 20)
     record = compiled.Recorded._record
 
@@ -468,8 +486,11 @@ def test_collectives_are_captured(options: dict[str, Any], tiny: Path, tokenizer
             assert sum(same) >= 3
 
 
-def test_a_rank_that_cannot_record(tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where another process fails, what this one has recorded already is not replayed, and the next way is proven anew."""
+def test_a_rank_that_cannot_record(
+    tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another process fails, what this one has recorded already is not replayed, and the next way is proven
+    anew."""
     expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:2], 0, 1, 20)
     for failing in range(4):
         votes = iter([i != failing for i in range(100)])
@@ -479,7 +500,8 @@ def test_a_rank_that_cannot_record(tiny: Path, tokenizer_path: str, machine: Mac
 
 
 def test_a_capture_that_fails_half_way(tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A part that waits for the device spoils the capture. The thread comes back to its own stream, and the step runs."""
+    """A part that waits for the device spoils the capture. The thread comes back to its own stream, and the step
+    runs."""
     expected = build(tiny, tokenizer_path, device="cpu", compile=False).text_completion(TEXTS[:2], 0, 1, 20)
     with emulated() as machine:
         llama = build(tiny, tokenizer_path)

@@ -43,7 +43,13 @@ def told(llama: Llama, ids: list[int], start: int) -> tuple[list[float], list[bo
 def test_continuations(llama: Llama) -> None:
     """In any order, after long, short and no contexts; each is what the model says of it alone."""
     encode = llama.tokenizer.encode
-    pairs = [(CONTEXT, " laughed"), ("", "Once upon"), (CONTEXT, " ran back"), ("A dog ", "ran."), (CONTEXT, " found a river")]
+    pairs = [
+        (CONTEXT, " laughed"),
+        ("", "Once upon"),
+        (CONTEXT, " ran back"),
+        ("A dog ", "ran."),
+        (CONTEXT, " found a river"),
+    ]
     scores = llama.score(*map(list, zip(*pairs)))
     for (context, continuation), score in zip(pairs, scores):
         ids, start = encode(context + continuation, True, False), len(encode(context.rstrip(), True, False))
@@ -64,11 +70,14 @@ def test_what_the_model_writes_is_greedy(llama: Llama) -> None:
 
 
 def test_contexts_are_read_once(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choices of one question, as a harness asks them; behind it only their own ids run, and the last of these not at all."""
+    """Choices of one question, as a harness asks them; behind it only their own ids run, and the last of these not at
+    all."""
     context = llama.tokenizer.encode(CONTEXT, True, False)
     assert len(context) > 32
     llama.forget()
-    passes = watch_prefill(llama._engine, monkeypatch, lambda prompts, start: sum(len(prompt) - start for prompt in prompts))
+    passes = watch_prefill(
+        llama._engine, monkeypatch, lambda prompts, start: sum(len(prompt) - start for prompt in prompts)
+    )
     llama.score_ids([context] * 6, [[40 + i, 50] for i in range(6)])
     assert sum(passes) == len(context) + 1 + 5 * 2  # the others read the context's last id again, and their own first
 
@@ -78,7 +87,9 @@ def test_a_pair_may_fill_the_cache(llama: Llama) -> None:
     ids = llama.tokenizer.encode(TEXT, True, False)
     [score] = llama.score_ids([ids[:1]], [ids[1:65]])
     assert score["logprobs"] == pytest.approx(told(llama, ids[:65], 1)[0], abs=1e-4)
-    with pytest.raises(ValueError, match="continuation 1 have 66 tokens, but with max_seq_len=64 at most 65 are scored"):
+    with pytest.raises(
+        ValueError, match="continuation 1 have 66 tokens, but with max_seq_len=64 at most 65 are scored"
+    ):
         llama.score_ids([ids[:1], ids[:3]], [ids[1:3], ids[3:66]])
 
 
@@ -251,7 +262,8 @@ def test_chats(llama: Llama) -> None:
     text = answers.apply_chat_template(dialog)  # type: ignore[arg-type]
     assert text == "<s>[INST] The dog? [/INST]"
     assert answers._encode(text) == llama.encode_dialogs([dialog], "raise", False).ids[0]  # type: ignore[list-item]
-    begun = answers.apply_chat_template([*dialog, {"role": "assistant", "content": "It ran"}], False)  # type: ignore[list-item]
+    started = [*dialog, {"role": "assistant", "content": "It ran"}]
+    begun = answers.apply_chat_template(started, False)  # type: ignore[arg-type]
     assert begun == "<s>[INST] The dog? [/INST] It ran"
     assert Answers(llama)._encode("</s>").count(llama.tokenizer.eos_id) == 0
     with pytest.raises(ValueError, match="'</s>' is a control piece, and no message may have it"):

@@ -1,4 +1,5 @@
-"""Odd files in the place of good ones, files that change, numbers that are none: one ValueError that says which, at once."""
+"""Odd files in the place of good ones, files that change, numbers that are none: one ValueError that says which, at
+once."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> di
      ("hf", "model.safetensors"), ("parts", "model.safetensors.index.json"), ("parts", "part.safetensors")],
 )  # fmt: skip
 def test_other_things_than_files(kind: str, name: str, odd: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """A pipe called consolidated.00.pth was waited for, for ever; others were called missing, or another file was taken."""
+    """A pipe called consolidated.00.pth was waited for, for ever; others were called missing, or another file was
+    taken."""
     folder = shutil.copytree(folders[kind], tmp_path / "folder")
     make, message = ODD[odd]
     (folder / name).unlink()
@@ -115,7 +117,8 @@ def test_other_things_than_texts(odd: str, tmp_path: Path) -> None:
 
 
 def test_contents(tmp_path: Path) -> None:
-    """What a message says of a folder: the names, sorted and escaped; that there are none; or why they are not known."""
+    """What a message says of a folder: the names, sorted and escaped; that there are none; or why they are not
+    known."""
     assert contents(tmp_path) == "nothing"
     for name in ["b\n", *(f"c{i:02d}" for i in range(12)), "a"]:
         (tmp_path / name).touch()
@@ -125,7 +128,11 @@ def test_contents(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a" * 300, "cannot be read: File name too long"), ("a\0b", "cannot be read: embedded null"), ("none", "none is missing")],
+    [
+        ("a" * 300, "cannot be read: File name too long"),
+        ("a\0b", "cannot be read: embedded null"),
+        ("none", "none is missing"),
+    ],
 )
 def test_names_that_no_file_has(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -238,7 +245,10 @@ def test_tensors_that_lie_otherwise(tmp_path: Path, tokenizer_path: str) -> None
     """Parts of larger tensors, transposed ones, parameters; a file of another protocol; what hangs on a state dict."""
     weights = random_weights()
     folder = write_checkpoint(tmp_path, weights)
-    odd = {name: torch.nn.Parameter(w) if i % 2 else torch.cat((w, w))[len(w) :] for i, (name, w) in enumerate(weights.items())}
+    odd = {
+        name: torch.nn.Parameter(w) if i % 2 else torch.cat((w, w))[len(w) :]
+        for i, (name, w) in enumerate(weights.items())
+    }
     odd[WQ] = weights[WQ].t().contiguous().t()
     for protocol in (2, 3, 4, 5):
         state = OrderedDict(odd)
@@ -251,7 +261,9 @@ def test_tensors_that_lie_otherwise(tmp_path: Path, tokenizer_path: str) -> None
 def test_embeddings_without_dimensions(tmp_path: Path, tokenizer_path: str) -> None:
     folder = write_checkpoint(tmp_path, random_weights())
     torch.save({**random_weights(), "tok_embeddings.weight": torch.tensor(1.0)}, folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match=r"consolidated.00.pth has tok_embeddings.weight in shape \[\]; it is no matrix"):
+    with pytest.raises(
+        ValueError, match=r"consolidated.00.pth has tok_embeddings.weight in shape \[\]; it is no matrix"
+    ):
         build(folder, tokenizer_path)
 
 
@@ -351,13 +363,17 @@ def last_replaced(data: bytes, old: bytes, new: bytes) -> bytes:
     [
         (lambda: trained(eos_id=-1), "<s> has the id 1, </s> -1"),
         (lambda: trained(bos_id=-1, eos_id=1), "<s> has the id -1, </s> 1"),
-        (lambda: last_replaced(trained(bos_piece="<bb>", eos_piece="<ee>"), b"<ee>", b"<bb>"), "<s> has the id 1, </s> 1"),
+        (
+            lambda: last_replaced(trained(bos_piece="<bb>", eos_piece="<ee>"), b"<ee>", b"<bb>"),
+            "<s> has the id 1, </s> 1",
+        ),
         (lambda: trained().replace("▁the".encode(), b"\xe2\xb6\x81the", 1), "is not a SentencePiece model, or damaged"),
         (lambda: trained().replace("▁the".encode(), b"\xe2\x16\x81the", 1), "is not a SentencePiece model, or damaged"),
     ],
 )
 def test_tokenizers_without_marks_or_with_wrong_bits(make: Any, message: str, tiny: Path, tmp_path: Path) -> None:
-    """Without `</s>` the id -1 got into prompts; a wrong bit was a UnicodeDecodeError, or one in the middle of a text."""
+    """Without `</s>` the id -1 got into prompts; a wrong bit was a UnicodeDecodeError, or one in the middle of a
+    text."""
     data = make()
     (tmp_path / "tokenizer.model").write_bytes(data)
     if b"\xe2\xb6\x81" in data:  # another character, which nothing can tell
@@ -401,7 +417,8 @@ def test_pages_that_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(files, "release", lambda tensor: pieces.append(len(tensor)) or release(tensor))
     for source, rows in (
         (pages, [3, 3, 3, 3, 3, 1]), (pages.view(64, -1), [12, 12, 12, 12, 12, 4]), (pages.view(2, -1), [1, 1]),
-        (pages[:, :5], [3, 3, 3, 3, 3, 1]), (whole[: 4 * page], [3 * page, page]), (whole[:1].expand(9), [9]), (whole[:0], []),
+        (pages[:, :5], [3, 3, 3, 3, 3, 1]), (whole[: 4 * page], [3 * page, page]), (whole[:1].expand(9), [9]),
+        (whole[:0], []),
     ):  # fmt: skip
         whole.copy_(torch.arange(len(whole)) % 251)
         expected, target = source.clone(), torch.zeros(source.shape, dtype=torch.uint8)
@@ -413,7 +430,8 @@ def test_pages_that_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_files_that_are_written_to_under_a_model(tmp_path: Path, tokenizer_path: str) -> None:
-    """What is mapped is read later. A file that was cut ends the process; one of the same length gives other weights."""
+    """What is mapped is read later. A file that was cut ends the process; one of the same length gives other
+    weights."""
     folder = write_checkpoint(tmp_path, random_weights())
     path = folder / "consolidated.00.pth"
     llama = build(folder, tokenizer_path)
@@ -487,8 +505,8 @@ def test_attention_shows_every_nan(columns: int) -> None:
 
 
 def test_keys_that_overflow_float16(tmp_path: Path, tokenizer_path: str) -> None:
-    """A key whose score is -infinity gets no weight: 0.1 to 0.2 off in the logits, without a word. These ids have one such key,
-    and no other that overflows (of 200 random prompts, two had)."""
+    """A key whose score is -infinity gets no weight: 0.1 to 0.2 off in the logits, without a word. These ids have one
+    such key, and no other that overflows (of 200 random prompts, two had)."""
     weights = random_weights()
     weights[WK], weights[WQ] = weights[WK] * 2e4, weights[WQ] / 2e4
     write_checkpoint(tmp_path, weights)

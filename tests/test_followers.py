@@ -51,7 +51,8 @@ def pid_of(llama: Llama) -> int:
 
 
 class Built:
-    """The `Llama` of two processes that the tests share, built anew where one has ended it; and one of this process alone."""
+    """The `Llama` of two processes that the tests share, built anew where one has ended it; and one of this process
+    alone."""
 
     def __init__(self, folder: Path, tokenizer_path: str) -> None:
         self.arguments = str(folder), tokenizer_path, 128, 4
@@ -180,7 +181,8 @@ def test_what_acts_on_one_process_only(what: str, message: str, built: Built, mo
 
 
 def test_calls_that_would_wait_for_ever(built: Built) -> None:
-    """Of the model and of its parts: the other process follows methods of `Llama` only. A copy has nobody who follows it."""
+    """Of the model and of its parts: the other process follows methods of `Llama` only. A copy has nobody who follows
+    it."""
     model = built.llama.model
     for call in (
         lambda: model(torch.tensor([[1, 5]]), 0),
@@ -235,8 +237,8 @@ def test_a_process_that_dies(built: Built) -> None:
 
 
 def test_builds_in_a_row(built: Built) -> None:
-    """The next one closes what there was, though a process of it has died meanwhile. One that nobody has any more ends, but not
-    before the streams that it began."""
+    """The next one closes what there was, though a process of it has died meanwhile. One that nobody has any more ends,
+    but not before the streams that it began."""
     pytest.importorskip("llguidance")  # for a cell of the notebook
     notebook = run_cells("docs/working.ipynb")
     assert notebook["answers"][0] == notebook["answers"][1]
@@ -304,7 +306,11 @@ def test_ctrl_c_while_it_builds(built: Built, monkeypatch: pytest.MonkeyPatch) -
         ({"processes": 4, "model_parallel_size": 3}, {}, "model_parallel_size=3 does not fit processes=4"),
         ({"processes": 2, "max_batch_size": 0}, {}, "max_batch_size=0"),
         ({"processes": 2, "device": "mps"}, {}, "device='mps' needs"),
-        ({"processes": 2}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "leave processes out"),
+        (
+            {"processes": 2},
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "leave processes out",
+        ),
         ({"processes": 3, "device": "cuda"}, {}, "processes=3, each with a GPU of its own, but torch sees 2 GPUs"),
         ({"processes": 2, "device": "cuda:1"}, {}, "device='cuda:1' is one GPU"),
     ],

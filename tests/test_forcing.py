@@ -1,4 +1,5 @@
-"""Ids that a form forces: they come in one pass, are what they would be one by one, and change nothing that is drawn."""
+"""Ids that a form forces: they come in one pass, are what they would be one by one, and change nothing that is
+drawn."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ KEYS = {
     "additionalProperties": False,
 }
 TALE = {"regex": "The little (dog|girl) ran to the (tree|house) and (found|played) with it[.!]"}
-SEEN: list[dict[str, Any]] = [{"json_schema": KEYS}, TALE, {"choice": ["a é red ball", "a éclair", "nobody knew where"]}]
+SEEN: list[dict[str, Any]] = [
+    {"json_schema": KEYS},
+    TALE,
+    {"choice": ["a é red ball", "a éclair", "nobody knew where"]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_one_pass(llama: Llama, passes: list[int]) -> None:
-    """The prompt's last state gives the first id. A pass runs it with all that is certain; the last piece is left open."""
+    """The prompt's last state gives the first id. A pass runs it with all that is certain; the last piece is left
+    open."""
     text = "the little dog ran to the house with it"
     [answer] = llama.text_completion(["Tim"], 0, constraint={"choice": [text]}, echo=True)
     assert answer["generation"] == "Tim" + text
@@ -179,7 +185,8 @@ def test_weights_that_change(tiny: Path, tokenizer_path: str) -> None:
 
 
 def test_what_is_not_forced(llama: Llama) -> None:
-    """An id that has a bias, that ends the row, or behind which nothing could be chosen; and none before there is an id."""
+    """An id that has a bias, that ends the row, or behind which nothing could be chosen; and none before there is an
+    id."""
     chooser, tokenizer = llama._scheduler.chooser, llama.tokenizer
     text = "the little dog ran to the house with it"
     first, *rest = tokenizer.encode_behind(text)

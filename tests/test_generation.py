@@ -145,7 +145,9 @@ def test_chat(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dialog with a tag in it is not run, and gives no tokens; the others are answered as if it were not there."""
     seen: list[Any] = []
     prefill = llama._engine.prefill
-    monkeypatch.setattr(llama._engine, "prefill", lambda ids, *rest, **named: seen.extend(ids) or prefill(ids, *rest, **named))
+    monkeypatch.setattr(
+        llama._engine, "prefill", lambda ids, *rest, **named: seen.extend(ids) or prefill(ids, *rest, **named)
+    )
     safe: Any = [{"role": "user", "content": "hi"}]
     unsafe: Any = [{"role": "user", "content": "[INST] hi"}]
     results = llama.chat_completion([safe, unsafe, safe], temperature=0, max_gen_len=6, logprobs=True)
@@ -170,7 +172,10 @@ def test_chat(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (([[1]] * 5, 3), "5 prompts, but max_batch_size is 4; pass fewer at once, or build with max_batch_size=5"),
-        (([[1], [9] * 65], 3), "prompt 1 has 65 tokens, but max_seq_len is 64; shorten it, or build with max_seq_len=65"),
+        (
+            ([[1], [9] * 65], 3),
+            "prompt 1 has 65 tokens, but max_seq_len is 64; shorten it, or build with max_seq_len=65",
+        ),
         (([[1], []], 3), "prompt 1 is empty"),
         (([[1, 400]], 3), "prompt 0 has the id 400, which is outside the vocabulary; ids go from 0 to 399"),
         (([[1, -1]], 3), "has the id -1"),
@@ -196,7 +201,8 @@ def test_options_of_one_prompt(llama: Llama) -> None:
     for good in ({}, {"seed": 3}, {"seed": [3]}, {"n": 1, "temperature": 0.5}):
         llama.check_options(good)
     for bad, message in (
-        ({"seed": []}, "0 seeds for 1 prompts"), ({"seed": [3, 4]}, "2 seeds for 1 prompts"), ({"n": 2}, "n=2: here a prompt"),
+        ({"seed": []}, "0 seeds for 1 prompts"), ({"seed": [3, 4]}, "2 seeds for 1 prompts"),
+        ({"n": 2}, "n=2: here a prompt"),
         ({"max_gen_length": 2}, "unknown option max_gen_length"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -255,9 +261,17 @@ def test_half_precision(dtype: str, tiny: Path, tokenizer_path: str, llama: Llam
     assert [row[0] for row in tokens] == [row[0] for row in tokens32]
 
 
-def test_build_leaves_the_process_as_it_was(tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_leaves_the_process_as_it_was(
+    tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Meta's build sets the default tensor type for good, and takes stdout away."""
-    before = (torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), sys.stdout, sys.excepthook)
+    before = (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        sys.stdout,
+        sys.excepthook,
+    )
     llama = Llama.build(str(tiny), tokenizer_path, 16, 1, seed=5, device="cpu")
     after = (torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), sys.stdout, sys.excepthook)
     assert after == before
@@ -302,7 +316,11 @@ def corrected(folder: str, tokenizer_path: str) -> Any:
     """Rank 1 alone makes a mistake; all hear of it, and the corrected call is in step again."""
     llama = Llama.build(folder, tokenizer_path, 64, 4, 4, device="cpu")
     wrong: Any = {"generate": [[]], "text_completion": [None], "chat_completion": [[]]}
-    right: Any = {"generate": [[1, 5]], "text_completion": ["a"], "chat_completion": [[{"role": "user", "content": "a"}]]}
+    right: Any = {
+        "generate": [[1, 5]],
+        "text_completion": ["a"],
+        "chat_completion": [[{"role": "user", "content": "a"}]],
+    }
     told = []
     for method in wrong:
         mistaken = torch.distributed.get_rank() == 1
@@ -368,7 +386,9 @@ def test_built_in_inference_mode(tiny: Path, tokenizer_path: str) -> None:
 )
 def test_bad_builds(changes: dict[str, Any], message: str, tiny: Path, tokenizer_path: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Llama.build(**{"ckpt_dir": str(tiny), "tokenizer_path": tokenizer_path, "max_seq_len": 16, "device": "cpu", **changes})
+        Llama.build(
+            **{"ckpt_dir": str(tiny), "tokenizer_path": tokenizer_path, "max_seq_len": 16, "device": "cpu", **changes}
+        )
 
 
 def test_arguments_that_are_no_lists(llama: Llama) -> None:
@@ -389,4 +409,6 @@ def test_rope_theta_is_read(tmp_path: Path, tokenizer_path: str, llama: Llama) -
     code = Llama.build(str(tmp_path), tokenizer_path, 64, 4, device="cpu")
     assert code.model.params.rope_theta == 1e6
     prompts = [[1] + list(range(50, 90))]
-    assert code.generate(prompts, 10, temperature=0, logprobs=True) != llama.generate(prompts, 10, temperature=0, logprobs=True)
+    assert code.generate(prompts, 10, temperature=0, logprobs=True) != llama.generate(
+        prompts, 10, temperature=0, logprobs=True
+    )

@@ -66,8 +66,8 @@ def write(
     rows: int = 400,
     **told: Any,
 ) -> dict[str, torch.Tensor]:
-    """A model that the package writes. told: metadata that change, with __ in place of dots, or are left out (None). Returns
-    its weights as the package reads them, under Meta's names."""
+    """A model that the package writes. told: metadata that change, with __ in place of dots, or are left out (None).
+    Returns its weights as the package reads them, under Meta's names."""
     args = ModelArgs(**params, vocab_size=tokenizer.n_words)
     writer = GGUFWriter(path, "llama")
     metadata = describe(args, 64) | vocabulary_metadata(tokenizer)
@@ -94,7 +94,9 @@ def write(
     return stored
 
 
-def logits(path: str, tokens: list[list[int]], processes: int = 1, tokenizer_path: Any = None, **options: Any) -> torch.Tensor:
+def logits(
+    path: str, tokens: list[list[int]], processes: int = 1, tokenizer_path: Any = None, **options: Any
+) -> torch.Tensor:
     llama = Llama.build(path, tokenizer_path, 64, 4, processes, device="cpu", dtype="float32", **options)
     with torch.inference_mode():
         return llama.model(torch.tensor(tokens), 0)
@@ -145,7 +147,9 @@ def test_tensors_that_are_not_quantized_stay_in_the_file(tokenizer: Tokenizer, t
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_K"])
-def test_models_on_any_processes(kind: str, tokenizer: Tokenizer, tokenizer_path: str, pool: Pool, tmp_path: Path) -> None:
+def test_models_on_any_processes(
+    kind: str, tokenizer: Tokenizer, tokenizer_path: str, pool: Pool, tmp_path: Path
+) -> None:
     """The same as the weights that the package reads, in Meta's format; rounded to int8 and int4 too."""
     weights = write(tmp_path / "a.gguf", tokenizer, WIDE, kind)
     folder = write_checkpoint(tmp_path / "meta", weights, params=WIDE)
@@ -192,7 +196,9 @@ def test_positions_that_it_was_made_for(tokenizer: Tokenizer, tmp_path: Path) ->
     for name in "ab":
         path = str(tmp_path / f"{name}.gguf")
         Llama.build(path, None, 64, 1, device="cpu", draft=path)
-        with pytest.raises(ValueError, match=r"the draft model in .*gguf was made for 64 positions, but max_seq_len is 65"):
+        with pytest.raises(
+            ValueError, match=r"the draft model in .*gguf was made for 64 positions, but max_seq_len is 65"
+        ):
             Llama.build(path, None, 65, 1, device="cpu", draft=path)
 
 
@@ -306,7 +312,8 @@ def test_added_tokens_and_rows_without_a_name(tokenizer: Tokenizer, tmp_path: Pa
     told = vocabulary_metadata(tokenizer)
     texts, scores, kinds = (told[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
     write(
-        tmp_path / "a.gguf", tokenizer, rows=404, llama__vocab_size=404, tokenizer__ggml__scores=[*scores, 0.0, -1.0, 0.0, 0.0],
+        tmp_path / "a.gguf", tokenizer, rows=404, llama__vocab_size=404,
+        tokenizer__ggml__scores=[*scores, 0.0, -1.0, 0.0, 0.0],
         tokenizer__ggml__tokens=[*texts, "<|im_start|>", "<|im_end|>", "[PAD402]", "[PAD403]"],
         tokenizer__ggml__token_type=[*kinds, 3, 4, 5, 5], tokenizer__ggml__eot_token_id=401,
         tokenizer__chat_template="{{ messages }}",
@@ -378,7 +385,9 @@ def test_tables_of_llama3s_rule(dim: int, theta: float, change: dict[str, Any]) 
     for frequency in (1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)).tolist():
         length, original = 2 * torch.pi / frequency, values["original_max_position_embeddings"]
         low, high = original / values["low_freq_factor"], original / values["high_freq_factor"]
-        share = (original / length - values["low_freq_factor"]) / (values["high_freq_factor"] - values["low_freq_factor"])
+        share = (original / length - values["low_freq_factor"]) / (
+            values["high_freq_factor"] - values["low_freq_factor"]
+        )
         between = 1 / ((1 - share) / values["factor"] + share)
         table.append(1.0 if length < high else values["factor"] if length > low else between)
     expected = read_rope({"max_position_embeddings": 131072, "rope_theta": theta, "rope_scaling": values})[1]
@@ -389,7 +398,9 @@ def test_tables_of_llama3s_rule(dim: int, theta: float, change: dict[str, Any]) 
     assert expected is not None
     assert found.positions == expected.positions == 131072
     one = torch.arange(1)
-    torch.testing.assert_close(found.frequencies(dim, theta, one), expected.frequencies(dim, theta, one), rtol=3e-6, atol=0)
+    torch.testing.assert_close(
+        found.frequencies(dim, theta, one), expected.frequencies(dim, theta, one), rtol=3e-6, atol=0
+    )
     if (values["low_freq_factor"], dim) == (1.0, 128):
         assert found == expected
 
@@ -403,12 +414,18 @@ def test_tables_of_llama3s_rule(dim: int, theta: float, change: dict[str, Any]) 
         ({"general__architecture": "qwen2"}, "holds 'qwen2', and only models of the architecture 'llama' are computed"),
         ({"general__type": "adapter"}, "holds 'adapter'"),
         ({"llama__expert_count": 8}, "llama.expert_count=8, which is not computed"),
-        ({"llama__rope__scaling__type": "longrope"}, "its rotary positions are scaled ('longrope'), which is not computed"),
+        (
+            {"llama__rope__scaling__type": "longrope"},
+            "its rotary positions are scaled ('longrope'), which is not computed",
+        ),
         ({"llama__rope__scale_linear": 0.5}, "scaled ('linear'), but factor=0.5 is not a number from 1"),
         ({"llama__rope__scaling__factor": "2"}, "but factor='2' is not a number"),
         ({**YARN, "llama__context_length": None}, "missing key 'llama.context_length'"),
         ({**YARN, "llama__rope__scaling__yarn_beta_fast": -1.0}, "beta_fast=-1.0 is not a number from 0.001"),
-        ({**YARN, "llama__rope__scaling__original_context_length": "a"}, "original_max_position_embeddings='a' is not a whole"),
+        (
+            {**YARN, "llama__rope__scaling__original_context_length": "a"},
+            "original_max_position_embeddings='a' is not a whole",
+        ),
         ({**YARN, "llama__rope__scaling__yarn_ext_factor": 0.5}, "yarn_ext_factor=0.5, which is not computed"),
         ({**YARN, "llama__rope__scaling__attn_factor": -1.0}, "attention_factor=-1.1386"),
         ({"llama__rope__scaling__attn_factor": 0.5}, "attn_factor=0.5, which is not computed with 'linear'"),
@@ -440,7 +457,9 @@ def test_without_the_package(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: 
         write(tmp_path / f"{kind}.gguf", tokenizer, kind=kind)
     monkeypatch.setitem(sys.modules, "gguf", None)
     Llama.build(str(tmp_path / "F16.gguf"), None, 16, 1, device="cpu")
-    with pytest.raises(ValueError, match=r"is quantized, GGUF \(Q4_0, F32\), which needs the package gguf; pip install 'gguf"):
+    with pytest.raises(
+        ValueError, match=r"is quantized, GGUF \(Q4_0, F32\), which needs the package gguf; pip install 'gguf"
+    ):
         open_checkpoint(tmp_path / "Q4_0.gguf")
 
 
@@ -449,7 +468,11 @@ def test_without_the_package(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: 
     [
         ("blk.0.attn_q.bias", torch.zeros(64), "it has biases ('blk.0.attn_q.bias'), which are not computed"),
         ("blk.0.ffn_gate_exps.weight", torch.zeros(8, 4, 64), "it has experts ('blk.0.ffn_gate_exps.weight')"),
-        ("rope_freqs.weight", torch.tensor([8.0, 1, 1, 8]), "by a table (rope_freqs.weight) that is not of llama3's rule"),
+        (
+            "rope_freqs.weight",
+            torch.tensor([8.0, 1, 1, 8]),
+            "by a table (rope_freqs.weight) that is not of llama3's rule",
+        ),
         ("rope_freqs.weight", torch.tensor([1.0, 1, torch.nan, 8]), "that is not of llama3's rule"),
         ("rope_freqs.weight", torch.tensor([0.0, 1, 2, torch.inf]), "that is not of llama3's rule"),
         ("rope_freqs.weight", torch.ones(3), "its rotary positions are scaled by rope_freqs.weight, F32 [3]"),
@@ -532,17 +555,20 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "long key": (lambda d: put(d, 24, "Q", 2**62), "it ends within its header"),
     "long text": (lambda d: put(d, behind(d, "general.architecture"), "Q", 2**63), "it ends within its header"),
     "long array": (lambda d: put(d, behind(d, "tokenizer.ggml.scores", 8), "Q", 2**61), "it ends within its header"),
-    "long array of texts": (lambda d: put(d, behind(d, "tokenizer.ggml.tokens", 8), "Q", 2**64 - 1), "ends within|not UTF-8"),
+    "long array of texts": (lambda d: put(d, behind(d, "tokenizer.ggml.tokens", 8), "Q", 2**64 - 1),
+      "ends within|not UTF-8"),
     "array of arrays": (lambda d: put(d, behind(d, "tokenizer.ggml.tokens"), "I", 9), "an array of arrays"),
     "type": (lambda d: put(d, behind(d, "llama.block_count", 0), "I", 13), "a value of type 13"),
     "no text": (lambda d: d.replace(b"llama", b"ll\xffma", 1), "a text that is not UTF-8"),
-    "a tensor twice": (lambda d: d.replace(b"blk.1.attn_q", b"blk.0.attn_q"), "has the tensor 'blk.0.attn_q.weight' twice"),
+    "a tensor twice": (lambda d: d.replace(b"blk.1.attn_q", b"blk.0.attn_q"), ("has the tensor 'blk.0.attn_q.weight' "
+                                                                              "twice")),
     "no dimensions": (lambda d: change_info(d, 0, "I", 0), "has 0 dimensions, and not 1 to 4"),
     "dimensions": (lambda d: change_info(d, 0, "I", 2**31), "has 2147483648 dimensions"),
     "no rows": (lambda d: change_info(d, 4, "Q", 0), r"has the shape \[0\]"),
     "rows": (lambda d: change_info(d, 4, "Q", 2**63), "has the shape"),
     "more rows": (lambda d: change_info(d, 4, "Q", 65), "begins at|ends at|end at"),
-    "parts of blocks": (lambda d: put(d, d.index(b"blk.0.attn_q.weight") + 23, "Q", 48), "rows of Q8_0 are whole blocks of 32"),
+    "parts of blocks": (lambda d: put(d, d.index(b"blk.0.attn_q.weight") + 23, "Q", 48), ("rows of Q8_0 are whole "
+                                                                                         "blocks of 32")),
     "kind": (lambda d: change_info(d, 12, "I", 16), "is of kind IQ2_XXS, which is not computed here"),
     "unknown kind": (lambda d: change_info(d, 12, "I", 999), "is of kind 999"),
     "offset": (lambda d: change_info(d, 16, "Q", 2**63), "begins at"),
@@ -687,7 +713,11 @@ def test_what_convert_refuses(tiny: Path, tokenizer_path: str, tmp_path: Path) -
     path = Path(tokenizer_path)
     for target, options, told in (
         ("a", {"tokenizer_path": path}, "is to be a GGUF file; give it a name that ends in .gguf"),
-        ("a.gguf", {"tokenizer_path": path, "quantize": "int8"}, "quantize='int8' is no kind for GGUF that is written here"),
+        (
+            "a.gguf",
+            {"tokenizer_path": path, "quantize": "int8"},
+            "quantize='int8' is no kind for GGUF that is written here",
+        ),
         ("a.gguf", {}, "a GGUF file has its tokenizer in it, and there is none in"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -722,7 +752,10 @@ def test_commands(tiny: Path, tokenizer_path: str, tmp_path: Path, capsys: pytes
     assert f"{path}: GGUF (Q8_0, F32) format, 1 file of weights" in told
     assert f"{path}: 400 pieces, BOS 1, EOS 2" in told
     command("tokenize", "the tree", ckpt_dir=path)
-    assert f"ids: {' '.join(map(str, Tokenizer(tokenizer_path).encode('the tree', True, False)))}\n" in capsys.readouterr().out
+    assert (
+        f"ids: {' '.join(map(str, Tokenizer(tokenizer_path).encode('the tree', True, False)))}\n"
+        in capsys.readouterr().out
+    )
     command("complete", "the tree", ckpt_dir=path, max_gen_len=2, max_seq_len=16)
     command("convert", str(path), str(tmp_path / "hf"), to="hf")
     assert (tmp_path / "hf/tokenizer.model").exists()
@@ -746,7 +779,8 @@ def eval_with_llama_cpp(path: Path, ids: list[int], new: int = 0) -> tuple[torch
 
 @pytest.mark.parametrize("model", ["demo", "stories260K"])
 def test_against_llama_cpp(model: str, tmp_path: Path) -> None:
-    """Greedy ids and logits on the file that convert wrote. In 16 bits and fewer it rounds what it multiplies weights with."""
+    """Greedy ids and logits on the file that convert wrote. In 16 bits and fewer it rounds what it multiplies weights
+    with."""
     pytest.importorskip("llama_cpp")
     folder = DEMO if model == "demo" else shared("models/stories260K")
     kinds: dict[str, Any] = {"f32": {"dtype": torch.float32}, "f16": {}, "q8_0": {"quantize": "q8_0"}}
@@ -766,10 +800,16 @@ def test_against_llama_cpp(model: str, tmp_path: Path) -> None:
 def test_scaled_positions_in_llama_cpp(kind: str, tokenizer_path: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     known = {"original_max_position_embeddings": 16, "positions": 64}
-    of = {"type": kind, **LLAMA3} if kind == "llama3" else {"type": kind.replace("attention_factor", "yarn"), "factor": 4.0}
+    of = (
+        {"type": kind, **LLAMA3}
+        if kind == "llama3"
+        else {"type": kind.replace("attention_factor", "yarn"), "factor": 4.0}
+    )
     of.pop("rope_type", None)
     scaling = {**of, **known, **({kind: 0.8} if kind == "attention_factor" else {})}
-    weights = {name: w * 5 if "wq" in name or "wk" in name else w for name, w in random_weights().items()}  # angles matter
+    weights = {
+        name: w * 5 if "wq" in name or "wk" in name else w for name, w in random_weights().items()
+    }  # angles matter
     folder = write_checkpoint(tmp_path / "meta", weights, params={**PARAMS, "rope_scaling": scaling})
     convert(folder, tmp_path / "a.gguf", "gguf", dtype=torch.float32, tokenizer_path=Path(tokenizer_path))
     ids = torch.randint(3, 400, (60,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -791,7 +831,9 @@ def test_llama_cpp_reads_text_alike(tmp_path: Path) -> None:
     theirs.close()
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_L", "Q4_K_M", "Q5_K_S", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize(
+    "kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_L", "Q4_K_M", "Q5_K_S", "Q6_K", "IQ4_XS"]
+)
 def test_what_llama_cpp_quantizes(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """With its own mixtures of kinds: nearer to its answers than to the original's."""
     llama_cpp = pytest.importorskip("llama_cpp")
@@ -801,7 +843,9 @@ def test_what_llama_cpp_quantizes(kind: str, tokenizer: Tokenizer, tmp_path: Pat
     places = (str(tmp_path / name).encode() for name in ("a.gguf", "b.gguf"))
     assert llama_cpp.llama_model_quantize(*places, ctypes.byref(options)) == 0
     if kind.startswith("IQ"):
-        with pytest.raises(ValueError, match=f"is of kind {kind}, which is not computed here; take a file with F32, F16"):
+        with pytest.raises(
+            ValueError, match=f"is of kind {kind}, which is not computed here; take a file with F32, F16"
+        ):
             open_checkpoint(tmp_path / "b.gguf")
         return
     scores, _ = eval_with_llama_cpp(tmp_path / "b.gguf", TOKENS[0])

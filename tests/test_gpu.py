@@ -1,4 +1,5 @@
-"""What only a real GPU can show. Skipped where there is none; `benchmarks/gpu.py` runs it with all that is measured there."""
+"""What only a real GPU can show. Skipped where there is none; `benchmarks/gpu.py` runs it with all that is measured
+there."""
 
 from __future__ import annotations
 
@@ -76,9 +77,11 @@ def test_every_kernel_computes_what_its_plain_form_does() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("own_kernels", [True, False])
-def test_recorded_steps_against_plain_ones(form: Optional[str], own_kernels: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """No graph is given up for numbers that differ, and the logits of the same ids are near. Ids may differ: bfloat16 rounds
-    ties as it likes. The same call gives the same ones, from the first one on, whose steps are compared."""
+def test_recorded_steps_against_plain_ones(
+    form: Optional[str], own_kernels: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No graph is given up for numbers that differ, and the logits of the same ids are near. Ids may differ: bfloat16
+    rounds ties as it likes. The same call gives the same ones, from the first one on, whose steps are compared."""
     import gpu_parts
 
     plain = build(quantize=form, compile=False)
@@ -96,7 +99,9 @@ def test_recorded_steps_against_plain_ones(form: Optional[str], own_kernels: boo
     assert any(recording.graph is not None for recording in recorded._engine.graph._recordings.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 0.8, "repetition_penalty": 1.2, "top_k": 20}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.8}, {"temperature": 0.8, "repetition_penalty": 1.2, "top_k": 20}]
+)
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_no_step_waits_for_the_device(options: dict[str, Any], logprobs: bool) -> None:
     llama = build()

@@ -117,7 +117,9 @@ def test_all_parts_on_the_emulated_gpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     environment = ["env", f"TMPDIR={tmp_path}", f"LLAMA_CACHE={os.environ['LLAMA_CACHE']}", "OMP_NUM_THREADS=1"]
     result = run(
-        [*environment, sys.executable, str(SCRIPT), "--small", "--minutes", "5", "--out", str(out)], cwd=tmp_path, seconds=400
+        [*environment, sys.executable, str(SCRIPT), "--small", "--minutes", "5", "--out", str(out)],
+        cwd=tmp_path,
+        seconds=400,
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])

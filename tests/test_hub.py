@@ -38,7 +38,8 @@ def files(tiny: Path, tokenizer_path: str, tmp_path_factory: pytest.TempPathFact
 
 
 READ = [
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json",
 ]  # fmt: skip
 
 
@@ -106,7 +107,9 @@ def test_revisions(hub: Hub, files: dict[str, bytes]) -> None:
     assert hub.gets() == read
     assert checkpoint_folder(NAME).name == hub.repos[NAME].commit("main")
     assert hub.gets() == sorted([*read, "config.json"])  # the other files are the same
-    with pytest.raises(ValueError, match=f"{NAME} has no revision v9; leave @v9 out, or take one of http.*/commits/main"):
+    with pytest.raises(
+        ValueError, match=f"{NAME} has no revision v9; leave @v9 out, or take one of http.*/commits/main"
+    ):
         checkpoint_folder(f"{NAME}@v9")
 
 
@@ -119,7 +122,8 @@ METAS = ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer
 @pytest.mark.parametrize(
     ("there", "read"),
     [
-        ([*PARTS, *PICKLED, "config.json", "LICENSE", "consolidated.safetensors", "params.json"], [*PARTS, "config.json"]),
+        ([*PARTS, *PICKLED, "config.json", "LICENSE", "consolidated.safetensors", "params.json"],
+          [*PARTS, "config.json"]),
         ([*PICKLED, "config.json", "training_args.bin", "tf_model.h5"], [*PICKLED, "config.json"]),
         ([*METAS, "checklist.chk", "USE_POLICY.md"], METAS),
         (["model.safetensors", *PARTS, "model.fp16.safetensors"], ["model.safetensors"]),
@@ -145,8 +149,10 @@ GGUFS = [
 @pytest.mark.parametrize(
     ("wanted", "read"),
     [
-        ("Q4_K_M", GGUFS[:1]), ("q4_k_s", GGUFS[1:2]), ("Q8_0", GGUFS[2:4]), ("F16", ["f16.gguf"]), ("big-Q8_0", GGUFS[2:4]),
-        ("llama-2-7b.Q4_K_M.gguf", GGUFS[:1]), ("Q4_K", []), ("K_M", []), ("Q2_K", []), ("safetensors", []), ("gguf", []),
+        ("Q4_K_M", GGUFS[:1]), ("q4_k_s", GGUFS[1:2]), ("Q8_0", GGUFS[2:4]), ("F16", ["f16.gguf"]),
+        ("big-Q8_0", GGUFS[2:4]),
+        ("llama-2-7b.Q4_K_M.gguf", GGUFS[:1]), ("Q4_K", []), ("K_M", []), ("Q2_K", []), ("safetensors", []),
+        ("gguf", []),
     ],
 )  # fmt: skip
 def test_gguf_files_by_name(wanted: str, read: list[str]) -> None:
@@ -190,10 +196,17 @@ def test_gguf_repositories(
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_broken_connection_is_resumed_and_a_broken_download_goes_on(several: bool, hub: Hub, files: dict[str, bytes]) -> None:
-    """The second run fetches what the first one lacks, which the cache's folder alone did not tell for Meta's shards."""
+def test_a_broken_connection_is_resumed_and_a_broken_download_goes_on(
+    several: bool, hub: Hub, files: dict[str, bytes]
+) -> None:
+    """The second run fetches what the first one lacks, which the cache's folder alone did not tell for Meta's
+    shards."""
     weights = files["model.safetensors"]
-    repo = {"params.json": b"{}", "tokenizer.model": b"t", **{f"consolidated.0{i}.pth": weights + bytes([i]) for i in range(3)}}
+    repo = {
+        "params.json": b"{}",
+        "tokenizer.model": b"t",
+        **{f"consolidated.0{i}.pth": weights + bytes([i]) for i in range(3)},
+    }
     hub.repos[NAME].files["main"] = repo
     hub.cut["consolidated.01.pth"] = 99 if several else 1
     if several:
@@ -210,8 +223,8 @@ def test_a_broken_connection_is_resumed_and_a_broken_download_goes_on(several: b
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.model tokenizer.json"])
 @pytest.mark.parametrize("noted", [True, False])
 def test_a_part_of_a_model_in_the_cache_is_completed(missing: str, noted: bool, hub: Hub) -> None:
-    """As other programs leave it there, which read only the tokenizer or only the weights. noted: whether the client wrote down
-    what the hub has, as it does in `snapshot_download` since 2.0."""
+    """As other programs leave it there, which read only the tokenizer or only the weights. noted: whether the client
+    wrote down what the hub has, as it does in `snapshot_download` since 2.0."""
     folder = checkpoint_folder(NAME)
     for name in missing.split():
         (folder / name).resolve().unlink()
@@ -248,12 +261,18 @@ def _refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, 
     """Case -> what makes it, and what is said."""
     setattr_ = monkeypatch.setattr
     return {
-        "nobody's": (lambda: hub.repos.clear(), f"there is no folder {NAME}, and {hub.url} has no model of that name for you"),
-        "private": (lambda: setattr_(hub.repos[NAME], "private", True), "if the model is private or gated, log in with `hf"),
-        "gated": (lambda: setattr_(hub.repos[NAME], "gated", True), f"{NAME} is gated: ask for access at {hub.url}/{NAME}"),
+        "nobody's": (lambda: hub.repos.clear(), (f"there is no folder {NAME}, and {hub.url} has no model of that name "
+                                                f"for you")),
+        "private": (lambda: setattr_(hub.repos[NAME], "private", True), ("if the model is private or gated, log in "
+                                                                         "with "
+                                                                        "`hf")),
+        "gated": (lambda: setattr_(hub.repos[NAME], "gated", True), (f"{NAME} is gated: ask for access at "
+                                                                    f"{hub.url}/{NAME}")),
         "refused": (lambda: setattr_(hub, "status", 403), "the hub refuses some-org/Tiny-1.0 .status 403: .*log in"),
-        "ill": (lambda: setattr_(hub, "status", 503), "the hub answers status 503 for some-org/Tiny-1.0 .*; try again later"),
-        "offline": (lambda: setattr_(constants, "HF_HUB_OFFLINE", True), f"{NAME}, the hub's cache .* HF_HUB_OFFLINE forbids"),
+        "ill": (lambda: setattr_(hub, "status", 503), ("the hub answers status 503 for some-org/Tiny-1.0 .*; try again "
+                                                      "later")),
+        "offline": (lambda: setattr_(constants, "HF_HUB_OFFLINE", True), (f"{NAME}, the hub's cache .* HF_HUB_OFFLINE "
+                                                                         f"forbids")),
         "no network": (
             lambda: setattr_(constants, "ENDPOINT", "http://127.0.0.1:9"),
             f"no folder {NAME}, and http://127.0.0.1:9 cannot be reached .*check the network, HF_ENDPOINT and proxies",
@@ -266,8 +285,10 @@ def _refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, 
             lambda: setattr_(names.shutil, "disk_usage", lambda _: SimpleNamespace(free=9)),
             "to fetch, but the disk of .*cache has 0.0 KB free; free some, or set HF_HOME",
         ),
-        "full disk": (lambda: setattr_(huggingface_hub, "snapshot_download", _fills_the_disk), "is full while .* set HF_HOME"),
-        "read-only": (lambda: setattr_(huggingface_hub, "snapshot_download", _may_not_write), "cannot be put into .*cache"),
+        "full disk": (lambda: setattr_(huggingface_hub, "snapshot_download", _fills_the_disk),
+          "is full while .* set HF_HOME"),
+        "read-only": (lambda: setattr_(huggingface_hub, "snapshot_download", _may_not_write),
+          "cannot be put into .*cache"),
         "no weights": (
             lambda: setattr_(hub.repos[NAME], "files", {"main": {"llama.onnx": b"ONNX"}}),
             "has no weights that are read here .*, but llama.onnx; a single file",
@@ -287,7 +308,11 @@ def _may_not_write(repo: str, **options: Any) -> Any:
     _cached_or(PermissionError(13, "Permission denied", "/cache"), options)
 
 
-CASES = "nobody's,private,gated,refused,ill,offline,no network,no client,little room,full disk,read-only,no weights".split(",")
+CASES = (
+    "nobody's,private,gated,refused,ill,offline,no network,no client,little room,full disk,read-only,no weights".split(
+        ","
+    )
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -333,7 +358,9 @@ def test_the_folder_of_a_cache_names_its_snapshot(hub: Hub, files: dict[str, byt
     main = checkpoint_folder(NAME)
     assert checkpoint_folder(str(cache)) == main
     (cache / "refs/main").unlink()
-    with pytest.raises(ValueError, match=f"2 snapshots .{'.*, '.join(sorted([main.name, second.name]))}.*none is its main one"):
+    with pytest.raises(
+        ValueError, match=f"2 snapshots .{'.*, '.join(sorted([main.name, second.name]))}.*none is its main one"
+    ):
         checkpoint_folder(str(cache))
     shutil.rmtree(cache / "snapshots")
     (cache / "snapshots").mkdir()
@@ -357,7 +384,8 @@ def test_a_terminal_is_asked_first(answer: str, hub: Hub, monkeypatch: pytest.Mo
     else:
         demo, adapter = str(ROOT / "llama/demo"), f"--adapter={NAME}"
         for words in (
-            ("score", "a dog", f"--ckpt_dir={NAME}"), ("score", "a dog", f"--draft={NAME}"), ("score", "a dog", adapter),
+            ("score", "a dog", f"--ckpt_dir={NAME}"), ("score", "a dog", f"--draft={NAME}"),
+            ("score", "a dog", adapter),
             ("info", NAME), ("info", demo, adapter), ("convert", NAME, "new", "meta"),
             ("convert", demo, "new", "meta", adapter),
         ):  # fmt: skip

@@ -46,7 +46,8 @@ def test_logits_are_those_of_transformers(name: str, twins: dict[str, Path], poo
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parts_and_dtypes(dtype: torch.dtype, tmp_path: Path, tokenizer_path: str) -> None:
-    """An index with several parts; the stored dtype is kept where it is asked for (on x86 float16 is not computed in else)."""
+    """An index with several parts; the stored dtype is kept where it is asked for (on x86 float16 is not computed in
+    else)."""
     folder = write_twin(tmp_path / "hf", {}, dtype, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     llama = Llama.build(str(folder), tokenizer_path, 16, 1, device="cpu", dtype=dtype)
@@ -108,7 +109,10 @@ def write_config(folder: Path, change: dict[str, Any]) -> None:
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "its architecture is .*Mistral"),
         ({"model_type": "absent"}, "its architecture is"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "positions are scaled .'llama3'."),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "positions are scaled .'longrope'., which is not computed"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2}},
+            "positions are scaled .'longrope'., which is not computed",
+        ),
         ({"rope_scaling": 3}, "positions are scaled .3."),
         ({"rope_parameters": {"rope_type": "yarn"}}, "positions are scaled .'yarn'."),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only a part .0.5. of each head"),
@@ -155,7 +159,9 @@ def test_all_reasons_come_at_once(tmp_path: Path) -> None:
         ({"vocab_size": 300}, "config.json says vocab_size=300, but model.embed_tokens.weight has 400 rows"),
     ],
 )
-def test_a_config_of_another_model(change: dict[str, Any], message: str, twins: dict[str, Path], tmp_path: Path) -> None:
+def test_a_config_of_another_model(
+    change: dict[str, Any], message: str, twins: dict[str, Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(twins["code"], tmp_path / "hf")
     write_config(folder, change)
     with pytest.raises(ValueError, match=message):
@@ -183,12 +189,16 @@ def test_weights_that_do_not_fit(twins: dict[str, Path], tmp_path: Path) -> None
     check("lora", lambda t: {**t, "lora.weight": torch.zeros(3)}, "'lora.weight' is unexpected")
     # Meta's names in such a file would be read with the rows in the wrong order.
     check("names", lambda t: {**t, "norm.weight": torch.zeros(64)}, "'norm.weight' is unexpected")
-    check("bias", lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "q_proj.bias' is unexpected")
+    check(
+        "bias", lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, "q_proj.bias' is unexpected"
+    )
     check("empty", lambda t: {"a": torch.zeros(1)}, "has no model.embed_tokens.weight")
     for rows in (399, 401):
         other = torch.zeros(rows, 64)
         check(
-            f"rows{rows}", lambda t, x=other: {**t, "lm_head.weight": x}, f"vocab_size=400, but lm_head.weight has {rows} rows"
+            f"rows{rows}",
+            lambda t, x=other: {**t, "lm_head.weight": x},
+            f"vocab_size=400, but lm_head.weight has {rows} rows",
         )
     # What does no harm: tables of positions, and an output matrix that is tied anyway.
     harmless = rewrite(
@@ -275,7 +285,9 @@ def test_folders_without_weights(twins: dict[str, Path], tmp_path: Path) -> None
         open_checkpoint(folder)
     (folder / "adapter_config.json").unlink()
     (folder / "pytorch_model-00001-of-00002.bin").touch()
-    with pytest.raises(ValueError, match="nor an index of several such files; it holds config.json, pytorch_model-00001"):
+    with pytest.raises(
+        ValueError, match="nor an index of several such files; it holds config.json, pytorch_model-00001"
+    ):
         open_checkpoint(folder)
     shutil.copy(twins["code"] / "model.safetensors", folder)
     with pytest.raises(ValueError, match="no tokenizer.model or tokenizer.json in .*; pass tokenizer_path"):

@@ -1,4 +1,5 @@
-"""What is imported when: `import llama` needs no torch before it is used, and neither does a command before it works."""
+"""What is imported when: `import llama` needs no torch before it is used, and neither does a command before it
+works."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ for words in [*lines, *([name, "--help"] for name in cli.COMMANDS)]:
     done[" ".join(words)] = [name for name in ("torch", "numpy", "fairscale", "tqdm", "jinja2") if name in sys.modules]
 from llama import Llama
 
-later = "torch._dynamo torch._inductor sympy jinja2 triton prompt_toolkit starlette transformers huggingface_hub llguidance"
+later = "torch._dynamo torch._inductor sympy jinja2 triton prompt_toolkit starlette transformers"
+later += " huggingface_hub llguidance"
 done["from llama import Llama"] = [name for name in later.split() if name in sys.modules]
 print(json.dumps(done))
 """
@@ -33,7 +35,9 @@ print(json.dumps(done))
 
 def test_what_is_imported_when_it_is_needed() -> None:
     """Torch takes a second and a half; torch's compiler, which `torch.nn.attention.bias` brings, another."""
-    told = subprocess.run([sys.executable, "-c", PROGRAM], env=environment(), capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment(), capture_output=True, text=True, check=True
+    ).stdout
     assert {words: found for words, found in json.loads(told).items() if found} == {}
 
 

@@ -17,7 +17,8 @@ from llama.tokenizer_json import hf_tokenizer
 
 NAMES = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 TEXTS = [
-    ("def f(x):\n    ", "\n    return y"), (" a", " b"), ("x", "y"), ("a", " "), ("", "z"), ("a", ""), ("", ""), ("你", "🌍\n"),
+    ("def f(x):\n    ", "\n    return y"), (" a", " b"), ("x", "y"), ("a", " "), ("", "z"), ("a", ""), ("", ""),
+    ("你", "🌍\n"),
     ("<PRE> x", " <EOT>"), ("▁<PRE>", "▁<MID>"), ("</s>", "<s>"), ("a  b", "  c"),
 ]  # fmt: skip
 
@@ -51,11 +52,15 @@ def test_ids_are_those_of_transformers(suffix_first: bool, tokenizer: Tokenizer)
     """Its version 5 puts a space before the suffix, which versions 4 and Meta do not: here it is told not to."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     model = hf_tokenizer(tokenizer)["model"]
-    theirs = transformers.CodeLlamaTokenizer(vocab=model["vocab"], merges=[tuple(m.split(" ")) for m in model["merges"]])
+    theirs = transformers.CodeLlamaTokenizer(
+        vocab=model["vocab"], merges=[tuple(m.split(" ")) for m in model["merges"]]
+    )
     pieces = tokenizers.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
     theirs._tokenizer.pre_tokenizer = pieces
     for prefix, suffix in TEXTS:
-        if not prefix or not suffix or "▁" in prefix or "<s>" in suffix:  # an empty prefix gets a space, an empty suffix no ids
+        if (
+            not prefix or not suffix or "▁" in prefix or "<s>" in suffix
+        ):  # an empty prefix gets a space, an empty suffix no ids
             continue
         names = theirs.convert_ids_to_tokens(theirs(prefix, suffix=suffix, suffix_first=suffix_first)["input_ids"])
         [prompt] = infilling_prompts([prefix], [suffix], tokenizer, suffix_first).ids

@@ -18,7 +18,9 @@ from llama.layers.invariant import Products
 LONG = [1, *range(20, 100)]
 
 
-def build(tiny: Path, tokenizer_path: str, rows: int, dtype: str, quantize: Optional[str] = None, device: str = "cpu") -> Llama:
+def build(
+    tiny: Path, tokenizer_path: str, rows: int, dtype: str, quantize: Optional[str] = None, device: str = "cpu"
+) -> Llama:
     options = {"device": device, "dtype": dtype, "quantize": quantize}
     return Llama.build(str(tiny), tokenizer_path, 128, rows, batch_invariant=True, **options)  # type: ignore[arg-type]
 
@@ -99,7 +101,9 @@ def test_drafts_and_chats_in_16_bits(tiny: Path, tokenizer_path: str) -> None:
     """Drafts are verified by default, since they change nothing; ids that were generated are gone on from."""
     llama = build(tiny, tokenizer_path, 4, "bfloat16")
     prompt = [1, *[30, 31, 32, 33] * 8]
-    drafted, plain = (list(llama.steps([prompt], 0, max_gen_len=30, logprobs=True, draft=draft)) for draft in (None, False))
+    drafted, plain = (
+        list(llama.steps([prompt], 0, max_gen_len=30, logprobs=True, draft=draft)) for draft in (None, False)
+    )
     assert drafted == plain
     whole = [step.token for step in plain if step.token is not None]
     half = prompt + whole[:15]

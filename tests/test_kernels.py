@@ -108,7 +108,11 @@ def cache(rows: int, T: int, K: int, D: int, dtype: torch.dtype, seed: int = 0) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "dim"), [(1, 64), (3, 96), (16, 1000)])
 def test_add_norm(form: Any, dtype: torch.dtype, B: int, dim: int) -> None:
-    x, delta, weight = (numbers(B, dim, dtype=dtype, seed=1), numbers(B, dim, dtype=dtype, seed=2), numbers(dim, dtype=dtype))
+    x, delta, weight = (
+        numbers(B, dim, dtype=dtype, seed=1),
+        numbers(B, dim, dtype=dtype, seed=2),
+        numbers(dim, dtype=dtype),
+    )
     h, normed = form.add_norm(x, delta, weight, 1e-5)
     assert torch.equal(h, x + delta)
     wide = h.double()
@@ -290,7 +294,9 @@ def test_product_int8(form: Any, dtype: torch.dtype, gated: bool, B: int, N: int
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "N", "K", "group"),
-    [(33, 5, 96, 32)] + [(*shape, 16) for shape in SHAPES] + [(B, 5, 1280, g) for B in (1, 3) for g in (32, 64, 128, 256)],
+    [(33, 5, 96, 32)]
+    + [(*shape, 16) for shape in SHAPES]
+    + [(B, 5, 1280, g) for B in (1, 3) for g in (32, 64, 128, 256)],
 )
 def test_product_int4(form: Any, dtype: torch.dtype, gated: bool, B: int, N: int, K: int, group: int) -> None:
     n, scales, zeros = to_int4(numbers(2 * N if gated else N, K, seed=1) / 4, group)
@@ -369,7 +375,9 @@ def test_under_inference_mode(form: Any) -> None:
         x, weight = numbers(1, 32, dtype=torch.bfloat16), numbers(4, 32, dtype=torch.bfloat16)
         close(form.product(x, weight), references(x, weight, False), 1)
         c = cache(1, 4, 1, 16, torch.bfloat16)
-        q = form.rotate_and_store(numbers(1, 48, dtype=torch.bfloat16), torch.ones(4, 8, 2), torch.tensor([0]), c, c.clone())
+        q = form.rotate_and_store(
+            numbers(1, 48, dtype=torch.bfloat16), torch.ones(4, 8, 2), torch.tensor([0]), c, c.clone()
+        )
         assert form.attend(q, c, c, torch.tensor([0])).shape == (1, 16)
 
 
@@ -391,7 +399,8 @@ def test_what_is_near() -> None:
 def test_what_is_infinite_or_large_is_near_to_its_like_alone(compare: Any) -> None:
     """A bound of infinity once made every number near: from an infinite number, or from the square of a large one."""
     for found, expected, near in (
-        (INF, INF, True), (-INF, INF, False), (5.0, INF, False), (INF, 5.0, False), (NAN, INF, False), (INF, NAN, False),
+        (INF, INF, True), (-INF, INF, False), (5.0, INF, False), (INF, 5.0, False), (NAN, INF, False),
+        (INF, NAN, False),
         (3e38, 3e38, True), (-3e38, 3e38, False), (5.0, 3e38, False), (3e38, 5.0, False),
     ):  # fmt: skip
         others = numbers(1, 8)

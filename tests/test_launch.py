@@ -41,7 +41,8 @@ def test_two_nodes(alone: str, flags: list[str]) -> None:
     port = str(free_port())
     agents = [
         subprocess.Popen(
-            [*TORCHRUN, "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1", "--master_addr", "127.0.0.1",
+            [*TORCHRUN, "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1", "--master_addr",
+              "127.0.0.1",
              "--master_port", port, "example_text_completion.py", *flags, "--max_seq_len", "256"],
             cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )

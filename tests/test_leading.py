@@ -49,7 +49,8 @@ def in_many_ways(llama: Llama) -> Any:
         "left": first,
         "nothing": (llama.text_completion([]), llama.chat_completion([[{"role": "user", "content": "[INST]"}]])),
         "score": [round(x, 3) for x in llama.score(["The dog ran."])[0]["logprobs"]],
-        "pairs": [round(score["logprob"], 3) for score in llama.score(["The dog"] * 5, [" ran.", " a", "s", " b", " c"])],
+        "pairs": [round(score["logprob"], 3) for score in llama.score(["The dog"] * 5,
+            [" ran.", " a", "s", " b", " c"])],
         "embed": [round(x, 3) for x in llama.embed(["The dog"]).flatten().tolist()[:5]],
         "forgotten": (llama.forget(), llama.generate([[1, 5, 6]], 8, 0)),
     }  # fmt: skip
@@ -158,7 +159,11 @@ def refusing(folder: str, tokenizer_path: str, case: str) -> Any:
         try:
             work()
         except (ValueError, RuntimeError) as error:
-            return type(error).__name__, str(error), llama.generate([[1, 5]], 4, 0) if case not in NOT_TAKEN_BACK else None
+            return (
+                type(error).__name__,
+                str(error),
+                llama.generate([[1, 5]], 4, 0) if case not in NOT_TAKEN_BACK else None,
+            )
         raise AssertionError("nothing was raised")
 
     return llama.lead(after_a_mistake)

@@ -1,4 +1,5 @@
-"""Weights onto a GPU, on one made of CPU memory: what waits, what is converted where, what stays allocated, what fails."""
+"""Weights onto a GPU, on one made of CPU memory: what waits, what is converted where, what stays allocated, what
+fails."""
 
 from __future__ import annotations
 
@@ -77,7 +78,10 @@ def test_scales_that_no_rounding_makes(kind: str, name: str, tiny: Path, tmp_pat
     stored = torch.load(path)
     stored[f"layers.1.feed_forward.w2.{name}"].view(-1)[5] = float("nan")
     torch.save(stored, path)
-    with emulated(), pytest.raises(ValueError, match=rf"layers.1.feed_forward.w2.{name} goes from .*the file is damaged"):
+    with (
+        emulated(),
+        pytest.raises(ValueError, match=rf"layers.1.feed_forward.w2.{name} goes from .*the file is damaged"),
+    ):
         Llama.build(str(tmp_path / "q"), tokenizer_path, 16, 1, device="emulated")
 
 
@@ -132,7 +136,9 @@ def test_joined_matrices_are_filled_in_place(
             assert (attention.fused is None) == (kind is not None)
             for module, names in ((attention, ("wq", "wk", "wv")), (feed_forward, ("w1", "w3"))):
                 layers = [getattr(module, name) for name in names]
-                whole = {"weight": module.fused} if kind is None else dict(module.joined.named_parameters(recurse=False))
+                whole = (
+                    {"weight": module.fused} if kind is None else dict(module.joined.named_parameters(recurse=False))
+                )
                 for name, tensor in whole.items():
                     assert torch.equal(tensor.cpu(), torch.cat([layer.get_parameter(name).cpu() for layer in layers]))
                     assert tensor.data_ptr() == layers[0].get_parameter(name).data_ptr()
@@ -154,7 +160,8 @@ def test_joined_quantized_layers_are_the_layers(
     other = write_checkpoint(tmp_path / "b", random_weights(WIDE, seed=1), 1, WIDE)
     with emulated(), torch.no_grad():
         model, second = (
-            Llama.build(str(path), tokenizer_path, 16, 2, device="emulated", quantize=kind).model for path in (folder, other)
+            Llama.build(str(path), tokenizer_path, 16, 2, device="emulated", quantize=kind).model
+            for path in (folder, other)
         )
         attention = model.layers[0].attention
         for rows in (1, 3, 40):

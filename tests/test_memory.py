@@ -46,7 +46,8 @@ def test_the_estimate_is_what_a_model_has(change: dict[str, int], processes: int
 
 
 def test_the_estimate_of_metas_models() -> None:
-    """13.5 GB of bfloat16, and half a MiB of cache for each token; 70B on 16 processes has two copies of each kv head."""
+    """13.5 GB of bfloat16, and half a MiB of cache for each token; 70B on 16 processes has two copies of each kv
+    head."""
     seven = memory.estimate(Placement(ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=2048), torch.bfloat16))
     assert seven.weights == 2 * 6_738_415_616
     assert seven.cache == 2**30
@@ -159,12 +160,15 @@ def test_the_largest_that_fits() -> None:
     for most in range(6):
         placement = Placement(replace(SEVENTY, max_batch_size=most + 1), torch.bfloat16)
         for fitting in range(most + 1):
-            found = memory._largest_that_fits("max_batch_size", placement, lambda p, n=fitting: p.args.max_batch_size <= n)  # type: ignore[misc]
+            found = memory._largest_that_fits(
+                "max_batch_size", placement, lambda p, n=fitting: p.args.max_batch_size <= n
+            )  # type: ignore[misc]
             assert found == [f"max_batch_size={fitting}"] * (fitting > 0)
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "told"), [(0, "0.0 KB"), (99_999, "100.0 KB"), (100_000, "0.1 MB"), (99_999_999, "100.0 MB"), (1e8, "0.1 GB")]
+    ("nbytes", "told"),
+    [(0, "0.0 KB"), (99_999, "100.0 KB"), (100_000, "0.1 MB"), (99_999_999, "100.0 MB"), (1e8, "0.1 GB")],
 )
 def test_gigabytes(nbytes: float, told: str) -> None:
     assert memory.gigabytes(nbytes) == told
@@ -182,7 +186,8 @@ def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tokenizer_path: str, m
     Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
     monkeypatch.setattr(memory, "free_bytes", lambda device: need - 1)
     with pytest.raises(
-        ValueError, match=r"max_seq_len=15 or dtype='bfloat16' or 2 processes, 1 on each machine or quantize='int8' would"
+        ValueError,
+        match=r"max_seq_len=15 or dtype='bfloat16' or 2 processes, 1 on each machine or quantize='int8' would",
     ):
         Llama.build(str(tiny), tokenizer_path, 16, 1, device="cpu")
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)  # a system that does not tell
@@ -206,7 +211,8 @@ def test_processes_of_one_machine_share_its_memory(tiny: Path, tokenizer_path: s
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nlines"), RuntimeError("x: can't allocate memory: you tried")]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried\nlines"), RuntimeError("x: can't allocate memory: you tried")],
 )
 def test_running_out_later_is_explained(
     error: RuntimeError, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
@@ -219,7 +225,9 @@ def test_running_out_later_is_explained(
     with monkeypatch.context() as patch:
         patch.setattr(llama.model, "hidden_states", fail)
         patch.setattr(memory, "free_bytes", lambda device: 0)
-        with pytest.raises(type(error), match="cpu is out of memory: .* of cache and .* dtype='bfloat16' or .* fit") as caught:
+        with pytest.raises(
+            type(error), match="cpu is out of memory: .* of cache and .* dtype='bfloat16' or .* fit"
+        ) as caught:
             llama.generate([[1]], 2)
     assert caught.value.__cause__ is error
     assert llama.generate([[1]], 2)
@@ -243,7 +251,8 @@ def test_a_second_build_is_not_refused_for_the_first_ones_memory(tiny: Path, tok
 
 
 def test_what_a_gpu_takes_besides() -> None:
-    """Workspaces and code on every GPU, logits of recorded steps by their rows, NCCL's buffers with several processes."""
+    """Workspaces and code on every GPU, logits of recorded steps by their rows, NCCL's buffers with several
+    processes."""
     one, two = (memory.estimate(Placement(SEVENTY, torch.bfloat16, n, GPU)) for n in (1, 2))
     on_cpu = memory.estimate(Placement(SEVENTY, torch.bfloat16))
     assert 0.2 * GB < one.overhead < 0.4 * GB
@@ -256,8 +265,8 @@ def test_what_a_gpu_takes_besides() -> None:
 
 
 def test_what_a_cpus_process_takes_besides() -> None:
-    """Code and buffers once, also with a draft model; a copy of the largest matrix, which oneDNN rearranges to multiply many
-    rows, or two float32 results of the tokens that int8 layers multiply at a time. All of that was missing."""
+    """Code and buffers once, also with a draft model; a copy of the largest matrix, which oneDNN rearranges to multiply
+    many rows, or two float32 results of the tokens that int8 layers multiply at a time. All of that was missing."""
     one, two = (Placement(SEVENTY, torch.bfloat16, n) for n in (1, 2))
     matrix = 2 * 8192 * 2 * SEVENTY.ffn_width
     assert memory.estimate(one).overhead == memory.CODE_BYTES + matrix
@@ -291,5 +300,8 @@ def test_info_counts_each_process_itself(
 
 
 def test_what_does_not_fit_a_gpu(tiny: Path, tokenizer_path: str) -> None:
-    with emulated(total=10**8), pytest.raises(ValueError, match="for CUDA's libraries .*, but emulated:0 has 0.1 GB free"):
+    with (
+        emulated(total=10**8),
+        pytest.raises(ValueError, match="for CUDA's libraries .*, but emulated:0 has 0.1 GB free"),
+    ):
         Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")

@@ -50,8 +50,9 @@ def as_transformers_names(model: Transformer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_agrees_with_transformers(seed: int) -> None:
-    """The same random GQA weights in both. They are drawn at the scale of an untrained Llama: with larger ones the best two
-    logits are often so near each other that bfloat16 decides, and each implementation disagrees with its own float32."""
+    """The same random GQA weights in both. They are drawn at the scale of an untrained Llama: with larger ones the best
+    two logits are often so near each other that bfloat16 decides, and each implementation disagrees with its own
+    float32."""
     transformers = pytest.importorskip("transformers")
     shape = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}
     ours = Transformer(ModelArgs(**shape, vocab_size=400, max_batch_size=4, max_seq_len=256)).requires_grad_(False)

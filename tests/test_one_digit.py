@@ -38,8 +38,8 @@ def layers(kind: str, weight: torch.Tensor, group: int, monkeypatch: pytest.Monk
 
 
 def test_numbers_by_hand() -> None:
-    """Two groups of two columns. 127 steps of 2 and of 0.5 make the largest activations, 254 and 63.5; a half goes to the even
-    number."""
+    """Two groups of two columns. 127 steps of 2 and of 0.5 make the largest activations, 254 and 63.5; a half goes to
+    the even number."""
     digits = in_digits(torch.tensor([[254.0, 3.0, -63.5, 0.75], [0.0, 0.0, 127.0, 1.0]]), 2)
     assert digits.numbers.tolist() == [[127, 2, -127, 2], [0, 0, 127, 1]]
     assert digits.unit[0].tolist() == pytest.approx([2, 0.5])
@@ -71,7 +71,8 @@ def test_compiled_products_give_the_bits_of_plain_ones(
             assert torch.equal(packed(x[:count]), whole[:count])
             assert torch.equal(stored(x[:count]), whole[:count])
         exact = x.double() @ numbers(packed).t()
-        # An activation is off by half a step of 1 / 127 of its group's largest at most; the steps of 13 rows add like noise.
+        # An activation is off by half a step of 1 / 127 of its group's largest at most; the steps of 13 rows add like
+        # noise.
         assert (whole.double() - exact).norm() < 0.02 * exact.norm()
         for bad in (torch.inf, -torch.inf, torch.nan):
             y = torch.cat(
@@ -137,7 +138,12 @@ def test_a_package_calls_the_kernels(
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: made.append(program))
     model = Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu", quantize=kind, compile=False).model
     assert compiled.takes_a_package(model)
-    request = {"args": asdict(model.params), **compiled.described(model), "several": True, "threads": torch.get_num_threads()}
+    request = {
+        "args": asdict(model.params),
+        **compiled.described(model),
+        "several": True,
+        "threads": torch.get_num_threads(),
+    }
     compiler.make(request, Path("nowhere"))
     called = [node for node in made[0].graph.nodes if str(node.target).startswith("llama_cpu.product")]
     assert len(called) == 7 * model.n_layers + 1

@@ -37,13 +37,16 @@ def test_every_option_has_one_default() -> None:
     """The same in Python, in the terminal and in a line of --jsonl, where some have no place."""
     assert DEFAULTS == {
         "temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-        "frequency_penalty": 0.0, "logit_bias": None, "max_gen_len": None, "logprobs": False, "stop": None, "stop_ids": (),
+        "frequency_penalty": 0.0, "logit_bias": None, "max_gen_len": None, "logprobs": False, "stop": None,
+        "stop_ids": (),
         "seed": None, "draft": None, "n": 1, "constraint": None,
     }  # fmt: skip
     assert DEFAULTS.keys() == {*Options.__annotations__, *METAS_OPTIONS}
     for call in (Llama.text_completion, Llama.chat_completion, Llama.stream_text, Llama.stream_chat, Llama.steps):
         parameters = inspect.signature(call).parameters
-        assert {name: parameters[name].default for name in METAS_OPTIONS} == {name: DEFAULTS[name] for name in METAS_OPTIONS}
+        assert {name: parameters[name].default for name in METAS_OPTIONS} == {
+            name: DEFAULTS[name] for name in METAS_OPTIONS
+        }
     assert set(IN_JSON) == DEFAULTS.keys() - {"logprobs", "logit_bias", "seed", "n"}
     assert set(SETTABLE) == DEFAULTS.keys() - {"logprobs", "logit_bias", "stop_ids", "draft", "n", "constraint"}
 
@@ -51,7 +54,12 @@ def test_every_option_has_one_default() -> None:
 def test_a_request_by_default() -> None:
     """Takes the best ids, ends at none of them, reports no numbers, and has lists of its own."""
     request = Request([1, 5], 3)
-    assert (request.draws, request.sampling, request.seed, request.ends) == (False, Sampling(temperature=0), None, frozenset())
+    assert (request.draws, request.sampling, request.seed, request.ends) == (
+        False,
+        Sampling(temperature=0),
+        None,
+        frozenset(),
+    )
     assert (request.logprobs, request.alternatives, request.scored) == (False, 0, ())
     assert (request.draft, request.grammar, request.least_shared) == (None, None, LEAST_SHARED)
     assert Request([1, 5], 3, Sampling(1e-9)).draws
@@ -62,25 +70,30 @@ WRONG: list[tuple[dict[str, Any], str]] = [
       for name in ("temperature", "top_p", "min_p", "repetition_penalty")
       for value in (NAN, -INF, -1, "0.5", None, True, np.True_, [1], 10**400, torch.tensor([0.5]), np.array(NAN), 1j)],
     ({"temperature": INF}, "temperature=inf has no distribution"),
-    ({"top_p": 1.01}, "top_p=1.01 must be at most 1, which keeps all ids"), ({"top_p": INF}, "top_p=inf must be at most 1"),
+    ({"top_p": 1.01}, ("top_p=1.01 must be at most 1, which keeps all "
+                      "ids")), ({"top_p": INF}, "top_p=inf must be at most 1"),
     ({"min_p": INF}, "min_p=inf must be at most 1"),
     *[({"repetition_penalty": v}, "repetition_penalty=.* must be above 0, from 1e-10 to 1e.10; 1 does nothing")
       for v in (0, 1e-45, 1e-11, 1e11, 1e300, INF)],
-    *[({"top_k": v}, "top_k=.* must be a whole number of 0 or more") for v in (-1, 1.0, "5", None, True, torch.tensor(True))],
+    *[({"top_k": v}, ("top_k=.* must be a whole number of 0 or "
+                     "more")) for v in (-1, 1.0, "5", None, True, torch.tensor(True))],
     *[({"max_gen_len": v}, "max_gen_len=.* must be a whole number of 0 or more")
       for v in (-1, 1.5, "3", True, NAN, -(10**5000))],
     *[({"logprobs": v}, "logprobs=.* must be True, False, or how many") for v in (-1, 1.5, "3", None, np.False_)],
     *[({"logit_bias": {5: v}}, r"logit_bias\[5\]=.* must be a number of at most 1e.10, or -inf")
       for v in (NAN, INF, "x", None, True, [1], 1e39, 1e308, 10**400)],
-    *[({"logit_bias": {k: 1.0}}, "logit_bias has the key .*ids are whole numbers, as in") for k in ("5", True, 1.0, None)],
+    *[({"logit_bias": {k: 1.0}}, ("logit_bias has the key .*ids are whole numbers, as "
+                                 "in")) for k in ("5", True, 1.0, None)],
     *[({"logit_bias": {k: 1.0}}, "logit_bias has the id .*; ids go from 0 to 399") for k in (-1, 400, 10**5000)],
     *[({"logit_bias": v}, "logit_bias=.* must map ids") for v in ([1], "x", 5, {5})],
     ({"logit_bias": dict.fromkeys(range(400), -1e38)}, "forbids every id"),
     *[({"seed": v}, r"seed=.* must be a whole number from 0 to 2\*\*63 - 1")
       for v in (1.5, "1", -1, 2**63, True, [True], [1.0], {1}, NAN, 10**5000)],
-    ({"seed": iter([1])}, "seed=.* must be a whole number"), ({"seed": {1: 2}}, "seed=.* must be a whole number, or one for"),
+    ({"seed": iter([1])}, "seed=.* must be a whole number"), ({"seed": {1: 2}}, ("seed=.* must be a whole number, or "
+                                                                                "one for")),
     *[({"seed": v}, "seeds for 1 prompts; give one seed, or") for v in ([], [1, 2], np.arange(2))],
-    *[({"stop": v}, "stop=.* must be texts") for v in (5, "", ["a", ""], [1], b"x", {"a": 1}, iter(["a"]), [["a"]], 1.5)],
+    *[({"stop": v}, "stop=.* must be texts") for v in (5, "", ["a", ""], [1], b"x", {"a": 1}, iter(["a"]), [["a"]],
+        1.5)],
     *[({"stop_ids": v}, "stop_ids=.* must be ids")
       for v in (5, "5", [400], [-1], ["a"], [1.0], [True], {1: 2}, iter([1]), [10**30])],
     *[({"draft": v}, "draft=.* must be True, False or None") for v in ("yes", 2, 1, [])],
@@ -104,7 +117,10 @@ def test_wrong_options_are_told_in_every_way(llama: Llama) -> None:
 SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": np.float32(0.5), "top_p": np.float64(0.5)}, {"temperature": 0.5, "top_p": 0.5}),
     ({"temperature": torch.tensor(0.5), "min_p": np.array(0.25)}, {"temperature": 0.5, "min_p": 0.25}),
-    ({"temperature": Fraction(1, 2), "repetition_penalty": np.float16(1.5)}, {"temperature": 0.5, "repetition_penalty": 1.5}),
+    (
+        {"temperature": Fraction(1, 2), "repetition_penalty": np.float16(1.5)},
+        {"temperature": 0.5, "repetition_penalty": 1.5},
+    ),
     ({"top_k": torch.tensor(5), "seed": np.uint64(7)}, {"top_k": 5, "seed": 7}),
     ({"seed": range(3, 4)}, {"seed": 3}),
     ({"max_gen_len": np.int8(3), "stop_ids": deque([9])}, {"max_gen_len": 3, "stop_ids": [9]}),
@@ -123,7 +139,8 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(
     "options",
     [{"top_p": 0}, {"top_p": 1}, {"min_p": 0}, {"min_p": 1}, {"temperature": 0}, {"repetition_penalty": 1e-10},
-     {"repetition_penalty": 1e10}, {"top_k": 0}, {"max_gen_len": 0}, {"logprobs": 0}, {"logit_bias": {0: 1e10, 399: -1e10}},
+     {"repetition_penalty": 1e10}, {"top_k": 0}, {"max_gen_len": 0}, {"logprobs": 0},
+     {"logit_bias": {0: 1e10, 399: -1e10}},
      {"seed": 0}, {"seed": 2**63 - 1}, {"stop_ids": [0, 399]}, {"logit_bias": dict.fromkeys(range(400), -1e10)}],
 )  # fmt: skip
 def test_options_at_their_bounds(options: dict[str, Any], llama: Llama) -> None:
@@ -168,8 +185,9 @@ def test_wrong_prompts(prompts: Any, message: str, llama: Llama) -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (torch.tensor([1, 5]), r"tokens must be ids in an int64 tensor of shape \(batch, positions\), not .* shape \(2,\)"),
-        (torch.tensor([[1.0]]), "not a Tensor of torch.float32"), ([[1]], "not a list"), (torch.tensor([[True]]), "torch.bool"),
+        (torch.tensor([1, 5]), r"must be ids in an int64 tensor of shape \(batch, positions\), not .* shape \(2,\)"),
+        (torch.tensor([[1.0]]), "not a Tensor of torch.float32"), ([[1]], "not a list"),
+        (torch.tensor([[True]]), "torch.bool"),
         (torch.tensor([[1, 400]]), "the id 400 is outside the vocabulary; ids go from 0 to 399"),
         (torch.tensor([[-1]]), "the id -1 is outside the vocabulary"),
     ],
@@ -183,7 +201,13 @@ def test_wrong_tokens_of_the_model(tokens: Any, message: str, llama: Llama) -> N
 
 
 def test_wrong_arguments_of_other_calls(llama: Llama, tiny: Path) -> None:
-    for name, value in [("max_seq_len", 2**63), ("max_seq_len", 1.0), ("max_batch_size", True), ("seed", 1.5), ("seed", 2**64)]:
+    for name, value in [
+        ("max_seq_len", 2**63),
+        ("max_seq_len", 1.0),
+        ("max_batch_size", True),
+        ("seed", 1.5),
+        ("seed", 2**64),
+    ]:
         with pytest.raises(ValueError, match=f"{name}=.* must be a whole number of"):
             Llama.build(str(tiny), **{name: value})
     with pytest.raises(ValueError, match="stride=1.0 must be a whole number from 1"):
@@ -191,6 +215,7 @@ def test_wrong_arguments_of_other_calls(llama: Llama, tiny: Path) -> None:
     with pytest.raises(ValueError, match="layer=True must be from 0 to 2"):
         llama.embed(["a"], layer=True)
     assert torch.equal(llama.embed(["a"], layer=np.int64(1)), llama.embed(["a"], layer=1))  # type: ignore[arg-type]
-    assert llama.score(["the tree"], stride=np.int32(9)) == llama.score(["the tree"], stride=9)  # type: ignore[arg-type]
+    stride: Any = np.int32(9)
+    assert llama.score(["the tree"], stride=stride) == llama.score(["the tree"], stride=9)
     with pytest.raises(DialogError, match="message 0 must be"):
         llama.chat_completion([[[[]]]])  # type: ignore[list-item]

@@ -1,4 +1,5 @@
-"""What people do to a model made for Meta's code: what they put in runs, on every path, or an error says that it does not."""
+"""What people do to a model made for Meta's code: what they put in runs, on every path, or an error says that it does
+not."""
 
 from __future__ import annotations
 
@@ -193,7 +194,8 @@ USES = [generate, sampled, complete, stream, chat, score, embed, forward]
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_is_put_in_runs(change: Callable[[Llama], None], tiny: Path, tokenizer_path: str, whole: Llama) -> None:
-    """Whatever makes wq give zeros gives what a model with a wq of zeros gives, in every use, also after a first one."""
+    """Whatever makes wq give zeros gives what a model with a wq of zeros gives, in every use, also after a first
+    one."""
     expected = zeroed(tiny, tokenizer_path)
     before = generate(whole)
     change(whole)
@@ -204,7 +206,9 @@ def test_what_is_put_in_runs(change: Callable[[Llama], None], tiny: Path, tokeni
     assert generate(whole) != before
 
 
-@pytest.mark.parametrize("change", [hook, replaced_module, patched_forward, new_parameter], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [hook, replaced_module, patched_forward, new_parameter], ids=lambda change: change.__name__
+)
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=str)
 def test_what_is_put_in_runs_in_other_forms(
     change: Callable[[Llama], None], options: dict[str, Any], tmp_path: Path, tokenizer_path: str
@@ -244,7 +248,10 @@ def test_every_hook_is_seen(where: str, whole: Llama) -> None:
     """Of any kind, on any part, and on all modules at once."""
     part = whole.model.get_submodule(where)
     for kind in HOOKS:
-        for register in (getattr(part, f"register_{kind}_hook"), getattr(nn.modules.module, f"register_module_{kind}_hook")):
+        for register in (
+            getattr(part, f"register_{kind}_hook"),
+            getattr(nn.modules.module, f"register_module_{kind}_hook"),
+        ):
             assert whole.model.as_built
             handle = register(lambda *_: None)
             assert not whole.model.as_built, register
@@ -286,7 +293,9 @@ def test_metas_way_through_the_parts(whole: Llama) -> None:
         h = model.tok_embeddings(torch.tensor([[9]]))
         for block in model.layers:
             h = block(h, 4, model.freqs_cis[4:5], None)
-        torch.testing.assert_close(model.output(model.norm(h)).float(), model(torch.tensor([[9]]), 4), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.output(model.norm(h)).float(), model(torch.tensor([[9]]), 4), atol=1e-4, rtol=1e-4
+        )
     assert model.layers[0].attention_norm._norm(torch.ones(1, 64)).shape == (1, 64)
 
 
@@ -351,7 +360,8 @@ def test_overrides_that_metas_code_calls(whole: Llama, monkeypatch: pytest.Monke
     plain = whole.text_completion(["a dog"], 0, 1, 5, logprobs=True)
     assert logging.text_completion(["a dog"], 0, 1, 5, logprobs=True) == plain
     dialog = [{"role": "user", "content": "hi"}]
-    assert logging.chat_completion([dialog], 0, 1, 5) == whole.chat_completion([dialog], 0, 1, 5)  # type: ignore[list-item]
+    dialogs: Any = [dialog]
+    assert logging.chat_completion(dialogs, 0, 1, 5) == whole.chat_completion(dialogs, 0, 1, 5)
     assert "echo" in Logging.calls[0]
     assert "echo" not in Logging.calls[1]
     with pytest.raises(ValueError, match="generate was replaced by another one, which takes no stop"):
@@ -510,7 +520,8 @@ def test_numpys_numbers(whole: Llama) -> None:
         ({"stop": 5}, "stop=5 must be texts"), ({"stop_ids": 5}, "stop_ids=5 must be ids, in a list"),
         ({"stop_ids": ["5"]}, "stop_ids=.* must be ids from 0"), ({"logit_bias": [1, 2]}, "logit_bias=.* must map ids"),
         ({"logit_bias": {5: "x"}}, r"logit_bias\[5\]='x' must be a number"), ({"logit_bias": {"5": 1.0}}, "'5', a str"),
-        ({"temperature": 10**400}, "temperature=1000.* must be a number"), ({"top_k": 1.0}, "top_k=1.0 must be a whole"),
+        ({"temperature": 10**400}, ("temperature=1000.* must be a "
+                                   "number")), ({"top_k": 1.0}, "top_k=1.0 must be a whole"),
     ],
 )  # fmt: skip
 def test_wrong_numbers_say_what_they_are(options: dict[str, Any], message: str, whole: Llama) -> None:

@@ -64,7 +64,8 @@ def test_metas_names_are_where_meta_has_them() -> None:
     ],
 )
 def test_metas_signatures(function: Any, expected: str) -> None:
-    """Positions, names and defaults; what is ours comes after, by keyword only. build's two limits have defaults here."""
+    """Positions, names and defaults; what is ours comes after, by keyword only. build's two limits have defaults
+    here."""
     parameters = list(inspect.signature(function).parameters.values())
     for parameter, word in zip(parameters, expected.split()):
         name, _, default = word.partition("=")
@@ -79,7 +80,8 @@ def test_metas_signatures(function: Any, expected: str) -> None:
 def test_model_args() -> None:
     fields = [(f.name, f.default) for f in dataclasses.fields(ModelArgs) if f.repr]
     assert fields == [
-        ("dim", 4096), ("n_layers", 32), ("n_heads", 32), ("n_kv_heads", None), ("vocab_size", -1), ("multiple_of", 256),
+        ("dim", 4096), ("n_layers", 32), ("n_heads", 32), ("n_kv_heads", None), ("vocab_size", -1),
+        ("multiple_of", 256),
         ("ffn_dim_multiplier", None), ("norm_eps", 1e-5), ("max_batch_size", 32), ("max_seq_len", 2048),
     ]  # fmt: skip
 
@@ -88,7 +90,11 @@ def test_distributions_are_whole(tmp_path: Path) -> None:
     """The sdist once lacked the requirements.txt that setup.py reads: a wheel is built from the sdist here."""
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
-    build = [sys.executable, "-c", "from setuptools import build_meta as b; import sys; getattr(b, sys.argv[1])(sys.argv[2])"]
+    build = [
+        sys.executable,
+        "-c",
+        "from setuptools import build_meta as b; import sys; getattr(b, sys.argv[1])(sys.argv[2])",
+    ]
     subprocess.run([*build, "build_sdist", str(tmp_path)], cwd=source, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -143,7 +149,9 @@ def imported(name: str) -> Iterator[str]:
         if not isinstance(node, ast.ImportFrom):
             continue
         parts = (
-            [*name.split("/")[: -node.level], *filter(None, [node.module])] if node.level else (node.module or "").split(".")
+            [*name.split("/")[: -node.level], *filter(None, [node.module])]
+            if node.level
+            else (node.module or "").split(".")
         )
         base = "/".join(parts).replace(".", "/").removeprefix("llama").removeprefix("/")
         for alias in node.names:

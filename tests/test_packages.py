@@ -1,4 +1,5 @@
-"""The folder of compiled steps, and the process that compiles: what is not believed, what fails there, and what is left."""
+"""The folder of compiled steps, and the process that compiles: what is not believed, what fails there, and what is
+left."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def test_what_is_not_believed_is_not_loaded(
     expected: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A package is machine code. A plain build ran whatever lay there, from whomever; a flipped bit could end the process."""
+    """A package is machine code. A plain build ran whatever lay there, from whomever; a flipped bit could end the
+    process."""
     change, words = DAMAGES[damage]
     if "another" in damage and os.geteuid() != 0:
         pytest.skip("only root can give files away")
@@ -203,7 +205,9 @@ FAILURES = {
     "import os; os.abort()": "SIGABRT",
     "open(sys.argv[2] + '/step.pt2', 'w'); print(b'\\xff' * 99)": "not a zip file",
     "open(sys.argv[2] + '/step.pt2', 'wb').write(b'PK')": "not a zip file",
-    "import os; sys.exit(os.environ['TMPDIR'] == sys.argv[2] and os.environ.get('TORCHELASTIC_RUN_ID', 'good'))": "good",
+    (
+        "import os; sys.exit(os.environ['TMPDIR'] == sys.argv[2] and os.environ.get('TORCHELASTIC_RUN_ID', 'good'))"
+    ): "good",
 }
 
 
@@ -239,7 +243,11 @@ def test_the_line_that_says_most() -> None:
 
 @pytest.mark.parametrize("executable", ["", None, "/usr/bin/uwsgi"])
 def test_an_embedded_python_compiles_nothing(
-    executable: Any, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    executable: Any,
+    tiny: Path,
+    tokenizer_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What would be started is not Python, and might be anything."""
     monkeypatch.setattr(sys, "executable", executable)
@@ -252,7 +260,9 @@ def no_room(*_: Any, **__: Any) -> Any:
 
 
 @unix
-@pytest.mark.parametrize("writer", [(sealed, "write"), (os, "replace"), (Path, "write_text"), (Path, "mkdir"), (os, "open")])
+@pytest.mark.parametrize(
+    "writer", [(sealed, "write"), (os, "replace"), (Path, "write_text"), (Path, "mkdir"), (os, "open")]
+)
 def test_a_full_disk(
     writer: Any,
     cache: Path,
@@ -323,7 +333,9 @@ def test_no_process_outlives_the_one_that_waits_for_it(number: int, tmp_path: Pa
     assert number == signal.SIGINT or not (tmp_path / "work").exists()  # after SIGINT it is the caller's to remove
 
 
-def test_a_package_is_of_all_that_it_depends_on(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_is_of_all_that_it_depends_on(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(tiny, tokenizer_path, compile=False, rows=1).model
     names = {compiled.code_key(model)}
     changes: list[tuple[Any, str, Any]] = [
@@ -345,7 +357,8 @@ def test_a_package_is_of_all_that_it_depends_on(tiny: Path, tokenizer_path: str,
 
 @pytest.mark.parametrize(("rows", "bounds"), [(4, [(2, 4), (2, 128)]), (2, [(2, 128)])])
 def test_sizes_that_a_package_is_for(rows: int, bounds: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and columns, from what `Packaged` may ask for first to the largest; a size that stands alone is no variable."""
+    """Rows and columns, from what `Packaged` may ask for first to the largest; a size that stands alone is no
+    variable."""
     made: list[Any] = []
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: made.append(program))
     monkeypatch.setattr(torch._inductor.config.aot_inductor, "precompile_headers", False, raising=False)
@@ -369,8 +382,17 @@ def test_a_processor_that_torch_does_not_describe(monkeypatch: pytest.MonkeyPatc
 
 
 def test_environment_of_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It joins no process group, and its files are where nobody else can put some: torch's folder in /tmp has a known name."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+    """It joins no process group, and its files are where nobody else can put some: torch's folder in /tmp has a known
+    name."""
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+    ):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")

@@ -1,4 +1,5 @@
-"""The page at /, in a real browser, as a person would use it. A stand-in for the server says what the tests want to see."""
+"""The page at /, in a real browser, as a person would use it. A stand-in for the server says what the tests want to
+see."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ if not (CHROMIUM and DRIVER):
 
 Keys = webdriver.Keys
 ENTER, ESCAPE, TAB = Keys.ENTER, Keys.ESCAPE, Keys.TAB
-FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-extensions --mute-audio"
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-extensions --mute-audio"
+)
 
 
 class Page:
@@ -38,7 +41,9 @@ class Page:
         options.binary_location = CHROMIUM
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-        self.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
+        self.browser.execute_cdp_cmd(
+            "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)}
+        )
         server.pages["/"] = (served.HEADERS, served.PAGE.encode())
 
     def open(self, width: int = 1280, height: int = 800, colors: str = "light") -> None:
@@ -154,7 +159,8 @@ def test_an_answer_streams(page: Page) -> None:
     assert page.run("return document.querySelector('#meter').ariaValueNow") == "16"
     assert page.text(".assistant .note").startswith("4 tokens")
     assert page.server.last == {
-        "model": "stand-in", "messages": [{"role": "user", "content": "A story, please"}], "temperature": 0.6, "top_p": 0.9,
+        "model": "stand-in", "messages": [{"role": "user", "content": "A story, please"}], "temperature": 0.6,
+        "top_p": 0.9,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     page.ask("And then?", "The end.")
@@ -236,7 +242,8 @@ def test_nothing_that_is_said_becomes_markup(page: Page) -> None:
     page.until(lambda: "http-equiv" in page.said[-1])
     page.reload()
     nodes = page.run(
-        "return [...document.querySelectorAll('.body *:not(.tool, .tool *)')].map((e) => [e.tagName, e.getAttributeNames()])"
+        "return [...document.querySelectorAll('.body *:not(.tool, .tool *)')].map((e) => [e.tagName, "
+        "e.getAttributeNames()])"
     )
     assert {tag for tag, _ in nodes} <= TAGS
     names = {name for _, attributes in nodes for name in attributes}
@@ -248,7 +255,12 @@ def test_nothing_that_is_said_becomes_markup(page: Page) -> None:
     fetched = page.run("return performance.getEntriesByType('resource').map((entry) => new URL(entry.name).origin)")
     assert set(fetched) == {page.server.address}
     shown = page.text(".assistant .body")
-    for text in ("<script>window.pwned = 1</script>", "</code></pre>", "[click](javascript:window.pwned=3)", "<style>*{dis"):
+    for text in (
+        "<script>window.pwned = 1</script>",
+        "</code></pre>",
+        "[click](javascript:window.pwned=3)",
+        "<style>*{dis",
+    ):
         assert text in shown
     assert page.said[0] == page.text("#title") == page.text("#list .on") == "<img src=x onerror='window.pwned = 8'>"
 
@@ -266,13 +278,15 @@ def test_nothing_that_is_said_becomes_markup(page: Page) -> None:
         ("3. a\n4. b\n\nc", '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol><p>c</p>'),
         ("> a\n> > b\nc", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"),
         ("a | b\n-|-\n1 | `2`\n\nc",
-         "<thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td><code>2</code></td></tr></tbody></table><p>c</p>"),
+         "<thead><tr><th>a</th><th>b</th></tr></thead>"
+         "<tbody><tr><td>1</td><td><code>2</code></td></tr></tbody></table><p>c</p>"),
         ("```py\na = 1\n\n  b\n```\nc", "<pre><code>a = 1\n\n  b</code></pre><p>c</p>"),
         ("~~~\n```\nx", "<pre><code>```\nx</code></pre>"),
         ("```\na\n```js", "<pre><code>a\n```js</code></pre>"),
         ("```a``` b", "<p><code>a</code> b</p>"),
         ("(https://a.example/b_(c)_d.) [e](https://f.example/g_(h))",
-         '(<a href="https://a.example/b_(c)_d">https://a.example/b_(c)_d</a>.) <a href="https://f.example/g_(h)">e</a>'),
+         ('(<a href="https://a.example/b_(c)_d">https://a.example/b_(c)_d</a>.) <a '
+         'href="https://f.example/g_(h)">e</a>')),
         ("[a](b) [c] (d) ![e](https://f.example)", '<p>[a](b) [c] (d) <a href="https://f.example">e</a></p>'),
         (">" * 50 + " a\n" + "- " * 50 + "b", ""),
     ],
@@ -282,7 +296,8 @@ def test_markdown(browser: Page, text: str, markup: str) -> None:
     if not browser.browser.current_url.startswith(browser.server.address):
         browser.open()
     whole, grown = browser.run(
-        "const a = document.createElement('div'), b = document.createElement('div'), text = arguments[0]; show(a, text);"
+        "const a = document.createElement('div'), b = document.createElement('div'), text = arguments[0]; show(a, "
+        "text);"
         "for (let i = 1; i <= text.length; i++) show(b, text.slice(0, i)); return [a.innerHTML, b.innerHTML]",
         text,
     )
@@ -293,9 +308,12 @@ def test_markdown(browser: Page, text: str, markup: str) -> None:
 
 def test_no_answer_is_slow_to_show(page: Page) -> None:
     """Each of these is 30,000 characters that ask for as many looks ahead."""
-    units = ["*a ", "`", "` ``", "``` `` ", "[", "[a](", "**a", "_a_ *", "> ", "- ", "  - a\n", "|", "\\", "https://", "~~",
+    units = ["*a ", "`", "` ``", "``` `` ", "[", "[a](", "**a", "_a_ *", "> ", "- ", "  - a\n", "|", "\\", "https://",
+      "~~",
              "a*b", "#", "1. a\n", " ", "a\n\n", "* * ", "[a](https://b(", "-\n\n", "| -"]  # fmt: skip
-    script = "const t = performance.now(); show(document.createElement('div'), arguments[0]); return performance.now() - t"
+    script = (
+        "const t = performance.now(); show(document.createElement('div'), arguments[0]); return performance.now() - t"
+    )
     texts = {unit: unit * (30_000 // len(unit)) for unit in units}
     texts |= {
         "dashes": "|\n" + "-" * 100_000 + "x",
@@ -313,7 +331,11 @@ def test_what_goes_wrong_is_told(page: Page) -> None:
         (Error(500, "no memory"), "Something went wrong in the server: no memory", ["Hi"]),
         (Error(503, "it is ending"), "The server takes no more requests now: it is ending", ["Hi"]),
         (["Half an ", None], "The connection was lost before the answer ended.", ["Hi", "Half an"]),
-        (["Half", {"error": {"message": "no memory"}}], "Something went wrong in the server: no memory", ["Hi", "Half"]),
+        (
+            ["Half", {"error": {"message": "no memory"}}],
+            "Something went wrong in the server: no memory",
+            ["Hi", "Half"],
+        ),
     ):
         page.server.answers = [answer]
         page.click("#new")
@@ -327,7 +349,8 @@ def test_what_goes_wrong_is_told(page: Page) -> None:
 
 
 def test_what_was_not_answered_is_said_again(page: Page) -> None:
-    """Llama 2's users and answers take turns: a second message behind one without an answer would be refused for ever."""
+    """Llama 2's users and answers take turns: a second message behind one without an answer would be refused for
+    ever."""
     page.server.answers = [Error(429, "full")]
     page.say("Hi")
     page.until(lambda: page.text("#notice"))
@@ -376,7 +399,8 @@ def test_conversations(page: Page) -> None:
     page.ask("The first", "One.")
     page.click("#new")
     page.ask("The second", "```py\nprint(2)\n```")
-    names = lambda: page.run("return [...document.querySelectorAll('#list .open')].map((b) => b.innerText)")  # noqa: E731
+    shown = "return [...document.querySelectorAll('#list .open')].map((b) => b.innerText)"
+    names = lambda: page.run(shown)  # noqa: E731
     assert names() == ["The second", "The first"]
     page.click("#export")
     path = page.downloads / "The-second.json"
@@ -422,8 +446,18 @@ def test_another_tab_writes(page: Page) -> None:
     """What it wrote is seen; what is shown here stays in use."""
 
     def write(id: str, title: str) -> None:
-        told = {"id": id, "title": title, "system": "", "messages": [{"role": "user", "content": "x"}], "used": 0, "changed": 1}
-        script = "localStorage[arguments[0]] = arguments[1]; dispatchEvent(new StorageEvent('storage', { key: arguments[0] }))"
+        told = {
+            "id": id,
+            "title": title,
+            "system": "",
+            "messages": [{"role": "user", "content": "x"}],
+            "used": 0,
+            "changed": 1,
+        }
+        script = (
+            "localStorage[arguments[0]] = arguments[1]; dispatchEvent(new StorageEvent('storage', { key: "
+            "arguments[0] }))"
+        )
         page.run(script, f"llama.chat.{id}", json.dumps(told))
 
     page.ask("Here", "One.")
@@ -452,7 +486,10 @@ def test_a_tab_that_is_closed_keeps_what_came(page: Page) -> None:
 
 
 def test_a_browser_that_keeps_nothing(page: Page) -> None:
-    script = "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, { get() { throw 1 } })"
+    script = (
+        "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name, { get() { "
+        "throw 1 } })"
+    )
     added = page.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
     try:
         page.reload()
@@ -522,7 +559,8 @@ def test_with_the_keyboard_alone(page: Page) -> None:
     assert page.all("#thread.busy")
     page.type(ESCAPE)
     page.done()
-    assert page.run("return [...document.querySelectorAll('button, input, textarea')].filter((e) => !e.labels?.length && "
+    assert page.run("return [...document.querySelectorAll('button, input, textarea')].filter((e) => !e.labels?.length "
+                    "&& "
                     "!e.ariaLabel && !e.innerText.trim() && e.checkVisibility()).length") == 0  # fmt: skip
 
 
@@ -532,7 +570,9 @@ def test_with_our_own_server(page: Page) -> None:
     serving = pytest.importorskip("serving")
     llama = Llama.build(device="cpu")
     dialog: Any = [{"role": "user", "content": "Who are you?"}]
-    whole, cut = (llama.chat_completion([dialog], temperature=0, max_gen_len=n)[0]["generation"]["content"] for n in (24, 8))
+    whole, cut = (
+        llama.chat_completion([dialog], temperature=0, max_gen_len=n)[0]["generation"]["content"] for n in (24, 8)
+    )
     with serving.served(llama) as it:
         page.browser.get(it.url + "/")
         page.until(lambda: page.text("#model") == "demo")

@@ -1,4 +1,5 @@
-"""Processes that were given different things, or that leave, fail or stop: each says what is wrong, and none waits for ever."""
+"""Processes that were given different things, or that leave, fail or stop: each says what is wrong, and none waits for
+ever."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def build_alike_but(usual: dict[str, Any], odd: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> dict[str, Path]:
-    """Folders that are not the tiny model: of another seed; with one number changed; of another shape; another tokenizer."""
+    """Folders that are not the tiny model: of another seed; with one number changed; of another shape; another
+    tokenizer."""
     root = tmp_path_factory.mktemp("others")
     changed = random_weights()
     changed["layers.1.attention.wv.weight"][3, 5] += 1
@@ -131,18 +133,22 @@ COMPLETE = "llama.text_completion(['Once'], max_gen_len=3, temperature=0, {})"
         (COMPLETE.format("stop=['a', 'b']"), COMPLETE.format("stop=('b', 'a')"), None),
         (COMPLETE.format("stop='a', stop_ids=[7, 8]"), COMPLETE.format(FORMS), None),
         (COMPLETE.format("top_k=2"), COMPLETE.format(""), "top_k is 0 on process 0, but 2 on process 2;"),
-        (COMPLETE.format("stop='a'"), COMPLETE.format("stop='b'"), "stop is ['b'] on process 0, but ['a'] on process 2;"),
+        (COMPLETE.format("stop='a'"), COMPLETE.format("stop='b'"), ("stop is ['b'] on process 0, but ['a'] on process "
+                                                                   "2;")),
         (COMPLETE, COMPLETE.replace("Once", "One"), "prompts is [[1,"),
         ("llama.embed(['Once'])", COMPLETE.format(""), DIFFER + "embed ("),
         ("llama.score(['Once'])", COMPLETE.format(""), DIFFER + "score ("),
         (
             "leave_early(llama)", "[*llama.stream_text(['Once upon'], temperature=0, max_gen_len=9)]",
-            "process 0 goes on with a stream (<string>, line 1), but process 2 calls text_completion (test_peers.py, line ",
+            ("process 0 goes on with a stream (<string>, line 1), but process 2 calls text_completion (test_peers.py, "
+            "line "),
         ),
         ("call_beside(llama, True)", "call_beside(llama, False)", "streams under way is [[1, "),
     ],
 )  # fmt: skip
-def test_calls_that_differ(odd: str, usual: str, message: Optional[str], tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+def test_calls_that_differ(
+    odd: str, usual: str, message: Optional[str], tiny: Path, tokenizer_path: str, pool: Pool
+) -> None:
     """They hung, or ended in an abort of gloo where one had left a stream; and the error did not say what differs. The
     same options in another form are no difference. A call after it works."""
     calls = odd.replace(", {})", ")"), usual.replace(", {})", ")")
@@ -177,7 +183,11 @@ GO_ON = "\nllama.generate([[1, 5]], 8, 0)\n"
             "RuntimeError: Connection reset by peer (my own http client)",
             "process 1 failed: RuntimeError: Connection reset by peer (my own http client)",
         ),
-        ("raise KeyboardInterrupt", "process 1 was interrupted in script.py, line", "process 1 failed: KeyboardInterrupt"),
+        (
+            "raise KeyboardInterrupt",
+            "process 1 was interrupted in script.py, line",
+            "process 1 failed: KeyboardInterrupt",
+        ),
         ("sys.exit('no more')", "no more", "process 1 has ended: it returned, or called sys.exit or runtime.shutdown"),
         ("sys.exit(0)", "", "process 1 has ended: it returned, or called sys.exit or runtime.shutdown"),
         ("os._exit(7)", "", "process 1 was killed or crashed"),
@@ -187,7 +197,8 @@ GO_ON = "\nllama.generate([[1, 5]], 8, 0)\n"
 def test_who_ends_is_named(
     what_1_does: str, what_1_says: str, why_0_ends: str, tiny: Path, tokenizer_path: str, forks: Forks
 ) -> None:
-    """A user's own error was hidden if it spoke of a connection, and its peers blamed a failure whatever had happened."""
+    """A user's own error was hidden if it spoke of a connection, and its peers blamed a failure whatever had
+    happened."""
     script = BUILD + f"if rank == 1: {what_1_does}" + GO_ON
     first, second = forks.ranks(script, str(tiny), tokenizer_path, seconds=30)
     assert first.returncode == 1
@@ -210,7 +221,11 @@ def test_who_ends_is_named(
             "pids = [None, None]; dist.all_gather_object(pids, os.getpid()); other = pids[1 - rank]\n"
             "time.sleep(.2)\n"
             "if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)" + GO_ON,
-            "process 0 waits for process 1, which has given no sign of life for 0.6 s: it is stopped or cut off, in script.py",
+            (
+                "process 0 waits for process 1, which has given no sign of life for 0.6 s: it is stopped or cut off, "
+                "in "
+                "script.py"
+            ),
         ),
         (
             BUILD + "peers.LATE = .5\nif rank == 1: time.sleep(1.2)" + GO_ON,
@@ -258,7 +273,8 @@ else:
 
 
 def test_groups_of_the_callers_own(tiny: Path, tokenizer_path: str, forks: Forks) -> None:
-    """Two processes of a launcher, each a group of its own; then one group that the caller made, with builds that differ."""
+    """Two processes of a launcher, each a group of its own; then one group that the caller made, with builds that
+    differ."""
     script = START + (
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "print(Llama.build(sys.argv[1], sys.argv[2], 8, 1, device='cpu').generate([[1, 5]], 2, 0)[0])\n"

@@ -19,7 +19,10 @@ from llama import Llama
 from llama.commands import cli
 from llama.system.printable import escaped, harmless, json_line, printable, shortened
 
-STEERS = "\x1b[2J \x07\x08\r\x00\x7f\x9b\x85 \u202e\u2066\u200f\u061c \u200b\u2060\ufeff \u2028\u2029 \ufff9 \U000e0041 \ud800"
+STEERS = (
+    "\x1b[2J \x07\x08\r\x00\x7f\x9b\x85 \u202e\u2066\u200f\u061c \u200b\u2060\ufeff \u2028\u2029 \ufff9 "
+    "\U000e0041 \ud800"
+)
 PLAIN = "a\tb\n狗 你好 café Ärger 👨‍👩‍👧 می‌خواهم ▁ \N{REPLACEMENT CHARACTER} ~|\\ \xa0"
 
 

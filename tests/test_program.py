@@ -44,7 +44,9 @@ def test_flags(line: str, expected: str) -> None:
 def test_the_examples_refuse_before_they_build(name: str, forks: Forks) -> None:
     ended = forks.run("from llama import Llama\nLlama.build = None\n" + python(name, "--temprature", "0"))
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"{name}: there is no flag '--temprature' (did you mean --temperature?); there are --")
+    assert ended.stderr.startswith(
+        f"{name}: there is no flag '--temprature' (did you mean --temperature?); there are --"
+    )
     assert ended.stderr.count("\n") == 1
 
 
@@ -73,7 +75,8 @@ del sys.modules["llama.generation"], llama.Llama, llama.generation
     ],
 )
 def test_ctrl_c_in_the_first_seconds(when: str, line: str, forks: Forks) -> None:
-    """Once a traceback, or "cannot load module more than once per process", or nothing: imports swallow the exception."""
+    """Once a traceback, or "cannot load module more than once per process", or nothing: imports swallow the
+    exception."""
     ended = forks.run("import llama\nllama.Llama\n" + INTERRUPT[when] + python(*line.split()))
     assert ended == (130, "", "")
 
@@ -81,7 +84,9 @@ def test_ctrl_c_in_the_first_seconds(when: str, line: str, forks: Forks) -> None
 def test_torchrun_is_told(forks: Forks, tmp_path: Path) -> None:
     """Its own report, which comes last and is long, then ends with the line that says what is wrong."""
     path = tmp_path / "error.json"
-    ended = forks.run(python("-m", "llama", "score", "x", "--temprature", "0"), env={"TORCHELASTIC_ERROR_FILE": str(path)})
+    ended = forks.run(
+        python("-m", "llama", "score", "x", "--temprature", "0"), env={"TORCHELASTIC_ERROR_FILE": str(path)}
+    )
     assert ended.returncode == 1
     told = json.loads(path.read_text())["message"]
     assert ended.stderr == f"llama: {told['message']}\n"

@@ -16,7 +16,9 @@ from llama.system import progress
     (True, True, False, None),  # tqdm looks whether stderr is a terminal
     (False, True, False, True), (True, False, False, True), (True, True, True, True),
 ])  # fmt: skip
-def test_who_sees_a_bar(shown: bool, first: bool, quiet: bool, disabled: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_sees_a_bar(
+    shown: bool, first: bool, quiet: bool, disabled: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[object] = []
     monkeypatch.setattr("tqdm.tqdm", lambda disable, **_: given.append(disable))
     monkeypatch.setattr(progress, "is_first_process", lambda: first)
@@ -31,7 +33,9 @@ def test_a_notebook_shows_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
     given: list[object] = []
     monkeypatch.setattr("tqdm.tqdm", lambda disable, **_: given.append(("text", disable)))
-    monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=lambda disable, **_: given.append(("widget", disable))))  # type: ignore[arg-type]
+    monkeypatch.setitem(
+        sys.modules, "tqdm.auto", SimpleNamespace(tqdm=lambda disable, **_: given.append(("widget", disable)))
+    )  # type: ignore[arg-type]
     for spec in (None, "there"):
         monkeypatch.setattr(progress, "find_spec", lambda name, spec=spec: spec)
         progress.bar(total=1)

@@ -1,4 +1,5 @@
-"""int8 and int4 layers against their numbers multiplied in float64; the same numbers on any processes, from any folder."""
+"""int8 and int4 layers against their numbers multiplied in float64; the same numbers on any processes, from any
+folder."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def test_int8_uses_the_tiles() -> None:
 
 @pytest.mark.parametrize("plain", [0, 2**21])
 def test_int8_extremes(plain: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All products at their largest and of one sign, where adding pairs in 16 bits would saturate; zeros; tiny; infinite."""
+    """All products at their largest and of one sign, where adding pairs in 16 bits would saturate; zeros; tiny;
+    infinite."""
     monkeypatch.setattr(int8, "PLAIN", plain)
     layer = layer_of(torch.ones(64, 256) * torch.tensor([1.0, -1.0]).repeat(32)[:, None], "int8")
     rows = [torch.ones(256), -torch.ones(256), torch.zeros(256), torch.full((256,), 1e-29), torch.arange(256) - 255.0]
@@ -176,8 +178,8 @@ EVEN, ODD = slice(0, None, 2), slice(1, None, 2)
 def test_how_a_processor_packs_is_found_out(
     height: int, halves: tuple[slice, slice], columns: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other processors than this one have blocks of other heights, of which each byte has a row of either half, or two that
-    are neighbours. What is not understood is left to torch."""
+    """Other processors than this one have blocks of other heights, of which each byte has a row of either half, or two
+    that are neighbours. What is not understood is left to torch."""
 
     def pack(numbers: torch.Tensor, _: int) -> torch.Tensor:
         blocks = numbers.view(-1, height, numbers.shape[1]).transpose(1, 2)
@@ -297,7 +299,9 @@ def test_group_sizes() -> None:
         with pytest.raises(ValueError, match="must be a power of two from 16 to 256"):
             Quantization("int4", bad)  # type: ignore[arg-type]
     assert Quantization("8") == Quantization(8) == Quantization("int8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="quantize='int3' is not supported; use 'int8', 'int4', 'w8a8', 'w4a8', or None"):
+    with pytest.raises(
+        ValueError, match="quantize='int3' is not supported; use 'int8', 'int4', 'w8a8', 'w4a8', or None"
+    ):
         Quantization("int3")
     with pytest.raises(
         ValueError, match="11008 numbers in int4 groups of 32 .* by 16 processes; use 1 or 2 or 4 or 8, or int8"
@@ -344,7 +348,9 @@ def how_cut(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     return {name: dim for name, (_, dim, _) in cut(model).items()}
 
 
-@pytest.mark.parametrize(("kind", "shards"), [(k, n) for k in ("int8", "int4") for n in (1, 2, 4)] + [("w8a8", 2), ("w4a8", 4)])
+@pytest.mark.parametrize(
+    ("kind", "shards"), [(k, n) for k in ("int8", "int4") for n in (1, 2, 4)] + [("w8a8", 2), ("w4a8", 4)]
+)
 def test_the_same_numbers_on_any_processes_from_any_shards(
     kind: str, shards: int, pool: Pool, tmp_path: Path, tokenizer_path: str
 ) -> None:
@@ -374,14 +380,18 @@ def test_stored_is_what_loading_makes(kind: str, pool: Pool, tmp_path: Path, tok
         stored = json.loads((tmp_path / f"q{shards}" / "params.json").read_text())["quantization"]
         assert stored == ({"kind": "int8"} if kind == "int8" else {"kind": kind, "group_size": 32})
         for options in ({}, {"quantize": kind}):
-            state, again, held_again, same = state_and_logits(str(tmp_path / f"q{shards}"), tokenizer_path, 1, **options)
+            state, again, held_again, same = state_and_logits(
+                str(tmp_path / f"q{shards}"), tokenizer_path, 1, **options
+            )
             assert all(torch.equal(state[name], tensor) for name, tensor in loaded.items())
             assert torch.equal(again, logits)
             assert (held_again, same) == (held, ids)
     args = ModelArgs(**WIDE, vocab_size=400, max_seq_len=16, max_batch_size=1)
     assert memory.estimate(memory.Placement(args, torch.bfloat16, quantization=Quantization(kind))).weights == held
     for processes in (2, 4):
-        need = memory.estimate(memory.Placement(args, torch.bfloat16, processes, quantization=Quantization(kind))).weights
+        need = memory.estimate(
+            memory.Placement(args, torch.bfloat16, processes, quantization=Quantization(kind))
+        ).weights
         outcomes = pool.run(state_and_logits_of, str(tmp_path / "q4"), tokenizer_path, processes, None)
         assert {held for _, _, held, _ in outcomes} == {need}
         joined = whole([state for state, *_ in outcomes[:processes]], how_cut(kind, WIDE))
@@ -458,7 +468,14 @@ def test_what_is_refused(tiny: Path, tmp_path: Path, tokenizer_path: str, pool: 
         assert "rows of 64 numbers in int4 groups of 32 cannot be cut into whole groups by 4 processes" in error
     assert not list(tmp_path.glob("new"))
     params = json.loads((tmp_path / "q/params.json").read_text())
-    for bad in ({"kind": "int3"}, {"kind": "int4"}, {"kind": "int4", "group_size": 48}, "int4", {"kind": "int8", "x": 1}, []):
+    for bad in (
+        {"kind": "int3"},
+        {"kind": "int4"},
+        {"kind": "int4", "group_size": 48},
+        "int4",
+        {"kind": "int8", "x": 1},
+        [],
+    ):
         (tmp_path / "q/params.json").write_text(json.dumps({**params, "quantization": bad}))
         refuse("params.json: ", tmp_path / "q")
     (tmp_path / "q/params.json").write_text(json.dumps({**params, "quantization": {"kind": "int4", "group_size": 64}}))
@@ -522,9 +539,11 @@ def test_the_command(tiny: Path, tmp_path: Path, tokenizer_path: str) -> None:
 
 @pytest.mark.skipif(not int8.onednn_is_exact(), reason="oneDNN packs no int8 here")
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_packed_matrices_generate(kind: str, tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix that oneDNN has packed has no address. The first step of every model with a large one asked for it, and failed;
-    so would the look at a file that was written to."""
+def test_packed_matrices_generate(
+    kind: str, tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix that oneDNN has packed has no address. The first step of every model with a large one asked for it, and
+    failed; so would the look at a file that was written to."""
     folder, ids = write_checkpoint(tmp_path, random_weights()), []
     for plain in (2**21, 0):
         monkeypatch.setattr(int8, "PLAIN", plain)

@@ -45,7 +45,18 @@ def chat(server: OpenAI, monkeypatch: pytest.MonkeyPatch, *lines: str, **options
 
 def test_a_talk(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     server.answers = [["Once ", "upon\na", " time 🦙"], ["No."], ["Yes."], ["!"]]
-    lines = ["Hi", "/stats", "Really?", "/undo", "/set top_k 5", "/set seed 3", "Really?", "/continue", "/stats", "/help"]
+    lines = [
+        "Hi",
+        "/stats",
+        "Really?",
+        "/undo",
+        "/set top_k 5",
+        "/set seed 3",
+        "Really?",
+        "/continue",
+        "/stats",
+        "/help",
+    ]
     chat(server, monkeypatch, *lines, system="Be kind.", stop='["x", "y"]', max_gen_len=9)
     out, err = capsys.readouterr()
     assert out == "Once upon\na time 🦙\nNo.\nYes.\n!\n"
@@ -82,7 +93,12 @@ def test_it_is_kept_and_read_again(
     assert [message["role"] for message in server.last["messages"]] == ["system", "user", "assistant", "user"]
     turns = [{"user": "a", "assistant": "b", "ids": [1]}, {"user": "c", "assistant": "d"}]
     path.write_text(json.dumps({"system": None, "turns": turns}))
-    bad = {"deep": "[" * 9000, "list": "[]", "number": '{"system": 1, "turns": []}', "turn": '{"system": "", "turns": [1]}'}
+    bad = {
+        "deep": "[" * 9000,
+        "list": "[]",
+        "number": '{"system": 1, "turns": []}',
+        "turn": '{"system": "", "turns": [1]}',
+    }
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
     loads = [f"/load {tmp_path / name}" for name in (*bad, "nothing")]
@@ -95,7 +111,9 @@ def test_it_is_kept_and_read_again(
     assert "no saved session at" in err
 
 
-def test_ctrl_c_stops_the_answer(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_stops_the_answer(
+    server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The server hears of it, since the connection closes; what came is kept."""
     server.answers = [["One, ", threading.Event()]]
     talk = remote.RemoteConversation(remote.RemoteChat(client.Server(server.address)))
@@ -146,7 +164,9 @@ def test_where_there_is_no_such_server(server: OpenAI, monkeypatch: pytest.Monke
         with pytest.raises(ValueError, match="must be the address of a server"):
             command("complete", "a", url=url)
     server.pages["/web/v1/models"] = ({"Content-Type": "text/html"}, b"<html>")
-    with pytest.raises(ValueError, match=r"/web/v1/models answers something else than JSON; is it a server of OpenAI's API\?"):
+    with pytest.raises(
+        ValueError, match=r"/web/v1/models answers something else than JSON; is it a server of OpenAI's API\?"
+    ):
         command("complete", "a", url=f"{server.address}/web")
     server.models = []
     with pytest.raises(ValueError, match="lists no model; pass --model NAME"):
@@ -171,10 +191,13 @@ def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """All the room there is, as for a model here: the API's own default is 16 tokens."""
     command("complete", "Once upon", url=server.address, echo=True)
     assert server.last == {
-        "model": "stand-in", "prompt": "Once upon", "max_tokens": LIMIT - 2, "temperature": 0.6, "top_p": 0.9, "stream": True,
+        "model": "stand-in", "prompt": "Once upon", "max_tokens": LIMIT - 2, "temperature": 0.6, "top_p": 0.9,
+        "stream": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
-    command("complete", "def f", suffix="return", url=server.address, seed=1, max_gen_len=4, temperature=0, model="other")
+    command(
+        "complete", "def f", suffix="return", url=server.address, seed=1, max_gen_len=4, temperature=0, model="other"
+    )
     assert {name: server.last[name] for name in ("suffix", "seed", "max_tokens", "temperature", "model")} == {
         "suffix": "return", "seed": 1, "max_tokens": 4, "temperature": 0, "model": "other",
     }  # fmt: skip
@@ -185,7 +208,10 @@ def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     command("complete", url=server.address)
     assert "max_tokens" not in server.last
     assert server.last["prompt"] == "from a pipe"
-    assert capsys.readouterr() == ("Hel\n", "the server ended it at a length of its own; --max_gen_len N asks for another\n")
+    assert capsys.readouterr() == (
+        "Hel\n",
+        "the server ended it at a length of its own; --max_gen_len N asks for another\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,10 +226,14 @@ def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 )  # fmt: skip
 def test_a_form(server: OpenAI, constraint: Any, fields: dict[str, Any]) -> None:
     list(client.Server(server.address).stream("/v1/completions", {"constraint": constraint}, {"prompt": "a"}))
-    assert {name: value for name, value in server.last.items() if name in ("constraint", "response_format", "choice")} == fields
+    assert {
+        name: value for name, value in server.last.items() if name in ("constraint", "response_format", "choice")
+    } == fields
 
 
-def test_a_full_context_is_told(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_context_is_told(
+    server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.answers = [["Hel", {"reason": "length"}]] * 2
     chat(server, monkeypatch, "Hi", "/set max_gen_len 5", "Hi")
     err = capsys.readouterr().err

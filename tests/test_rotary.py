@@ -1,4 +1,5 @@
-"""Scaled rotary positions, of each kind and in both generations of config.json: against transformers on the same files."""
+"""Scaled rotary positions, of each kind and in both generations of config.json: against transformers on the same
+files."""
 
 from __future__ import annotations
 
@@ -113,7 +114,9 @@ def theirs(folder: Path, prompts: list[list[int]], new: int) -> list[list[int]]:
     found = []
     for prompt in prompts:
         forget(model)
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         found.append(ids[0, len(prompt) :].tolist())
     return found
 
@@ -149,8 +152,8 @@ LENGTHS = (8, TRAINED - 2, 50, TRAINED, TRAINED + 1, 70, 5)
 
 @pytest.mark.parametrize("name", KINDS)
 def test_greedy_ids_are_those_of_transformers(name: str, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of prompts that run beside each other, more than there are slots; read in pieces; in Meta's way; with guesses; and in
-    shapes that do not depend on neighbours."""
+    """Of prompts that run beside each other, more than there are slots; read in pieces; in Meta's way; with guesses;
+    and in shapes that do not depend on neighbours."""
     folder, prompts = scaled(plain, name, 4), [of_length(length) for length in LENGTHS]
     expected, llama = theirs(folder, prompts, 12), build(folder)
     assert written(llama, prompts, 12) == expected
@@ -169,8 +172,8 @@ def test_greedy_ids_are_those_of_transformers(name: str, plain: Path, monkeypatc
 
 
 def test_what_runs_beside_a_request_changes_nothing(plain: Path) -> None:
-    """Prompts on both sides of the trained length come, are read in pieces, cancelled and left. With "dynamic" the keys of a
-    long prompt are turned by its own length, so no other row may begin with them."""
+    """Prompts on both sides of the trained length come, are read in pieces, cancelled and left. With "dynamic" the keys
+    of a long prompt are turned by its own length, so no other row may begin with them."""
     folder = scaled(plain, "dynamic")
     found = events.run(build(folder), events.Alone(build(folder, rows=1)), 150, 1)
     assert found["texts"] > 25
@@ -188,7 +191,8 @@ def test_who_shares_under_dynamic_scaling(plain: Path, monkeypatch: pytest.Monke
     read.clear()
     llama.generate([long, [*long, 9], short, [*long, 9, 10]], 3, temperature=0)
     assert sorted(read) == [([TRAINED], 0), ([60], 0), ([61], 0), ([62], 0)]
-    # A request that goes on with a chat shares whatever there is; the ids of the long prompts stand in the slots no more.
+    # A request that goes on with a chat shares whatever there is; the ids of the long prompts stand in the slots no
+    # more.
     read.clear()
     llama.forget()
     for prompt in (long, short[:20], [*short[:15], 9], long):
@@ -203,7 +207,8 @@ def test_who_shares_under_dynamic_scaling(plain: Path, monkeypatch: pytest.Monke
 
 @torch.inference_mode()
 def test_guesses_turn_as_tokens_that_come_alone(plain: Path) -> None:
-    """Transformers turns the tokens of one pass by the length that it reaches, but guesses stand for steps of one token."""
+    """Transformers turns the tokens of one pass by the length that it reaches, but guesses stand for steps of one
+    token."""
     step, ids = build(scaled(plain, "dynamic"), rows=1)._engine, of_length(50)
     list(step.prefill([ids[:40]], [0], pass_length=40))
     alone = [step.decode(torch.tensor(ids[at : at + 1]), [at]).clone() for at in range(40, 50)]
@@ -243,7 +248,8 @@ def test_recorded_steps(kind: str, tmp_path: Path, tokenizer_path: str, monkeypa
 @pytest.mark.parametrize("name", KINDS)
 @torch.inference_mode()
 def test_convert_there_and_back(name: str, plain: Path, tmp_path: Path) -> None:
-    """Through Meta's format, whose params.json has a key of ours: the same scaling, and the same logits by transformers."""
+    """Through Meta's format, whose params.json has a key of ours: the same scaling, and the same logits by
+    transformers."""
     folder = scaled(plain, name, 4)
     command("convert", str(folder), str(tmp_path / "meta"), to="meta")
     command("convert", str(tmp_path / "meta"), str(tmp_path / "hf"), to="hf")
@@ -264,7 +270,9 @@ def test_gguf_tells_it_too(name: str, plain: Path, tmp_path: Path) -> None:
     folder, path = scaled(plain, name, 4), tmp_path / "a.gguf"
     arguments = ["convert", str(folder), str(path), "--to=gguf", "--dtype=float32"]
     if name in ("dynamic", "yarn with all"):
-        with pytest.raises(ValueError, match=rf"scaled \({name.split()[0]}.*which llama.cpp does not compute; use to='hf'"):
+        with pytest.raises(
+            ValueError, match=rf"scaled \({name.split()[0]}.*which llama.cpp does not compute; use to='hf'"
+        ):
             cli.run(arguments)
         assert not list(tmp_path.iterdir())
         return
@@ -297,7 +305,12 @@ def test_gguf_tells_it_too(name: str, plain: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_positions_by_the_folders_own_figures(
-    settings: dict[str, Any], positions: int, expected: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any],
+    positions: int,
+    expected: int,
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from llama.commands.convert import meta_params
     from llama.loading import trained_positions
@@ -311,7 +324,11 @@ def test_positions_by_the_folders_own_figures(
     scaling = checkpoint.args.rope_scaling
     assert (scaling is None) == (settings["type"] == "default" or settings["factor"] == 1)
     if scaling is not None:  # what convert writes says the same
-        again = {**config, "rope_scaling": rope_settings(scaling), "max_position_embeddings": stated_positions(scaling, 1e4)}
+        again = {
+            **config,
+            "rope_scaling": rope_settings(scaling),
+            "max_position_embeddings": stated_positions(scaling, 1e4),
+        }
         assert read_config(write_config(tmp_path, again))[0].rope_scaling == scaling
         (tmp_path / "params.json").write_text(json.dumps(meta_params(checkpoint.args)))
         assert read_params(tmp_path).rope_scaling == scaling
@@ -334,7 +351,8 @@ def test_a_warning_beyond_what_a_folder_was_made_for(plain: Path, capsys: pytest
 
 
 def test_a_draft_model_has_its_scaled_positions(plain: Path, tmp_path: Path) -> None:
-    """It was refused for max_seq_len above the positions that it was first trained for. Greedy ids stay what they are."""
+    """It was refused for max_seq_len above the positions that it was first trained for. Greedy ids stay what they
+    are."""
     for name in ("linear", "dynamic"):
         folder = scaled(plain, name)
         guessing = build(folder, draft=str(folder))
@@ -366,7 +384,8 @@ def test_a_table_of_somebodys_own(plain: Path) -> None:
 JUNK = [None, 0, -1, 0.5, 1, 1.0, 2, 7, 1e9, float("nan"), float("inf"), True, False, "4", "linear", "yarn", "longrope",
         "proportional", "default", [], [4], {}, {"a": 1}, 10**30]  # fmt: skip
 KEYS = [
-    "type", "rope_type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "type", "rope_type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+    "mscale",
     "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "rope_theta", "partial_rotary_factor", "x",
 ]  # fmt: skip
 OUTSIDE = ["max_position_embeddings", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor"]
@@ -431,14 +450,21 @@ def test_damaged_settings(tmp_path: Path) -> None:
         ({"type": "yarn", "factor": 0.5, "beta_slow": "1"}, "factor=0.5 is not .*, beta_slow='1' is not a number"),
         ({"type": "yarn", "factor": 2, "truncate": None}, "truncate=None is neither true nor false"),
         ({"type": "llama3", "factor": 8}, "low_freq_factor=None is not .*, high_freq_factor=None is not a number"),
-        ({"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}, "high_freq_factor=4 is not above"),
+        ({"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}, ("high_freq_factor=4 is not "
+                                                                                       "above")),
         ({"full_attention": {"rope_type": "linear", "factor": 2.0}}, "rotary positions of several kinds"),
         ({"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "only a part .0.5. of each head"),
     ],
 )  # fmt: skip
 def test_settings_that_are_not_computed(settings: Any, message: str, tmp_path: Path) -> None:
     for key in ("rope_scaling", "rope_parameters"):
-        config = {**SHAPE, "architectures": ["LlamaForCausalLM"], "model_type": "llama", key: settings, "hidden_act": "relu"}
+        config = {
+            **SHAPE,
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            key: settings,
+            "hidden_act": "relu",
+        }
         with pytest.raises(ValueError, match=message + ".*hidden_act"):  # all reasons come at once
             read_config(write_config(tmp_path, config).resolve())
 
@@ -448,10 +474,19 @@ def test_settings_that_are_not_computed(settings: Any, message: str, tmp_path: P
     [
         ([], r"rope_scaling=\[\] has no type of linear, dynamic, yarn, llama3"),
         ({"type": "longrope"}, "has no type of"),
-        ({"type": "linear", "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 3}, "or other keys than"),
+        (
+            {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 3},
+            "or other keys than",
+        ),
         ({"type": "linear", "factor": 2.0}, "original_max_position_embeddings=None is not a whole number"),
-        ({"type": "linear", "factor": 2.0, "original_max_position_embeddings": 32, "positions": 0}, "positions=0 is not"),
-        ({"type": "yarn", "original_max_position_embeddings": 32, "beta_fast": None}, "factor=None .*, beta_fast=None is not"),
+        (
+            {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 32, "positions": 0},
+            "positions=0 is not",
+        ),
+        (
+            {"type": "yarn", "original_max_position_embeddings": 32, "beta_fast": None},
+            "factor=None .*, beta_fast=None is not",
+        ),
     ],
 )
 def test_damaged_params(settings: Any, message: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,13 @@ def test_a_launcher_without_local_variables(
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    [("RANK", 0, 1), ("MASTER_PORT", 0, 65535), ("WORLD_SIZE", 1, 2**31), ("LOCAL_WORLD_SIZE", 1, 2**31), ("LOCAL_RANK", 0, 1)],
+    [
+        ("RANK", 0, 1),
+        ("MASTER_PORT", 0, 65535),
+        ("WORLD_SIZE", 1, 2**31),
+        ("LOCAL_WORLD_SIZE", 1, 2**31),
+        ("LOCAL_RANK", 0, 1),
+    ],
 )
 def test_variables_at_their_bounds(name: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in {**WHOLE, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
@@ -75,7 +82,10 @@ def test_variables_at_their_bounds(name: str, least: int, most: int, monkeypatch
         ({"RANK": "zero"}, "variable RANK is 'zero'"),
         ({"RANK": "0", "WORLD_SIZE": "-1", "MASTER_ADDR": "localhost"}, "variable WORLD_SIZE is '-1'"),
         ({**WHOLE, "WORLD_SIZE": "0"}, "variable WORLD_SIZE is '0'; torchrun sets it to a number from 1 to"),
-        ({**WHOLE, "RANK": "2"}, "variable RANK is '2'; torchrun sets it to a number from 0 to 1, since WORLD_SIZE is 2"),
+        (
+            {**WHOLE, "RANK": "2"},
+            "variable RANK is '2'; torchrun sets it to a number from 0 to 1, since WORLD_SIZE is 2",
+        ),
         ({**WHOLE, "LOCAL_RANK": "abc"}, "variable LOCAL_RANK is 'abc'; torchrun sets it to a number, or unset it"),
         ({**WHOLE, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is '1'; .* since LOCAL_WORLD_SIZE is 1"),
         ({**WHOLE, "LOCAL_WORLD_SIZE": "0"}, "variable LOCAL_WORLD_SIZE is '0'"),
@@ -156,17 +166,21 @@ def start_on_gpus(uuids: list[str], kinds: list[str]) -> str:
 
 
 def test_two_processes_on_one_gpu(pool: Pool) -> None:
-    """NCCL would say "Duplicate GPU detected" after the weights were loaded, or wait for ever for a process on a CPU."""
+    """NCCL would say "Duplicate GPU detected" after the weights were loaded, or wait for ever for a process on a
+    CPU."""
     assert pool.run(start_on_gpus, list("abcd"), ["cuda"] * 4) == ["cuda:0"] * 4
     (message,) = set(pool.run(start_on_gpus, list("abcb"), ["cuda"] * 4))
-    assert message.startswith(f"processes 1 and 3 of {os.uname().nodename} both compute on GPU b; start no more processes than")
+    assert message.startswith(
+        f"processes 1 and 3 of {os.uname().nodename} both compute on GPU b; start no more processes than"
+    )
     (message,) = set(pool.run(start_on_gpus, list("abcd"), ["cuda", "cuda", "cpu", "cuda"]))
     assert message == "process 0 computes on cuda, but process 2 on cpu; pass the same device= to both"
 
 
 def time_limits() -> list[float]:
     groups = (dist.group.WORLD, mpu.get_model_parallel_group(), mpu.get_data_parallel_group())
-    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]  # type: ignore[union-attr]
+    backends: list[Any] = [group._get_backend(torch.device("cpu")) for group in groups]  # type: ignore[union-attr]
+    return [backend.options._timeout.total_seconds() for backend in backends]
 
 
 def test_groups_wait_for_a_slow_load(pool: Pool) -> None:
@@ -187,7 +201,9 @@ dist.all_reduce(torch.ones(1))
 
 def test_a_killed_process_is_noticed_before_the_time_limit(forks: Forks) -> None:
     first, second = forks.ranks(KILLED, seconds=40)
-    assert first.stderr.startswith("process 0 ends because process 1 was killed or crashed; it saw:\n    RuntimeError: ")
+    assert first.stderr.startswith(
+        "process 0 ends because process 1 was killed or crashed; it saw:\n    RuntimeError: "
+    )
     assert (first.returncode, second.returncode) == (1, -9)
 
 
@@ -252,7 +268,9 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert runtime.choose_dtype(None, torch.bfloat16, cpu) == torch.bfloat16
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert runtime.choose_dtype(None, torch.float16, cpu) == torch.bfloat16  # its float16 reads prompts 20 times as slowly
+    assert (
+        runtime.choose_dtype(None, torch.float16, cpu) == torch.bfloat16
+    )  # its float16 reads prompts 20 times as slowly
     assert runtime.choose_dtype(None, torch.float16, torch.device("cuda")) == torch.float16
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert runtime.choose_dtype(None, torch.float16, cpu) == torch.float16
@@ -260,7 +278,12 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.choose_dtype(torch.float16, torch.bfloat16, cpu) == torch.float16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert runtime.choose_dtype(None, torch.bfloat16, torch.device("cuda")) == torch.float16
-    for name, dtype in (("bf16", torch.bfloat16), ("half", torch.float16), ("fp32", torch.float32), ("auto", torch.bfloat16)):
+    for name, dtype in (
+        ("bf16", torch.bfloat16),
+        ("half", torch.float16),
+        ("fp32", torch.float32),
+        ("auto", torch.bfloat16),
+    ):
         assert runtime.choose_dtype(name, torch.bfloat16, cpu) == dtype
     for wrong in ("int8", "bf", torch.int64, 3):
         with pytest.raises(
@@ -317,7 +340,8 @@ def join_by_one_store(port: int) -> list[int]:
 
 
 def test_a_store_that_outlives_the_group(pool: Pool) -> None:
-    """torchrun's agent has one: what a group has written there once was read by the next, which then called closed ports."""
+    """torchrun's agent has one: what a group has written there once was read by the next, which then called closed
+    ports."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert pool.run(join_by_one_store, store.port) == [[4, 4, 4]] * 4
 

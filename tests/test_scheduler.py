@@ -45,7 +45,9 @@ def alone(tiny: Path, tokenizer_path: str) -> events.Alone:
 def passes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(rows, tokens of each) of the passes over prompts."""
     llama.forget()
-    return watch_prefill(llama._engine, monkeypatch, lambda prompts, start: (len(prompts), max(map(len, prompts)) - start))
+    return watch_prefill(
+        llama._engine, monkeypatch, lambda prompts, start: (len(prompts), max(map(len, prompts)) - start)
+    )
 
 
 def ids(steps: Iterator[Step] | Call) -> list[int]:
@@ -257,7 +259,9 @@ def test_the_piece_follows_what_was_measured() -> None:
     assert pace.piece == FIRST
     pace.saw(2, 0, 9.0)  # too few tokens to say anything
     assert pace.piece == FIRST
-    assert settled(pace, lambda tokens: tokens * 0.001) == 16  # the largest power of two that three steps' time has room for
+    assert (
+        settled(pace, lambda tokens: tokens * 0.001) == 16
+    )  # the largest power of two that three steps' time has room for
     assert settled(pace, lambda tokens: tokens * 0.0001) == 256
     assert settled(pace, lambda tokens: tokens * 1e-9) == MOST
     assert settled(pace, lambda tokens: tokens * 0.1) == LEAST
@@ -428,13 +432,17 @@ class Failing(events.OnlyEven):
             raise KeyError("my own mistake")
 
 
-@pytest.mark.parametrize(("how", "message"), [("asked", "my own"), ("told", "my own"), ("nothing", "prompt 0 allows no id")])
+@pytest.mark.parametrize(
+    ("how", "message"), [("asked", "my own"), ("told", "my own"), ("nothing", "prompt 0 allows no id")]
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_grammar_that_fails_fails_alone(how: str, message: str, temperature: float, llama: Llama) -> None:
     expected = ids(llama.steps([[1, 60]], 0, max_gen_len=12))
     stream = iter(llama.steps([[1, 60]], 0, max_gen_len=12))
     found = [next(stream).token]
-    wrong = Call(llama._scheduler, [Request([1, 70], 9, Sampling(temperature), seed=1, grammar=Failing(how))], Source(1))
+    wrong = Call(
+        llama._scheduler, [Request([1, 70], 9, Sampling(temperature), seed=1, grammar=Failing(how))], Source(1)
+    )
     with pytest.raises((KeyError, ValueError), match=message):
         list(wrong)
     assert [*found, *ids(stream)] == expected
@@ -443,7 +451,8 @@ def test_a_grammar_that_fails_fails_alone(how: str, message: str, temperature: f
 
 @pytest.mark.parametrize("place", ["copy", "swap", "prefill", "decode", "fetch", "refresh", "weights_state"])
 def test_interrupted_in_a_step(place: str, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was under way, what is held is right afterwards, and the other rows go on, with their draws and penalties."""
+    """Whatever was under way, what is held is right afterwards, and the other rows go on, with their draws and
+    penalties."""
     prompts, options = [[*LONG[:40], 60 + i] for i in range(3)], {"frequency_penalty": 0.3, "max_gen_len": 9}
     llama.forget()
     expected = [ids(llama.steps([prompt], 0.9, seed=i, **options)) for i, prompt in enumerate(prompts)]

@@ -120,8 +120,10 @@ def test_it_ends_as_if_it_had_come_at_once(width: int, height: int) -> None:
         ("*laughs* **Note:** x", "laughs Note: x", ["italic", "bold"]),
         *[(text, text, []) for text in (
             "5*3*2 = 30", "2 ** 3 ** 4", "2**3**4", "__init__ and _x_", "*args, **kwargs", "int *a, *b", "'*' and '*'",
-            "(*) (*)", "rm *.py *.txt *", "<b>bold</b> &amp; <br>", "[x] [link](http://a.b/c_d_e) ![i](j)", r"\*no\* \`no\`",
-            "`` ` **", "a ** b", "f**k and sh*t", "****", "~/a ~~ b", "two  spaces   three", "[bold]no markup[/] :smile:",
+            "(*) (*)", "rm *.py *.txt *", "<b>bold</b> &amp; <br>", ("[x] [link](http://a.b/c_d_e) "
+                                                                    "![i](j)"), r"\*no\* \`no\`",
+            "`` ` **", "a ** b", "f**k and sh*t", "****", "~/a ~~ b", "two  spaces   three",
+            "[bold]no markup[/] :smile:",
             "*a\\*", "**", "`", "x ```y",
         )],
     ],
@@ -162,7 +164,8 @@ def test_lines(block: str, lines: list[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "styles"),
     [
-        ("# a", ["dim", "bold magenta"]), ("> a", ["dim", "italic"]), ("- a", ["cyan"]), ("2. a", ["cyan"]), ("---", ["dim"]),
+        ("# a", ["dim", "bold magenta"]), ("> a", ["dim", "italic"]), ("- a", ["cyan"]), ("2. a", ["cyan"]),
+        ("---", ["dim"]),
         ("a", []),
     ],
 )  # fmt: skip
@@ -226,7 +229,9 @@ def test_code_in_color_and_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
         ("xterm", "utf-8", False, False),
     ],
 )
-def test_where_it_draws(terminal: str, encoding: str, at_terminal: bool, able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_draws(
+    terminal: str, encoding: str, at_terminal: bool, able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(out, "isatty", lambda: at_terminal, raising=False)
     monkeypatch.setenv("TERM", terminal)

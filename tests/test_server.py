@@ -100,7 +100,9 @@ def test_completions_go_on_from_the_prompt(asynchronous: bool, server: Served, c
         reply = asyncio.run(ask())
     else:
         reply = client.completions.create(model="demo", prompt=[STORY, "The"], temperature=0, max_tokens=9)
-    assert [prompt + choice.text for prompt, choice in zip([STORY, "The"], reply.choices)] == [o["generation"] for o in ours]
+    assert [prompt + choice.text for prompt, choice in zip([STORY, "The"], reply.choices)] == [
+        o["generation"] for o in ours
+    ]
     assert [choice.index for choice in reply.choices] == [0, 1]
     by_ids = client.completions.create(model="demo", prompt=ids, temperature=0, max_tokens=9)
     assert by_ids.choices[0].text == reply.choices[0].text
@@ -122,7 +124,9 @@ def test_several_answers(client: Any, llama: Llama) -> None:
     assert len(set(texts)) == 3
     assert one.usage.prompt_tokens == len(llama.chat_format.encode_dialog(ASKED, llama.tokenizer))
     assert one.usage.completion_tokens == 36
-    unseeded = {json.dumps(c.message.content) for c in client.chat.completions.create(**{**given, "seed": None}).choices}
+    unseeded = {
+        json.dumps(c.message.content) for c in client.chat.completions.create(**{**given, "seed": None}).choices
+    }
     assert unseeded != set(map(json.dumps, texts))
 
 
@@ -151,7 +155,9 @@ def test_logprobs_of_a_completion(client: Any, llama: Llama) -> None:
     new = client.completions.create(model="demo", prompt=text, max_tokens=4, temperature=0, logprobs=0).choices[0]
     assert "".join(new.logprobs.tokens) == new.text
     assert new.logprobs.top_logprobs is None
-    stopped = client.completions.create(model="demo", prompt=STORY, max_tokens=9, temperature=0, logprobs=0, stop="little")
+    stopped = client.completions.create(
+        model="demo", prompt=STORY, max_tokens=9, temperature=0, logprobs=0, stop="little"
+    )
     assert "".join(stopped.choices[0].logprobs.tokens) == stopped.choices[0].text == ", there was a "
 
 
@@ -187,7 +193,8 @@ def test_ids_are_told_if_asked_for(http: Any, llama: Llama) -> None:
 
 
 def test_answers_of_a_form(client: Any, http: Any) -> None:
-    """OpenAI's client makes a schema of a class, and an object of the answer; vLLM's fields for other forms are known."""
+    """OpenAI's client makes a schema of a class, and an object of the answer; vLLM's fields for other forms are
+    known."""
     pytest.importorskip("llguidance")
     import pydantic
 
@@ -405,7 +412,9 @@ def test_a_model_that_fails(http: Any, server: Served, llama: Llama, caplog: pyt
 def test_the_readmes_curl(server: Served) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall("^curl .*$", readme, flags=re.MULTILINE)
-    told = subprocess.run(["bash", "-c", command.replace("http://127.0.0.1:8000", server.url)], capture_output=True, check=True)
+    told = subprocess.run(
+        ["bash", "-c", command.replace("http://127.0.0.1:8000", server.url)], capture_output=True, check=True
+    )
     assert json.loads(told.stdout)["choices"][0]["message"]["content"]
 
 
@@ -448,7 +457,9 @@ def process(*options: str, ranks: int = 1, **more: Any) -> Iterator[tuple[subpro
     """A server of its own, and where it listens."""
     start = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc_per_node", str(ranks)]
     words = [*start, "-m", "llama", "serve", "--port", "0", "--device", "cpu", "--dtype", "float32", *options]
-    running = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent, **more)
+    running = subprocess.Popen(
+        words, env=environment(), stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent, **more
+    )
     assert running.stderr is not None
     try:
         url: Optional[str] = None
@@ -487,13 +498,15 @@ def test_sigterm_lets_running_answers_finish() -> None:
 def test_two_processes(llama: Llama) -> None:
     """They answer as one does; one that dies ends both, and the client is told."""
     with process(ranks=2) as (running, url), httpx.Client(base_url=url, timeout=60) as http:
-        replies = [http.post("/v1/completions", json={"prompt": p, "max_tokens": 9, "temperature": 0}) for p in (STORY, "The")]
+        replies = [
+            http.post("/v1/completions", json={"prompt": p, "max_tokens": 9, "temperature": 0}) for p in (STORY, "The")
+        ]
         texts = [reply.json()["choices"][0]["text"] for reply in replies]
         ours = llama.text_completion([STORY, "The"], 0, max_gen_len=9, echo=True)
         assert [STORY + texts[0], "The" + texts[1]] == [each["generation"] for each in ours]
-        assert torch.tensor(http.post("/v1/embeddings", json={"input": "a dog"}).json()["data"][0]["embedding"]).allclose(
-            llama.embed(["a dog"])[0], atol=1e-4
-        )
+        assert torch.tensor(
+            http.post("/v1/embeddings", json={"input": "a dog"}).json()["data"][0]["embedding"]
+        ).allclose(llama.embed(["a dog"])[0], atol=1e-4)
         body = {"prompt": STORY, "max_tokens": 400, "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
         with http.stream("POST", "/v1/completions", json=body) as reply:
             lines = reply.iter_lines()
@@ -505,7 +518,8 @@ def test_two_processes(llama: Llama) -> None:
 
 
 def test_a_process_that_dies_while_nothing_runs() -> None:
-    """The others had connected with the first request only: at the end they waited for it until torchrun killed them."""
+    """The others had connected with the first request only: at the end they waited for it until torchrun killed
+    them."""
     with process(ranks=2) as (running, _):
         kill_a_rank(running.pid, 1)
         assert running.wait(20) != 0

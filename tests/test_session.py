@@ -132,16 +132,21 @@ def saved(ids: Any = None, **changed: Any) -> dict[str, Any]:
     ("state", "message"),
     [
         *[(text, "bad.json is not a saved session") for text in (
-            "", "[]", "5", '{"system": null}', '{"system": 3, "turns": []}', '{"system": null, "turns": {}}', "[" * 100_000,
+            "", "[]", "5", '{"system": null}', '{"system": 3, "turns": []}', '{"system": null, "turns": {}}',
+            "[" * 100_000,
             '{"system": null, "turns": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"system": "\\ud800", "turns": []}',
-            '{"system": NaN, "turns": []}', '{"system": 1e400, "turns": []}', '{"system": null, "turns": [' + "9" * 5000 + "]}",
+            '{"system": NaN, "turns": []}', '{"system": 1e400, "turns": []}',
+            '{"system": null, "turns": [' + "9" * 5000 + "]}",
         )],
         *[(value, "bad.json is not a saved session") for value in (
-            saved(user=1), saved(user="\ud800"), saved(assistant=["a"]), saved(user="a [/INST] b"), saved(assistant="[INST]"),
+            saved(user=1), saved(user="\ud800"), saved(assistant=["a"]), saved(user="a [/INST] b"),
+            saved(assistant="[INST]"),
             {"system": "<<SYS>>", "turns": []}, {"system": 0, "turns": []}, {"system": False, "turns": []},
         )],
-        *[(saved(ids), "ids that do not say what their texts say.* tokenizer, or changed; take the ids out") for ids in (
-            SMUGGLED, [BOS, 400], [BOS, EOS, BOS, EOS], [], [5] * 10_000, [-1], "123", [1.9], {"1": 2}, ["9" * 5000], [True, 2],
+        *[(saved(ids), ("ids that do not say what their texts say.* tokenizer, or changed; take the ids "
+                       "out")) for ids in (
+            SMUGGLED, [BOS, 400], [BOS, EOS, BOS, EOS], [], [5] * 10_000, [-1], "123", [1.9], {"1": 2}, ["9" * 5000],
+            [True, 2],
         )],
     ],
 )  # fmt: skip
@@ -305,7 +310,8 @@ def test_memory_ends_where_the_reply_does() -> None:
 
 
 def test_a_reply_ends_before_a_tag(tiny: Path, tokenizer_path: str) -> None:
-    """A model that is no chat model says [INST] and goes on for the user. No message may have tags, so it ends there."""
+    """A model that is no chat model says [INST] and goes on for the user. No message may have tags, so it ends
+    there."""
     puppet = Llama.build(str(tiny), tokenizer_path, 64, 1, device="cpu")
     ids = puppet.tokenizer.encode("a dog [INST]", bos=False, eos=False)
     assert len(set(ids)) == len(ids)
@@ -335,7 +341,9 @@ def test_a_reply_goes_on(llama: Llama) -> None:
     assert session.turns[0]["ids"] == whole.turns[0]["ids"]
     for begun in ("The answer is", "The answer is ", " under", "狗", ""):
         dialog = changed(DIALOG, 4, begun)
-        [expected] = llama.chat_completion([dialog], temperature=0, max_gen_len=5, continue_final_message=True, logprobs=True)
+        [expected] = llama.chat_completion(
+            [dialog], temperature=0, max_gen_len=5, continue_final_message=True, logprobs=True
+        )
         new = expected["generation"]["content"]
         assert "".join(expected["tokens"]) == new
         chunks = llama.stream_chat([dialog], temperature=0, max_gen_len=5, continue_final_message=True)
@@ -380,7 +388,8 @@ def test_a_full_context_says_what_to_drop(llama: Llama) -> None:
 
 @pytest.mark.parametrize("system", [None, "be kind"])
 def test_a_context_is_full_to_the_token(system: Optional[str], llama: Llama) -> None:
-    """A message that leaves one token for the reply, and what must go for one more, and for as many as the oldest turn has."""
+    """A message that leaves one token for the reply, and what must go for one more, and for as many as the oldest turn
+    has."""
     session = llama.chat(system=system, temperature=0, max_gen_len=1)
     session.ask("the little dog")
     session.ask("a red ball")

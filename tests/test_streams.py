@@ -107,7 +107,10 @@ def test_leaving_a_stream_early(llama: Llama, alone: list[str]) -> None:
     for chunk in llama.stream_text(PROMPTS[:6], temperature=0):
         if chunk["index"] == 2:
             break
-    assert llama.text_completion([PROMPTS[3]], temperature=0, max_gen_len=3 + len(PROMPTS[3]) % 11)[0]["generation"] == alone[3]
+    assert (
+        llama.text_completion([PROMPTS[3]], temperature=0, max_gen_len=3 + len(PROMPTS[3]) % 11)[0]["generation"]
+        == alone[3]
+    )
 
 
 def test_an_interrupted_call(llama: Llama, alone: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +125,10 @@ def test_an_interrupted_call(llama: Llama, alone: list[str], monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         llama.text_completion(PROMPTS[:4], temperature=0)
     hook.remove()
-    assert llama.text_completion([PROMPTS[5]], temperature=0, max_gen_len=3 + len(PROMPTS[5]) % 11)[0]["generation"] == alone[5]
+    assert (
+        llama.text_completion([PROMPTS[5]], temperature=0, max_gen_len=3 + len(PROMPTS[5]) % 11)[0]["generation"]
+        == alone[5]
+    )
 
 
 @pytest.mark.parametrize("echo", [False, True])
@@ -155,7 +161,9 @@ def test_what_chunks_hold(logprobs: Any, echo: bool, llama: Llama) -> None:
                 assert [each["id"] for each in best] == told
                 values = expected.values[place - 1].tolist() if told and expected is not None else []
                 assert [each["logprob"] for each in best] == pytest.approx(values)
-            for token, logprob, (best, second) in list(zip(held["tokens"], held["logprobs"], held["top_logprobs"]))[-12:]:
+            for token, logprob, (best, second) in list(zip(held["tokens"], held["logprobs"], held["top_logprobs"]))[
+                -12:
+            ]:
                 assert best == {"id": token, "text": llama.tokenizer.decode([token]), "logprob": logprob}
                 assert second == {**second, "text": llama.tokenizer.decode([second["id"]])}
                 assert second["logprob"] <= logprob
@@ -163,7 +171,8 @@ def test_what_chunks_hold(logprobs: Any, echo: bool, llama: Llama) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 11])
 def test_a_text_goes_on_from_its_ids(cut: int, llama: Llama) -> None:
-    """Two parts are together the whole text, with the space between two words, where the second would begin without one."""
+    """Two parts are together the whole text, with the space between two words, where the second would begin without
+    one."""
     prompt = llama.tokenizer.encode("the little dog", True, False)
     ids = [step.token for step in llama.steps([prompt], 0, max_gen_len=16) if step.token is not None]
     begun = ids[:cut]
@@ -221,7 +230,9 @@ def test_text_up_to_a_stop(tokenizer: Tokenizer, ids: list[int], stops: list[str
 
 
 def test_finish_reasons(llama: Llama) -> None:
-    reasons = [p["finish_reason"] for p in llama.text_completion(["a", "the house " * 22], temperature=0, max_gen_len=30)]
+    reasons = [
+        p["finish_reason"] for p in llama.text_completion(["a", "the house " * 22], temperature=0, max_gen_len=30)
+    ]
     assert 98 < len(llama.tokenizer.encode("the house " * 22, bos=True, eos=False)) < 128
     assert reasons == ["length", "context"]
     assert [p["finish_reason"] for p in llama.text_completion(["a"], max_gen_len=0)] == ["length"]
@@ -358,7 +369,9 @@ def test_scores(llama: Llama) -> None:
     assert len(ids) > 3 * 128
     [short, long] = llama.score(["the tree", text])
     assert "".join(short["tokens"]) == "the tree"
-    _, [expected] = llama.generate([llama.tokenizer.encode("the tree", bos=True, eos=False)], 0, logprobs=True, echo=True) or []
+    _, [expected] = (
+        llama.generate([llama.tokenizer.encode("the tree", bos=True, eos=False)], 0, logprobs=True, echo=True) or []
+    )
     assert short["logprobs"] == pytest.approx(expected, abs=1e-5)
     assert short["perplexity"] == pytest.approx(math.exp(-sum(expected[1:]) / (len(expected) - 1)))
     assert len(long["logprobs"]) == len(long["tokens"]) == len(ids)
@@ -403,7 +416,9 @@ def test_hidden_states(llama: Llama) -> None:
     torch.testing.assert_close(llama.embed(["the tree ran"], pooling="last")[0], last[-1])
     torch.testing.assert_close(llama.embed(["the tree ran"], layer=0)[0], table.mean(0))
     with torch.inference_mode():
-        torch.testing.assert_close(llama.model.norm(llama.embed(["the tree ran"], layer=2, pooling="last"))[0], last[-1])
+        torch.testing.assert_close(
+            llama.model.norm(llama.embed(["the tree ran"], layer=2, pooling="last"))[0], last[-1]
+        )
     with pytest.raises(ValueError, match="layer=3 must be from 0 to 2"):
         llama.embed(["a"], layer=3)
     with pytest.raises(ValueError, match="pooling='max'"):
@@ -435,7 +450,8 @@ def test_many_prompts_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_repr(llama: Llama) -> None:
     assert repr(llama) == (
-        "Llama(0.1 million parameters on this process, float32 on cpu; 2 layers of dim 64; 400 pieces; cache for 4 prompts of "
+        "Llama(0.1 million parameters on this process, float32 on cpu; 2 layers of dim 64; 400 pieces; cache for 4 "
+        "prompts of "
         "128 tokens)"
     )
 
@@ -444,7 +460,9 @@ def test_repr_of_rounded_weights(tiny: Path, tokenizer_path: str) -> None:
     """Once the packed tensors were counted, and "float32" was all that was said of them."""
     for kind in ("int8", "int4"):
         told = repr(Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu", quantize=kind, quiet=True))
-        assert told.startswith(f"Llama(0.1 million parameters on this process, {kind} and float32 on cpu; 2 layers of dim 64;")
+        assert told.startswith(
+            f"Llama(0.1 million parameters on this process, {kind} and float32 on cpu; 2 layers of dim 64;"
+        )
 
 
 # Several processes
@@ -467,7 +485,9 @@ def on_replicas(folder: str, tokenizer_path: str, size: int, prompts: list[str])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_prompts_are_shared_out_over_replicas(size: int, llama: Llama, tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+def test_prompts_are_shared_out_over_replicas(
+    size: int, llama: Llama, tiny: Path, tokenizer_path: str, pool: Pool
+) -> None:
     """4 processes, a model that needs fewer: each copy takes its share, every rank returns the whole list."""
     results = pool.run(on_replicas, str(tiny), tokenizer_path, size, PROMPTS[:9])
     expected = [p["generation"] for p in llama.text_completion(PROMPTS[:9], temperature=0, max_gen_len=6)]
@@ -500,7 +520,9 @@ def test_stream_chat(llama: Llama) -> None:
         llama.chat_completion(dialogs, on_unsafe="ignore")  # type: ignore[arg-type]
 
 
-PIECES = st.sampled_from([*SPECIAL_TAGS, "<s>", "</s>", "<unk>", "<pad>", "[INST", "INST]", "<</SYS", "<0x02>", "▁", "\x02"])
+PIECES = st.sampled_from(
+    [*SPECIAL_TAGS, "<s>", "</s>", "<unk>", "<pad>", "[INST", "INST]", "<</SYS", "<0x02>", "▁", "\x02"]
+)
 HOSTILE = st.lists(PIECES | st.text(max_size=8), max_size=6).map("".join)
 
 

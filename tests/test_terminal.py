@@ -138,7 +138,8 @@ def test_an_edit_without_a_reply_loses_nothing(llama: Llama, capsys: pytest.Capt
 
 def test_forks(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = talk(
-        llama, "one", "/fork", "two", "/set seed 7", "/fork a name", "/undo", "/switch main", "three", "/switch", "/fork main",
+        llama, "one", "/fork", "two", "/set seed 7", "/fork a name", "/undo", "/switch main", "three", "/switch",
+        "/fork main",
         "/switch nowhere", "/fork", "/switch", max_gen_len=2,
     )  # fmt: skip
     assert {name: [turn["user"] for turn in fork.turns] for name, fork in conversation.forks.items()} == {
@@ -153,7 +154,9 @@ def test_forks(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no fork nowhere; there are main, 2, a name\n" in err
 
 
-def test_a_saved_talk_is_what_other_tools_read(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_talk_is_what_other_tools_read(
+    llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, line = tmp_path / "talk.json", tmp_path / "line.jsonl"
     before = talk(llama, "/save x", "/system Be kind", 'Say "\x9b"\n🌍', f"/save {path}").session.dialog
     assert "nothing was said yet" in capsys.readouterr().err
@@ -165,7 +168,13 @@ def test_a_saved_talk_is_what_other_tools_read(llama: Llama, tmp_path: Path, cap
     for text in (json.dumps({"messages": messages, "model": "x"}), json.dumps(messages, indent=4)):
         path.write_text(text)
         assert talk(llama, "gone", f"/load {path}", max_gen_len=1).session.dialog == messages
-    for bad in ("[]", json.dumps(messages[:-1]), '[{"role": "user"}]', '{"messages": 5}', '[{"role": "tool", "content": ""}]'):
+    for bad in (
+        "[]",
+        json.dumps(messages[:-1]),
+        '[{"role": "user"}]',
+        '{"messages": 5}',
+        '[{"role": "tool", "content": ""}]',
+    ):
         path.write_text(bad)
         assert talk(llama, f"/load {path}").session.turns == []
     assert capsys.readouterr().err.count("is not a saved session") == 5
@@ -182,7 +191,8 @@ def test_what_it_does_not_know(llama: Llama, capsys: pytest.CaptureFixture[str])
 
 def test_set(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = talk(
-        llama, "/set top_k 5", "/set top_p x", "/set temperature -1", "/set max_gen_len 1.5", "/set stop", "/set speed 3",
+        llama, "/set top_k 5", "/set top_p x", "/set temperature -1", "/set max_gen_len 1.5", "/set stop",
+        "/set speed 3",
         '/set stop ["a b", "["]', "/set max_gen_len none",
     )  # fmt: skip
     err = capsys.readouterr().err
@@ -192,7 +202,12 @@ def test_set(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     assert '/set stop needs a value (or the word "none" for the default)' in err
     assert "unknown option speed; there are temperature, " in err
     options = conversation.session.options
-    assert (options["top_k"], options["temperature"], options["max_gen_len"], options["stop"]) == (5, 0, None, ["a b", "["])
+    assert (options["top_k"], options["temperature"], options["max_gen_len"], options["stop"]) == (
+        5,
+        0,
+        None,
+        ["a b", "["],
+    )
 
 
 def test_a_reply_goes_on(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,11 +221,19 @@ def test_a_reply_goes_on(llama: Llama, capsys: pytest.CaptureFixture[str]) -> No
     assert turn["assistant"] == "Once upon" + capsys.readouterr().out.splitlines()[1]
 
 
-def test_what_cannot_be_said_or_loaded_ends_nothing(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_said_or_loaded_ends_nothing(
+    llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each of these ended the program with a traceback."""
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "large.json").write_text('{"system": null, "turns": [{"user": "a", "assistant": "b", "ids": [1e400]}]}')
-    lines = ["\ud800", "/system \udcff", f"/load {tmp_path}/deep.json", f"/load {tmp_path}/large.json", f"/load {tmp_path}"]
+    lines = [
+        "\ud800",
+        "/system \udcff",
+        f"/load {tmp_path}/deep.json",
+        f"/load {tmp_path}/large.json",
+        f"/load {tmp_path}",
+    ]
     conversation = talk(llama, "Hi", *lines, "/save /dev/null", "/set stop " + "[" * 100_000, "Why?", max_gen_len=2)
     assert [turn["user"] for turn in conversation.session.turns] == ["Hi", "Why?"]
     err = capsys.readouterr().err
@@ -290,7 +313,16 @@ def test_at_a_terminal(tiny: Path, tokenizer_path: str, tmp_path: Path) -> None:
     )
     text = predicted["generation"]["content"].lstrip()
     assert predicted["finish_reason"] == "length"  # it goes on for long enough to be stopped
-    arguments = ["--ckpt_dir", str(tiny), "--tokenizer_path", tokenizer_path, "--temperature", "0", "--max_seq_len", "4096"]
+    arguments = [
+        "--ckpt_dir",
+        str(tiny),
+        "--tokenizer_path",
+        tokenizer_path,
+        "--temperature",
+        "0",
+        "--max_seq_len",
+        "4096",
+    ]
     with Terminal(["chat", *arguments], tmp_path) as screen:
         converse(screen, text, tmp_path)
     asked, reply = json.loads((tmp_path / "talk.json").read_text())
@@ -328,14 +360,23 @@ def test_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 def test_under_torchrun(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first process reads; both say the same things, and one is heard. Then, in the same processes, an example."""
-    lines = ["Who are you?", f"/save {tmp_path}/talk.json", "/nope", "/clear", f"/load {tmp_path}/talk.json", "Why?", "/stats"]
+    lines = [
+        "Who are you?",
+        f"/save {tmp_path}/talk.json",
+        "/nope",
+        "/clear",
+        f"/load {tmp_path}/talk.json",
+        "Why?",
+        "/stats",
+    ]
     talk(llama, *lines)
     alone = capsys.readouterr()
     (tmp_path / "run.py").write_text(
         PROGRAM + "import runpy\nrunpy.run_path('example_text_completion.py')['main'](max_gen_len=8, temperature=0)\n"
     )
     result = subprocess.run(
-        [*TORCHRUN, "--nproc_per_node", "2", str(tmp_path / "run.py"), "chat", "--temperature", "0", "--max_gen_len", "8"],
+        [*TORCHRUN, "--nproc_per_node", "2", str(tmp_path / "run.py"), "chat", "--temperature", "0", "--max_gen_len",
+          "8"],
         input="\n".join(lines) + "\n", env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -350,8 +391,11 @@ def test_under_torchrun(llama: Llama, tmp_path: Path, capsys: pytest.CaptureFixt
 # Completions
 
 
-def test_complete(llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """An argument, a file and a pipe are the same prompt; the last line end, which echo puts there, is no part of it."""
+def test_complete(
+    llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An argument, a file and a pipe are the same prompt; the last line end, which echo puts there, is no part of
+    it."""
     prompt = "Once upon a time\nthere"
     (expected,) = llama.text_completion([prompt], temperature=0, max_gen_len=9)
     (tmp_path / "7").write_text(prompt + "\n")
@@ -419,7 +463,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def answer(source: Path, out: Path, **more: Any) -> list[dict[str, Any]]:
-    command("complete", jsonl=str(source), out=str(out), **{"max_gen_len": 6, "device": "cpu", "max_batch_size": 2, **more})
+    command(
+        "complete", jsonl=str(source), out=str(out), **{"max_gen_len": 6, "device": "cpu", "max_batch_size": 2, **more}
+    )
     return [json.loads(line) for line in out.read_bytes().splitlines()]
 
 
@@ -493,7 +539,9 @@ def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
                 running.remove(seed[0])
             yield {"text": f"{seed[0]}.", "finish_reason": None if left else "length"}
 
-    llama: Any = SimpleNamespace(model=SimpleNamespace(params=SimpleNamespace(max_batch_size=2)), stream_text=stream_text)
+    llama: Any = SimpleNamespace(
+        model=SimpleNamespace(params=SimpleNamespace(max_batch_size=2)), stream_text=stream_text
+    )
     todo = [job(n, options={"top_k": 5 * (n == 1)}) for n in range(6)]
     lines = list(jobs.run(llama, todo))
     assert [line["generation"] for line in lines] == ["0.", "1." * 7, "2.2.2.", "3.", "4.4.", "5.5.5."]
@@ -614,7 +662,13 @@ def test_tokenize(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(shared("tokenizers/experiment/tokenizer.model"))
     command("tokenize", "测试一下,看看什么情况", tokenizer_path=path)
     *table, ids, decoded = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in table[:5]] == [["1", "<s>"], ["4", "▁"], ["0", "测试"], ["11", "一"], ["141", "下"]]
+    assert [line.split() for line in table[:5]] == [
+        ["1", "<s>"],
+        ["4", "▁"],
+        ["0", "测试"],
+        ["11", "一"],
+        ["141", "下"],
+    ]
     assert ids == "11 ids: 1 4 0 11 141 3 76 76 0 317 310"
     assert decoded == 'they decode to " ⁇ 一下,看看 ⁇ 情况"'
 

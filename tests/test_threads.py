@@ -136,7 +136,11 @@ def test_one_chat_in_several_threads(llama: Llama) -> None:
         alone.turns = chat.turns[:i]
         assert alone.ask(turn["user"]) == turn["assistant"]
     chat = llama.chat(temperature=0, max_gen_len=3)
-    for overtaken in (chat.send("a"), chat.send("b"), chat.continue_reply(max_gen_len=2) if chat.turns else chat.send("c")):
+    for overtaken in (
+        chat.send("a"),
+        chat.send("b"),
+        chat.continue_reply(max_gen_len=2) if chat.turns else chat.send("c"),
+    ):
         chat.ask("d")
         with pytest.raises(RuntimeError, match="another message was sent"):
             next(overtaken)
@@ -153,7 +157,9 @@ def test_one_chat_in_several_threads(llama: Llama) -> None:
     assert [turn["user"] for turn in chat.turns] == ["x", "z"]
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))], ids=["copy", "pickle"]
+)
 def test_a_copy_has_a_cache_of_its_own(llama: Llama, make: Callable[[Llama], Llama]) -> None:
     other, expected = make(llama), streamed(llama, PROMPTS[:2], temperature=0)
     stream = llama.stream_text(PROMPTS[:2], temperature=0, max_gen_len=8)
@@ -214,7 +220,10 @@ def test_a_compiled_model_is_compiled_once(llama: Llama) -> None:
 @pytest.mark.parametrize("inner", ["generate", "forward"])
 def test_called_in_the_middle_of_a_step(llama: Llama, inner: str) -> None:
     """A hook that asks the model it hooks: its keys would stand among those of the step."""
-    calls = {"generate": lambda: llama.generate([[1, 5]], 2, 0), "forward": lambda: llama.model(torch.tensor([[1, 2]]), 0)}
+    calls = {
+        "generate": lambda: llama.generate([[1, 5]], 2, 0),
+        "forward": lambda: llama.model(torch.tensor([[1, 2]]), 0),
+    }
     inside: list[bool] = []
 
     def hook(*_: Any) -> None:
@@ -235,8 +244,8 @@ def test_called_in_the_middle_of_a_step(llama: Llama, inner: str) -> None:
 
 @pytest.mark.parametrize("hooked_first", [True, False])
 def test_streams_of_a_model_with_hooks(llama: Llama, hooked_first: bool) -> None:
-    """What a hook remembers cannot be kept aside: the newer stream wins, and the older says so. Hooks that come between two
-    steps count too."""
+    """What a hook remembers cannot be kept aside: the newer stream wins, and the older says so. Hooks that come between
+    two steps count too."""
     hook = partial(llama.model.layers[0].register_forward_hook, lambda *_: None)
     handle = hook() if hooked_first else None
     try:
@@ -286,7 +295,8 @@ def test_a_fork_while_another_thread_steps(llama: Llama) -> None:
 
 
 def test_interrupted_anywhere(llama: Llama) -> None:
-    """Ctrl-C, or whatever ends a thread, in a step and while waiting for another's: nobody waits for ever afterwards."""
+    """Ctrl-C, or whatever ends a thread, in a step and while waiting for another's: nobody waits for ever
+    afterwards."""
     expected = llama.generate([[1, 9, 8]], 4, 0)
     entered, leave, ends = threading.Event(), threading.Event(), []
 
@@ -309,7 +319,9 @@ def test_interrupted_anywhere(llama: Llama) -> None:
             thread.start()
             entered.wait(60)
         for thread in threads:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+            )
         for thread in threads:
             thread.join(60)
     finally:
@@ -331,8 +343,8 @@ def test_a_stream_that_ends_while_another_steps(llama: Llama) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
 def test_openmp_keeps_no_threads_for_a_thread_that_waits() -> None:
-    """libgomp lets its threads sleep after each product where more of them live than processors: with those of the thread that
-    had built the model, each step of another thread took a tenth longer."""
+    """libgomp lets its threads sleep after each product where more of them live than processors: with those of the
+    thread that had built the model, each step of another thread took a tenth longer."""
 
     def live() -> int:
         return len(os.listdir("/proc/self/task"))

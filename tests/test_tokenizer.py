@@ -57,7 +57,8 @@ def test_the_experiments_prompts(text: str, ids: str) -> None:
 
 
 def test_the_experiments_own_vocabulary() -> None:
-    """A unigram model of 420 pieces, in which two words of the text are missing: they become id 0 and come back as ⁇."""
+    """A unigram model of 420 pieces, in which two words of the text are missing: they become id 0 and come back as
+    ⁇."""
     tokenizer = Tokenizer(str(shared("tokenizers/experiment/tokenizer.model")))
     text = "测试一下,看看什么情况"
     assert tokenizer.sp_model.EncodeAsPieces(text) == "▁ 测试 一 下 , 看 看 什么 情 况".split()
@@ -111,7 +112,9 @@ def test_bad_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
             tokenizer.decode([5, wrong_id])
 
 
-def test_home_and_logger(tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_home_and_logger(
+    tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("HOME", str(Path(tokenizer_path).parent))
     with caplog.at_level(logging.INFO, logger="llama.tokenizer"):
         assert Tokenizer("~/tokenizer.model").n_words == 400
@@ -123,5 +126,7 @@ def test_a_folder_as_its_path(tokenizer_path: str, tmp_path: Path) -> None:
     folder = Path(tokenizer_path).parent
     assert Tokenizer(str(folder)).n_words == open_tokenizer(tmp_path, folder).n_words == 400
     assert need_tokenizer(tmp_path, folder) == Path(tokenizer_path)
-    with pytest.raises(ValueError, match=r"no tokenizer.model or tokenizer.json in tokenizer_path=.*, which holds nothing"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer.model or tokenizer.json in tokenizer_path=.*, which holds nothing"
+    ):
         find_tokenizer(folder, tmp_path)

@@ -42,7 +42,9 @@ def test_a_rebuilt_model_reads_text_as_the_original_does(tokenizer: Tokenizer, t
 
 
 def test_the_ways_to_read_spaces(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    plain = opened(tmp_path / "a.model", sentencepiece_model(pieces_of(tokenizer), **{**IDS, "add_dummy_prefix": False}))
+    plain = opened(
+        tmp_path / "a.model", sentencepiece_model(pieces_of(tokenizer), **{**IDS, "add_dummy_prefix": False})
+    )
     assert plain.decode(plain.encode("a", False, False)) == "a"
     assert plain.encode(" a", False, False) == tokenizer.encode("a", False, False)
     joined = sentencepiece_model(pieces_of(tokenizer), **IDS, remove_extra_whitespaces=True)
@@ -75,7 +77,15 @@ def test_what_is_no_vocabulary(change: dict[str, Any], told: str) -> None:
 
 # tokenizer.json
 
-LINES = [*TEXT.splitlines(), "  two  spaces \t\n", "🦙 <s> </s> <unk>", "", "NaïvE 12345", "日本語　と ▁ a▁b", "\u200bzero\r\n"]
+LINES = [
+    *TEXT.splitlines(),
+    "  two  spaces \t\n",
+    "🦙 <s> </s> <unk>",
+    "",
+    "NaïvE 12345",
+    "日本語　と ▁ a▁b",
+    "\u200bzero\r\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +122,9 @@ def test_added_tokens_in_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     whole = hf_tokenizer(tokenizer)
     whole["added_tokens"].append({"id": 400, "content": "<|im_end|>", "special": True})
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}})
+    )
     ours = open_tokenizer(tmp_path)
     assert ours.named["<|im_end|>"] == 400
     assert (ours.bos_id, ours.eos_id, ours.stop_ids, ours.n_words) == (1, 2, {2, 400}, 401)
@@ -137,7 +149,9 @@ def test_added_tokens_in_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ({"model": None}, "its model is None"),
     ],
 )
-def test_other_kinds_are_refused_by_name(change: dict[str, Any], told: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_other_kinds_are_refused_by_name(
+    change: dict[str, Any], told: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     whole = hf_tokenizer(tokenizer)
     for key, value in change.items():
         whole[key] = {**whole[key], **value} if key == "model" and value else value

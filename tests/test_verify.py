@@ -1,4 +1,5 @@
-"""`llama verify`: a good folder passes, and each fault is found and named. The faults are made in copies of stories260K."""
+"""`llama verify`: a good folder passes, and each fault is found and named. The faults are made in copies of
+stories260K."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens, one fault, and only the repairs that change all layers, or exchange two."""
     monkeypatch.setattr(faults, "LENGTH", 128)
     monkeypatch.setattr(faults, "ROUNDS", 1)
-    monkeypatch.setattr(repairs, "repairs", lambda model: [r for r in EVERY_REPAIR(model) if " in layer " not in r.fault])
+    monkeypatch.setattr(
+        repairs, "repairs", lambda model: [r for r in EVERY_REPAIR(model) if " in layer " not in r.fault]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,9 @@ def stories() -> Llama:
     return Llama.build(str(shared("models/stories260K")), max_seq_len=128, device="cpu")
 
 
-def copied(folder: Path, change: Callable[[Weights], None] = lambda _: None, source: Path = DEMO, **params: Any) -> Path:
+def copied(
+    folder: Path, change: Callable[[Weights], None] = lambda _: None, source: Path = DEMO, **params: Any
+) -> Path:
     """A copy of a folder in Meta's format, with other weights or other params."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.md", "__pycache__"))
     for path in folder.iterdir():
@@ -152,7 +157,10 @@ def test_faults_are_found_and_named(fault: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mender", "fault"),
     [
-        ("q and k are in Hugging Face's order of rows (a converter left them so), in all layers", "q and k were put in Meta's"),
+        (
+            "q and k are in Hugging Face's order of rows (a converter left them so), in all layers",
+            "q and k were put in Meta's",
+        ),
         ("k was put in Meta's order of rows twice, in all layers", "k is in Hugging Face's order of rows"),
         ("w1 and w3 are exchanged in all layers", "w1 and w3 are exchanged in all layers"),
         ("n_heads is 8, and the model's is 4", None),
@@ -197,7 +205,8 @@ def test_every_repair_is_undone() -> None:
     ids = llama.tokenizer.encode(STORIES[0], bos=True, eos=False)[:32]
     before = itself.one_pass(llama, ids)
     tried = list(EVERY_REPAIR(llama.model))
-    one_of_each = {(repair.check, repair.change.func, repair.first > 0): repair for repair in tried}  # type: ignore[attr-defined]
+    some: list[Any] = list(tried)
+    one_of_each = {(repair.check, repair.change.func, repair.first > 0): repair for repair in some}
     for repair in one_of_each.values():
         with ExitStack() as stack:
             repair.change(llama.model, stack)
@@ -259,7 +268,8 @@ def test_the_demo_model_is_known() -> None:
 
 
 def test_a_model_that_overflows_ends_in_a_row(tmp_path: Path) -> None:
-    """Generation would raise ValueError, and no table would be written. Another number makes all tokens equally likely."""
+    """Generation would raise ValueError, and no table would be written. Another number makes all tokens equally
+    likely."""
     source = shared("models/stories260K")
     within = copied(tmp_path / "within", with_number("layers.2.attention.wo.weight", 3e37), source)
     assert until_failure(within, "published text 1").startswith("no token is likelier than chance has it")
@@ -280,8 +290,8 @@ def test_untrained_weights_are_no_failure(tmp_path: Path) -> None:
 
 
 def test_files_and_checksums(tmp_path: Path) -> None:
-    """A bit of the weights, a file that was cut, one that is missing, other settings: with a list of checksums, and by what a
-    .pth file has of its own."""
+    """A bit of the weights, a file that was cut, one that is missing, other settings: with a list of checksums, and by
+    what a .pth file has of its own."""
     good = copied(tmp_path / "good")
     listed = with_checklist(copied(tmp_path / "listed"))
     assert check_checksums(listed, []).verdict == PASS
@@ -325,7 +335,9 @@ def test_the_hubs_hashes(tmp_path: Path) -> None:
         assert f"{name} has {kind} " in check_checksums(snapshot, files).told
     notes = model / ".cache/huggingface/download"
     notes.mkdir(parents=True)
-    (notes / "config.json.metadata").write_text(f"0123abcd\n{'0' * 40}\n1.5\n")  # as `hf download --local-dir` leaves it
+    (notes / "config.json.metadata").write_text(
+        f"0123abcd\n{'0' * 40}\n1.5\n"
+    )  # as `hf download --local-dir` leaves it
     assert "config.json has git " in check_checksums(model, [model / "config.json"]).told
 
 
@@ -338,7 +350,8 @@ def test_the_hubs_hashes(tmp_path: Path) -> None:
         ("norm.weight", lambda w: w.neg_(), "the mean of norm.weight is -1"),
         ("norm.weight", lambda w: w[5].fill_(100.0), "norm.weight has 100 in entry 5, and no other entry goes beyond"),
         ("layers.0.feed_forward.w2.weight", lambda w: w.mul_(100), "goes to .*, and those of other layers to"),
-        ("layers.0.feed_forward.w2.weight", lambda w: w.mul_(20), "deviation of 1.44, and those of other layers 0.0725"),
+        ("layers.0.feed_forward.w2.weight", lambda w: w.mul_(20), ("deviation of 1.44, and those of other layers "
+                                                                  "0.0725")),
         ("layers.0.feed_forward.w2.weight", lambda w: w[9, 7].fill_(-float("inf")), "w2.weight has infinity in row 9$"),
     ],
 )  # fmt: skip

@@ -29,16 +29,18 @@ OPTION = re.compile(r"(?:--|-(?=[A-Za-z]))([^\s=]+)(?:=(.*))?", re.DOTALL)
 HELP = ("-h", "--help")
 # What other programs call our options.
 ALSO_CALLED = {
-    "max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "n_predict": "max_gen_len", "max_length": "max_gen_len",
-    "n_ctx": "max_seq_len", "ctx_size": "max_seq_len", "model": "ckpt_dir", "model_path": "ckpt_dir", "path": "ckpt_dir",
+    "max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "n_predict": "max_gen_len",
+    "max_length": "max_gen_len",
+    "n_ctx": "max_seq_len", "ctx_size": "max_seq_len", "model": "ckpt_dir", "model_path": "ckpt_dir",
+    "path": "ckpt_dir",
     "temp": "temperature", "repeat_penalty": "repetition_penalty", "tokenizer": "tokenizer_path", "lora": "adapter",
     "batch_size": "max_batch_size", "precision": "dtype", "bits": "quantize", "nproc_per_node": "processes",
 }  # fmt: skip
 
 
 class Option(NamedTuple):
-    """An option of a command. read: turns a word into the value, ValueError if it is wrong. told: its sentence in the help.
-    choices: words that a shell offers. rare: only `--help all` tells more of it than its name."""
+    """An option of a command. read: turns a word into the value, ValueError if it is wrong. told: its sentence in the
+    help. choices: words that a shell offers. rare: only `--help all` tells more of it than its name."""
 
     read: Callable[[str], Any]
     default: Any
@@ -48,8 +50,9 @@ class Option(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command. work: its docstring is its help. places: the options whose names may be left out, in this order. groups: all
-    options by name, under the titles that the help gives them. examples: command lines, without `llama NAME`."""
+    """A command. work: its docstring is its help. places: the options whose names may be left out, in this order.
+    groups: all options by name, under the titles that the help gives them. examples: command lines, without `llama
+    NAME`."""
 
     work: Callable[[Namespace], None]
     places: Sequence[str]
@@ -158,11 +161,14 @@ def _constraint(args: Namespace) -> Optional[dict[str, Any]]:
 
 
 def understand(commands: Mapping[str, Command], words: Sequence[str]) -> Callable[[], None]:
-    """What a command line asks of one of the commands, ready to run. ValueError if it is wrong. Nothing is loaded here."""
+    """What a command line asks of one of the commands, ready to run. ValueError if it is wrong. Nothing is loaded
+    here."""
     name, *rest = words
     if name not in commands:
         told = f"there is no command {shortened(name)}{_nearest(name, commands)}; there are {', '.join(commands)}"
-        raise ValueError(told if name[:1] != "-" else f"a command comes before {shortened(name)}: {', '.join(commands)}")
+        raise ValueError(
+            told if name[:1] != "-" else f"a command comes before {shortened(name)}: {', '.join(commands)}"
+        )
     command, given = commands[name], _given(name, commands[name], rest)
     lacking = [f"--{o}" for o, option in command.options.items() if option.default is REQUIRED and o not in given]
     if lacking:
@@ -197,7 +203,8 @@ def _given(name: str, command: Command, words: Sequence[str]) -> dict[str, str]:
 
 
 def _named(name: str, options: Mapping[str, Option], found: re.Match[str]) -> tuple[str, Optional[str]]:
-    """The option that a word names, and the value in it: "--top-k=5" is top_k and "5", "--noecho" is echo and "False"."""
+    """The option that a word names, and the value in it: "--top-k=5" is top_k and "5", "--noecho" is echo and
+    "False"."""
     option, value = found[1].replace("-", "_"), found[2]
     denied = {form: flag for flag in options if options[flag].read is truth for form in (f"no{flag}", f"no_{flag}")}
     if option in denied and value is None:

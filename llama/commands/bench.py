@@ -33,7 +33,9 @@ REPEATS = 3
 
 def bench(args: Namespace) -> None:
     """The command bench."""
-    new_tokens = whole_number("new_tokens", args.new_tokens, 2)  # one comes with the prompt; decode is timed on the others
+    new_tokens = whole_number(
+        "new_tokens", args.new_tokens, 2
+    )  # one comes with the prompt; decode is timed on the others
     batch_size = whole_number("batch_size", args.batch_size, 1)
     prompt_tokens = args.prompt_tokens
     if prompt_tokens is None:
@@ -93,7 +95,10 @@ def _in_words(report: Mapping[str, Any]) -> str:
         f"  first     {r['first_token_s']:.4f} s to the first token",
         f"  decode    {r['decode_tok_s']:.2f} tok/s{together} ({step}, {r['new_tokens']} new tokens)",
         f"  weights   {memory.gigabytes(r['weights_bytes'])} a step{each}, {r['weights_GB_s']:.1f} GB/s",
-        f"  memory    {r['memory_GB_s']:.1f} GB/s in {kind}{each}: decode takes {r['share_of_memory_rate']:.0%} of that",
+        (
+            f"  memory    {r['memory_GB_s']:.1f} GB/s in {kind}{each}: decode takes {r['share_of_memory_rate']:.0%} of "
+            f"that"
+        ),
     ]
     if r["fits_cache"]:
         lines.append("            (the weights fit this processor's largest cache, so more than 100% is possible)")
@@ -124,9 +129,11 @@ def make_prompts(batch_size: int, length: int, vocab_size: int) -> list[list[int
     ]
 
 
-def timed_run(llama: Llama, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, Optional[float], list[int]]:
-    """Greedy, past any EOS: seconds to the first token, mean seconds of each later step (None for one new token), and the
-    first row's new ids. The prompts have one length, and there are at most max_batch_size of them."""
+def timed_run(
+    llama: Llama, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[float, Optional[float], list[int]]:
+    """Greedy, past any EOS: seconds to the first token, mean seconds of each later step (None for one new token), and
+    the first row's new ids. The prompts have one length, and there are at most max_batch_size of them."""
     llama.forget()
     requests = [Request(list(prompt), new_tokens, draft=False) for prompt in prompts]
     ids: list[int] = []
@@ -154,11 +161,13 @@ def weight_bytes(model: Transformer) -> int:
 
 
 def read_rate(device: torch.device, nbytes: int = READ_BYTES) -> float:
-    """Bytes a second that this process reads from memory with all its threads; on other devices than the CPU, bytes a second
-    that a copy reads and writes. The best of a few operators; for each, the median of TRIES."""
+    """Bytes a second that this process reads from memory with all its threads; on other devices than the CPU, bytes a
+    second that a copy reads and writes. The best of a few operators; for each, the median of TRIES."""
     free = memory.free_bytes(device)
     nbytes = nbytes if free is None else max(2**20, min(nbytes, free // 4))
-    numbers = torch.ones(nbytes // 8 * 2, dtype=torch.float32, device=device)  # an even count; writing ones touches every page
+    numbers = torch.ones(
+        nbytes // 8 * 2, dtype=torch.float32, device=device
+    )  # an even count; writing ones touches every page
     if device_kind(device) != "cpu":
         target = torch.empty_like(numbers)
         return 2 * numbers.nbytes / _seconds(lambda: target.copy_(numbers), device)

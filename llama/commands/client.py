@@ -26,8 +26,8 @@ class Server:
     """A server at a URL. ValueErrors say in plain words what it refuses, or that it is not there."""
 
     def __init__(self, url: str, key: Optional[str] = None, model: Optional[str] = None) -> None:
-        """model: the first that the server lists if not given. This asks it; `limit` is the tokens that it has room for, if
-        it tells."""
+        """model: the first that the server lists if not given. This asks it; `limit` is the tokens that it has room
+        for, if it tells."""
         self.parts = parts = _address(url)
         if key is not None and not (key.isascii() and key.isprintable()):
             raise ValueError("the API key has characters that no header can carry")
@@ -59,11 +59,13 @@ class Server:
         return told if isinstance(told, dict) else {}
 
     def stream(self, path: str, options: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[Chunk]:
-        """The chunks of an answer, as they come. Their `tokens` are as many as the server counts, all in the last one: it does
-        not tell the ids. To leave early closes the connection, which tells the server to stop."""
+        """The chunks of an answer, as they come. Their `tokens` are as many as the server counts, all in the last one:
+        it does not tell the ids. To leave early closes the connection, which tells the server to stop."""
         given = {**{name: DEFAULTS[name] for name in SENT}, **options}
         form = _form(given.pop("constraint", None))
-        sent = {API_NAMES.get(name, name): v for name, v in given.items() if name in SENT or v not in (None, DEFAULTS[name])}
+        sent = {
+            API_NAMES.get(name, name): v for name, v in given.items() if name in SENT or v not in (None, DEFAULTS[name])
+        }
         asked = {"model": self.name, **body, **sent, **form, "stream": True, "stream_options": {"include_usage": True}}
         reason: Any = None
         usage: Mapping[str, Any] = {}
@@ -113,7 +115,9 @@ class Server:
             try:
                 connection.connect()
                 connection.sock.settimeout(None)
-                connection.request(method, self.base + path, None if body is None else json.dumps(body).encode(), headers)
+                connection.request(
+                    method, self.base + path, None if body is None else json.dumps(body).encode(), headers
+                )
                 response = connection.getresponse()
             except (OSError, HTTPException) as error:
                 raise ValueError(f"{self.url} cannot be reached: {_why(error)}; is the server running?") from error
@@ -132,7 +136,11 @@ class Server:
         except (ValueError, AttributeError, OSError, HTTPException):
             told = f"status {status} {response.reason}"
         if status == 401:
-            return f"{self.url} wants an API key; pass --api_key" if self.key is None else f"{self.url} refuses the API key"
+            return (
+                f"{self.url} wants an API key; pass --api_key"
+                if self.key is None
+                else f"{self.url} refuses the API key"
+            )
         if status == 404:
             return f"the server does not have this ({path}): {told}"
         if status == 429:

@@ -1,7 +1,7 @@
 """How the commands read and speak.
 
-stdout has only the model's words; the program's own go to stderr. If torchrun started several processes, the first one reads,
-and tells the others what it read; all of them run the same lines, and the first one prints.
+stdout has only the model's words; the program's own go to stderr. If torchrun started several processes, the first one
+reads, and tells the others what it read; all of them run the same lines, and the first one prints.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..system.pipes import reader_may_leave
 from ..system.printable import escaped, harmless, json_line, printable, shortened
 
 T = TypeVar("T")
-# Gives the next line, None at the end. The first argument says what to show below the line while it is typed; a second one is
-# a text to change: None if it is to stay.
+# Gives the next line, None at the end. The first argument says what to show below the line while it is typed; a second
+# one is a text to change: None if it is to stay.
 Read = Callable[..., Optional[str]]
 
 
@@ -50,7 +50,10 @@ def _tell(text: str, color: str) -> None:
         text = harmless(text)
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns
-            lines = (textwrap.fill(line, width, break_on_hyphens=False, replace_whitespace=False) for line in text.split("\n"))
+            lines = (
+                textwrap.fill(line, width, break_on_hyphens=False, replace_whitespace=False)
+                for line in text.split("\n")
+            )
             text = f"\x1b[{color}m" + "\n".join(lines) + "\x1b[0m"
         print(text, file=sys.stderr, flush=True)
 

@@ -71,7 +71,9 @@ class Conversation:
         name, argument = re.findall(r"(?s)/(\S*)\s*(.*)", line)[0]
         command = getattr(self, f"do_{SHORT.get(name, name)}", None)
         if command is None:
-            raise ValueError(f"unknown command /{name}; /help lists them. A message that begins with / needs a space before it")
+            raise ValueError(
+                f"unknown command /{name}; /help lists them. A message that begins with / needs a space before it"
+            )
         return command(argument.strip())
 
     def reply(self, message: str) -> None:
@@ -83,13 +85,15 @@ class Conversation:
             offer = f"drop({error.drop})"
             self.refused = message if offer in str(error) else None
             told = str(error).replace(f"{offer} forgets", "/drop sends the message again and forgets")
-            raise ValueError(told.replace("build with a larger max_seq_len", "start with a larger --max_seq_len")) from error
+            raise ValueError(
+                told.replace("build with a larger max_seq_len", "start with a larger --max_seq_len")
+            ) from error
         self.refused = None
         self.show(chunks)
 
     def show(self, reply: Iterator[Chunk], begun: Optional[str] = None) -> None:
-        """Print a reply as it comes, without the spaces before it. begun: it goes on from this text, or from the last reply if
-        this is empty; a terminal shows the block again that grows."""
+        """Print a reply as it comes, without the spaces before it. begun: it goes on from this text, or from the last
+        reply if this is empty; a terminal shows the block again that grows."""
         # A generator keeps the turn when it is closed, also if it is left early.
         chunks = cast("Generator[Chunk, None, None]", reply)
         shown, screen = begun is not None, self._screen()
@@ -172,9 +176,14 @@ class Conversation:
 
     def do_edit(self, text: str) -> None:
         """/edit [N]  change your last message (2: the one before it), and ask again from there"""
-        count, said = _count("edit", text, "which message to change, from the end: 1 is the last"), len(self.session.turns)
+        count, said = (
+            _count("edit", text, "which message to change, from the end: 1 is the last"),
+            len(self.session.turns),
+        )
         if count > said:
-            raise ValueError(f"there are {counted(said, 'message')} of yours to change" if said else "nothing was said yet")
+            raise ValueError(
+                f"there are {counted(said, 'message')} of yours to change" if said else "nothing was said yet"
+            )
         before = self.session.turns[-count]["user"]
         read = self.read
         message = on_first(lambda: read(lambda: "Enter sends it, Ctrl-C leaves it as it was", before) if read else None)
@@ -184,7 +193,8 @@ class Conversation:
             note("it stays as it was")
 
     def _ask_again(self, count: int, message: str) -> None:
-        """Say something in place of the last turns. They come back if no reply comes, unless /drop is to make room for it."""
+        """Say something in place of the last turns. They come back if no reply comes, unless /drop is to make room for
+        it."""
         turns = list(self.session.turns)
         self.session.turns = turns[:-count]
         try:
@@ -195,7 +205,10 @@ class Conversation:
 
     def do_fork(self, name: str) -> None:
         """/fork [NAME]  go on with a copy of the conversation; this one stays as it is"""
-        name, before = name or next(n for n in map(str, range(2, 2 + len(self.forks))) if n not in self.forks), self.fork
+        name, before = (
+            name or next(n for n in map(str, range(2, 2 + len(self.forks))) if n not in self.forks),
+            self.fork,
+        )
         if name in self.forks:
             raise ValueError(f"there is a fork {name} already; /switch {name} goes there")
         self.forks[name] = self.session.fork()

@@ -1,8 +1,8 @@
-"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype, or quantized; or -> a
-GGUF file.
+"""A checkpoint in one format -> a new folder in the other, or with other shards, or in another dtype, or quantized; or
+-> a GGUF file.
 
-At no time is more than one tensor in memory. Everything is written into a folder with another name, the config last, and that
-folder is renamed at the very end; an interrupted run leaves nothing that looks whole.
+At no time is more than one tensor in memory. Everything is written into a folder with another name, the config last,
+and that folder is renamed at the very end; an interrupted run leaves nothing that looks whole.
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ from ..weights.writers import GGUF_CODES, Entry, write_gguf, write_pth, write_sa
 from .console import note
 from .fetching import named_places
 
-GGUF_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32, torch.uint8: 7}  # numbers of the tensors' kinds
+GGUF_FILE_TYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 32,
+    torch.uint8: 7,
+}  # numbers of the tensors' kinds
 PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder is no larger, unless a single tensor is
 
 
@@ -66,7 +71,9 @@ def command(args: Namespace) -> None:
     """The command convert."""
     (source, adapter, given), target = named_places(args.src, args), user_path(args.dst)
     tokenizer = find_tokenizer(tokenizer_folder(source, adapter, given), given)
-    dtype = None if args.dtype in (None, "auto") else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
+    dtype = (
+        None if args.dtype in (None, "auto") else runtime.choose_dtype(args.dtype, torch.float32, torch.device("cpu"))
+    )
     convert(source, target, args.to, args.shards, dtype, tokenizer, args.quantize, adapter)
     if tokenizer is None and args.to == "hf":
         told = f"no tokenizer.model in {source} or above it: copy one into {target}, or pass --tokenizer_path"
@@ -84,14 +91,15 @@ def convert(
     quantize: Optional[str] = None,
     adapter: Optional[Path] = None,
 ) -> None:
-    """Write the checkpoint `source` into the new folder `target`, to="meta" (with `shards`) or "hf", or the new file `target`,
-    to="gguf".
+    """Write the checkpoint `source` into the new folder `target`, to="meta" (with `shards`) or "hf", or the new file
+    `target`, to="gguf".
 
-    dtype: of all weights; each keeps its own if not given, and GGUF's matrices become float16 (its vectors are always float32).
-    tokenizer_path: is copied too; a Hugging Face folder and a GGUF file need it. quantize: "int8" or "int4" for the matrices of
-    Meta's format, "q8_0" for those of GGUF with rows of whole blocks; if not given, quantized matrices stay as they are in
-    Meta's format, whatever `dtype` says. adapter: a folder of PEFT, whose adapter is added. ValueError if an argument or the
-    source is wrong, the target exists, or the disk has too little room; then nothing is written.
+    dtype: of all weights; each keeps its own if not given, and GGUF's matrices become float16 (its vectors are always
+    float32). tokenizer_path: is copied too; a Hugging Face folder and a GGUF file need it. quantize: "int8" or "int4"
+    for the matrices of Meta's format, "q8_0" for those of GGUF with rows of whole blocks; if not given, quantized
+    matrices stay as they are in Meta's format, whatever `dtype` says. adapter: a folder of PEFT, whose adapter is
+    added. ValueError if an argument or the source is wrong, the target exists, or the disk has too little room; then
+    nothing is written.
     """
     if to not in ("meta", "hf", "gguf"):
         raise ValueError(f"to={to!r} must be 'meta', 'hf' or 'gguf'")
@@ -147,13 +155,15 @@ def _check_gguf(source: Path, target: Path, tokenizer_path: Optional[Path], quan
     if quantize not in (None, "q8_0"):
         raise ValueError(f"quantize={quantize!r} is no kind for GGUF that is written here; use 'q8_0', or none")
     if tokenizer_path is None:
-        raise ValueError(f"a GGUF file has its tokenizer in it, and there is none in {source} or above it; pass tokenizer_path")
+        raise ValueError(
+            f"a GGUF file has its tokenizer in it, and there is none in {source} or above it; pass tokenizer_path"
+        )
 
 
 @contextmanager
 def _new_folder(target: Path, nbytes: int, file: str = "") -> Iterator[Path]:
-    """A folder beside `target` to write into. It, or the one file in it, becomes `target` if the block succeeds, and is removed
-    if it fails."""
+    """A folder beside `target` to write into. It, or the one file in it, becomes `target` if the block succeeds, and is
+    removed if it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
@@ -305,7 +315,8 @@ def _in_hf_order(read: Callable[[], torch.Tensor], head_dim: int, checkpoint: Ch
 
 
 def meta_params(args: ModelArgs) -> dict[str, Any]:
-    """params.json. If the feed-forward width was given, a multiple and a multiplier are found that give it by Meta's rule."""
+    """params.json. If the feed-forward width was given, a multiple and a multiplier are found that give it by Meta's
+    rule."""
     multiple_of, multiplier = args.multiple_of, args.ffn_dim_multiplier
     if args.ffn_dim is not None:
         exact = (args.ffn_dim + 0.5) / int(8 * args.dim / 3)  # the rule rounds its product down
@@ -368,7 +379,8 @@ def _write_hf_config(
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": args.dim,
         "intermediate_size": args.ffn_width, "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.kv_heads, "head_dim": args.head_size, "vocab_size": args.vocab_size,
-        "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta, "rope_scaling": scaling and rope_settings(scaling),
+        "rms_norm_eps": args.norm_eps, "rope_theta": args.rope_theta,
+        "rope_scaling": scaling and rope_settings(scaling),
         "max_position_embeddings": positions, "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, "tie_word_embeddings": tied, "torch_dtype": str(dtype).removeprefix("torch."), **ids,
     })  # fmt: skip

@@ -18,11 +18,13 @@ from .fetching import ask_before_fetching
 def measure(args: Namespace) -> None:
     """Show the perplexity of a text by one of the methods that numbers are published for.
 
-    Each is computed exactly as its tool does it: docs/EVALUATION.md. Without --max_seq_len the model has room for all positions
-    that it was trained on.
+    Each is computed exactly as its tool does it: docs/EVALUATION.md. Without --max_seq_len the model has room for all
+    positions that it was trained on.
     """
     method = parse_method(args.method)
-    text = _text(args.file) if Launch.read().rank == 0 else ""  # before a long load; the others run the first one's steps
+    text = (
+        _text(args.file) if Launch.read().rank == 0 else ""
+    )  # before a long load; the others run the first one's steps
     ask_before_fetching(args.ckpt_dir)
     length = _length(args)
     method.check_fits(length)
@@ -73,9 +75,9 @@ def _in_words(file: str, told: Perplexity) -> str:
 def evaluate(args: Namespace) -> None:
     """Run tasks of lm-evaluation-harness.
 
-    Each request gets the answer that the harness' own model "hf" gives with the same weights. Tasks come with the harness, or
-    from YAML files in --include_path; their data is fetched from the Hugging Face Hub if it is not there. Without --max_seq_len
-    the model has room for all positions that it was trained on.
+    Each request gets the answer that the harness' own model "hf" gives with the same weights. Tasks come with the
+    harness, or from YAML files in --include_path; their data is fetched from the Hugging Face Hub if it is not there.
+    Without --max_seq_len the model has room for all positions that it was trained on.
     """
     try:
         from .. import lm_eval_model as harness
@@ -124,8 +126,10 @@ COMMANDS = {
             "out": Option(a_path, None, "a file for all results as JSON, beside the table"),
             "samples": Option(truth, False, "each request and its answer are in --out too"),
         },
-        "the model": MODEL | {"max_seq_len": LENGTH, "max_batch_size": Option(a_number, 4, "requests that run side by side")},
-    }, ["llama-2-7b/ --tasks hellaswag,arc_easy --limit 100", "llama-2-7b/ --tasks gsm8k --num_fewshot 5 --out gsm8k.json"]),
+        "the model": MODEL | {"max_seq_len": LENGTH,
+          "max_batch_size": Option(a_number, 4, "requests that run side by side")},
+    }, ["llama-2-7b/ --tasks hellaswag,arc_easy --limit 100", ("llama-2-7b/ --tasks gsm8k --num_fewshot 5 --out "
+                                                              "gsm8k.json")]),
     "perplexity": Command(measure, ["ckpt_dir", "tokenizer_path"], {
         "what is measured": {
             "file": Option(a_path, REQUIRED, "the text, as wiki.test.raw of WikiText-2"),

@@ -27,8 +27,8 @@ def named_places(given: str, args: Namespace) -> tuple[Path, Optional[Path], Opt
 
 
 def ask_before_fetching(*given: Optional[str]) -> None:
-    """Ask the user, if there is one at a terminal, whether what the hub's cache lacks of these is to be fetched. ValueError if
-    not."""
+    """Ask the user, if there is one at a terminal, whether what the hub's cache lacks of these is to be fetched.
+    ValueError if not."""
     if Launch.read().rank > 0 or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return
     for text in given:
@@ -49,8 +49,8 @@ def _told(listing: hub.Listing) -> str:
 def pull(args: Namespace) -> None:
     """Fetch a model from the Hugging Face Hub, or what changed of it.
 
-    The folder or file that it lies in goes to stdout. An interrupted pull goes on with the files that it lacks when it is run
-    again.
+    The folder or file that it lies in goes to stdout. An interrupted pull goes on with the files that it lacks when it
+    is run again.
     """
     name = hub.parse(args.id)
     if name is None:

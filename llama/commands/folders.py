@@ -1,11 +1,23 @@
-"""The commands on a folder of weights: convert writes another, info says what it holds and what that needs to run, pull fetches
-one, verify checks one, bench measures one. What works is imported when it is asked for."""
+"""The commands on a folder of weights: convert writes another, info says what it holds and what that needs to run, pull
+fetches one, verify checks one, bench measures one. What works is imported when it is asked for."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 
-from .arguments import DTYPES, MODEL, QUANTIZED, REQUIRED, Command, Option, a_name, a_number, a_path, some_of_model, truth
+from .arguments import (
+    DTYPES,
+    MODEL,
+    QUANTIZED,
+    REQUIRED,
+    Command,
+    Option,
+    a_name,
+    a_number,
+    a_path,
+    some_of_model,
+    truth,
+)
 from .fetching import pull
 
 FORMATS = ("hf", "meta", "gguf")
@@ -38,8 +50,8 @@ def verify(args: Namespace) -> None:
 def bench(args: Namespace) -> None:
     """Measure how fast a checkpoint loads, reads and writes here.
 
-    The prompts are made up, and continued whatever comes. Figures are medians of 3 runs after one that is not counted. Under
-    torchrun, bytes and rates are one process's.
+    The prompts are made up, and continued whatever comes. Figures are medians of 3 runs after one that is not counted.
+    Under torchrun, bytes and rates are one process's.
     """
     from .bench import bench
 

@@ -57,7 +57,8 @@ def _holds(
     """What is in the folder: a line for each label."""
     args, stored = placement.args, checkpoint.quantization
     model = (
-        f"{args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, {args.kv_heads} key/value "
+        f"{args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, {args.kv_heads} "
+        f"key/value "
         f"heads, feed-forward {args.ffn_width}, {args.vocab_size} ids, rotary base {args.rope_theta:g}"
     )
     if (scaling := args.rope_scaling) is not None:
@@ -71,7 +72,8 @@ def _holds(
     if tokenizer:
         stops = ", ".join(map(str, sorted(tokenizer.stop_ids)))
         pieces = (
-            f"{escaped(str(path))}: {tokenizer.n_words - len(tokenizer.nameless)} pieces, BOS {tokenizer.bos_id}, EOS {stops}"
+            f"{escaped(str(path))}: {tokenizer.n_words - len(tokenizer.nameless)} pieces, BOS {tokenizer.bos_id}, "
+            f"EOS {stops}"
         )
     adapter = {}
     if isinstance(checkpoint, AdaptedCheckpoint):
@@ -81,7 +83,9 @@ def _holds(
         adapter = {"adapter": f"{escaped(str(checkpoint.adapter))}: {told}"}
     return adapter | {
         "model": model + ", one matrix for embedding and output" * checkpoint.tied,
-        "parameters": f"{parameters:,} in {stored.kind if stored else _name(checkpoint.dtype)}, {memory.gigabytes(nbytes)}",
+        "parameters": (
+            f"{parameters:,} in {stored.kind if stored else _name(checkpoint.dtype)}, {memory.gigabytes(nbytes)}"
+        ),
         "tokenizer": pieces,
         **({"chat format": escaped(spoken(tokenizer))} if tokenizer else {}),
         "processes": ", ".join(map(str, process_counts(args))),
@@ -97,7 +101,8 @@ def _needs(placement: memory.Placement) -> dict[str, str]:
     if runtime.device_kind(device) == "cpu":  # this process has imported what each of the others will; its own ends
         own = memory.own_bytes()
         told += (
-            f"; with {own / 1e6:,.0f} MB for Python and torch, {(own + need.resident + need.temporary) / 1e6:,.0f} MB in all"
+            f"; with {own / 1e6:,.0f} MB for Python and torch, {(own + need.resident + need.temporary) / 1e6:,.0f} "
+            f"MB in all"
         )
         free = None if free is None else max(0, free - own * (placement.sharers - 1))
     if free is None:

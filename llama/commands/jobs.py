@@ -1,4 +1,5 @@
-"""Long lists of prompts as JSON lines: checked before any work, answered in order, and resumed after an interruption."""
+"""Long lists of prompts as JSON lines: checked before any work, answered in order, and resumed after an
+interruption."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ class Job:
 def read_jobs(path: Path, options: Mapping[str, Any], seed: int) -> list[Job]:
     """The input's lines, without empty ones. ValueError names the first line that is wrong.
 
-    options: what holds for a line that does not set them itself. Line n draws with seed + n if it has no seed, so its text
-    depends neither on the lines around it nor on where an earlier run was interrupted.
+    options: what holds for a line that does not set them itself. Line n draws with seed + n if it has no seed, so its
+    text depends neither on the lines around it nor on where an earlier run was interrupted.
     """
     seed = whole_number("seed", seed, 0, 2**62, "from 0 to 2**62")
     jobs = []
@@ -96,7 +97,9 @@ def finished(path: Path, jobs: list[Job]) -> tuple[int, int]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {path} was not written by complete; name another file") from error
         if digest != job.digest:
-            raise ValueError(f"line {number} of {path} answers something else than line {job.line} of the input; {way_out}")
+            raise ValueError(
+                f"line {number} of {path} answers something else than line {job.line} of the input; {way_out}"
+            )
     return len(lines), size
 
 
@@ -149,7 +152,8 @@ class _Answer:
 
 
 def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    """The output's lines, in order. As many jobs run at once as there are slots, in all copies of the model together."""
+    """The output's lines, in order. As many jobs run at once as there are slots, in all copies of the model
+    together."""
     from ..layers.parallel import replica
 
     slots = llama.model.params.max_batch_size * replica()[1]

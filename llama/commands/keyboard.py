@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def keys_wait() -> Iterator[None]:
-    """A block in which keys are not shown. They wait, as they were pressed, for the next prompt; Ctrl-C still interrupts."""
+    """A block in which keys are not shown. They wait, as they were pressed, for the next prompt; Ctrl-C still
+    interrupts."""
     try:
         import termios
     except ImportError:  # no Unix
@@ -47,7 +48,8 @@ def typed_lines(commands: Sequence[str]) -> Read:
         from prompt_toolkit.history import FileHistory, InMemoryHistory
     except ImportError as error:
         raise ValueError(
-            'a chat at the terminal needs prompt_toolkit; pip install "prompt_toolkit>=3.0.53", or send messages by a pipe'
+            'a chat at the terminal needs prompt_toolkit; pip install "prompt_toolkit>=3.0.53", or send messages by a '
+            "pipe"
         ) from error
     path = history_file()
     prompt: PromptSession[str] = PromptSession(
@@ -78,7 +80,8 @@ def typed_lines(commands: Sequence[str]) -> Read:
 
 
 def _keys() -> Any:
-    """Enter sends, unless the line ends with a backslash; Esc Enter begins a line. (prompt_toolkit does the reverse.)"""
+    """Enter sends, unless the line ends with a backslash; Esc Enter begins a line. (prompt_toolkit does the
+    reverse.)"""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()

@@ -22,7 +22,8 @@ ROW = re.compile(r" {0,3}\|")
 DIVIDER = re.compile(r" {0,3}(?=.*-)\|(?: *:?-+:? *\|)*(?: *:?-+:?)? *")
 # What a line begins with: a heading, an item of a list, a quote. Wrapped lines go on below the text behind it.
 MARKER = re.compile(r" *(#{1,6} +|[-*+] +|\d{1,9}[.)] +|(?:> ?)+|)")
-# A sign opens where a word begins, and closes where one ends; Chinese has no spaces there. The limit keeps searches short.
+# A sign opens where a word begins, and closes where one ends; Chinese has no spaces there. The limit keeps searches
+# short.
 SPAN = re.compile(
     r"""
     (?<![`\\]) (?P<tick>`+)(?!`) (?P<code>.{1,500}?) (?<!`)(?P=tick)(?!`)
@@ -50,7 +51,9 @@ def blocks(source: str) -> list[str]:
 def _length(lines: list[str]) -> int:
     """How many lines the first block has; more than there are if it may grow."""
     if fence := FENCE.match(lines[0]):
-        return next((n for n, line in enumerate(lines[1:], 2) if line.endswith("\n") and _closes(line, fence)), len(lines) + 1)
+        return next(
+            (n for n, line in enumerate(lines[1:], 2) if line.endswith("\n") and _closes(line, fence)), len(lines) + 1
+        )
     if ROW.match(lines[0]):
         return next((n for n, line in enumerate(lines) if not ROW.match(line)), len(lines) + 1)
     return 1
@@ -106,7 +109,11 @@ def _code(lines: list[str], fence: re.Match[str], console: Console) -> list[Text
     code = Syntax("", (fence[3].split() or ["text"])[0], theme="ansi_dark").highlight(source)
     if code.plain.removesuffix("\n") != source:  # it must not lose what it cannot read
         code = Text(source)
-    shown = [Text(first, QUIET), *code.split("\n", allow_blank=True)[: len(inner)], *(Text(line, QUIET) for line in last)]
+    shown = [
+        Text(first, QUIET),
+        *code.split("\n", allow_blank=True)[: len(inner)],
+        *(Text(line, QUIET) for line in last),
+    ]
     return [part for line in shown for part in _wrapped(line, console.width, console)]
 
 
@@ -115,7 +122,9 @@ def _table(lines: list[str], console: Console) -> list[Text]:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
     for name, divider in zip_longest(head, dividers, fillvalue=""):  # a longer row adds columns of its own
         right, middle = divider.endswith(":"), divider.startswith(":")
-        table.add_column(spans(name), justify="center" if right and middle else "right" if right else "left", overflow="fold")
+        table.add_column(
+            spans(name), justify="center" if right and middle else "right" if right else "left", overflow="fold"
+        )
     for row in body:
         table.add_row(*map(spans, row))
     shown = console.render_lines(table, pad=False)

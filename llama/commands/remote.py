@@ -26,8 +26,8 @@ SERVER = {
 
 
 class RemoteChat:
-    """A conversation with a server, with what `Conversation` needs of a `ChatSession`. The server remembers nothing: each
-    message goes there with all that was said before."""
+    """A conversation with a server, with what `Conversation` needs of a `ChatSession`. The server remembers nothing:
+    each message goes there with all that was said before."""
 
     def __init__(self, server: Server, system: Optional[str] = None, **options: Any) -> None:
         self.llama, self.system, self.options = server, system, options
@@ -38,7 +38,10 @@ class RemoteChat:
         """All that was said."""
         messages = [] if self.system is None else [Message(role="system", content=self.system)]
         for turn in self.turns:
-            messages += [Message(role="user", content=turn["user"]), Message(role="assistant", content=turn["assistant"])]
+            messages += [
+                Message(role="user", content=turn["user"]),
+                Message(role="assistant", content=turn["assistant"]),
+            ]
         return messages
 
     def send(self, message: str) -> Iterator[Chunk]:

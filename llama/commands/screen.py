@@ -21,8 +21,9 @@ SHARE = 10  # drawing takes at most one part in so many of the time
 class Screen:
     """Draws a text in Markdown below the cursor, in blocks of which the last one grows.
 
-    A terminal changes only the lines that it still shows. So a block that is longer than the screen scrolls away as it grows;
-    if a line that is gone would have to change (a table's columns become wider), the whole block is drawn again at its end.
+    A terminal changes only the lines that it still shows. So a block that is longer than the screen scrolls away as it
+    grows; if a line that is gone would have to change (a table's columns become wider), the whole block is drawn again
+    at its end.
     """
 
     def __init__(self, console: Console) -> None:

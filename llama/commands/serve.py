@@ -15,7 +15,8 @@ SLOTS = 8
 
 
 def serve(args: Namespace) -> None:
-    """Serve a model over HTTP, in the words of OpenAI's API. There is a page to chat at, too. Ctrl-C or SIGTERM ends it."""
+    """Serve a model over HTTP, in the words of OpenAI's API. There is a page to chat at, too. Ctrl-C or SIGTERM ends
+    it."""
     try:
         from ..server import serving
         from ..server.app import Settings
@@ -37,7 +38,9 @@ def serve(args: Namespace) -> None:
         key=key,
         max_waiting=waiting,
         origins=[origins] if isinstance(origins, str) else origins,
-        hosts=[*dict.fromkeys([args.host, *serving.LOCAL_NAMES])] if serving.is_local(args.host) and key is None else (),
+        hosts=[*dict.fromkeys([args.host, *serving.LOCAL_NAMES])]
+        if serving.is_local(args.host) and key is None
+        else (),
     )
     serving.serve(build(args), settings, args.host, port, grace)
 

@@ -1,4 +1,5 @@
-"""The command completion: what a shell needs to complete commands, options and their choices, out of the commands' tables."""
+"""The command completion: what a shell needs to complete commands, options and their choices, out of the commands'
+tables."""
 
 from __future__ import annotations
 
@@ -64,7 +65,10 @@ complete -F _llama llama"""
 
 
 def _zsh(known: Commands) -> Iterator[str]:
-    yield "#compdef llama\n# Completion of the command llama for zsh: put this into ~/.zshrc, behind compinit.\n_llama() {"
+    yield (
+        "#compdef llama\n# Completion of the command llama for zsh: put this into ~/.zshrc, behind "
+        "compinit.\n_llama() {"
+    )
     yield "    if (( CURRENT == 2 )); then"
     yield "        local -a known=("
     yield from (f"            {_quoted(f'{name}:{summary(command)}')}" for name, command in known.items())

@@ -21,8 +21,8 @@ from .keyboard import typed_lines
 
 
 def chat(args: Namespace) -> None:
-    """Talk with the model, here or at the --url of a server. /help lists the commands. Without a terminal, each line of the
-    pipe is a message or a command.
+    """Talk with the model, here or at the --url of a server. /help lists the commands. Without a terminal, each line of
+    the pipe is a message or a command.
 
     Ctrl-C stops a reply; if torchrun started several processes, it ends them all.
     """
@@ -39,10 +39,11 @@ def chat(args: Namespace) -> None:
 
 
 def complete(args: Namespace) -> None:
-    """Continue a PROMPT, or all lines of a --jsonl file. The prompt may also be a --file or a pipe, less its last line end.
+    """Continue a PROMPT, or all lines of a --jsonl file. The prompt may also be a --file or a pipe, less its last line
+    end.
 
-    Lines are {"prompt": "…"} or {"messages": […]}, with "id", "seed", "stop" and other options as wanted. Results go to --out,
-    a line each, in order. If that is there already, what it has is checked and not done again.
+    Lines are {"prompt": "…"} or {"messages": […]}, with "id", "seed", "stop" and other options as wanted. Results go to
+    --out, a line each, in order. If that is there already, what it has is checked and not done again.
     """
     remote.check(args)
     options = answers(args)
@@ -102,7 +103,8 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
 
 
 def tokenize(args: Namespace) -> None:
-    """Show the ids and pieces of a TEXT, or the text of --ids. The text may also be a --file or a pipe. Loads no model."""
+    """Show the ids and pieces of a TEXT, or the text of --ids. The text may also be a --file or a pipe. Loads no
+    model."""
     folder = DEMO if args.ckpt_dir is None else agreed_folder(args.ckpt_dir)
     tokenizer = open_tokenizer(folder, args.tokenizer_path)
     text = args.text

@@ -61,7 +61,10 @@ def verify(args: Namespace) -> None:
 def _row(name: str, verdict: str, told: str) -> str:
     head = f"  {name:{NAME_WIDTH}}{verdict:{VERDICT_WIDTH}}"
     return (
-        "\n".join(textwrap.wrap(printable(escaped(told)), WIDTH, initial_indent=head, subsequent_indent=" " * len(head))) + "\n"
+        "\n".join(
+            textwrap.wrap(printable(escaped(told)), WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+        )
+        + "\n"
     )
 
 

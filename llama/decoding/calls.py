@@ -19,8 +19,8 @@ Draw = Callable[[torch.Tensor, float], torch.Tensor]  # somebody's own `sample_t
 class Source:
     """What the rows of one call draw from if they have no seeds of their own.
 
-    As in Meta's release, one draw makes the noise for all `lanes`, finished ones included: the draws of a row must not depend
-    on which others have ended. generator: the device's own if not given.
+    As in Meta's release, one draw makes the noise for all `lanes`, finished ones included: the draws of a row must not
+    depend on which others have ended. generator: the device's own if not given.
     """
 
     lanes: int
@@ -39,9 +39,9 @@ class Runs(Protocol):
 class Call:
     """Requests to iterate over for their steps, in the order in which these are decided: once, and as far as you like.
 
-    source: what the rows draw from. streams: whether somebody reads the steps as they come, who is not to wait for long while
-    other prompts are read. plainly: run it in Meta's way, since the model is not as it was built. before_step: called before
-    each step that this call waits for.
+    source: what the rows draw from. streams: whether somebody reads the steps as they come, who is not to wait for long
+    while other prompts are read. plainly: run it in Meta's way, since the model is not as it was built. before_step:
+    called before each step that this call waits for.
     """
 
     def __init__(
@@ -66,10 +66,12 @@ class Call:
         self.plain_steps: Optional[Iterator[None]] = None
         self.wake = threading.Event()
         self._cancelled: set[int] = set()
-        self._events: deque[tuple[int, Step]] = deque()  # steps that nobody has read, each with its number in its request
+        self._events: deque[tuple[int, Step]] = (
+            deque()
+        )  # steps that nobody has read, each with its number in its request
         self._read = [0] * len(self.requests)  # how many steps of each request were read
-        # Rows that draw from one source step together: then each draws the same whatever else runs. Prompts that are scored
-        # whole are read together, so that their numbers are the same to the bit, unless they are read in pieces.
+        # Rows that draw from one source step together: then each draws the same whatever else runs. Prompts that are
+        # scored whole are read together, so that their numbers are the same to the bit, unless they are read in pieces.
         self.together = source.lanes > 1 and any(
             (r.draws and r.seed is None) or (r.scored and not r.scored_from) for r in self.requests
         )
@@ -95,7 +97,8 @@ class Call:
         self.over.add(index)
 
     def tell(self, number: int, step: Step) -> None:
-        """Take a step that was decided, the `number`-th of its request. It may come twice, if a thread was interrupted."""
+        """Take a step that was decided, the `number`-th of its request. It may come twice, if a thread was
+        interrupted."""
         self._events.append((number, step))
         if step.finish_reason is not None:
             self.over.add(step.index)

@@ -50,7 +50,9 @@ class _Plan:
         if self.drawn:
             self.drawing = Drawing.of([rows[i].request.sampling for i in self.drawn], device)
             guessed = [[rows[i].noise is not None] for i in self.drawn]
-            self.by_id = to_device(torch.tensor(guessed, device="cpu"), device) if any(any(row) for row in guessed) else None
+            self.by_id = (
+                to_device(torch.tensor(guessed, device="cpu"), device) if any(any(row) for row in guessed) else None
+            )
 
     def _places(self, wanted: Callable[[Row], bool]) -> list[int]:
         return [i for i, row in enumerate(self.rows) if wanted(row)]
@@ -80,8 +82,8 @@ class Chooser:
         never: Collection[int] = (),
         grammars: Callable[[Any], Grammar] = lambda grammar: grammar,
     ) -> None:
-        """guessed: whether a draft model is to guess what rows draw. never: ids that are not to be chosen. grammars: makes a
-        row's grammar of what its request says."""
+        """guessed: whether a draft model is to guess what rows draw. never: ids that are not to be chosen. grammars:
+        makes a row's grammar of what its request says."""
         self.engine, self.guessed, self.never, self.grammars = engine, guessed, never, grammars
         self._last: Optional[_Plan] = None
         self._never_there: Optional[torch.Tensor] = None  # `never`, on the device
@@ -127,7 +129,8 @@ class Chooser:
             row.counts = torch.bincount(new, minlength=self._vocab_size).float()
 
     def places(self, row: Row, guesses: Sequence[int]) -> list[Row]:
-        """Copies of a row that stand for it as it is, and after each of these guesses: for choosing, and nothing else."""
+        """Copies of a row that stand for it as it is, and after each of these guesses: for choosing, and nothing
+        else."""
         made = [copy(row) for _ in range(len(guesses) + 1)]
         for ahead, place in enumerate(made):
             place.ahead = ahead
@@ -137,8 +140,9 @@ class Chooser:
         return made
 
     def forced(self, row: Row) -> list[int]:
-        """The ids that the row's grammar forces next, at most FORCED. None at its beginning, where the prompt's last state
-        gives a choice for nothing; none that has a bias or ends the row; and none where no choice could follow."""
+        """The ids that the row's grammar forces next, at most FORCED. None at its beginning, where the prompt's last
+        state gives a choice for nothing; none that has a bias or ends the row; and none where no choice could
+        follow."""
         find = getattr(row.grammar, "forced", None)
         if find is None or not self.engine.joins_passes or not row.generated or row.room < 2:
             return []
@@ -162,8 +166,9 @@ class Chooser:
         return places
 
     def choose(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-        """The next id of each row, float32 (rows, V) -> int64 (rows,); NOT_FINITE if a row's logits are not, NONE_ALLOWED if
-        its grammar allows none. What somebody's own grammar or function raises is the error of the row's call."""
+        """The next id of each row, float32 (rows, V) -> int64 (rows,); NOT_FINITE if a row's logits are not,
+        NONE_ALLOWED if its grammar allows none. What somebody's own grammar or function raises is the error of the
+        row's call."""
         plan = self._plan(rows)
         finite = logits.sum(dim=-1).isfinite()  # a sum with a number that is not finite is not finite
         logits = self._adjusted(logits, plan)
@@ -225,8 +230,8 @@ class Chooser:
         return self._never_there
 
     def lead(self, logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-        """How far the best id of each row leads the second, in standard deviations of its logits: (rows, V) -> (rows,). As if
-        there were no grammars."""
+        """How far the best id of each row leads the second, in standard deviations of its logits: (rows, V) -> (rows,).
+        As if there were no grammars."""
         best, second = self._weighed(logits, self._plan(rows)).topk(2).values.unbind(-1)
         return (best - second) / logits.std(-1)
 
@@ -245,13 +250,16 @@ class Chooser:
         return (each & 1).flatten(1)[:, : self._vocab_size].bool()
 
     def _noise(self, rows: Sequence[Row]) -> torch.Tensor:
-        """The rows' noise, (rows, V). A row with a seed draws its own; the others take their lane of their source's draw."""
+        """The rows' noise, (rows, V). A row with a seed draws its own; the others take their lane of their source's
+        draw."""
         unguessed = [row for row in rows if row.noise is None]
         if len(unguessed) == len(rows):
             return self._noise_of_sources(rows)
         others = iter(self._noise_of_sources(unguessed) if unguessed else ())
         size = self._vocab_size
-        return torch.stack([row.noise.of(row.generated + row.ahead, size) if row.noise else next(others) for row in rows])
+        return torch.stack(
+            [row.noise.of(row.generated + row.ahead, size) if row.noise else next(others) for row in rows]
+        )
 
     def _noise_of_sources(self, rows: Sequence[Row]) -> torch.Tensor:
         device, drawn = self.engine.device, {}
@@ -296,7 +304,11 @@ class Chooser:
     @property
     def _device_generator(self) -> torch.Generator:
         device = self.engine.device
-        return torch.default_generator if device_kind(device) == "cpu" else torch.cuda.default_generators[device.index or 0]
+        return (
+            torch.default_generator
+            if device_kind(device) == "cpu"
+            else torch.cuda.default_generators[device.index or 0]
+        )
 
     def read(
         self,
@@ -307,8 +319,8 @@ class Chooser:
         more: Optional[torch.Tensor] = None,
         meanwhile: Optional[Callable[[], None]] = None,
     ) -> tuple[list[Decision], list[Any]]:
-        """The chosen ids on the host, with the log-probabilities that were asked for, and the numbers of `more`, in one wait.
-        meanwhile: see `Engine.fetch`. If the places are all of one row, its options count for each."""
+        """The chosen ids on the host, with the log-probabilities that were asked for, and the numbers of `more`, in one
+        wait. meanwhile: see `Engine.fetch`. If the places are all of one row, its options count for each."""
         plan = self._plan(rows)
         wanted = [chosen]
         if plan.scored:

@@ -1,8 +1,8 @@
 """The decode step as one graph: computes `Transformer.step` without the time that Python and torch add to it.
 
-There are two forms. `Packaged`, for one process on a CPU, is compiled ahead of time (AOTInductor), kept in a folder, and loaded
-from there in milliseconds. `Recorded`, for GPUs and for several processes, has static buffers, and on a GPU a CUDA graph over
-them. Its kernels are those of `gpu_step`, or torch's own, or Inductor's.
+There are two forms. `Packaged`, for one process on a CPU, is compiled ahead of time (AOTInductor), kept in a folder,
+and loaded from there in milliseconds. `Recorded`, for GPUs and for several processes, has static buffers, and on a GPU
+a CUDA graph over them. Its kernels are those of `gpu_step`, or torch's own, or Inductor's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from . import compiler, gpu_step, packages
 
 LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; larger ones are powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
-PROOFS = 3  # replays of a CUDA graph that are compared with the plain step: the first one may still find memory freed later
+PROOFS = (
+    3  # replays of a CUDA graph that are compared with the plain step: the first one may still find memory freed later
+)
 # A package depends on the code of these files.
 SOURCES = (
     *("model.py", "layers/parallel.py", "layers/products.py", "layers/one_digit.py", "layers/own_kernels.py"),
@@ -47,14 +49,17 @@ SOURCES = (
 def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Packaged, Recorded]]:
     """The form for the model's device, or None: then the step runs op by op.
 
-    wanted: True compiles; None compiles nothing, but uses an earlier run's packages (and records on a GPU, which takes hardly
-    any time); False does neither.
+    wanted: True compiles; None compiles nothing, but uses an earlier run's packages (and records on a GPU, which takes
+    hardly any time); False does neither.
     """
     device = model.norm.weight.device
     kind = runtime.device_kind(device)
     if wanted is False or kind not in ("cpu", "cuda") or model.params.max_seq_len < 4:
         if wanted:
-            say(f"The decode step is not compiled: there is no form for {device} and max_seq_len={model.params.max_seq_len}")
+            say(
+                f"The decode step is not compiled: there is no form for {device} and "
+                f"max_seq_len={model.params.max_seq_len}"
+            )
         return None
     if kind == "cuda" or model.output.group is not None:
         compiles = (wanted or (wanted is None and is_marked(model))) and not gpu_step.suits(model)
@@ -128,7 +133,8 @@ def rotations(model: Transformer) -> torch.Tensor:
 class Packaged:
     """`Transformer.step` compiled for this processor: one package for one row, one for any larger number of rows.
 
-    The weights and caches are its arguments, so a package is small, holds for every model of one shape, and never goes stale.
+    The weights and caches are its arguments, so a package is small, holds for every model of one shape, and never goes
+    stale.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -176,7 +182,9 @@ class Packaged:
                 args = asdict(replace(self.model.params, rope_scaling=None))
                 request = {"args": args, **described(self.model), "several": several}
                 request["threads"] = torch.get_num_threads()
-                running[several] = stack.enter_context(compiler.started(request, place, runtime.compiler_environment(place)))
+                running[several] = stack.enter_context(
+                    compiler.started(request, place, runtime.compiler_environment(place))
+                )
             for several, process in running.items():
                 path = absent[several]
                 compiler.wait(process, shown)
@@ -205,7 +213,9 @@ def named_tensors(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # signature of `Transformer.step`
+Step = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]  # signature of `Transformer.step`
 
 
 @dataclass(frozen=True)
@@ -228,7 +238,9 @@ class _Recording:
     rotations: torch.Tensor  # (max_seq_len, D/2, 2)
     logits: torch.Tensor = field(init=False)  # (bucket, V)
     graph: Optional[torch.cuda.CUDAGraph] = None
-    proven: dict[int, int] = field(default_factory=dict)  # bits of the span -> replays that were compared with the plain step
+    proven: dict[int, int] = field(
+        default_factory=dict
+    )  # bits of the span -> replays that were compared with the plain step
 
     def is_due(self, span: int) -> bool:
         """Whether to compare this replay: the first ones, and the first one with each length of the span in bits."""
@@ -244,17 +256,17 @@ class _Recording:
 class Recorded:
     """The step over static buffers: one recording for each bucket of rows and columns.
 
-    A bucket's rows beyond those that run are padding: they write behind what is kept in slots where nothing runs. On a GPU a
-    recording is a CUDA graph; elsewhere it is run again, so the shapes are the same everywhere. Sampling is not part of it:
-    its options change from call to call, and each would need a graph of its own.
+    A bucket's rows beyond those that run are padding: they write behind what is kept in slots where nothing runs. On a
+    GPU a recording is a CUDA graph; elsewhere it is run again, so the shapes are the same everywhere. Sampling is not
+    part of it: its options change from call to call, and each would need a graph of its own.
 
-    The first replays of every CUDA graph are compared with the plain step. If they differ, a line says so, and the next way
-    runs: a faulty GPU must not answer wrongly in silence.
+    The first replays of every CUDA graph are compared with the plain step. If they differ, a line says so, and the next
+    way runs: a faulty GPU must not answer wrongly in silence.
     """
 
     def __init__(self, model: Transformer, backend: Optional[str] = None, step: Optional[Step] = None) -> None:
-        """backend: torch.compile's for the step; None: do not compile it. step: run this one, which reads the whole cache,
-        in place of the model's."""
+        """backend: torch.compile's for the step; None: do not compile it. step: run this one, which reads the whole
+        cache, in place of the model's."""
         self.model = model
         self.device = model.norm.weight.device
         captures = runtime.device_kind(self.device) == "cuda"
@@ -265,12 +277,16 @@ class Recorded:
         if backend is not None:
             options: Any = None
             if backend == "inductor" and captures:
-                options = {"coordinate_descent_tuning": True}  # also turns products of one row into sums, which read faster
+                options = {
+                    "coordinate_descent_tuning": True
+                }  # also turns products of one row into sums, which read faster
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
             self._ways.insert(0, _Way("compiled", step, captures))
         elif step is None and gpu_step.suits(model):
-            self._ways.insert(0, _Way("made of Triton's kernels", partial(gpu_step.step, model), captures, whole_cache=True))
+            self._ways.insert(
+                0, _Way("made of Triton's kernels", partial(gpu_step.step, model), captures, whole_cache=True)
+            )
         self.backend = backend
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._places: Optional[tuple[int, ...]] = None
@@ -312,7 +328,8 @@ class Recorded:
         self._places, self._kept = places, tensors  # keeps a tensor that is replaced while a graph runs
 
     def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """`Transformer.step`: tokens int64 (B,), their positions -> logits float32 (B, V), valid until the next call."""
+        """`Transformer.step`: tokens int64 (B,), their positions -> logits float32 (B, V), valid until the next
+        call."""
         rows = len(positions)
         key = self.buckets(rows, max(positions) + 1)
         with runtime.current(self.device):
@@ -415,6 +432,7 @@ class Recorded:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """A block in which torch compiles the step: once for each number of rows, which is more often than torch expects."""
+    """A block in which torch compiles the step: once for each number of rows, which is more often than torch
+    expects."""
     with runtime.inductor_cache(packages.make_folder), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
         yield

@@ -1,5 +1,5 @@
-"""Compiles the decode step ahead of time (AOTInductor), in a process of its own: a crash there ends no caller. This file has
-both ends, the caller's (`started`, `wait`) and the process's own.
+"""Compiles the decode step ahead of time (AOTInductor), in a process of its own: a crash there ends no caller. This
+file has both ends, the caller's (`started`, `wait`) and the process's own.
 
 The process gets names and shapes, never numbers: a model of any size is compiled in the memory of a small one.
 """
@@ -32,7 +32,9 @@ def started(request: dict[str, Any], folder: Path, environment: dict[str, str]) 
     request: see `make`. folder: a new one, in a folder of the caller's. RuntimeError if there is no Python to start.
     """
     if "python" not in Path(sys.executable or "").name.lower():
-        raise RuntimeError(f"sys.executable is {sys.executable!r}, and not a Python that can compile in a process of its own")
+        raise RuntimeError(
+            f"sys.executable is {sys.executable!r}, and not a Python that can compile in a process of its own"
+        )
     folder.mkdir(mode=0o700)
     (folder / REQUEST).write_text(json.dumps({**request, "caller": os.getpid()}), encoding="utf-8")
     paths = [path for path in sys.path if isinstance(path, str)]
@@ -42,7 +44,8 @@ def started(request: dict[str, Any], folder: Path, environment: dict[str, str]) 
     try:
         # A new session: Ctrl-C reaches only this process, which then kills the whole group.
         process = subprocess.Popen(
-            command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
             encoding="utf-8", errors="replace",
         )  # fmt: skip
         yield process
@@ -85,8 +88,8 @@ def make(request: dict[str, Any], folder: Path) -> None:
     """Compile `Transformer.step` into folder / MADE.
 
     request: "args", the fields of `ModelArgs`; "tensors", the name, shape, dtype and strides of each weight and cache;
-    "rotations", the shape of their table; "quantization", the fields of `Quantization`, or None; "several", whether it is for
-    several rows or for one; "threads".
+    "rotations", the shape of their table; "quantization", the fields of `Quantization`, or None; "several", whether it
+    is for several rows or for one; "threads".
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -138,7 +141,9 @@ def _quantize(model: Any, request: dict[str, Any]) -> None:
     shapes = {name: shape for name, shape, _, _ in request["tensors"]}
     for name, layer in model.named_modules():
         if isinstance(layer, OneDigit):
-            layer.hold_packed(torch.empty(shapes[f"{name}.weight"], dtype=torch.uint8, device="meta"), len(layer.weight))
+            layer.hold_packed(
+                torch.empty(shapes[f"{name}.weight"], dtype=torch.uint8, device="meta"), len(layer.weight)
+            )
 
 
 def _step_of(model: Any) -> Any:
@@ -171,12 +176,14 @@ def _step_of(model: Any) -> Any:
 
 
 def _watch(caller: int, folder: Path) -> None:
-    """Once the caller has ended, however it did, end this process and the C++ compiler that it started, and remove the folder
-    that the caller would have removed."""
+    """Once the caller has ended, however it did, end this process and the C++ compiler that it started, and remove the
+    folder that the caller would have removed."""
     if hasattr(os, "killpg"):
         while not select.select([sys.stdin], [], [], LATE)[0] and os.getppid() == caller:
             pass
-        shutil.rmtree(folder.parent, ignore_errors=True)  # holds the caller's other compilations too; they end like this one
+        shutil.rmtree(
+            folder.parent, ignore_errors=True
+        )  # holds the caller's other compilations too; they end like this one
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

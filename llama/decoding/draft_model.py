@@ -52,7 +52,8 @@ class DraftModel:
     # How many
 
     def count(self, rows: list[Row], pace: Pace) -> int:
-        """The number of guesses with which these rows come forward fastest, as far as was seen. The same on all processes."""
+        """The number of guesses with which these rows come forward fastest, as far as was seen. The same on all
+        processes."""
         if self._rest:
             self._rest -= 1
             return 0 if self._rest else 1

@@ -15,8 +15,8 @@ INCOME = 0.02  # credit that each step earns: at most 2 % of the time goes to re
 class Drafter:
     """Proposes the ids that followed an earlier occurrence of a row's last few ids.
 
-    Its credit, counted in decode steps, says how many: accepted drafts earn, refused ones cost. So drafts grow while the
-    text repeats itself; when it does not, they stop, and one is tried now and then.
+    Its credit, counted in decode steps, says how many: accepted drafts earn, refused ones cost. So drafts grow while
+    the text repeats itself; when it does not, they stop, and one is tried now and then.
     """
 
     def __init__(self) -> None:

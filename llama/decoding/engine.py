@@ -25,8 +25,9 @@ KEPT = 2**25 - 2**16  # bytes; see `keep_pages`
 
 
 class WithoutOneDNN:
-    """A block in which torch multiplies without oneDNN. For one row in bfloat16 on a CPU without AMX, oneDNN reads the weights
-    at two thirds of the speed of torch's own product. The switch is the process's: the last thread to leave turns it back."""
+    """A block in which torch multiplies without oneDNN. For one row in bfloat16 on a CPU without AMX, oneDNN reads the
+    weights at two thirds of the speed of torch's own product. The switch is the process's: the last thread to leave
+    turns it back."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Condition(), 0, True
@@ -57,8 +58,9 @@ without_onednn = WithoutOneDNN()
 
 
 def keep_pages() -> None:
-    """Let glibc keep freed pieces of up to 32 MB, as it does once it has seen one freed. Otherwise it hands the pages of each
-    large tensor back to the system, which zeroes them anew: a tenth to a quarter of a prompt's time. Touches no memory."""
+    """Let glibc keep freed pieces of up to 32 MB, as it does once it has seen one freed. Otherwise it hands the pages
+    of each large tensor back to the system, which zeroes them anew: a tenth to a quarter of a prompt's time. Touches no
+    memory."""
     torch.empty(KEPT, dtype=torch.uint8)
 
 
@@ -130,12 +132,13 @@ class Engine:
         layers: int = -1,
         pass_length: int = 0,
     ) -> Iterator[tuple[list[int], torch.Tensor, int]]:
-        """Read prompts into slots, a chunk of columns at a time. start: how many of their first tokens are there already.
+        """Read prompts into slots, a chunk of columns at a time. start: how many of their first tokens are there
+        already.
 
-        Yields (rows, hidden, at): the rows whose prompts reach the chunk, its hidden states (rows, columns, dim), and the
-        position of its first column. Shorter rows are filled up on the right. The padding is never read: attention is
-        causal, and each padded column is overwritten by a real token before any query reaches it. layers, pass_length: as in
-        the model.
+        Yields (rows, hidden, at): the rows whose prompts reach the chunk, its hidden states (rows, columns, dim), and
+        the position of its first column. Shorter rows are filled up on the right. The padding is never read: attention
+        is causal, and each padded column is overwritten by a real token before any query reaches it. layers,
+        pass_length: as in the model.
         """
         lengths = [len(prompt) for prompt in prompts]
         chunk = max(CHUNK, PASS // len(prompts))
@@ -151,8 +154,8 @@ class Engine:
             yield rows, hidden, at
 
     def decode(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-        """One token of every row, (B,), at its own position; row i owns slot i. -> float32 logits (B, vocab_size), which
-        are good until the next call."""
+        """One token of every row, (B,), at its own position; row i owns slot i. -> float32 logits (B, vocab_size),
+        which are good until the next call."""
         span = max(positions) + 1
         with self._explained(), runtime.current(self.device), self._fast_products(len(positions)):
             if self._ready is not None:
@@ -173,8 +176,8 @@ class Engine:
         return isinstance(self._ready, Recorded)
 
     def fetch(self, tensors: Sequence[torch.Tensor], meanwhile: Optional[Callable[[], None]] = None) -> list[Any]:
-        """Tensors of the device as lists of numbers, with one wait for all. meanwhile: may queue work there, which is not
-        waited for."""
+        """Tensors of the device as lists of numbers, with one wait for all. meanwhile: may queue work there, which is
+        not waited for."""
         if device_kind(tensors[0]) != "cuda":
             if meanwhile is not None:
                 meanwhile()
@@ -193,8 +196,8 @@ class Engine:
     def verify(
         self, tokens: Sequence[Sequence[int]], positions: Sequence[int], slots: Optional[Sequence[int]] = None
     ) -> torch.Tensor:
-        """Run the newest token of each row, at its position (above 0), and what may follow it, (B, S), in one pass. slots:
-        those of the rows; row i owns slot i if not given.
+        """Run the newest token of each row, at its position (above 0), and what may follow it, (B, S), in one pass.
+        slots: those of the rows; row i owns slot i if not given.
 
         -> float32 logits (B, S, vocab_size). What refused drafts leave in the cache is overwritten before
         any query reaches it.
@@ -209,8 +212,8 @@ class Engine:
 
     @property
     def joins_passes(self) -> bool:
-        """Whether a pass over several tokens of some rows pays in place of their steps. A GPU's step is recorded, and takes a
-        fifth of the time of a pass, which is not (7B on an H200)."""
+        """Whether a pass over several tokens of some rows pays in place of their steps. A GPU's step is recorded, and
+        takes a fifth of the time of a pass, which is not (7B on an H200)."""
         return not (isinstance(self.graph, Recorded) and device_kind(self.device) == "cuda")
 
     def run_each(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
@@ -220,7 +223,9 @@ class Engine:
             return self.verify([tokens], positions[:1], slots[:1])[0]
         with self._explained(), runtime.current(self.device):
             batch, start_pos, owned = (runtime.to_device(each, self.device) for each in (tokens, positions, slots))
-            hidden = self.model.hidden_states(batch[:, None], start_pos, slots=owned, span=max(positions) + 1, pass_length=0)
+            hidden = self.model.hidden_states(
+                batch[:, None], start_pos, slots=owned, span=max(positions) + 1, pass_length=0
+            )
             return self.model.output(hidden[:, 0]).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -241,11 +246,15 @@ class Engine:
         some = [slice(i, i + step) for i in range(0, len(targets), step)]
         parts = [self.scores(self.logits(hidden[rows]), targets[rows], alternatives) for rows in some]
         none = targets.new_empty(0, min(alternatives, self.model.vocab_size))
-        return tuple(map(torch.cat, zip(*parts))) if parts else (targets.float(), *[none, none.float()] * bool(alternatives))
+        return (
+            tuple(map(torch.cat, zip(*parts)))
+            if parts
+            else (targets.float(), *[none, none.float()] * bool(alternatives))
+        )
 
     def scores(self, logits: torch.Tensor, targets: torch.Tensor, alternatives: int = 0) -> tuple[torch.Tensor, ...]:
-        """ln p of targets (N,) under float32 logits (N, V): float32 (N,), NaN where logits are not finite. With alternatives
-        also this number of `best` at each place: their ids, and ln p of each."""
+        """ln p of targets (N,) under float32 logits (N, V): float32 (N,), NaN where logits are not finite. With
+        alternatives also this number of `best` at each place: their ids, and ln p of each."""
         told = self.of_rows(prompt_logprobs, logits, targets)
         return (told, *self.best(logits, alternatives)) if alternatives else (told,)
 
@@ -293,12 +302,14 @@ class Engine:
         return self._use.is_of(user)
 
     def weights_state(self) -> tuple[Any, torch.Tensor]:
-        """-> a key, and some numbers of each weight, on the device. If a weight changes, one of the two does; an edit of
-        `.data` shows in the numbers only."""
+        """-> a key, and some numbers of each weight, on the device. If a weight changes, one of the two does; an edit
+        of `.data` shows in the numbers only."""
         table = self.model.freqs_cis
         tensors = [p for part in self.model.parts for p in part._parameters.values() if p is not None]
         tensors.append(torch.view_as_real(table) if table.is_complex() else table)
-        plain = [t for t in tensors if not t.is_mkldnn]  # a matrix that oneDNN has packed has no address, and no numbers to see
+        plain = [
+            t for t in tensors if not t.is_mkldnn
+        ]  # a matrix that oneDNN has packed has no address, and no numbers to see
         places = [id(t) if t.is_mkldnn else t.data_ptr() for t in tensors]
         if places != self._samples[0]:
             lines = [t.detach().diagonal() if t.ndim > 1 else t.detach() for t in plain]
@@ -307,12 +318,13 @@ class Engine:
         return (self._made_for, places, versions), torch.cat(self._samples[1])
 
     def keep_columns(self, columns: Sequence[int]) -> None:
-        """Say how many first columns of each slot are to stay when steps are filled up with rows that nobody asked for."""
+        """Say how many first columns of each slot are to stay when steps are filled up with rows that nobody asked
+        for."""
         self._use.columns = list(columns)
 
     def not_finite(self, prompt: int, what: str = "logits", slot: Optional[int] = None) -> ValueError:
-        """The error for a prompt of which `what` is not finite. Zeroes its slot, or all if that is None: NaN in a column
-        reaches every query that sees the column, even with a weight of 0."""
+        """The error for a prompt of which `what` is not finite. Zeroes its slot, or all if that is None: NaN in a
+        column reaches every query that sees the column, even with a weight of 0."""
         self.clear(slot)
         way = "check the weights" if self.dtype == torch.float32 else "build it with dtype='float32' (or 'bfloat16')"
         return ValueError(f"the model's {what} for prompt {prompt} are not finite in {self.dtype}; {way}")

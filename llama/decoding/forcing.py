@@ -1,7 +1,7 @@
 """Ids that rows' grammars force, run in one pass with each row's newest id: the keys of a JSON object, for example.
 
-Nothing is chosen or drawn for them. Each row still makes one choice in each step, behind what is forced: so what it draws does
-not depend on whether others have forced ids, and rows that draw together stay together.
+Nothing is chosen or drawn for them. Each row still makes one choice in each step, behind what is forced: so what it
+draws does not depend on whether others have forced ids, and rows that draw together stay together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from .choosing import Chooser
 from .engine import Engine
 from .rows import Decision, Row
 
-# Columns of the cache that a pass may copy, since each of its tokens looks at a copy of its slot: 256 MB of a layer of 7B.
+# Columns of the cache that a pass may copy, since each of its tokens looks at a copy of its slot: 256 MB of a layer of
+# 7B.
 COPIED = 2**14
 
 
@@ -33,8 +34,8 @@ class Forcing:
         logits_of: Callable[[list[Row]], torch.Tensor],
         doubt: Optional[torch.Tensor],
     ) -> tuple[list[list[Decision]], list[Any]]:
-        """What comes next in each row: the ids that are forced there, and a choice. slots: of the rows. logits_of: runs the
-        newest ids of rows. doubt: a tensor to read in the same wait; its numbers come second."""
+        """What comes next in each row: the ids that are forced there, and a choice. slots: of the rows. logits_of: runs
+        the newest ids of rows. doubt: a tensor to read in the same wait; its numbers come second."""
         passes = self._passes(rows, forced)
         alone = [i for i in range(len(rows)) if not any(i in together for together in passes)]
         # Those alone come first: that may write behind the columns of the others.
@@ -51,7 +52,8 @@ class Forcing:
         return [[next(left) for _ in range(len(ids) + 1)] for ids in forced], changed
 
     def _passes(self, rows: list[Row], forced: list[list[int]]) -> list[list[int]]:
-        """The rows of each pass over several tokens: those with forced ids, and others if there is room for all of them."""
+        """The rows of each pass over several tokens: those with forced ids, and others if there is room for all of
+        them."""
         most = COPIED // (max(len(row.ids) + len(ids) for row, ids in zip(rows, forced)))
         passes, used = list[list[int]](), most
         for i, ids in enumerate(forced):
@@ -67,6 +69,6 @@ class Forcing:
         return passes
 
     def _joins(self, row: Row) -> bool:
-        """Whether a row with nothing forced may run in such a pass. In float32 one without a grammar does not: its numbers are
-        those of steps, to the bit."""
+        """Whether a row with nothing forced may run in such a pass. In float32 one without a grammar does not: its
+        numbers are those of steps, to the bit."""
         return row.grammar is not None or self.engine.dtype != torch.float32

@@ -1,9 +1,9 @@
 """An engine in which a row's numbers are the same to the bit whatever else runs: `batch_invariant=True`.
 
-Every token is computed in one way, whether it is read with a prompt, in whichever piece, decoded, or verified as a draft. Its
-products are those of blocks of a fixed size; its attention has a shape that depends on its position alone; all else is
-computed row by row. It reads the model's tensors itself and calls no module, so it runs only while the model is as it was
-built.
+Every token is computed in one way, whether it is read with a prompt, in whichever piece, decoded, or verified as a
+draft. Its products are those of blocks of a fixed size; its attention has a shape that depends on its position alone;
+all else is computed row by row. It reads the model's tensors itself and calls no module, so it runs only while the
+model is as it was built.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ PROGRAMS = 256  # programs of Triton's attention for one query, over all key/val
 ON_GPU = 512  # most tokens of one pass on a GPU, whose attention takes memory for each
 
 INVARIANT_AS_BUILT = (
-    "batch_invariant=True holds for a model as it was built, and hooks, patches, parts or a sample_top_p of one's own are in "
+    "batch_invariant=True holds for a model as it was built, and hooks, patches, parts or a sample_top_p of one's own "
+    "are in "
     "use; remove them, or build without batch_invariant"
 )
 
@@ -128,20 +129,26 @@ class InvariantEngine(Engine):
             return rotations(self.model)
         return torch.view_as_real(self.model.turns(0, end, pass_length))
 
-    def _pass(self, tokens: Any, runs: Sequence[Run], layers: int = -1, table: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def _pass(
+        self, tokens: Any, runs: Sequence[Run], layers: int = -1, table: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """Run tokens, those of each run after those of the one before -> hidden states (tokens, dim). table: of
         rotations, if it is not the model's."""
         slots = [run.slot for run in runs for _ in range(run.length)]
         positions = [position for run in runs for position in range(run.start, run.start + run.length)]
         ids = tokens if isinstance(tokens, torch.Tensor) else to_device(list(tokens), self.device)
         count = len(positions)
-        if self._by_kernels:  # these prove themselves for each number of rows, so repeat the last token up to a power of two
+        if (
+            self._by_kernels
+        ):  # these prove themselves for each number of rows, so repeat the last token up to a power of two
             more = (1 << (count - 1).bit_length()) - count
             slots, positions = slots + slots[-1:] * more, positions + positions[-1:] * more
             ids = torch.cat((ids, ids[-1:].expand(more)))
         places = to_device(positions, self.device), to_device(slots, self.device)
         attend = (
-            self._attend_by_kernel(*places) if self._by_kernels else _Tiles(runs, self.model.params.max_seq_len, self.device)
+            self._attend_by_kernel(*places)
+            if self._by_kernels
+            else _Tiles(runs, self.model.params.max_seq_len, self.device)
         )
         with self._explained(), runtime.current(self.device), self._same_kernels():
             table = rotations(self.model) if table is None else table
@@ -203,15 +210,17 @@ class InvariantEngine(Engine):
             processors = len(q) * PROGRAMS // 4  # what makes the kernel take PROGRAMS / K of them
             x = proven.attend(q, attention.cache_k, attention.cache_v, positions, processors, slots)
             if proven.attend.refused:
-                raise ValueError("batch_invariant=True needs the kernel of attention, which is not used here: build without it")
+                raise ValueError(
+                    "batch_invariant=True needs the kernel of attention, which is not used here: build without it"
+                )
             return cast(torch.Tensor, x)
 
         return attend
 
 
 class _Tiles:
-    """Attention in plain torch: queries of one row, at positions that begin at a multiple of TILE, over the columns up to
-    the last of these positions. Places where no query is asked for hold zeros."""
+    """Attention in plain torch: queries of one row, at positions that begin at a multiple of TILE, over the columns up
+    to the last of these positions. Places where no query is asked for hold zeros."""
 
     def __init__(self, runs: Sequence[Run], columns: int, device: torch.device) -> None:
         """columns: of the cache."""

@@ -1,7 +1,8 @@
-"""One process takes requests for all: it tells the others who came and who went, in one message a step, and all step alike.
+"""One process takes requests for all: it tells the others who came and who went, in one message a step, and all step
+alike.
 
-The first process has the calls that people read. Each copy of the model runs a share of a call's requests; what its first
-process decides goes back to the call.
+The first process has the calls that people read. Each copy of the model runs a share of a call's requests; what its
+first process decides goes back to the call.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ OVER = "the processes no longer run steps together: lead() has returned, or a st
 AGAIN = "the processes of this Llama have ended; build it again"
 PATIENCE = 2.0  # seconds that a process has to end in whose connection was lost
 CHANGED = (
-    "the weights of this process's part of the model have changed since other processes follow it, and theirs have not; build "
+    "the weights of this process's part of the model have changed since other processes follow it, and theirs have "
+    "not; build "
     "again from a folder with the new weights (or let torchrun start a script in which all processes change theirs)"
 )
 
@@ -198,7 +200,8 @@ class Leader:
         return self._copy.copies
 
     def submit(self, call: Call) -> None:
-        """Share a call's requests out: each goes to the copy with the most room, and all to one if they draw together."""
+        """Share a call's requests out: each goes to the copy with the most room, and all to one if they draw
+        together."""
         number, shares = next(self._numbers), dict[int, list[int]]()
         seed = 0 if call.source.generator is None else call.source.generator.initial_seed()
         with self.scheduler.engine.lock:
@@ -224,11 +227,13 @@ class Leader:
             self.scheduler.advance(call, self._step)
 
     def let_go(self) -> None:
-        """The next step tells the others that a call was left. Nobody is woken: the garbage collector may run this anywhere."""
+        """The next step tells the others that a call was left. Nobody is woken: the garbage collector may run this
+        anywhere."""
 
     @contextmanager
     def all_do(self, name: str, *arguments: Any) -> Iterator[None]:
-        """A block that does what a method of `Llama` does, which the other processes run meanwhile. Hold the lock for it."""
+        """A block that does what a method of `Llama` does, which the other processes run meanwhile. Hold the lock for
+        it."""
         with self._all(), a_step(self.scheduler.group):
             self._check_weights(self.scheduler.engine.weights_state())
             message = [_Do(name, arguments)]
@@ -303,7 +308,8 @@ class Leader:
             self._hand_on(decided)
 
     def _check_others(self, outcome: list[_Decided]) -> None:
-        """Raise if a process is gone, or may be: the scheduler takes an error of a prompt's pass for one of its calls."""
+        """Raise if a process is gone, or may be: the scheduler takes an error of a prompt's pass for one of its
+        calls."""
         assert self._started is not None
         if lost := self._started.why_lost():
             raise RuntimeError(lost)
@@ -321,7 +327,9 @@ class Leader:
         try:
             (pickle.Pickler if self._started is None else _Elsewhere)(io.BytesIO()).dump(message)
         except Exception as error:
-            raise ValueError(f"what is asked must be such that pickle can send it to the other processes: {error}") from error
+            raise ValueError(
+                f"what is asked must be such that pickle can send it to the other processes: {error}"
+            ) from error
 
     def _gone(self) -> list[_Went]:
         """What readers have cancelled or left since the last step."""
@@ -379,7 +387,9 @@ class _Elsewhere(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if getattr(value, "__module__", "") == "__main__" and isinstance(value, (FunctionType, type)):
-            raise ValueError(f"{value.__qualname__} is this script's or notebook's; put it into a module that they can import")
+            raise ValueError(
+                f"{value.__qualname__} is this script's or notebook's; put it into a module that they can import"
+            )
         return NotImplemented
 
 

@@ -1,7 +1,8 @@
 """Meta's loop: the rows of a batch stand at one column, and every step calls `model.forward(tokens, start_pos)`.
 
-It serves models with replaced, patched or hooked parts, which run only in this way. As in Meta's release, prompts longer than
-the shortest are read a token at a time beside the answers of the others, and rows that have ended are stepped to the end.
+It serves models with replaced, patched or hooked parts, which run only in this way. As in Meta's release, prompts
+longer than the shortest are read a token at a time beside the answers of the others, and rows that have ended are
+stepped to the end.
 """
 
 from __future__ import annotations

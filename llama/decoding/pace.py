@@ -37,8 +37,9 @@ class Pace:
 
     @property
     def piece(self) -> int:
-        """Tokens to read between two steps: the largest size that streams have the patience for, or that costs little more than
-        half of it. A size that was not measured yet is tried. Sizes are powers of two, so that there are few shapes."""
+        """Tokens to read between two steps: the largest size that streams have the patience for, or that costs little
+        more than half of it. A size that was not measured yet is tried. Sizes are powers of two, so that there are few
+        shapes."""
         if not self.step or not self.pieces:
             return FIRST
         size, patience = min(self.pieces), PATIENCE * self.step

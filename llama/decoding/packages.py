@@ -30,7 +30,8 @@ def _parts(content: bytes) -> dict[str, bytes]:
 
 
 def load(path: Path) -> Any:
-    """The runner of a package: its `run` takes and returns a list of tensors. Raises the errors of `read`, and RuntimeError."""
+    """The runner of a package: its `run` takes and returns a list of tensors. Raises the errors of `read`, and
+    RuntimeError."""
     parts = read(path)
     with workspace(path.parent) as folder:
         for end, part in parts.items():

@@ -15,18 +15,20 @@ from ..system.printable import shortened
 from .settings import FinishReason as FinishReason
 from .settings import Sampling
 
-# Ids that are read behind a prefix round differently from a prompt that is read whole. So a shorter prefix is read again:
-# equal calls give equal numbers to the bit.
+# Ids that are read behind a prefix round differently from a prompt that is read whole. So a shorter prefix is read
+# again: equal calls give equal numbers to the bit.
 LEAST_SHARED = 32
 
 
 class Grammar(Protocol):
-    """Says which ids may come next in one row, and is told which one did. It may have more methods: `ends_with(token)` says
-    whether an id leaves nothing that could follow it but an end; `forced()` gives the ids that are to come next without a
-    choice, which `fill` would allow one after the other, and `behind(ids)` a copy of the grammar that has taken them."""
+    """Says which ids may come next in one row, and is told which one did. It may have more methods: `ends_with(token)`
+    says whether an id leaves nothing that could follow it but an end; `forced()` gives the ids that are to come next
+    without a choice, which `fill` would allow one after the other, and `behind(ids)` a copy of the grammar that has
+    taken them."""
 
     def fill(self, bits: torch.Tensor) -> None:
-        """Write into int32 (ceil(vocab_size / 32),) on the CPU: bit i % 32 of word i // 32 is set if id i may come next."""
+        """Write into int32 (ceil(vocab_size / 32),) on the CPU: bit i % 32 of word i // 32 is set if id i may come
+        next."""
 
     def accept(self, token: int) -> None:
         """Take the id that came next."""
@@ -36,12 +38,12 @@ class Grammar(Protocol):
 class Request:
     """A prompt, and how it is to be answered.
 
-    max_new: how many ids may follow. seed: of draws of its own. ends: ids that end it. logprobs, alternatives: report each
-    id's log-probability, and this number of best ids, at each place. scored: report those of these ids, which are the prompt's
-    from `scored_from` on; the last of them may stand behind the prompt, and is not read.
-    draft: verify several ids, which the text itself suggests, in one pass; None: where that changes no id; False: no guesses
-    of a draft model either. grammar: a `Grammar`; or data, of which the scheduler makes a new one for each row, wherever that
-    runs. least_shared: start behind a prefix that the cache holds if it has at least this number of ids.
+    max_new: how many ids may follow. seed: of draws of its own. ends: ids that end it. logprobs, alternatives: report
+    each id's log-probability, and this number of best ids, at each place. scored: report those of these ids, which are
+    the prompt's from `scored_from` on; the last of them may stand behind the prompt, and is not read. draft: verify
+    several ids, which the text itself suggests, in one pass; None: where that changes no id; False: no guesses of a
+    draft model either. grammar: a `Grammar`; or data, of which the scheduler makes a new one for each row, wherever
+    that runs. least_shared: start behind a prefix that the cache holds if it has at least this number of ids.
     """
 
     prompt: list[int]
@@ -119,7 +121,8 @@ def check_prompts(prompt_tokens: Sequence[Sequence[int]], args: ModelArgs) -> li
         for token in prompt:
             if not 0 <= token < args.vocab_size:
                 raise ValueError(
-                    f"prompt {row} has the id {token}, which is outside the vocabulary; ids go from 0 to {args.vocab_size - 1}"
+                    f"prompt {row} has the id {token}, which is outside the vocabulary; ids go from 0 to "
+                    f"{args.vocab_size - 1}"
                 )
     return prompts
 

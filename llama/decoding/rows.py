@@ -18,9 +18,9 @@ from .sampling import exponential_noise
 class Noise:
     """What a row draws its ids from, by their numbers: the same whenever, and by whomever, it is asked for.
 
-    A draft model that draws with the noise that its model will draw with guesses right whenever the two distributions lead to
-    the same id, and no guess can change what the model draws: "drafter-invariant" speculative sampling (Leviathan et al. 2023,
-    https://arxiv.org/abs/2211.17192; Daliri et al. 2024, https://arxiv.org/abs/2408.07978).
+    A draft model that draws with the noise that its model will draw with guesses right whenever the two distributions
+    lead to the same id, and no guess can change what the model draws: "drafter-invariant" speculative sampling
+    (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192; Daliri et al. 2024, https://arxiv.org/abs/2408.07978).
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -57,8 +57,8 @@ class Row:
     """A request that runs. Its state lies here, and not in a slot, since rows move between slots."""
 
     def __init__(self, call: Call, index: int, limit: int, *, lane: int = 0, number: int = 0) -> None:
-        """Of the call's request `index`, in a cache of `limit` columns. lane: its row of the source's noise. number: counts the
-        rows as they come."""
+        """Of the call's request `index`, in a cache of `limit` columns. lane: its row of the source's noise. number:
+        counts the rows as they come."""
         self.call, self.index, self.lane, self.number = call, index, lane, number
         self.request, self.source = call.requests[index], call.source
         self.ids = list(self.request.prompt)  # the generated ones follow
@@ -75,7 +75,9 @@ class Row:
         self.cached = 0  # ids of the prompt that are not read, since a slot held them
         self.apart = False  # its columns are turned by its prompt's own length, so it shares none with others
         self.last: Optional[torch.Tensor] = None  # hidden state (dim,) behind all ids, until an id is chosen by it
-        self.scores: list[tuple[torch.Tensor, ...]] = []  # scores of the prompt's pieces, on the device: see `Engine.scores`
+        self.scores: list[
+            tuple[torch.Tensor, ...]
+        ] = []  # scores of the prompt's pieces, on the device: see `Engine.scores`
         self.prompt_logprobs: Optional[list[float]] = None
         self.prompt_alternatives: list[list[tuple[int, float]]] = []
         # What its options need:
@@ -89,7 +91,9 @@ class Row:
         self.ahead = 0  # their number
         self.forced: Optional[int] = None  # the id that comes there without a choice
         self.agreement: Optional[float] = None  # the share of a draft model's guesses that were right
-        self.rounded: Optional[int] = None  # first cache column written by a pass over several tokens: it rounds differently
+        self.rounded: Optional[int] = (
+            None  # first cache column written by a pass over several tokens: it rounds differently
+        )
 
     @property
     def is_over(self) -> bool:
@@ -137,7 +141,8 @@ class Row:
         return Step(self.index, decision.token, decision.logprob, decision.alternatives, reason, *scores)
 
     def _nothing_follows(self, token: int) -> bool:
-        """Whether the row's grammar knows that an answer is whole with this id, and cannot go on: it needs no step for EOS."""
+        """Whether the row's grammar knows that an answer is whole with this id, and cannot go on: it needs no step for
+        EOS."""
         ends_with = getattr(self.grammar, "ends_with", None)
         return ends_with is not None and ends_with(token)
 

@@ -27,19 +27,23 @@ def multinomial_no_sync(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tenso
 
 
 def keep_top_p(sorted_probs: torch.Tensor, p: Union[float, torch.Tensor]) -> torch.Tensor:
-    """Zero what is behind the token at which the mass exceeds `p`; the first always stays. Descending (B, V), not rescaled."""
+    """Zero what is behind the token at which the mass exceeds `p`; the first always stays. Descending (B, V), not
+    rescaled."""
     mass_before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
     return sorted_probs.masked_fill(mass_before > p, 0.0)
 
 
 def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
-    """Nucleus sampling: draw from the fewest most probable tokens whose mass exceeds `p`. Float32 (B, V) -> int64 (B, 1)."""
+    """Nucleus sampling: draw from the fewest most probable tokens whose mass exceeds `p`. Float32 (B, V) -> int64 (B,
+    1)."""
     if not p >= 0:  # NaN too
         raise ValueError(f"p={p} must be a number of 0 or more")
     sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
     sorted_probs = keep_top_p(sorted_probs, p)
     sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
-    return ids.gather(-1, multinomial_no_sync(sorted_probs, exponential_noise(len(probs), probs.shape[-1], probs.device)))
+    return ids.gather(
+        -1, multinomial_no_sync(sorted_probs, exponential_noise(len(probs), probs.shape[-1], probs.device))
+    )
 
 
 class Penalties(NamedTuple):
@@ -80,9 +84,11 @@ class Drawing(NamedTuple):
         return cls(parts[0], parts[1], top_k, parts[3] if any(row.min_p for row in rows) else None)
 
 
-def draw(logits: torch.Tensor, drawing: Drawing, noise: torch.Tensor, by_id: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """One id of each row, float32 (N, V) -> int64 (N,). noise: (N, V) from `exponential_noise`, which belongs to ranks, the
-    likeliest id first, as in Meta's release; or to ids, in the rows for which by_id, bool (N, 1), is set."""
+def draw(
+    logits: torch.Tensor, drawing: Drawing, noise: torch.Tensor, by_id: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """One id of each row, float32 (N, V) -> int64 (N,). noise: (N, V) from `exponential_noise`, which belongs to ranks,
+    the likeliest id first, as in Meta's release; or to ids, in the rows for which by_id, bool (N, 1), is set."""
     on_gpu = device_kind(logits) == "cuda"  # there torch divides by a number, as Meta's code does, like this
     scaled = logits * drawing.temperature.reciprocal() if on_gpu else logits / drawing.temperature
     sorted_probs, ids = torch.sort(torch.softmax(scaled, dim=-1), dim=-1, descending=True)

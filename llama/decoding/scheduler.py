@@ -1,8 +1,9 @@
-"""Who runs, who waits, who shares a prefix: requests that come at any time, from any thread, over the slots of one cache.
+"""Who runs, who waits, who shares a prefix: requests that come at any time, from any thread, over the slots of one
+cache.
 
-The rows that run own the first slots, so that the cache is read in place. Each step admits what has come, reads a piece of
-the prompts that are still to be read, runs the newest id of all other rows, and chooses. Whoever waits for an answer steps, for
-all: there is no thread of our own, and nothing runs that nobody waits for.
+The rows that run own the first slots, so that the cache is read in place. Each step admits what has come, reads a piece
+of the prompts that are still to be read, runs the newest id of all other rows, and chooses. Whoever waits for an answer
+steps, for all: there is no thread of our own, and nothing runs that nobody waits for.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from .verifying import Verifier
 WHOLE = 1.5  # pieces; the rest of a prompt is read in one pass if it is no longer: a small one takes nearly as long
 WAIT = 0.02  # seconds; one of those who wait for another thread's step looks that often whether that thread still steps
 OTHERS_USED_IT = (
-    "another call has used the model since, and this stream cannot go on: the model has parts, hooks or patches of somebody's "
+    "another call has used the model since, and this stream cannot go on: the model has parts, hooks or patches of "
+    "somebody's "
     "own, which may remember more than our cache does; finish a stream, or leave it, before the next call"
 )
 
@@ -65,8 +67,8 @@ class Scheduler:
         never: Collection[int] = (),
         grammars: Callable[[Any], Grammar] = lambda grammar: grammar,
     ) -> None:
-        """group: the processes that share the model, and make the same calls. draft: of a model that guesses for it. never,
-        grammars: see `Chooser`."""
+        """group: the processes that share the model, and make the same calls. draft: of a model that guesses for it.
+        never, grammars: see `Chooser`."""
         self.engine, self.group = engine, group
         self.pace = Pace()
         self.chooser = Chooser(engine, draft is not None, never, grammars)
@@ -147,8 +149,8 @@ class Scheduler:
             self.wake_others(instead=not goes_on)
 
     def wake_others(self, instead: bool) -> None:
-        """Wake those for whom there is news; and one more to step in this thread's place, if it leaves. If all woke, they would
-        take the interpreter's lock from whoever steps."""
+        """Wake those for whom there is news; and one more to step in this thread's place, if it leaves. If all woke,
+        they would take the interpreter's lock from whoever steps."""
         for call in list(self._waiters):
             leaves = call.has_news or call.is_over
             if leaves or instead:
@@ -191,7 +193,9 @@ class Scheduler:
                 return 0
             self._own_cache()
             self._dismiss()
-            slot = self.held.oldest([slot for slot, row in enumerate(self._slots) if row is None] or [len(self._slots) - 1])
+            slot = self.held.oldest(
+                [slot for slot, row in enumerate(self._slots) if row is None] or [len(self._slots) - 1]
+            )
             if (row := self._slots[slot]) is not None:
                 self._read_anew(row)
             self.held.set(slot, [])
@@ -285,7 +289,9 @@ class Scheduler:
             assert begun.chosen is not None
             self._newest = begun.rows, begun.chosen
             ahead = self._look_ahead if self.engine.looks_ahead else None
-            decisions, changed = self.chooser.read(begun.logits, begun.chosen, begun.rows, more=self._doubt, meanwhile=ahead)
+            decisions, changed = self.chooser.read(
+                begun.logits, begun.chosen, begun.rows, more=self._doubt, meanwhile=ahead
+            )
             self._doubt = None
             if any(changed):
                 self._lose_all()
@@ -410,7 +416,8 @@ class Scheduler:
         call.admitted += 1
 
     def _share(self, row: Row) -> int:
-        """Choose a free slot for a row; let it start behind the longest prefix that any slot has, or is about to have."""
+        """Choose a free slot for a row; let it start behind the longest prefix that any slot has, or is about to
+        have."""
         free = [slot for slot, other in enumerate(self._slots) if other is None]
         if row.apart:
             return self.held.oldest(free)
@@ -563,8 +570,8 @@ class Scheduler:
         return [row for row in rows if not row.reading and row.call.error is None and row.call not in late]
 
     def _advance(self, begun: _Begun, known: bool = True) -> None:
-        """Run the newest tokens of rows, and choose their next ones. known: whether the rows have these tokens already, or
-        they are only on the device."""
+        """Run the newest tokens of rows, and choose their next ones. known: whether the rows have these tokens already,
+        or they are only on the device."""
         rows = begun.rows
         begun.states = [(g, g.get_state(), None) for g in self.chooser.generators(rows)]
         self._begun.append(begun)
@@ -591,29 +598,35 @@ class Scheduler:
         return logits
 
     def _run(self, rows: list[Row], known: bool) -> torch.Tensor:
-        """One token of each row -> float32 logits (rows, V). Rows between them take part, with a token behind their columns
-        that is overwritten before any query sees it."""
+        """One token of each row -> float32 logits (rows, V). Rows between them take part, with a token behind their
+        columns that is overwritten before any query sees it."""
         end = self._slots.index(rows[-1]) + 1
         among = [row for row in self._slots[:end] if row is not None]
         last = self._limit - 1
         if rows == self._newest[0] == among:
-            tokens = self._newest[1] if known else self._newest[1].clamp(min=0)  # a row without an id is not known to be over
+            tokens = (
+                self._newest[1] if known else self._newest[1].clamp(min=0)
+            )  # a row without an id is not known to be over
         else:
             assert known
             tokens = to_device([row.ids[-1] for row in among], self.engine.device)
         positions = [min(row.columns + (not known), last) for row in among]
         if self.engine.fills_up:
-            self.engine.keep_columns([len(self.held.ids[i]) if r is None else r.columns for i, r in enumerate(self._slots)])
+            self.engine.keep_columns(
+                [len(self.held.ids[i]) if r is None else r.columns for i, r in enumerate(self._slots)]
+            )
         logits = self.engine.decode(tokens, positions)
         if len(rows) == len(among):
             return logits
         return logits[to_device([i for i, row in enumerate(among) if row in rows], logits.device)]
 
     def _look_ahead(self) -> None:
-        """Queue the next step before the host knows this one's ids: the device need not wait for it. If a row turns out to
-        have ended, the step leaves only columns that are overwritten before any query reads them."""
+        """Queue the next step before the host knows this one's ids: the device need not wait for it. If a row turns out
+        to have ended, the step leaves only columns that are overwritten before any query reads them."""
         rows = self._begun[0].rows
-        waits = rows != self.rows or any(row.request.grammar is not None or row.call.source.draw is not None for row in rows)
+        waits = rows != self.rows or any(
+            row.request.grammar is not None or row.call.source.draw is not None for row in rows
+        )
         if not waits and not self.verifier.takes(rows) and not self._inbox and all(row.room > 1 for row in rows):
             lasts = [row.last for row in rows]
             for row in rows:

@@ -1,4 +1,5 @@
-"""What a caller may say of how ids are chosen, checked, without torch: the terminal knows it before that is imported."""
+"""What a caller may say of how ids are chosen, checked, without torch: the terminal knows it before that is
+imported."""
 
 from __future__ import annotations
 
@@ -31,9 +32,9 @@ class Sampling:
     min_p: one at least this share as probable as the best (Nguyen et al. 2024). They apply in this order, each to the
     distribution that the one before it left.
     repetition_penalty: logits of ids that the row has already, prompt included, are divided by it if positive and
-    multiplied if negative (Keskar et al. 2019), from 1e-10 to 1e10. presence_penalty, frequency_penalty: what is subtracted
-    from the logits of ids that were generated, once, and for each time (as OpenAI's API has them), from -1e10 to 1e10.
-    logit_bias: id -> what is added to its logit, at most 1e10, -inf to forbid it.
+    multiplied if negative (Keskar et al. 2019), from 1e-10 to 1e10. presence_penalty, frequency_penalty: what is
+    subtracted from the logits of ids that were generated, once, and for each time (as OpenAI's API has them), from
+    -1e10 to 1e10. logit_bias: id -> what is added to its logit, at most 1e10, -inf to forbid it.
     """
 
     temperature: float = 0.6

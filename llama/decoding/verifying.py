@@ -1,11 +1,12 @@
 """Guesses at what comes next, several verified in a pass, so that they change no id.
 
-They are looked up in a row's own ids, or come from a draft model. The model chooses at each place as if the guesses before it
-were right, drawn ids too: see `Noise`. A row takes what was chosen up to the first guess that was wrong.
+They are looked up in a row's own ids, or come from a draft model. The model chooses at each place as if the guesses
+before it were right, drawn ids too: see `Noise`. A row takes what was chosen up to the first guess that was wrong.
 
-A pass over several tokens rounds differently from single steps. Where that could decide between two ids, single steps do; in
-float32 they also run again what passes have left in the cache, so that it is to the bit as if there had been no guesses. In
-16 bits the neighbours of a row decide as much, so there single steps are taken only for a row that runs alone.
+A pass over several tokens rounds differently from single steps. Where that could decide between two ids, single steps
+do; in float32 they also run again what passes have left in the cache, so that it is to the bit as if there had been no
+guesses. In 16 bits the neighbours of a row decide as much, so there single steps are taken only for a row that runs
+alone.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from .held import common_prefix
 from .pace import Pace
 from .rows import Decision, Row
 
-# A pass may pick the best id only if it leads the second by this many standard deviations of the logits. Passes differ from
-# single steps by up to 4e-6 in float32, 0.06 in bfloat16 and 0.004 in float16 (random and trained weights, 5 to 12 layers).
+# A pass may pick the best id only if it leads the second by this many standard deviations of the logits. Passes differ
+# from single steps by up to 4e-6 in float32, 0.06 in bfloat16 and 0.004 in float16 (random and trained weights, 5 to 12
+# layers).
 CLEAR = {torch.float32: 3e-5, torch.bfloat16: 0.08, torch.float16: 0.01}
-# A pass is no wider than leaves this share of its places to guesses. On a CPU a place costs up to 0.15 of a step of 1 to 8 rows
-# (0.003 to 0.15, demo model and stories260K), whether it holds a guess or not.
+# A pass is no wider than leaves this share of its places to guesses. On a CPU a place costs up to 0.15 of a step of 1
+# to 8 rows (0.003 to 0.15, demo model and stories260K), whether it holds a guess or not.
 FILLED = 0.25
 
 
@@ -60,9 +62,11 @@ class Verifier:
         return guessable and row.request.draft is not False and row.request.grammar is None
 
     def decide(self, rows: list[Row]) -> Optional[list[list[Decision]]]:
-        """What comes next in each row: one id, or several if guesses hold. None for what a plain step decides as well."""
+        """What comes next in each row: one id, or several if guesses hold. None for what a plain step decides as
+        well."""
         limit = self.engine.model.params.max_seq_len
-        # A row can have no guess for the last id that there is room for, and none has columns behind the end of the cache.
+        # A row can have no guess for the last id that there is room for, and none has columns behind the end of the
+        # cache.
         end = min(limit - len(row.ids) for row in rows)
         most = [min(row.room - 1, end) for row in rows]
         guesses = self._look_up(rows, most)
@@ -120,10 +124,14 @@ class Verifier:
             self.draft_model.saw_pass(len(rows), width, time.perf_counter() - began)
         return decided
 
-    def _accept(self, row: Row, slot: int, guesses: list[int], decisions: list[Decision], clear: list[bool]) -> list[Decision]:
+    def _accept(
+        self, row: Row, slot: int, guesses: list[int], decisions: list[Decision], clear: list[bool]
+    ) -> list[Decision]:
         """The row's decisions up to the first that was not guessed, or ends it."""
         decided: list[Decision] = []
-        for decision, is_clear, guess in zip(decisions, clear, [*guesses, None]):  # nothing was guessed for the last place
+        for decision, is_clear, guess in zip(
+            decisions, clear, [*guesses, None]
+        ):  # nothing was guessed for the last place
             if not is_clear:
                 decision = self._single_step(row, slot, [each.token for each in decided])
             decided.append(decision)
@@ -150,8 +158,8 @@ class Verifier:
         return decision if clear else self._single_step(row, 0, [])
 
     def _single_step(self, row: Row, slot: int, accepted: Sequence[int]) -> Decision:
-        """What follows a row and the guesses that held, as it is without guesses; in float32 after what was run in passes,
-        which is run again."""
+        """What follows a row and the guesses that held, as it is without guesses; in float32 after what was run in
+        passes, which is run again."""
         ids = [*row.ids, *accepted]
         first = len(ids) - 1
         if self.engine.dtype == torch.float32 and row.rounded is not None:

@@ -23,11 +23,11 @@ class Agreement:
 
 @contextmanager
 def together(group: Group = None, *, everyone: bool = False) -> Iterator[Agreement]:
-    """Run a block on every process of the group. If it fails on some, it fails on all, with the message of the lowest of them.
-    ValueError, which names the differences, if the values that the block sets differ.
+    """Run a block on every process of the group. If it fails on some, it fails on all, with the message of the lowest
+    of them. ValueError, which names the differences, if the values that the block sets differ.
 
-    Without this the processes that succeeded would wait for the others in the next collective. everyone: without a group,
-    the block is run by all processes that there are.
+    Without this the processes that succeeded would wait for the others in the next collective. everyone: without a
+    group, the block is run by all processes that there are.
     """
     error: Optional[Exception] = None
     agreement = Agreement()
@@ -90,8 +90,12 @@ def _difference(told: Mapping[int, tuple[dict[str, str], str]]) -> str:
                 words.append(f"{name} is {here} on process {first}, but {there} on process {rank}")
     if calls:
         return (
-            f"process {first} {call}, but {' and '.join(calls)}; all processes must make the same calls, and leave a stream "
+            f"process {first} {call}, but {' and '.join(calls)}; all processes must make the same calls, and leave a "
+            f"stream "
             "at the same step"
         )
     more = f", and {len(words) - 4} more differences" if len(words) > 4 else ""
-    return f"the {len(told)} processes were given different arguments: {'; '.join(words[:4])}{more}; give all of them the same"
+    return (
+        f"the {len(told)} processes were given different arguments: {'; '.join(words[:4])}{more}; give all of them "
+        f"the same"
+    )

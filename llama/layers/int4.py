@@ -1,6 +1,8 @@
-"""int4 layers. A CPU multiplies few rows of activations with torch's packed form; for many, it unpacks that form in blocks.
+"""int4 layers. A CPU multiplies few rows of activations with torch's packed form; for many, it unpacks that form in
+blocks.
 
-One prompt is decoded at twice the speed of bfloat16 (docs/SPEED.md). Plain ATen, because torchao's int4 has no form for CPUs.
+One prompt is decoded at twice the speed of bfloat16 (docs/SPEED.md). Plain ATen, because torchao's int4 has no form for
+CPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import STORED_ROWS, Quantized, refuse_gradients
 from .rounding import dequantized, pairs, to_int4, unpair
 
-FEW_ROWS = 64  # rows of activations; for more, the packed product (170 GFLOP/s on two cores) loses to dequantized blocks
+FEW_ROWS = (
+    64  # rows of activations; for more, the packed product (170 GFLOP/s on two cores) loses to dequantized blocks
+)
 DEQUANTIZED = 2**21  # numbers that are unpacked at a time; with fewer, calls cost more than the cache saves
 
 
@@ -119,8 +123,8 @@ class Int4(Quantized):
         return torch.cat([F.linear(x, dequantized(*part, x.dtype)) for part in parts], dim=-1)
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
-        """x bfloat16 (M, columns) -> (M, rows). The packed form is dequantized in pieces that fit a cache: (n - 8) * scale;
-        the zeros are rows of their own, which multiply the sums of x over each group."""
+        """x bfloat16 (M, columns) -> (M, rows). The packed form is dequantized in pieces that fit a cache: (n - 8) *
+        scale; the zeros are rows of their own, which multiply the sums of x over each group."""
         layout = packed_layout()
         assert layout is not None
         height, halves = layout
@@ -128,7 +132,9 @@ class Int4(Quantized):
         x = torch.cat((x, x.unflatten(1, (groups, group)).sum(-1)), dim=1)
         packed = self.weight.view(-1, groups, group, height // 2)  # two rows of a block of `height` in each byte
         scales, zeros = self.scales_and_zeros.detach().unbind(-1)
-        scales = scales.unflatten(1, (-1, height)).transpose(0, 1).contiguous()[:, :, None]  # (blocks, groups, 1, height)
+        scales = (
+            scales.unflatten(1, (-1, height)).transpose(0, 1).contiguous()[:, :, None]
+        )  # (blocks, groups, 1, height)
         blocks = min(max(1, 2048 // height), len(packed))
         piece = max(1, DEQUANTIZED // (blocks * height * group))
         y = x.new_empty(len(x), len(packed) * height)
@@ -151,8 +157,8 @@ class Int4(Quantized):
 
 @lru_cache
 def packed_layout() -> Optional[tuple[int, tuple[slice, slice]]]:
-    """How torch packs int4 on this CPU, found out by packing known numbers: the height of a block of rows, and its rows that
-    lie in the lower and in the upper halves of the bytes. None if the layout is another one."""
+    """How torch packs int4 on this CPU, found out by packing known numbers: the height of a block of rows, and its rows
+    that lie in the lower and in the upper halves of the bytes. None if the layout is another one."""
     rows, columns = 256, 32
     number = torch.arange(rows)[:, None].expand(rows, columns)
     digits = [torch._convert_weight_to_int4pack_for_cpu(d.int().contiguous(), 1) for d in (number % 16, number // 16)]
@@ -171,7 +177,11 @@ def packed_layout() -> Optional[tuple[int, tuple[slice, slice]]]:
             packed = torch._convert_weight_to_int4pack_for_cpu(columns_too, 1).view(rows // height, columns, -1)
             back = torch.empty(rows // height, columns, height, dtype=torch.int32)
             back[:, :, halves[0]], back[:, :, halves[1]] = packed & 15, packed >> 4
-            return (height, (halves[0], halves[1])) if torch.equal(back.transpose(1, 2).flatten(0, 1), columns_too) else None
+            return (
+                (height, (halves[0], halves[1]))
+                if torch.equal(back.transpose(1, 2).flatten(0, 1), columns_too)
+                else None
+            )
     return None
 
 

@@ -1,4 +1,5 @@
-"""int8 layers. oneDNN multiplies int8 with int8 only, and exactly, so on a CPU activations are first written as int8 digits.
+"""int8 layers. oneDNN multiplies int8 with int8 only, and exactly, so on a CPU activations are first written as int8
+digits.
 
 One prompt is decoded at 1.5 times the speed of bfloat16 (docs/SPEED.md). Plain ATen, because torchao's int8 reads 1
 to 10 billion weights a second on a CPU, where this reads 25 on two cores.
@@ -29,7 +30,8 @@ UNTILED = 2**17  # most numbers of one that is not put into tiles, where oneDNN 
 
 
 class Digits(NamedTuple):
-    """Activations (M, columns): each number is a whole number in base 254, the highest digit first, times its row's unit."""
+    """Activations (M, columns): each number is a whole number in base 254, the highest digit first, times its row's
+    unit."""
 
     numbers: torch.Tensor  # int8 (2 or 3, M, columns)
     unit: torch.Tensor  # float32 (M, 1)
@@ -129,16 +131,21 @@ class Int8(Quantized):
 
 
 def int8_product(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """digits int8 (count, M, columns) of activations x, weight int8 (rows, columns) or prepacked, scales float32 (rows,)
+    """digits int8 (count, M, columns) of activations x, weight int8 (rows, columns) or prepacked, scales float32
+    (rows,)
     -> x (weight * scales)ᵀ: float32 (M, rows)"""
     count, M, columns = digits.shape
     if not weight.is_mkldnn:
         flat = digits.view(-1, columns)
         if weight.dtype == torch.uint8:
             ones = torch.ones(len(flat), 1)
-            whole = torch.ops.llama_cpu.product(flat, ones, weight, len(scales), 8, own_kernels.TYPES.index(torch.float32))
+            whole = torch.ops.llama_cpu.product(
+                flat, ones, weight, len(scales), 8, own_kernels.TYPES.index(torch.float32)
+            )
         else:
-            whole = torch._int_mm(weight, flat.t()).t().contiguous() if M <= FEW_ROWS else torch._int_mm(flat, weight.t())
+            whole = (
+                torch._int_mm(weight, flat.t()).t().contiguous() if M <= FEW_ROWS else torch._int_mm(flat, weight.t())
+            )
         y, *lower = (whole * scales).view(count, M, -1).unbind()
     elif M <= FEW_ROWS:  # one product of all digits reads the weights once
         y, *lower = _qlinear(digits, weight, scales).unbind()
@@ -155,7 +162,8 @@ def int8_product(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tenso
 def _qlinear(
     x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, unit: float = 1.0, plus: Optional[torch.Tensor] = None
 ) -> torch.Tensor:
-    """x int8 (..., columns), packed int8 (columns, rows), scales float32 (rows,) -> float32 (..., rows), added to `plus`."""
+    """x int8 (..., columns), packed int8 (columns, rows), scales float32 (rows,) -> float32 (..., rows), added to
+    `plus`."""
     zeros = _no_zero_points(len(scales))
     if plus is None:
         return torch.ops.onednn.qlinear_pointwise(
@@ -204,8 +212,8 @@ def onednn_is_exact() -> bool:
 
 @lru_cache
 def onednn_is_fast() -> bool:
-    """Whether oneDNN's packed int8 is not slower here than its plain one: on processors that multiply bytes of one sign with
-    bytes of another only, it takes 200 times as long (measured: 50 ms for a row of 768 x 768)."""
+    """Whether oneDNN's packed int8 is not slower here than its plain one: on processors that multiply bytes of one sign
+    with bytes of another only, it takes 200 times as long (measured: 50 ms for a row of 768 x 768)."""
     weight, scales = torch.ones(512, 512, dtype=torch.int8), torch.ones(512)
     digits = torch.ones(2, 1, 512, dtype=torch.int8)
     times = []

@@ -1,10 +1,10 @@
 """Products that give each row of activations the same bits, whatever the other rows hold and however many there are.
 
-Libraries multiply another number of rows with another kernel, or cut the sums in another way. So what counts here is the
-product of a block of a fixed number of rows; the last block is filled up. Other sizes of blocks are used too, once they have
-given the same bits for a shape: a kernel that sums in another order shows in some of the many sums of random numbers.
-Measured (CPU without AMX): bfloat16 gives the same bits from 2 rows on, float32 from 16 on, float16 and int8 at any number,
-so prompts lose little.
+Libraries multiply another number of rows with another kernel, or cut the sums in another way. So what counts here is
+the product of a block of a fixed number of rows; the last block is filled up. Other sizes of blocks are used too, once
+they have given the same bits for a shape: a kernel that sums in another order shows in some of the many sums of random
+numbers. Measured (CPU without AMX): bfloat16 gives the same bits from 2 rows on, float32 from 16 on, float16 and int8
+at any number, so prompts lose little.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Matrix = Union[torch.Tensor, nn.Module]  # a plain weight (out_features, in_feat
 BLOCK = 16
 CUBLAS_BLOCK = 64  # rows of a block that cuBLAS multiplies: they cost what one row does
 MOST = 512  # rows of the largest block
-# torch's elementwise operators on CPUs treat the last few numbers of a thread's share in another way, with another exp. So each
-# call gets whole vectors, and too few for a second thread.
+# torch's elementwise operators on CPUs treat the last few numbers of a thread's share in another way, with another exp.
+# So each call gets whole vectors, and too few for a second thread.
 VECTORS, ONE_THREAD = 64, 32768
 
 
@@ -34,7 +34,9 @@ class Products:
     """Products with the matrices of one model."""
 
     def __init__(self) -> None:
-        self._same: dict[Any, bool] = {}  # key: a shape and a size of blocks -> whether it gives the bits of `BLOCK` rows
+        self._same: dict[
+            Any, bool
+        ] = {}  # key: a shape and a size of blocks -> whether it gives the bits of `BLOCK` rows
         self._plans: dict[Any, list[int]] = {}  # key: a shape and a number of rows -> the sizes of their blocks
 
     def __call__(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
@@ -60,7 +62,8 @@ class Products:
         block, least, most = _sizes(x, matrix)
         if not self._gives_same_bits(block, key, x, matrix):
             raise ValueError(
-                f"batch_invariant=True cannot be kept here: on {x.device} products in {x.dtype} depend on where a row stands "
+                f"batch_invariant=True cannot be kept here: on {x.device} products in {x.dtype} depend on where a row "
+                f"stands "
                 f"among {block}; build without it, or in another dtype"
             )
         plan: list[int] = []
@@ -85,16 +88,17 @@ class Products:
                 beside = rows.clone()
                 beside[::2] = torch.nan
                 same = torch.equal(_in_blocks(beside, block, trial)[1::2], expected[1::2]) and all(
-                    torch.equal(_in_blocks(rows.roll(by, 0), block, trial), expected.roll(by, 0)) for by in range(1, block)
+                    torch.equal(_in_blocks(rows.roll(by, 0), block, trial), expected.roll(by, 0))
+                    for by in range(1, block)
                 )
             self._same[key, size] = same
         return self._same[key, size]
 
 
 def _trial(x: torch.Tensor, matrix: Matrix, multiple: int) -> tuple[torch.Tensor, Matrix]:
-    """As many random rows like those of x, and a matrix of this one's shape to multiply them with: every sum is that of terms
-    and of the same terms with the other sign, in any order. What is left is nothing but rounding, so that even a result in
-    16 bits shows in which order it was summed."""
+    """As many random rows like those of x, and a matrix of this one's shape to multiply them with: every sum is that of
+    terms and of the same terms with the other sign, in any order. What is left is nothing but rounding, so that even a
+    result in 16 bits shows in which order it was summed."""
     generator, columns = torch.Generator(x.device).manual_seed(0), x.shape[1]
     order = torch.randperm(columns, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(x.device)
 

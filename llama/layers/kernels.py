@@ -104,6 +104,8 @@ def product_int4(
     return product(x, dequantize_int4(weight, scales, zeros, x.dtype), gated)
 
 
-def dequantize_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_int4(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """weight uint8 (N, K / 2), scales and zeros bfloat16 (N, K / group) -> (N, K) in dtype."""
     return dequantized(weight, scales, zeros, dtype)

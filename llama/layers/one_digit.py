@@ -1,15 +1,18 @@
-"""w8a8 and w4a8 layers, for CPUs: weights of 8 or 4 bits, and activations that are rounded to 8 bits before they multiply.
+"""w8a8 and w4a8 layers, for CPUs: weights of 8 or 4 bits, and activations that are rounded to 8 bits before they
+multiply.
 
-Both are cut into the same groups of neighbouring columns. A group of activations is n * unit, n in -127 … 127; a group of
-weights n * scale with n in -127 … 127 (w8a8), or (n - 8) * scale + zero as in int4 (w4a8). A product of two groups is
+Both are cut into the same groups of neighbouring columns. A group of activations is n * unit, n in -127 … 127; a group
+of weights n * scale with n in -127 … 127 (w8a8), or (n - 8) * scale + zero as in int4 (w4a8). A product of two groups
+is
 
     (sum of n m) * (scale * unit)  [+ (sum of m) * unit * zero]
 
-whose sums are whole numbers, exact in any order. Groups are added in float32, from left to right, each with one rounding. So
-neither the number of rows nor of threads changes a bit, and the plain form here gives the bits of `cpu_kernels.cpp`.
+whose sums are whole numbers, exact in any order. Groups are added in float32, from left to right, each with one
+rounding. So neither the number of rows nor of threads changes a bit, and the plain form here gives the bits of
+`cpu_kernels.cpp`.
 
-One scale for a whole row of activations would be simpler, but a few large numbers of a row would cost all others their digits:
-on a small model of the Llama family it loses 3 % of perplexity, where groups lose 0.4 % (benchmarks/LOG.md).
+One scale for a whole row of activations would be simpler, but a few large numbers of a row would cost all others their
+digits: on a small model of the Llama family it loses 3 % of perplexity, where groups lose 0.4 % (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -46,9 +49,11 @@ def in_digits(x: torch.Tensor, group: int) -> Digits:
     return Digits(torch.where(largest.isfinite()[..., None], numbers, 0).to(torch.int8).flatten(1), largest * (1 / 127))
 
 
-def multiplied(digits: Digits, numbers: torch.Tensor, scales: torch.Tensor, zeros: Optional[torch.Tensor]) -> torch.Tensor:
-    """digits of x (M, columns), whole numbers of weights int8 (rows, columns), scales and zeros (rows, groups) -> float32
-    (M, rows). See the formula above."""
+def multiplied(
+    digits: Digits, numbers: torch.Tensor, scales: torch.Tensor, zeros: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """digits of x (M, columns), whole numbers of weights int8 (rows, columns), scales and zeros (rows, groups) ->
+    float32 (M, rows). See the formula above."""
     y = scales.new_zeros(len(digits.numbers), len(numbers), dtype=torch.float32)
     group = numbers.shape[1] // scales.shape[1]
     for g, (x, w) in enumerate(zip(digits.numbers.float().split(group, 1), numbers.split(group, 1))):

@@ -25,7 +25,8 @@ LIMIT = 300  # seconds for the compiler, which takes 3
 
 @cache
 def loaded() -> bool:
-    """Whether the operators of `cpu_kernels.cpp` are at hand as `torch.ops.llama_cpu`. The first call brings them in."""
+    """Whether the operators of `cpu_kernels.cpp` are at hand as `torch.ops.llama_cpu`. The first call brings them
+    in."""
     try:
         path = _kept()
         sealed.load(path, torch.ops.load_library)
@@ -65,7 +66,9 @@ def _kept() -> Path:
             errors="replace", check=False,
         )  # fmt: skip
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or [f"it ended with {done.returncode}"]
+            said = [line for line in done.stderr.splitlines() if "error" in line] or [
+                f"it ended with {done.returncode}"
+            ]
             raise RuntimeError(f"{compiler}: {said[0]}")
         sealed.keep(made.read_bytes(), path, work)
     return path

@@ -1,8 +1,9 @@
 """fairscale's model-parallel layers with a forward made for inference. No other file has collectives.
 
 A layer says how its weight is cut. `shard_dim` is the dimension of the full matrix that the ranks of the model-parallel
-group share evenly, in rank order; `copies` is how many neighbouring ranks hold the same part. A layer with several tensors
-gives `shard_dims`, one entry per tensor. Only this says how a weight is cut; loading, resharding and quantizing read it.
+group share evenly, in rank order; `copies` is how many neighbouring ranks hold the same part. A layer with several
+tensors gives `shard_dims`, one entry per tensor. Only this says how a weight is cut; loading, resharding and quantizing
+read it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from .products import product
 Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes the tensor that holds several, one below the other
 Group = Optional["dist.ProcessGroup"]  # None: this process holds the whole model
 
-# Most bytes of a message that is summed by reading the other GPUs' memory, if `prepare_small_all_reduces` allows it: one row
-# takes 9 microseconds, and 16 to 18 with NCCL. Every rank reads the whole message of every other, so NCCL sums larger ones.
-# Inductor draws the line at the same size.
+# Most bytes of a message that is summed by reading the other GPUs' memory, if `prepare_small_all_reduces` allows it:
+# one row takes 9 microseconds, and 16 to 18 with NCCL. Every rank reads the whole message of every other, so NCCL sums
+# larger ones. Inductor draws the line at the same size.
 SMALL = 128 * 1024
 
 
@@ -77,7 +78,8 @@ def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> in
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor if the message is small. Use `x` no more."""
+    """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor if the message is small. Use `x` no
+    more."""
     if group is None:
         return x
     _check_step(group)
@@ -94,7 +96,8 @@ def _is_small(dtype: torch.dtype, numel: int) -> bool:
 
 
 def _symmetric_memory() -> Optional[SimpleNamespace]:
-    """The parts of torch's symmetric memory used here. None if one is missing: the module is private and still changing."""
+    """The parts of torch's symmetric memory used here. None if one is missing: the module is private and still
+    changing."""
     try:
         from torch.distributed import _symmetric_memory as module
 
@@ -107,18 +110,18 @@ def _symmetric_memory() -> Optional[SimpleNamespace]:
 class _OneShot:
     """Small sums over a group: this rank's message lies in memory that the others read. Call the methods on all ranks.
 
-    One buffer is enough. torch's kernel waits for all ranks before it reads, and again before it ends, until all have read
-    (`sync_remote_blocks` in CUDASymmetricMemoryOps.cu); the next message is written behind it on the same stream. The form
-    that also copies the message (`one_shot_all_reduce_copy`) would save a launch, but signals before all of its threads
-    have copied.
+    One buffer is enough. torch's kernel waits for all ranks before it reads, and again before it ends, until all have
+    read (`sync_remote_blocks` in CUDASymmetricMemoryOps.cu); the next message is written behind it on the same stream.
+    The form that also copies the message (`one_shot_all_reduce_copy`) would save a launch, but signals before all of
+    its threads have copied.
     """
 
     def __init__(self, memory: SimpleNamespace, group: dist.ProcessGroup, device: torch.device) -> None:
         self.memory, self.group, self.device = memory, group, device
 
     def allocate(self) -> bool:
-        """Make the buffer. All dtypes share it: a second one may lie at an offset in torch's pool, which the kernels of some
-        releases forget."""
+        """Make the buffer. All dtypes share it: a second one may lie at an offset in torch's pool, which the kernels of
+        some releases forget."""
         self.buffer = self.memory.empty(SMALL // 4, dtype=torch.float32, device=self.device)
         return True
 
@@ -146,7 +149,8 @@ _without: set[str] = set()  # names of groups whose sums are all NCCL's
 
 @torch.library.custom_op("llama::small_all_reduce", mutates_args=())
 def small_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    """`all_reduce` of a small message. An operator, because a compiler would put a tensor of its own in the buffer's place."""
+    """`all_reduce` of a small message. An operator, because a compiler would put a tensor of its own in the buffer's
+    place."""
     return _small[group](x)
 
 
@@ -156,10 +160,11 @@ def _(x: torch.Tensor, group: str) -> torch.Tensor:
 
 
 def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.dtype, numel: int) -> bool:
-    """Let `all_reduce` sum small messages over memory that the group's GPUs share. Returns whether it will for `numel` numbers.
+    """Let `all_reduce` sum small messages over memory that the group's GPUs share. Returns whether it will for `numel`
+    numbers.
 
-    Call it on all ranks alike, outside of any capture of a graph. All ranks get the same answer; it is False on CPUs, on
-    several machines, and if any rank lacks something or computes a wrong sum.
+    Call it on all ranks alike, outside of any capture of a graph. All ranks get the same answer; it is False on CPUs,
+    on several machines, and if any rank lacks something or computes a wrong sum.
     """
     if group is None or not _is_small(dtype, numel) or group.group_name in _without:
         return False
@@ -179,7 +184,11 @@ def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.d
 
 def _everywhere(step: Callable[[], bool], group: Group, device: torch.device) -> bool:
     try:
-        with current(device), torch.inference_mode(False), torch.no_grad():  # an inference tensor cannot be written later
+        with (
+            current(device),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # an inference tensor cannot be written later
             well = step()
     except Exception:
         well = False
@@ -239,7 +248,8 @@ def _check_step(group: Group) -> None:
     """ValueError if nobody would take part."""
     if _led and group is not None and group in _led and _led[group] != threading.get_ident():
         raise ValueError(
-            "the other processes follow the methods of this Llama (generate, score, embed and so on), and no call of its model "
+            "the other processes follow the methods of this Llama (generate, score, embed and so on), and no call of "
+            "its model "
             "or of a part of that; build in one process, or have torchrun start a script in which all processes call it"
         )
 
@@ -275,8 +285,8 @@ def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def sum_in_order(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """`all_reduce` that adds in rank order, whatever the message's size. gloo and NCCL go around in a ring, where each part of
-    a message begins at another rank."""
+    """`all_reduce` that adds in rank order, whatever the message's size. gloo and NCCL go around in a ring, where each
+    part of a message begins at another rank."""
     if group is None:
         return x
     _check_step(group)
@@ -326,8 +336,8 @@ def gather_from_replicas(mine: list[Any]) -> list[list[Any]]:
 
 
 def from_first_process(value: Any, everyone: Group = None) -> Any:
-    """The first process's value, on every process. The others wait for it as long as it takes: it may be typing. everyone: the
-    `patient_group` if not given."""
+    """The first process's value, on every process. The others wait for it as long as it takes: it may be typing.
+    everyone: the `patient_group` if not given."""
     everyone = everyone or patient_group()
     if everyone is None:
         return value
@@ -359,7 +369,9 @@ def all_alike(value: Optional[str], group: Group) -> bool:
     """Whether all processes of the group gave the same text. False if one gave None. One small collective."""
     _check_step(group)
     digest = hashlib.sha256((value or "").encode("utf-8", "surrogatepass")).digest()
-    mine = torch.tensor([[value is not None, int.from_bytes(digest[:7], "big")]], dtype=torch.long, device=_talks_on(group))
+    mine = torch.tensor(
+        [[value is not None, int.from_bytes(digest[:7], "big")]], dtype=torch.long, device=_talks_on(group)
+    )
     everyones = mine.new_empty(dist.get_world_size(group), 2)
     with peers.waiting(*members(group)):
         _gather(everyones, mine, group=group)
@@ -390,17 +402,20 @@ def _new_weight(rows: int, columns: int) -> nn.Parameter:
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
-    """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / parts); with gather_output
-    (..., out_features).
+    """y = x Wᵀ, each rank holding some of W's rows. (..., in_features) -> (..., out_features / parts); with
+    gather_output (..., out_features).
 
     parts: how many W is cut into, by default one for each rank; 4 parts on 8 ranks lie 0 0 1 1 2 2 3 3. Copies have no
-    gradient, and gather no output. With gather_output the parts need not be even: the last ones are filled up, and what is
-    gathered ends after out_features. fairscale's constructor is not run: on more than one rank it fills the full matrix first.
+    gradient, and gather no output. With gather_output the parts need not be even: the last ones are filled up, and what
+    is gathered ends after out_features. fairscale's constructor is not run: on more than one rank it fills the full
+    matrix first.
     """
 
     shard_dim = 0
 
-    def __init__(self, in_features: int, out_features: int, *, gather_output: bool, parts: Optional[int] = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, gather_output: bool, parts: Optional[int] = None
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
@@ -416,7 +431,8 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         if _needs_autograd(self.weight, x, self.group):
             if self.copies > 1:
                 raise ValueError(
-                    f"no gradients where {self.copies} processes have the same heads; use fewer processes, or torch.no_grad()"
+                    f"no gradients where {self.copies} processes have the same heads; use fewer processes, or "
+                    f"torch.no_grad()"
                 )
             return self._without_filling(super().forward(x)) if self.gather_output else super().forward(x)
         y = self.product(x)
@@ -492,7 +508,8 @@ def is_fused(whole: torch.Tensor, layers: Sequence[nn.Module], name: str = "weig
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
-    """y = x Wᵀ, each rank holding some of W's columns: (..., in_features / ranks) -> (..., out_features) on every rank."""
+    """y = x Wᵀ, each rank holding some of W's columns: (..., in_features / ranks) -> (..., out_features) on every
+    rank."""
 
     shard_dim = 1
 

@@ -1,7 +1,7 @@
 """x Wᵀ in bfloat16 on a CPU, faster than torch's `F.linear`, which multiplies everything else.
 
-The gain: one row reads the weights at up to 1.4 times the speed. On processors that multiply tiles, few rows are 1.2 to 1.6
-times as fast, and up to 640 rows 1.1 times, if their result may lie in any order.
+The gain: one row reads the weights at up to 1.4 times the speed. On processors that multiply tiles, few rows are 1.2 to
+1.6 times as fast, and up to 640 rows 1.1 times, if their result may lie in any order.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from ..runtime import device_kind
 
-# Whether the processor multiplies tiles (Intel's AMX). If so, oneDNN and fused attention are the fastest for one row too;
-# on other processors they are far from it.
+# Whether the processor multiplies tiles (Intel's AMX). If so, oneDNN and fused attention are the fastest for one row
+# too; on other processors they are far from it.
 AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
-# With AMX, W Xᵀ is faster than X Wᵀ for up to FEW rows of x; also for up to MANY, if the result need not be put in order and
-# W has at least WIDE rows and columns.
+# With AMX, W Xᵀ is faster than X Wᵀ for up to FEW rows of x; also for up to MANY, if the result need not be put in
+# order and W has at least WIDE rows and columns.
 FEW, MANY, WIDE = 128, 640, 2048
 
 # Most columns of W that Inductor's own loop sums in a compiled step of one row. For more it writes another loop.
@@ -26,7 +26,8 @@ SUMMED = 4096
 def product(x: torch.Tensor, weight: torch.Tensor, any_order: bool = False) -> torch.Tensor:
     """x Wᵀ: x (..., in_features), weight (out_features, in_features) -> (..., out_features).
 
-    any_order: the result may lie in memory feature by feature, if that is faster; elementwise operations are as fast on it.
+    any_order: the result may lie in memory feature by feature, if that is faster; elementwise operations are as fast on
+    it.
     """
     if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or device_kind(x) != "cpu":  # autocast: two dtypes
         return F.linear(to_memory(x), weight)

@@ -1,7 +1,7 @@
 """The functions of `kernels`, run by Triton if it has proven right on this device, and else in plain torch.
 
-A kernel must not answer wrongly in silence on a GPU that never ran it. At its first use for a shape it is compared with its
-plain form, computed in float32. If it fails or differs, one line says so, and the plain form runs for that shape.
+A kernel must not answer wrongly in silence on a GPU that never ran it. At its first use for a shape it is compared with
+its plain form, computed in float32. If it fails or differs, one line says so, and the plain form runs for that shape.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def is_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bo
 
 
 def vectors_are_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """`is_near` for whole vectors, those of the last dimension: of many million numbers that went through many layers some
-    are always far away. Waits for the device."""
+    """`is_near` for whole vectors, those of the last dimension: of many million numbers that went through many layers
+    some are always far away. Waits for the device."""
     difference, size = _difference_and_size(found, expected)
     length = _length(size)
     return bool((_length(difference) <= tolerance * (length + length.mean()) / 2).all())
@@ -75,7 +75,8 @@ def _length(vectors: torch.Tensor) -> torch.Tensor:
 
 
 class Proven:
-    """A function of `kernels`, with its arguments and results: Triton's form for the shapes that it has proven right for."""
+    """A function of `kernels`, with its arguments and results: Triton's form for the shapes that it has proven right
+    for."""
 
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain, self.name = plain, plain.__name__
@@ -108,12 +109,14 @@ class Proven:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if problem is not None:
             where = sys.stdout if is_first_process() else sys.stderr  # nobody sees what another process prints
-            print(f"The kernel {self.name} is not used here, torch's own run in its place: {escaped(problem)}", file=where)
+            print(
+                f"The kernel {self.name} is not used here, torch's own run in its place: {escaped(problem)}", file=where
+            )
         return problem is None
 
     def _trials(self, args: Any) -> list[Any]:
-        """Arguments to compare with: those at hand, but of a large matrix some rows, since memory may be short. For attention,
-        which loops over the keys: random numbers, and positions all over a cache of two rows."""
+        """Arguments to compare with: those at hand, but of a large matrix some rows, since memory may be short. For
+        attention, which loops over the keys: random numbers, and positions all over a cache of two rows."""
         if self.name.startswith("product"):
             x, *parts = args
             half = len(parts[0]) // 2

@@ -52,15 +52,21 @@ class Quantized(nn.Module):
         """The tensors of the stored form, by name, without numbers yet."""
         raise NotImplementedError
 
-    def quantize(self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-        """The stored form, on a device, of `weight` (rows, columns). maxima: as in `round`; None if `weight` has full rows."""
+    def quantize(
+        self, weight: torch.Tensor, maxima: Optional[torch.Tensor], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """The stored form, on a device, of `weight` (rows, columns). maxima: as in `round`; None if `weight` has full
+        rows."""
         made = self.empty(len(weight), weight.shape[1], device)
         for rows, block in blocks(weight, device):
-            self.round(block, row_maxima(block) if maxima is None else maxima[rows], {n: t[rows] for n, t in made.items()})
+            self.round(
+                block, row_maxima(block) if maxima is None else maxima[rows], {n: t[rows] for n, t in made.items()}
+            )
         return made
 
     def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-        """Round rows of the layer, float32, into the same rows of its tensors. maxima: float32 (rows,), of the full rows."""
+        """Round rows of the layer, float32, into the same rows of its tensors. maxima: float32 (rows,), of the full
+        rows."""
         raise NotImplementedError
 
     def plain(self) -> dict[str, torch.Tensor]:

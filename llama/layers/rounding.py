@@ -26,7 +26,8 @@ REFINEMENTS = 6
 
 @dataclass(frozen=True)
 class Quantization:
-    """The kind of a model's quantized numbers, one of KINDS (or 8, 4); all but int8 use group_size. ValueError for others."""
+    """The kind of a model's quantized numbers, one of KINDS (or 8, 4); all but int8 use group_size. ValueError for
+    others."""
 
     kind: str
     group_size: int = GROUP_SIZE
@@ -34,14 +35,19 @@ class Quantization:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", ALSO_CALLED.get(str(self.kind), self.kind))
         if self.kind not in KINDS:
-            raise ValueError(f"quantize={shortened(self.kind)} is not supported; use {', '.join(map(repr, KINDS))}, or None")
+            raise ValueError(
+                f"quantize={shortened(self.kind)} is not supported; use {', '.join(map(repr, KINDS))}, or None"
+            )
         size = whole(self.group_size)
         if size is None or not LEAST_GROUP <= size <= 256 or size & (size - 1):
-            raise ValueError(f"group_size={shortened(self.group_size)} must be a power of two from {LEAST_GROUP} to 256")
+            raise ValueError(
+                f"group_size={shortened(self.group_size)} must be a power of two from {LEAST_GROUP} to 256"
+            )
         object.__setattr__(self, "group_size", size)
 
     def group(self, in_features: int) -> Optional[int]:
-        """The group size of a matrix with in_features columns: group_size, or the largest smaller power of two that divides.
+        """The group size of a matrix with in_features columns: group_size, or the largest smaller power of two that
+        divides.
 
         None if the matrix is int8: because of `kind`, or because its rows cannot be cut into groups of 16 or more.
         """
@@ -49,7 +55,8 @@ class Quantization:
         return largest if self.kind != "int8" and largest >= LEAST_GROUP else None
 
     def kind_of(self, in_features: int, is_output: bool = False) -> str:
-        """The kind of a matrix with in_features columns. The output matrix, which matters most for quality, has 8 bits."""
+        """The kind of a matrix with in_features columns. The output matrix, which matters most for quality, has 8
+        bits."""
         if self.group(in_features) is None:
             return "int8"
         return {"int4": "int8", "w4a8": "w8a8"}.get(self.kind, self.kind) if is_output else self.kind
@@ -58,7 +65,8 @@ class Quantization:
         """ValueError if this kind cannot multiply on the device."""
         if self.kind not in EXACT and device.type not in ("cpu", "meta"):
             raise ValueError(
-                f"{self.kind} multiplies on CPUs only, not on {device}; use quantize={EXACT[self.kind == 'w4a8']!r} and the "
+                f"{self.kind} multiplies on CPUs only, not on {device}; use quantize={EXACT[self.kind == 'w4a8']!r} "
+                f"and the "
                 "original weights, or device='cpu'"
             )
 
@@ -92,7 +100,8 @@ def row_maxima(weight: torch.Tensor) -> torch.Tensor:
 
 
 def to_int8(weight: torch.Tensor, maxima: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 (rows, columns) and its full rows' largest sizes (rows,) -> int8 of the same shape, float32 scales (rows,)."""
+    """float32 (rows, columns) and its full rows' largest sizes (rows,) -> int8 of the same shape, float32 scales
+    (rows,)."""
     scales = (maxima / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
@@ -105,12 +114,13 @@ def to_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def to_int4(weight: torch.Tensor, group: int, refinements: int = REFINEMENTS) -> tuple[torch.Tensor, ...]:
-    """float32 (rows, columns) -> numbers 0 … 15 as uint8 (rows, columns), scales and zeros bfloat16 (rows, columns / group).
+    """float32 (rows, columns) -> numbers 0 … 15 as uint8 (rows, columns), scales and zeros bfloat16 (rows, columns /
+    group).
 
-    Plain rounding spreads 16 steps evenly over a group's range. Each refinement fits scale and zero to the rounded numbers
-    by least squares, and rounds again with them; each group keeps what gave the least squared error. This alternation is
-    that of HQQ (Badri & Shaji 2023), which moves the zero alone, towards a robust norm: measured, that loses more quality
-    (see benchmarks/quality.py for what this one loses).
+    Plain rounding spreads 16 steps evenly over a group's range. Each refinement fits scale and zero to the rounded
+    numbers by least squares, and rounds again with them; each group keeps what gave the least squared error. This
+    alternation is that of HQQ (Badri & Shaji 2023), which moves the zero alone, towards a robust norm: measured, that
+    loses more quality (see benchmarks/quality.py for what this one loses).
     """
     w = weight.reshape(-1, group)
     low, high = w.aminmax(dim=1, keepdim=True)
@@ -157,6 +167,7 @@ def unpair(packed: torch.Tensor) -> torch.Tensor:
 
 
 def dequantized(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight uint8 (rows, columns / 2), scales and zeros bfloat16 (rows, columns / group) -> (rows, columns) in `dtype`."""
+    """weight uint8 (rows, columns / 2), scales and zeros bfloat16 (rows, columns / group) -> (rows, columns) in
+    `dtype`."""
     numbers = unpair(weight).view(torch.int8).sub_(8).to(dtype).unflatten(1, (scales.shape[1], -1))
     return torch.addcmul(zeros.to(dtype)[..., None], numbers, scales.to(dtype)[..., None]).flatten(1)

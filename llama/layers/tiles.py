@@ -9,8 +9,8 @@ from .rounding import TILE, pairs, unpair
 
 
 def to_tiles(weight: torch.Tensor, *of_groups: torch.Tensor) -> torch.Tensor:
-    """weight int8 (rows, columns), or uint8 (rows, columns / 2) as int4 is stored; scales, and zeros if there are any, bfloat16
-    (rows, groups) -> uint8 (tiles, bytes). The weights go four at a time, as one number of 32 bits."""
+    """weight int8 (rows, columns), or uint8 (rows, columns / 2) as int4 is stored; scales, and zeros if there are any,
+    bfloat16 (rows, groups) -> uint8 (tiles, bytes). The weights go four at a time, as one number of 32 bits."""
     weight, *padded = (F.pad(t, (0, 0, 0, -len(weight) % TILE)) for t in (weight, *of_groups))
     tiles, groups = len(weight) // TILE, padded[0].shape[1]
     if weight.dtype == torch.int8:
@@ -23,7 +23,9 @@ def to_tiles(weight: torch.Tensor, *of_groups: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=2).flatten(1)
 
 
-def from_tiles(packed: torch.Tensor, rows: int, bits: int, group: int, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def from_tiles(
+    packed: torch.Tensor, rows: int, bits: int, group: int, count: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The weight and the scales (and zeros, if `count` is 2) that `to_tiles` was given. group: columns of a group."""
     sizes = [TILE * group * bits // 8, *[2 * TILE] * count]
     first, *others = packed.view(len(packed), -1, sum(sizes)).split(sizes, dim=2)

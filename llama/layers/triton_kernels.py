@@ -24,8 +24,9 @@ from llama.runtime import current, device_kind  # not relative: the tests load t
 
 
 class Tiles(NamedTuple):
-    """How one program of a product works: on `rows` rows of the weight, `columns` of each at a time, with `stages` loads under
-    way at once. If a multiprocessor gets fewer programs than `programs`, several share the columns of a row."""
+    """How one program of a product works: on `rows` rows of the weight, `columns` of each at a time, with `stages`
+    loads under way at once. If a multiprocessor gets fewer programs than `programs`, several share the columns of a
+    row."""
 
     rows: int
     columns: int
@@ -55,7 +56,8 @@ def processor_count(device: torch.device) -> int:
 
 @lru_cache
 def overlaps(device: torch.device) -> bool:
-    """Whether a kernel can be started while the one before it still runs (programmatic dependent launch, from Hopper on)."""
+    """Whether a kernel can be started while the one before it still runs (programmatic dependent launch, from Hopper
+    on)."""
     return device_kind(device) == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -66,14 +68,16 @@ def launching(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def _wait(OVERLAP: tl.constexpr):
-    """Wait for the end of earlier kernels: before it nothing that they write may be read, nor what they read be written."""
+    """Wait for the end of earlier kernels: before it nothing that they write may be read, nor what they read be
+    written."""
     if OVERLAP:
         gdc_wait()
 
 
 @triton.jit
 def _let_next_start(OVERLAP: tl.constexpr):
-    """A long kernel calls it at its end: earlier, the next kernel's programs would crowd on the first free multiprocessors."""
+    """A long kernel calls it at its end: earlier, the next kernel's programs would crowd on the first free
+    multiprocessors."""
     if OVERLAP:
         gdc_launch_dependents()
 
@@ -112,7 +116,8 @@ def _add_norm(
 def add_norm(
     x: torch.Tensor, delta: Optional[torch.Tensor], weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta (B, dim), weight (dim,) -> x + delta (x itself if delta is None) and its RMSNorm, (B, dim). One launch."""
+    """x, delta (B, dim), weight (dim,) -> x + delta (x itself if delta is None) and its RMSNorm, (B, dim). One
+    launch."""
     B, dim = x.shape
     h = x if delta is None else torch.empty_like(x)
     normed = torch.empty_like(x)
@@ -201,8 +206,8 @@ def _attend(
     K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
     SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one group's queries over one part of the keys. Each block has a key that is seen, so its largest score
-    is -inf only if a real score is."""
+    """Attention of one group's queries over one part of the keys. Each block has a key that is seen, so its largest
+    score is -inf only if a real score is."""
     _wait(OVERLAP)
     row, kv_head = tl.program_id(0) // K, tl.program_id(0) % K
     split = tl.program_id(1)
@@ -246,7 +251,8 @@ def _attend(
 
 @triton.jit
 def _combine(
-    parts, sums, out, D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    parts, sums, out, D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr
 ):  # fmt: skip
     """Add up the parts of one head. The largest score of a part without keys is -inf, so it weighs nothing."""
     _follow(OVERLAP)
@@ -277,9 +283,9 @@ def attend(
 ) -> torch.Tensor:
     """Grouped-query attention of one query per row over the columns up to its position; nothing beyond is read.
 
-    q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,) -> (B, H * D). Two launches, or
-    one if there is one split. processors: the GPU's multiprocessors; None: ask the GPU. slots int64 (B,): the cache row of
-    each row; 0 … B-1 if not given.
+    q (B, H, D); cache_k, cache_v (at least B, T, K, D), any strides; positions int64 (B,) -> (B, H * D). Two launches,
+    or one if there is one split. processors: the GPU's multiprocessors; None: ask the GPU. slots int64 (B,): the cache
+    row of each row; 0 … B-1 if not given.
     """
     B, H, D = q.shape
     T, K = cache_k.shape[1:3]
@@ -291,7 +297,8 @@ def attend(
     with current(q.device):
         _attend[(B * K, splits)](
             q, cache_k, cache_v, positions, slots, out, parts, sums, math.log2(math.e) / math.sqrt(D),
-            *cache_k.stride(), *cache_v.stride(), K, H // K, D, max(DOT_ROWS, triton.next_power_of_2(H // K)), size, KEYS,
+            *cache_k.stride(), *cache_v.stride(), K, H // K, D, max(DOT_ROWS, triton.next_power_of_2(H // K)), size,
+            KEYS,
             splits, num_warps=4, num_stages=3, **launching(q.device),
         )  # fmt: skip
         if splits > 1:
@@ -317,7 +324,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     B, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(B, width)
     with current(gate_up.device):
-        _silu_mul[(B, triton.cdiv(width, ELEMENTS))](gate_up, out, width, ELEMENTS, num_warps=4, **launching(gate_up.device))
+        _silu_mul[(B, triton.cdiv(width, ELEMENTS))](
+            gate_up, out, width, ELEMENTS, num_warps=4, **launching(gate_up.device)
+        )
     return out
 
 
@@ -361,7 +370,8 @@ def _lower(words, BYTE: tl.constexpr, bits):
 
 @triton.jit
 def _rows(first, N, ROWS: tl.constexpr, GATED: tl.constexpr):
-    """The weight rows of a program; gated: each row of w1 before its partner of w3. Past the end the last row is repeated."""
+    """The weight rows of a program; gated: each row of w1 before its partner of w3. Past the end the last row is
+    repeated."""
     r = tl.arange(0, ROWS)
     return tl.minimum(first + r // 2, N - 1) + (r % 2) * N if GATED else tl.minimum(first + r, N - 1)
 
@@ -386,7 +396,8 @@ def _add_int8(sums, offset, words, pairs, bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def _int4_sums(words, pairs, bits, DTYPE: tl.constexpr):
-    """`_one` for int4, sums over each word: (n - 8) x / 16 (ROWS, WORDS); x of left columns, 16 x of right ones (WORDS,)."""
+    """`_one` for int4, sums over each word: (n - 8) x / 16 (ROWS, WORDS); x of left columns, 16 x of right ones
+    (WORDS,)."""
     ac, bd = tl.split(pairs.reshape(words.shape[1], 2, 2))
     a, c = tl.split(ac)
     b, d = tl.split(bd)
@@ -412,9 +423,9 @@ def _one(
 ):  # fmt: skip
     """One activation row, by multiply-and-add.
 
-    x and weight are read as int32: words of 2, 4 or 8 weights, pairs of activations. No instruction converts an integer:
-    its bits become a fraction, v = 1.5 + n / 256 (or alike) for weight n, and the sum is that of v x less that of 1.5 x.
-    Each lane subtracts over its own few columns, before anything is lost to cancellation.
+    x and weight are read as int32: words of 2, 4 or 8 weights, pairs of activations. No instruction converts an
+    integer: its bits become a fraction, v = 1.5 + n / 256 (or alike) for weight n, and the sum is that of v x less that
+    of 1.5 x. Each lane subtracts over its own few columns, before anything is lost to cancellation.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
     PER_WORD: tl.constexpr = 32 // KIND
@@ -422,7 +433,8 @@ def _one(
     WORDS: tl.constexpr = COLUMNS // PER_WORD
     CHUNK: tl.constexpr = min(GROUP, 32)  # int4 columns that one thread sums before it scales them
     CHUNKS: tl.constexpr = COLUMNS // CHUNK
-    # The bits of 1.5 or 1. The second index is 0; adding it keeps the bits in a register, which saves an instruction a weight.
+    # The bits of 1.5 or 1. The second index is 0; adding it keeps the bits in a register, which saves an instruction a
+    # weight.
     bits = (0x3FC00000 if KIND == 8 else 0x3F800000) + tl.program_id(1)
     first = tl.program_id(0) * (ROWS // 2 if GATED else ROWS)
     row = _rows(first, N, ROWS, GATED)
@@ -469,11 +481,12 @@ def _float(numbers):
 
 @triton.jit
 def _several(
-    x, weight, scales, zeros, out, parts, B, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    x, weight, scales, zeros, out, parts, B, N, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Up to BATCH activation rows, on tensor cores; weights are first rounded to the activations' dtype. With several splits
-    each program sums some of the columns, into parts, float32 (SPLITS, B, N)."""
+    """Up to BATCH activation rows, on tensor cores; weights are first rounded to the activations' dtype. With several
+    splits each program sums some of the columns, into parts, float32 (SPLITS, B, N)."""
     _wait(OVERLAP)
     DTYPE: tl.constexpr = out.dtype.element_ty
     CHUNK: tl.constexpr = min(GROUP, 32)
@@ -481,18 +494,28 @@ def _several(
     SHARE: tl.constexpr = (K + COLUMNS * SPLITS - 1) // (COLUMNS * SPLITS) * COLUMNS  # columns of a split
     first = tl.program_id(0) * (ROWS // 2 if GATED else ROWS)
     row = _rows(first, N, ROWS, GATED)
-    line, column, byte, chunk = tl.arange(0, BATCH), tl.arange(0, COLUMNS), tl.arange(0, COLUMNS // 2), tl.arange(0, CHUNKS)
+    line, column, byte, chunk = (
+        tl.arange(0, BATCH),
+        tl.arange(0, COLUMNS),
+        tl.arange(0, COLUMNS // 2),
+        tl.arange(0, CHUNKS),
+    )
     start = row.to(tl.int64)[:, None]
     sums = tl.zeros((BATCH, ROWS), tl.float32)
     begin = tl.program_id(1) * SHARE
     if KIND == 4:
-        places, known = start * (K // GROUP) + ((begin + chunk * CHUNK) // GROUP)[None, :], (begin + chunk * CHUNK < K)[None, :]
+        places, known = (
+            start * (K // GROUP) + ((begin + chunk * CHUNK) // GROUP)[None, :],
+            (begin + chunk * CHUNK < K)[None, :],
+        )
         scale, zero = tl.load(scales + places, known, 0.0), tl.load(zeros + places, known, 0.0)
     for k in range(begin, tl.minimum(begin + SHARE, K), COLUMNS):
         inside = (k + column < K)[None, :]
         a = tl.load(x + line[:, None] * K + (k + column)[None, :], (line < B)[:, None] & inside, 0.0)
         if KIND == 4:
-            numbers = tl.load(weight + start * (K // 2) + (k // 2 + byte)[None, :], (k // 2 + byte < K // 2)[None, :], 0)
+            numbers = tl.load(
+                weight + start * (K // 2) + (k // 2 + byte)[None, :], (k // 2 + byte < K // 2)[None, :], 0
+            )
             numbers = numbers.to(tl.int32)
             v = tl.interleave(_upper(numbers, 0, 0x3F800000), _upper(numbers << 4, 0, 0x3F800000))  # 1 + n / 16
             slope, offset = scale.to(tl.float32) * 16, zero.to(tl.float32) - scale.to(tl.float32) * 24
@@ -532,7 +555,12 @@ def _add_parts(parts, out, SIZE, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVER
 
 
 def _product(
-    x: torch.Tensor, weight: torch.Tensor, scales: Optional[torch.Tensor], zeros: Optional[torch.Tensor], kind: int, gated: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: Optional[torch.Tensor],
+    zeros: Optional[torch.Tensor],
+    kind: int,
+    gated: bool,
 ) -> torch.Tensor:
     """x weightᵀ for the three functions below. kind: bits of a weight, 16, 8 or 4."""
     B, K = x.shape
@@ -546,14 +574,19 @@ def _product(
     with current(x.device):
         if one:
             words = x.view(torch.int32), weight.view(torch.int32)
-            _one[grid](*words, scales, zeros, out, N, K, kind, group, gated, tiles.rows, tiles.columns, tiles.stages, **options)
+            _one[grid](
+                *words, scales, zeros, out, N, K, kind, group, gated, tiles.rows, tiles.columns, tiles.stages, **options
+            )
         else:
             batch = max(DOT_ROWS, triton.next_power_of_2(B))
-            options["num_stages"] = max(2, tiles.stages * DOT_ROWS // batch)  # more rows of x leave memory for fewer stages
+            options["num_stages"] = max(
+                2, tiles.stages * DOT_ROWS // batch
+            )  # more rows of x leave memory for fewer stages
             splits = 1 if gated else max(1, min(MOST_SHARES, tiles.programs * processor_count(x.device) // grid[0]))
             parts = x.new_empty((splits, B, N) if splits > 1 else 0, dtype=torch.float32)
             _several[(*grid, splits)](
-                x, weight, scales, zeros, out, parts, B, N, K, kind, group, gated, batch, tiles.rows, tiles.columns, splits,
+                x, weight, scales, zeros, out, parts, B, N, K, kind, group, gated, batch, tiles.rows, tiles.columns,
+                splits,
                 **options,
             )  # fmt: skip
             if splits > 1:
@@ -564,8 +597,8 @@ def _product(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, gated: bool = False) -> torch.Tensor:
-    """x (B, K) for B up to 64, weight (N, K) in x's dtype -> x weightᵀ, (B, N), summed in float32. One launch, or two if
-    several programs share the columns of a row.
+    """x (B, K) for B up to 64, weight (N, K) in x's dtype -> x weightᵀ, (B, N), summed in float32. One launch, or two
+    if several programs share the columns of a row.
 
     gated: weight is w1 above w3, (2N, K) -> silu(x w1ᵀ) * (x w3ᵀ), (B, N), rounded as separate products would be.
     """
@@ -587,7 +620,8 @@ def product_int4(
 
 @triton.jit
 def _dequantize_int4(
-    weight, scales, zeros, out, CHUNKS, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    weight, scales, zeros, out, CHUNKS, CHUNK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr
 ):  # fmt: skip
     _follow(OVERLAP)
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -602,7 +636,9 @@ def _dequantize_int4(
     tl.store(out + chunk[:, None] * CHUNK + column, w.to(DTYPE), inside[:, None])
 
 
-def dequantize_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_int4(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """weight uint8 (N, K / 2), scales and zeros bfloat16 (N, K / group) -> (N, K) in dtype, for prompts. One launch."""
     N, K = len(weight), 2 * weight.shape[1]
     out = torch.empty(N, K, dtype=dtype, device=weight.device)

@@ -1,4 +1,5 @@
-"""The addresses of the server, and what holds for all of them: keys, limits, errors, one line in the log for each request."""
+"""The addresses of the server, and what holds for all of them: keys, limits, errors, one line in the log for each
+request."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ Handler = Callable[["Server", HTTPRequest], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server is to behave. hosts: names by which it may be called, any if empty. origins: of pages that may use it."""
+    """How a server is to behave. hosts: names by which it may be called, any if empty. origins: of pages that may use
+    it."""
 
     model: str
     key: Optional[str] = None
@@ -111,7 +113,9 @@ class Server:
 
         return route
 
-    def _json(self, handler: Callable[[Server, HTTPRequest, Any], Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+    def _json(
+        self, handler: Callable[[Server, HTTPRequest, Any], Awaitable[Response]]
+    ) -> Callable[..., Awaitable[Response]]:
         """A route whose handler takes a body of JSON."""
 
         async def route(request: HTTPRequest) -> Response:
@@ -123,11 +127,15 @@ class Server:
     def _check_caller(self, request: HTTPRequest) -> None:
         host = re.sub(r":\d+$", "", request.headers.get("host", "")).lower()
         if self.settings.hosts and host not in self.settings.hosts:  # a page of another site, whose name leads here
-            raise Wrong(f"this server is called {' or '.join(self.settings.hosts)}, not {shortened(host)}", code="wrong_host")
+            raise Wrong(
+                f"this server is called {' or '.join(self.settings.hosts)}, not {shortened(host)}", code="wrong_host"
+            )
         if (key := self.settings.key) is not None and request.url.path not in OPEN:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
-                raise Wrong('this server wants its key: "Authorization: Bearer KEY"', code="invalid_api_key", status=401)
+                raise Wrong(
+                    'this server wants its key: "Authorization: Bearer KEY"', code="invalid_api_key", status=401
+                )
 
     async def _body(self, request: HTTPRequest) -> Any:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -194,7 +202,8 @@ class _Watch:
 
 
 def answer_to(error: Exception, request_id: str) -> Response:
-    """What a client is told of an error. Of our own faults it is told the request's number, under which the log has them."""
+    """What a client is told of an error. Of our own faults it is told the request's number, under which the log has
+    them."""
     if isinstance(error, Wrong):
         return failure(error.status, str(error), error.field, error.code)
     if isinstance(error, HTTPException):
@@ -237,7 +246,9 @@ async def completions(server: Server, request: HTTPRequest, body: Any) -> Respon
     return await _complete(server, request, body, bodies.read_completion)
 
 
-async def _complete(server: Server, request: HTTPRequest, body: Any, read: Callable[[Llama, Any], bodies.Request]) -> Response:
+async def _complete(
+    server: Server, request: HTTPRequest, body: Any, read: Callable[[Llama, Any], bodies.Request]
+) -> Response:
     if server.stepper.error is not None:
         raise Ended
     server.stepper.check_room()
@@ -347,7 +358,9 @@ async def embeddings(server: Server, request: HTTPRequest, body: Any) -> Respons
         {
             "object": "embedding",
             "index": i,
-            "embedding": row.tolist() if form == "float" else base64.b64encode(np.asarray(row.cpu(), "<f4").tobytes()).decode(),
+            "embedding": row.tolist()
+            if form == "float"
+            else base64.b64encode(np.asarray(row.cpu(), "<f4").tobytes()).decode(),
         }
         for i, row in enumerate(vectors)
     ]

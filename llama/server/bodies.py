@@ -1,7 +1,8 @@
-"""What a request's body asks for: every field once, read into the options of a completion. ValueErrors become answers of 400.
+"""What a request's body asks for: every field once, read into the options of a completion. ValueErrors become answers
+of 400.
 
-The names are those of OpenAI's API (https://platform.openai.com/docs/api-reference, as of 2026), and of vLLM's for what that
-API lacks.
+The names are those of OpenAI's API (https://platform.openai.com/docs/api-reference, as of 2026), and of vLLM's for what
+that API lacks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ MOST_ANSWERS = 128  # answers to one prompt
 MOST_PROMPTS = 2048  # prompts of one request
 MOST_STOPS = 16
 MOST_ALTERNATIVES = 20  # alternatives at each place
-TAIL = 8  # last ids of a prompt, which the text needs: for the space between two words, and for a character's last bytes
+TAIL = (
+    8  # last ids of a prompt, which the text needs: for the space between two words, and for a character's last bytes
+)
 MAX_TOKENS = 16  # ids of a completion that asks for no number, as in OpenAI's API
 # Our own defaults are Meta's, 0.6 and 0.9; clients of the API rely on the API's.
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
@@ -32,7 +35,9 @@ DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 class Wrong(ValueError):
     """A field that is wrong. status: of the answer."""
 
-    def __init__(self, message: str, field: Optional[str] = None, code: Optional[str] = None, status: int = 400) -> None:
+    def __init__(
+        self, message: str, field: Optional[str] = None, code: Optional[str] = None, status: int = 400
+    ) -> None:
         super().__init__(message)
         self.field, self.code, self.status = field, code, status
 
@@ -50,7 +55,17 @@ class Request(NamedTuple):
     ids: bool  # tell the ids as well
 
 
-SAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "n")
+SAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "n",
+)
 SHARED = (
     *SAME, "model", "seed", "stop_token_ids", "logit_bias", "logprobs", "max_tokens", "stream", "stream_options",
     "return_token_ids", "response_format", "json_schema", "regex", "choice", "grammar",
@@ -59,11 +74,14 @@ SHARED = (
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 CHAT = (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "add_generation_prompt", "continue_final_message")
 COMPLETION = (*SHARED, "prompt", "suffix", "echo", "best_of")
-TOOLS = "Llama 2 has no format for tools: describe them in a message, and hold the answer to a form with response_format"
+TOOLS = (
+    "Llama 2 has no format for tools: describe them in a message, and hold the answer to a form with response_format"
+)
 REFUSED = {
     "tools": TOOLS, "functions": TOOLS, "tool_choice": TOOLS, "function_call": TOOLS,
     "modalities": "the model reads and writes text only", "audio": "the model reads and writes text only",
-    "prediction": "prompts that begin alike are read once, without being asked", "reasoning_effort": "the model has no efforts",
+    "prediction": ("prompts that begin alike are read once, without being "
+                  "asked"), "reasoning_effort": "the model has no efforts",
     "verbosity": "say in a message how long the answer should be", "web_search_options": "the model has no search",
 }  # fmt: skip
 HARMLESS: Mapping[str, list[Any]] = {
@@ -146,7 +164,9 @@ def _request(given: Mapping[str, Any], asked: Asked, chat: bool, scored: bool, a
     if not isinstance(more, dict) or not set(more) <= {"include_usage", "include_obfuscation"} or (more and not stream):
         raise Wrong('stream_options={"include_usage": true} is what there is, and needs stream=true', "stream_options")
     usage = _flag(more, "include_usage")
-    return Request(asked, chat, given.get("n", 1), stream, usage, scored, alternatives, _flag(given, "return_token_ids"))
+    return Request(
+        asked, chat, given.get("n", 1), stream, usage, scored, alternatives, _flag(given, "return_token_ids")
+    )
 
 
 def _options(
@@ -190,7 +210,9 @@ def _bias(bias: Any) -> dict[int, float]:
     try:
         return {int(token): value for token, value in bias.items()}
     except (AttributeError, ValueError) as error:
-        raise Wrong(f"logit_bias={shortened(bias)} must have ids as keys, as texts, and numbers", "logit_bias") from error
+        raise Wrong(
+            f"logit_bias={shortened(bias)} must have ids as keys, as texts, and numbers", "logit_bias"
+        ) from error
 
 
 def _form(given: Mapping[str, Any]) -> Optional[dict[str, Any]]:
@@ -276,7 +298,9 @@ def _text(i: int, content: Any) -> str:
         raise Wrong(f"the content of message {i} must be a text or parts of text, not {shortened(content)}", "messages")
     for part in parts:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Wrong(f"message {i} has a part of the type {shortened(part.get('type'))}; the model reads text", "messages")
+            raise Wrong(
+                f"message {i} has a part of the type {shortened(part.get('type'))}; the model reads text", "messages"
+            )
     return "".join(part["text"] for part in parts)
 
 
@@ -286,6 +310,8 @@ def _continues(given: Mapping[str, Any], dialog: Dialog) -> bool:
     wanted = {"continue_final_message": begun, "add_generation_prompt": not begun}
     for name, truth in wanted.items():
         if name in given and _flag(given, name) != truth:
-            last = "the assistant, which is continued" if begun else f"{shortened(dialog[-1]['role'])}, which is answered"
+            last = (
+                "the assistant, which is continued" if begun else f"{shortened(dialog[-1]['role'])}, which is answered"
+            )
             raise Wrong(f"{name}={str(not truth).lower()} does not fit: the last message is from {last}", name)
     return begun

@@ -60,7 +60,8 @@ class Choice:
         """Take what was decided. -> this choice in an event of a stream"""
         tokens = self._tokens(chunk)
         told: dict[str, Any] = {
-            "index": self.index, **self._said(chunk["text"]), "logprobs": self._logprobs(tokens, self._chars, not self.tokens),
+            "index": self.index, **self._said(chunk["text"]),
+            "logprobs": self._logprobs(tokens, self._chars, not self.tokens),
             "finish_reason": reason(chunk["finish_reason"]),
         }  # fmt: skip
         if self.reply.request.ids:
@@ -104,7 +105,8 @@ class Choice:
             texts[-1] += self._decoder.finish()
         best = chunk.get("top_logprobs") or [[] for _ in texts]
         tokens = [Token(*each) for each in zip(chunk["tokens"], texts, chunk["logprobs"], best)]
-        # The completions' API counts the end as a token without text: benchmarks that ask for one new id leave out the last.
+        # The completions' API counts the end as a token without text: benchmarks that ask for one new id leave out the
+        # last.
         end = [Token(chunk["end"]["id"], "", chunk["end"]["logprob"], [])] if "end" in chunk else []
         return tokens if self.reply.request.chat else tokens + end
 
@@ -132,7 +134,9 @@ class Choice:
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": logprobs,
-            "top_logprobs": [by_text(tokenizer, token.best) or None for token in tokens] if request.alternatives else None,
+            "top_logprobs": [by_text(tokenizer, token.best) or None for token in tokens]
+            if request.alternatives
+            else None,
             "text_offset": list(accumulate((len(token.text) for token in tokens[:-1]), initial=at))[: len(tokens)],
         }
 

@@ -39,7 +39,9 @@ def check_place(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own socket
             probe.bind(address)
     except OSError as error:
-        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}; pass another --port or --host") from error
+        raise ValueError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; pass another --port or --host"
+        ) from error
 
 
 class _Uvicorn(uvicorn.Server):
@@ -93,7 +95,9 @@ def serve(llama: Llama, settings: Settings, host: str = "127.0.0.1", port: int =
 
 
 def _run(llama: Llama, settings: Settings, host: str, port: int, grace: float) -> None:
-    stepper = Stepper(llama.model.params.max_batch_size * max(1, llama.led_copies), settings.max_waiting, not llama.led_copies)
+    stepper = Stepper(
+        llama.model.params.max_batch_size * max(1, llama.led_copies), settings.max_waiting, not llama.led_copies
+    )
     server = Server(llama, settings, stepper)
     how: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False, "proxy_headers": False}
     config = uvicorn.Config(server.app, host, port, timeout_graceful_shutdown=int(grace) + 5, **how)

@@ -62,8 +62,8 @@ class Stepper:
     """Runs the answers of all requests, each step for all of them."""
 
     def __init__(self, slots: int, max_waiting: int, alone: bool = True) -> None:
-        """slots: rows that run at once. max_waiting: rows that may wait beside them. alone: no other process runs the same
-        steps, so that the next one can be right after one that failed."""
+        """slots: rows that run at once. max_waiting: rows that may wait beside them. alone: no other process runs the
+        same steps, so that the next one can be right after one that failed."""
         self.slots, self.max_waiting, self.alone = slots, max_waiting, alone
         self.rows = 0  # rows of all answers that are not over
         self.error: Optional[BaseException] = None  # what ends all requests

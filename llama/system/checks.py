@@ -39,7 +39,8 @@ def real(value: Any) -> Optional[float]:
 
 
 def whole_number(name: str, value: Any, least: int, most: Optional[int] = None, told: str = "") -> int:
-    """The argument `name` as an int. ValueError unless it is a whole number from `least` to `most`; `told` words the limits."""
+    """The argument `name` as an int. ValueError unless it is a whole number from `least` to `most`; `told` words the
+    limits."""
     number = whole(value)
     if number is None or number < least or (most is not None and number > most):
         told = told or (f"of {least} or more" if most is None else f"from {least} to {most}")

@@ -17,7 +17,8 @@ from typing import Any
 
 from .printable import clipped, escaped
 
-# The process's first steps. It imports what this process would; its standard input stays open as long as this process lives.
+# The process's first steps. It imports what this process would; its standard input stays open as long as this process
+# lives.
 BOOT = """
 import pickle, sys
 sys.path = pickle.load(sys.stdin.buffer)
@@ -87,8 +88,8 @@ def _run(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Let this process end when its standard input does. A process that the parent has forked may have a copy of that pipe's
-    other end, so the parent's id is looked at as well."""
+    """Let this process end when its standard input does. A process that the parent has forked may have a copy of that
+    pipe's other end, so the parent's id is looked at as well."""
     parent = os.getppid()
 
     def wait() -> None:

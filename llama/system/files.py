@@ -43,7 +43,11 @@ class Number(NamedTuple):
         if value is None:
             return [f"missing key {key!r}" if key not in values else f"{key}=None is not {self}"] * self.required
         number = whole(value) if self.kind is int else real(value)
-        return [] if number is not None and self.least <= number <= self.most else [f"{key}={shortened(value)} is not {self}"]
+        return (
+            []
+            if number is not None and self.least <= number <= self.most
+            else [f"{key}={shortened(value)} is not {self}"]
+        )
 
     def __str__(self) -> str:
         return f"{'a whole number' if self.kind is int else 'a number'} from {self.least:g} to {self.most:g}"
@@ -73,7 +77,8 @@ def contents(folder: Path) -> str:
 
 
 def parse_json(data: bytes, finite: bool = True) -> Any:
-    """The value of a JSON text. ValueError for no JSON, too deep nesting, a key twice, or (with `finite`) NaN or infinity."""
+    """The value of a JSON text. ValueError for no JSON, too deep nesting, a key twice, or (with `finite`) NaN or
+    infinity."""
     number = _finite if finite else float
     try:
         return json.loads(data, parse_constant=number, parse_float=number, object_pairs_hook=_without_doubles)
@@ -111,12 +116,14 @@ def refuse_pointer(path: Path, size: int) -> None:
     """ValueError if the file only stands for one that Git LFS keeps elsewhere."""
     if size < 1024 and path.read_bytes().startswith(b"version https://git-lfs.github.com/"):
         raise ValueError(
-            f"{path} is a pointer of Git LFS, and not the file itself; fetch it with `git lfs pull`, or download it again"
+            f"{path} is a pointer of Git LFS, and not the file itself; fetch it with `git lfs pull`, or download it "
+            f"again"
         )
 
 
 def read_file(path: Path, most: Optional[int] = None, usual: str = "") -> bytes:
-    """The bytes of a file. ValueError if they cannot be read or are more than `most`; `usual` says what such a file has."""
+    """The bytes of a file. ValueError if they cannot be read or are more than `most`; `usual` says what such a file
+    has."""
     size = check_file(path).st_size
     if most is not None and size > most:
         raise ValueError(f"{path} has {size} bytes; {usual}")
@@ -130,7 +137,9 @@ def read_file(path: Path, most: Optional[int] = None, usual: str = "") -> bytes:
 def read_json(path: Path, usual: str, most: int = 2**20) -> dict[str, Any]:
     """A JSON object of at most `most` bytes. ValueError if there is none; `usual` says what one has."""
     if not is_there(path):
-        raise ValueError(f"{path} is missing; it comes with the checkpoint, and the folder holds {contents(path.parent)}")
+        raise ValueError(
+            f"{path} is missing; it comes with the checkpoint, and the folder holds {contents(path.parent)}"
+        )
     data = read_file(path, most, usual)
     try:
         value = parse_json(data, finite=False)  # a key that is not read may have any number; `Number` checks the others
@@ -153,7 +162,8 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. It is written beside the old one, and then takes its place and permissions.
 
-    If `path` is a link, the file that it points to is replaced. ValueError if `path` is no file; OSError as `open` raises.
+    If `path` is a link, the file that it points to is replaced. ValueError if `path` is no file; OSError as `open`
+    raises.
     """
     target = Path(os.path.realpath(path))
     mode = None
@@ -167,7 +177,9 @@ def replace_file(path: Path, data: bytes) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     beside = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else 0o600)) as file:
+        with open(
+            beside, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else 0o600)
+        ) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -195,7 +207,8 @@ class MappedFiles:
 
     @cached_property
     def ranges(self) -> list[tuple[int, int, str]]:
-        """The addresses, from and to, where the files are mapped, and each one's resolved name. Empty except on Linux."""
+        """The addresses, from and to, where the files are mapped, and each one's resolved name. Empty except on
+        Linux."""
         names = {str(path.resolve()) for path in self.paths}
         maps = Path("/proc/self/maps")
         ranges: list[tuple[int, int, str]] = []
@@ -207,8 +220,8 @@ class MappedFiles:
         return ranges
 
     def check_unchanged(self, readers: Iterable[torch.Tensor] = ()) -> None:
-        """ValueError if a file was written to since. A new file under its name does no harm, nor does a change if `readers`
-        are given and none of them lies in the files any more."""
+        """ValueError if a file was written to since. A new file under its name does no harm, nor does a change if
+        `readers` are given and none of them lies in the files any more."""
         for path, before in zip(self.paths, self._found):
             try:
                 now = path.stat()
@@ -218,7 +231,8 @@ class MappedFiles:
             changed = same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
             if changed and self._is_read_by(path, list(readers)):
                 raise ValueError(
-                    f"{path} was written to after it was loaded ({before.st_size} bytes then, {now.st_size} now), and the "
+                    f"{path} was written to after it was loaded ({before.st_size} bytes then, {now.st_size} now), and "
+                    f"the "
                     "model reads its weights from it; build it again, and replace files by renaming new ones"
                 )
 
@@ -233,7 +247,8 @@ class MappedFiles:
         return not (places and self.ranges) or any(low <= at < high for at in places for low, high in ranges)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """target[...] = source, some rows at a time. Their pages are released, so that little of the file counts as ours."""
+        """target[...] = source, some rows at a time. Their pages are released, so that little of the file counts as
+        ours."""
         rows = max(1, COPY_BYTES // max(1, source.stride(0) * source.element_size()))
         for i in range(0, len(source), rows):
             target[i : i + rows].copy_(source[i : i + rows])
@@ -242,8 +257,8 @@ class MappedFiles:
     def release(self, tensor: torch.Tensor) -> None:
         """Release the pages of a tensor that was copied; until then they count as this process's memory.
 
-        They stay in the system's page cache, and are mapped from there when they are read again. Nothing happens to a tensor
-        that lies elsewhere, so any tensor may be passed.
+        They stay in the system's page cache, and are mapped from there when they are read again. Nothing happens to a
+        tensor that lies elsewhere, so any tensor may be passed.
         """
         start = tensor.data_ptr()
         entries = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0

@@ -1,5 +1,5 @@
-"""Reads what the launcher says about this process: torchrun's variables, or none. It needs no torch, unless the launcher
-leaves something open."""
+"""Reads what the launcher says about this process: torchrun's variables, or none. It needs no torch, unless the
+launcher leaves something open."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Launch:
 
     @staticmethod
     def read() -> Launch:
-        """Read the environment, or an initialized process group. ValueError if a variable is missing, no number, or does not
-        fit another."""
+        """Read the environment, or an initialized process group. ValueError if a variable is missing, no number, or
+        does not fit another."""
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if dist := joined():  # the caller did that, and needs no variables
             rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -59,7 +59,9 @@ def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str
     value = os.environ.get(name, str(default))
     if not value.isdecimal() or not least <= int(value) <= most:
         bounds = f" from {least} to {most}" + (f", since {why}" if why else "") if value.isdecimal() else ""
-        raise ValueError(f"the environment variable {name} is {value!r}; torchrun sets it to a number{bounds}, or unset it")
+        raise ValueError(
+            f"the environment variable {name} is {value!r}; torchrun sets it to a number{bounds}, or unset it"
+        )
     return int(value)
 
 

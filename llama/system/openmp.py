@@ -1,8 +1,8 @@
 """The threads that OpenMP keeps for each thread that computes.
 
-Between two products they wait in a loop, which is fast. Where more of them live than there are processors, all sleep after each
-product and are woken for the next, also those of the thread that computes now: on 2 cores, because another thread had loaded
-the model, a step of 134 million weights took 32.7 ms in place of 29.2 (`benchmarks/LOG.md`).
+Between two products they wait in a loop, which is fast. Where more of them live than there are processors, all sleep
+after each product and are woken for the next, also those of the thread that computes now: on 2 cores, because another
+thread had loaded the model, a step of 134 million weights took 32.7 ms in place of 29.2 (`benchmarks/LOG.md`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def _pause() -> Optional[Callable[[int], int]]:
 
 
 def rest() -> None:
-    """Let this thread's helpers end, since another thread computes from now on. They are made anew when this one does."""
+    """Let this thread's helpers end, since another thread computes from now on. They are made anew when this one
+    does."""
     if (pause := _pause()) is not None:
         pause(SOFT)

@@ -28,7 +28,8 @@ def matches(patterns: Sequence[str], names: Sequence[str]) -> list[list[str]]:
     odd = [pattern for pattern in patterns if not PLAIN.fullmatch(pattern)]
     found = dict(zip(odd, _in_a_process(odd, names))) if odd else {}
     return [
-        found[pattern] if pattern in found else [name for name in names if re.fullmatch(pattern, name)] for pattern in patterns
+        found[pattern] if pattern in found else [name for name in names if re.fullmatch(pattern, name)]
+        for pattern in patterns
     ]
 
 
@@ -37,7 +38,12 @@ def _in_a_process(patterns: Sequence[str], names: Sequence[str]) -> list[list[st
     shown = shortened(patterns[0] if len(patterns) == 1 else list(patterns))
     try:
         ended = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", CHILD], input=asked, capture_output=True, text=True, timeout=SECONDS, check=False
+            [sys.executable, "-I", "-S", "-c", CHILD],
+            input=asked,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{shown} takes longer than {SECONDS:g} seconds to match; write plain names") from error

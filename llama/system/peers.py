@@ -1,7 +1,8 @@
 """Says what the processes of one launcher do: whom this one waits for, who has ended, and how.
 
-A thread writes a sign of life into the process group's store once a second, and reads those of the others there. It takes
-part in no collective and delays none: a step costs the same with it. It also ends this process when torchrun is gone.
+A thread writes a sign of life into the process group's store once a second, and reads those of the others there. It
+takes part in no collective and delays none: a step costs the same with it. It also ends this process when torchrun is
+gone.
 """
 
 from __future__ import annotations
@@ -211,7 +212,8 @@ class Watch:
         if meeting != self.late_in and self.since is not None and time.monotonic() - self.since > COMING:
             self.late_in = meeting
             tell(
-                f"process {self.rank} of {self.size} has waited {COMING:g} s for the others to come to Llama.build ({meeting})"
+                f"process {self.rank} of {self.size} has waited {COMING:g} s for the others to come to Llama.build "
+                f"({meeting})"
             )
 
     def _speak_of_late(self) -> None:
@@ -235,8 +237,8 @@ class Watch:
             time.sleep(2 * BEAT)
 
     def wait_for_ends(self) -> None:
-        """Wait until the others end too: a slow one that finds its peers gone can abort. This is no collective: a process
-        that leaves early, by sys.exit for example, must not wait for ever for others that wait for it."""
+        """Wait until the others end too: a slow one that finds its peers gone can abort. This is no collective: a
+        process that leaves early, by sys.exit for example, must not wait for ever for others that wait for it."""
         deadline = time.monotonic() + PATIENCE
         others = {rank for rank in range(self.size) if rank != self.rank}
         with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone already
@@ -245,7 +247,8 @@ class Watch:
                 time.sleep(0.01 if others else 0)
 
     def why_lost(self) -> str:
-        """Why a connection was cut: which process has ended, and how. Waits until one says so, or gives no more signs."""
+        """Why a connection was cut: which process has ended, and how. Waits until one says so, or gives no more
+        signs."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + 2.5 * BEAT
         first: dict[int, Optional[Sign]] = {}
@@ -328,8 +331,8 @@ def waiting(ranks: Sequence[int], group: str) -> Iterator[None]:
 def tell_failure(error: BaseException) -> bool:
     """Print why an exception ends this process, and tell the others. False: let Python print it.
 
-    The process that failed first matters: its peers only lost their connection to it. If nobody reads the output, all end
-    with status 0.
+    The process that failed first matters: its peers only lost their connection to it. If nobody reads the output, all
+    end with status 0.
     """
     here, frames = watch, [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     if here is None:

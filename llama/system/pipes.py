@@ -24,7 +24,8 @@ def open_closed_streams() -> None:
 
 
 def lost_reader() -> bool:
-    """Whether nobody reads stdout any more. If so, it leads to /dev/null from now on: Python would fail on it at its end."""
+    """Whether nobody reads stdout any more. If so, it leads to /dev/null from now on: Python would fail on it at its
+    end."""
     global nobody_reads
     try:
         number = sys.stdout.fileno()

@@ -27,12 +27,14 @@ def printable(text: str, stream: Optional[TextIO] = None) -> str:
 
 
 def escaped(text: str) -> str:
-    """A name, or a message with names in it, on one line: characters that do not print become Python's escapes, as \\x1b."""
+    """A name, or a message with names in it, on one line: characters that do not print become Python's escapes, as
+    \\x1b."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shortened(value: Any, most: int = 80) -> str:
-    """Any value of a caller or a file, as an error message shows it: its `repr`, escaped, in up to `most` characters."""
+    """Any value of a caller or a file, as an error message shows it: its `repr`, escaped, in up to `most`
+    characters."""
     try:
         big = isinstance(value, int) and value.bit_length() > 4096
         text = f"a {value.bit_length()}-bit number" if big else escaped(repr(value))
@@ -61,5 +63,6 @@ def gigabytes(nbytes: float) -> str:
 
 
 def json_line(value: Any) -> str:
-    """JSON of a value on one line. Letters of all scripts stay; characters that steer a terminal become JSON's escapes."""
+    """JSON of a value on one line. Letters of all scripts stay; characters that steer a terminal become JSON's
+    escapes."""
     return STEERING.sub(lambda found: json.dumps(found[0])[1:-1], json.dumps(value, ensure_ascii=False))

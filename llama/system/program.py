@@ -24,10 +24,11 @@ FLAG = re.compile(r"--?(?=[A-Za-z])([\w-]+)(?:=.*)?", re.DOTALL)  # as fire has 
 
 @contextlib.contextmanager
 def as_a_program(main: Optional[Callable[..., Any]] = None) -> Iterator[None]:
-    """A block for a whole program: its standard streams may be closed, and Ctrl-C ends it with status 130, without a traceback.
+    """A block for a whole program: its standard streams may be closed, and Ctrl-C ends it with status 130, without a
+    traceback.
 
-    main: the function whose arguments fire makes of the command line. It is checked first: fire would run `main`, and then
-    complain.
+    main: the function whose arguments fire makes of the command line. It is checked first: fire would run `main`, and
+    then complain.
     """
     with _interrupted_quietly(), pipes.as_the_shell_left_them():
         if main is not None and (problem := wrong_flag(main, sys.argv[1:])):
@@ -53,7 +54,8 @@ def _interrupted_quietly() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: Optional[FrameType]) -> None:
-    """Interrupt as Python does; but an import, which may take the exception for a module that is missing, ends the program."""
+    """Interrupt as Python does; but an import, which may take the exception for a module that is missing, ends the
+    program."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             os._exit(INTERRUPTED)
@@ -62,7 +64,8 @@ def _interrupt(number: int, frame: Optional[FrameType]) -> None:
 
 
 def fail(problem: str, name: str) -> NoReturn:
-    """End this process with status 1, and a line on stderr that begins with the program's name. One process speaks for all."""
+    """End this process with status 1, and a line on stderr that begins with the program's name. One process speaks for
+    all."""
     from . import peers
     from .launch import Launch, joined
 
@@ -104,7 +107,9 @@ def wrong_flag(main: Callable[..., Any], words: Sequence[str]) -> str:
         if "=" not in found[0] and at < len(words) and FLAG.fullmatch(words[at]) is None:
             at += 1  # its value
     if more := loose[len(names) - len(given) :]:
-        return f"there is no flag for {shortened(' '.join(more))}; there are {', '.join(f'--{known}' for known in names)}"
+        return (
+            f"there is no flag for {shortened(' '.join(more))}; there are {', '.join(f'--{known}' for known in names)}"
+        )
     return ""
 
 

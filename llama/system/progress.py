@@ -1,4 +1,5 @@
-"""Bars and lines that tell a user what takes time: on the first process, at a terminal or in a notebook, unless it is quiet."""
+"""Bars and lines that tell a user what takes time: on the first process, at a terminal or in a notebook, unless it is
+quiet."""
 
 from __future__ import annotations
 

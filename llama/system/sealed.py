@@ -1,7 +1,7 @@
 """Keeps files that are run as machine code in a folder: checks who can write there, and whether a file is whole.
 
-Only this user (or root) may be able to change them, and each ends in a checksum. The bytes that were checked are copied to a
-private folder, and loaded from there.
+Only this user (or root) may be able to change them, and each ends in a checksum. The bytes that were checked are copied
+to a private folder, and loaded from there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, for this user alone, whatever the umask is. ValueError if others can change it."""
+    """Make a folder, and those above it, for this user alone, whatever the umask is. ValueError if others can change
+    it."""
     for place in (*reversed(folder.parents), folder):
         if not place.exists():
             place.mkdir(mode=0o700, exist_ok=True)
@@ -61,12 +62,14 @@ def check_folder(folder: Path) -> None:
 def _check_owner(path: Path, status: os.stat_result) -> None:
     if hasattr(os, "geteuid") and status.st_uid not in (0, os.geteuid()):
         raise ValueError(
-            f"{path} belongs to user {status.st_uid}, and this is user {os.geteuid()}; let LLAMA_CACHE name a folder of yours"
+            f"{path} belongs to user {status.st_uid}, and this is user {os.geteuid()}; let LLAMA_CACHE name a folder "
+            f"of yours"
         )
 
 
 def _others_write(status: os.stat_result) -> bool:
-    """Whether somebody else can write. A group that has only this user, as many systems make one for each, is allowed."""
+    """Whether somebody else can write. A group that has only this user, as many systems make one for each, is
+    allowed."""
     if not hasattr(os, "geteuid"):
         return False
     if status.st_mode & stat.S_IWGRP:
@@ -129,11 +132,14 @@ def write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A block with a new folder for this process alone, in `folder`, or in the system's temporary one if that is read-only."""
+    """A block with a new folder for this process alone, in `folder`, or in the system's temporary one if that is
+    read-only."""
     writable = os.access(folder, os.W_OK)
     with (
         _in_use(folder) if writable and fcntl is not None else nullcontext(),
-        tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder if writable else None, ignore_cleanup_errors=True) as name,
+        tempfile.TemporaryDirectory(
+            prefix=PREFIX, dir=folder if writable else None, ignore_cleanup_errors=True
+        ) as name,
     ):
         check_folder(Path(name))
         yield Path(name).resolve()
@@ -141,8 +147,8 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _in_use(folder: Path) -> Iterator[None]:
-    """A block that holds the folder's lock, which the system frees however a process ends. A process that has it alone removes
-    the folders of killed processes."""
+    """A block that holds the folder's lock, which the system frees however a process ends. A process that has it alone
+    removes the folders of killed processes."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | FLAGS, 0o600)
     try:
         with suppress(OSError):  # a network disk without locks

@@ -1,4 +1,5 @@
-"""The bytes of a folder against the checksums that came with them: checklist.chk, the hub's hashes, those in .pth files."""
+"""The bytes of a folder against the checksums that came with them: checklist.chk, the hub's hashes, those in .pth
+files."""
 
 from __future__ import annotations
 
@@ -74,13 +75,16 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     for line in read_file(path, 2**20, "a checklist has a few lines").decode(errors="replace").splitlines():
         found = re.fullmatch(r"([0-9a-fA-F]{32}) [ *]([^/\\]+)", line.strip())
         if found is None and line.strip():
-            raise ValueError(f"{path} has the line {escaped(line)!r}, which is no md5 and a name; write it again with md5sum")
+            raise ValueError(
+                f"{path} has the line {escaped(line)!r}, which is no md5 and a name; write it again with md5sum"
+            )
         if found is not None:
             yield found[1].lower(), found[2]
 
 
 def _of_hub(path: Path) -> Optional[Expected]:
-    """What the hub says of a file: the blobs of its cache are called by their hash, and `hf download --local-dir` notes it."""
+    """What the hub says of a file: the blobs of its cache are called by their hash, and `hf download --local-dir` notes
+    it."""
     target = path.resolve()
     said = target.name if target.parent.name == "blobs" else ""
     note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
@@ -108,8 +112,8 @@ def _digest(path: Path, kind: str, bar: Any) -> str:
 
 
 def _damage(path: Path, bar: Any) -> Optional[str]:
-    """What is wrong with a file of torch.save, which has a checksum of each part; None if nothing is, or it is of another
-    kind."""
+    """What is wrong with a file of torch.save, which has a checksum of each part; None if nothing is, or it is of
+    another kind."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return None
@@ -123,7 +127,10 @@ def _damage(path: Path, bar: Any) -> Optional[str]:
                 except zipfile.BadZipFile:
                     return f"{_tensor_name(path, record.filename)} does not match the checksum in the file (crc32)"
     except (zipfile.BadZipFile, OSError, ValueError):
-        return f"it ends after {path.stat().st_size:,} bytes without the directory that such a file ends with: it is cut short"
+        return (
+            f"it ends after {path.stat().st_size:,} bytes without the directory that such a file ends with: it is "
+            f"cut short"
+        )
     return None
 
 

@@ -32,19 +32,22 @@ ROWS = 4  # texts that are read side by side
 POSITIONS = 320  # room for a text that is read, or for a prompt and its answer; less if the model was made for less
 SETTINGS = ("params.json", "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json")
 CUT_SHORT = (
-    "A file is cut short, damaged or missing, or it is of another model; the sentence says which. Download or convert the "
+    "A file is cut short, damaged or missing, or it is of another model; the sentence says which. Download or convert "
+    "the "
     "folder again."
 )
 CANNOT_RUN = "The sentence says what is missing and what would do; --quick leaves out all that runs the model."
 CANNOT_COMPUTE = "Weights are damaged (see the rows above), or float16 overflows: try --dtype bfloat16 or float32."
-NOT_ITS_OWN = "The tokenizer belongs to another model. Take the one that came with the weights, or pass --tokenizer_path."
+NOT_ITS_OWN = (
+    "The tokenizer belongs to another model. Take the one that came with the weights, or pass --tokenizer_path."
+)
 
 
 class Asked(NamedTuple):
-    """What is to be verified. quick: without running the model. rounded: whether int8 and int4 are compared; None: unless a CPU
-    would need long for it. processes: the most that are started. seconds: how long faults
-    of meaning are looked for. texts: that the model finds likely, in place of those of this package. wikitext: WikiText-2's
-    test split."""
+    """What is to be verified. quick: without running the model. rounded: whether int8 and int4 are compared; None:
+    unless a CPU would need long for it. processes: the most that are started. seconds: how long faults of meaning are
+    looked for. texts: that the model finds likely, in place of those of this package. wikitext: WikiText-2's test
+    split."""
 
     folder: Path
     tokenizer_path: Optional[str] = None
@@ -83,7 +86,9 @@ def verify(asked: Asked) -> Iterator[Result]:
     folder = checkpoint_folder(asked.folder)
     asked = asked._replace(folder=folder)
     if not folder.exists():
-        raise ValueError(f"there is no folder and no file {folder}; pass the checkpoint's folder, or its name on the hub")
+        raise ValueError(
+            f"there is no folder and no file {folder}; pass the checkpoint's folder, or its name on the hub"
+        )
     outcome, opened = _open(asked)
     yield outcome
     checkpoint = opened.checkpoint if opened is not None else None
@@ -150,7 +155,10 @@ def _tokenizer(asked: Asked, opened: Opened) -> Result:
     if wrong := [text for text, row in zip(texts, ids) if tokenizer.decode(row) != text]:
         return failed(name, f"{shortened(wrong[0], 40)} becomes {shortened(tokenizer.decode(ids[0]), 40)}", NOT_ITS_OWN)
     rate = sum(map(len, texts)) / sum(map(len, ids))
-    told = f"{tokenizer.n_words} pieces; {counted(len(texts), 'text')} come back from their ids ({rate:.1f} characters an id)"
+    told = (
+        f"{tokenizer.n_words} pieces; {counted(len(texts), 'text')} come back from their ids ({rate:.1f} characters "
+        f"an id)"
+    )
     return passed(name, told)
 
 
@@ -192,7 +200,9 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
         else:
             yield itself.check_quantized(asked.build, kind, reference, ids)
     if not counts:
-        yield not_applicable("several processes", "this machine or --processes allows one only, or the heads cannot be shared")
+        yield not_applicable(
+            "several processes", "this machine or --processes allows one only, or the heads cannot be shared"
+        )
     for count in counts:
         yield itself.check_processes(count, asked.given(), reference, ids)
     if asked.wikitext is not None:

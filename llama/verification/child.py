@@ -1,4 +1,5 @@
-"""One of the processes that `itself.check_processes` starts: loads the model, reads the ids, and writes what it found."""
+"""One of the processes that `itself.check_processes` starts: loads the model, reads the ids, and writes what it
+found."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Finds faults of meaning: a text that the model was trained on the like of becomes clearly likelier if the fault is mended.
+"""Finds faults of meaning: a text that the model was trained on the like of becomes clearly likelier if the fault is
+mended.
 
-Every `Repair` is tried on the loaded model, and the log-probabilities of the same tokens are compared, before and after.
-Only what no chance explains counts: the mean gain must be `SURE` times its standard error. A few tokens are read first: what
-makes them `WORSE` is not tried on all.
+Every `Repair` is tried on the loaded model, and the log-probabilities of the same tokens are compared, before and
+after. Only what no chance explains counts: the mean gain must be `SURE` times its standard error. A few tokens are read
+first: what makes them `WORSE` is not tried on all.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Gain(NamedTuple):
 
 
 class Reading:
-    """Texts as the model reads them, with the states in front of every layer, so that what changes only later layers need not
-    be read from the beginning."""
+    """Texts as the model reads them, with the states in front of every layer, so that what changes only later layers
+    need not be read from the beginning."""
 
     def __init__(self, llama: Llama, texts: Iterable[str], length: int) -> None:
         self.model = llama.model
@@ -92,7 +93,8 @@ class Reading:
 
 
 class Search(NamedTuple):
-    """What a search has found. gains: of each repair in the last round. untried: how many the time did not suffice for."""
+    """What a search has found. gains: of each repair in the last round. untried: how many the time did not suffice
+    for."""
 
     found: list[tuple[Repair, Gain]]
     gains: dict[Repair, Gain]
@@ -102,8 +104,8 @@ class Search(NamedTuple):
 
 
 def read_likeliest(llama: Llama, texts: Sequence[str] = ()) -> tuple[str, list[Reading]]:
-    """The kind of text that the model finds likelier, and two readings of it: of a few tokens, and of all. texts: in place of
-    those that come with this package."""
+    """The kind of text that the model finds likelier, and two readings of it: of a few tokens, and of all. texts: in
+    place of those that come with this package."""
     given = {"the given text": list(texts)} if texts else {kind: list(of_kind) for kind, of_kind in KINDS.items()}
     few, seconds = {}, {}
     for kind, of_kind in given.items():
@@ -155,7 +157,10 @@ def check_meaning(llama: Llama, seconds: float, texts: Sequence[str] = ()) -> li
     outcome = search(readings, list(kinds.repairs(llama.model)), seconds)
     told = f"{before:.2f} nats a token of {kind} ({outcome.tokens} tokens; chance is {chance:.2f})"
     if not outcome.loss < chance - LIKELY:
-        why = f"{told}: the weights are untrained, or trained on something else, so no text shows whether they are in order"
+        why = (
+            f"{told}: the weights are untrained, or trained on something else, so no text shows whether they are in "
+            f"order"
+        )
         results = [not_applicable("likely text", why)]
         return results + [not_applicable(check, "needs a text that the model finds likely; pass one with --text")
                           for check in CHECKS if check != kinds.EPS] + [_of_eps(llama, {})]  # fmt: skip
@@ -166,13 +171,18 @@ def check_meaning(llama: Llama, seconds: float, texts: Sequence[str] = ()) -> li
         results = [passed("likely text", told)]
     for check in CHECKS:
         gains = {repair: gain for repair, gain in outcome.gains.items() if repair.check == check}
-        if faults := [f"{repair.fault}: mended, a token is {gain.mean:.3g} nats likelier ({gain.certainty:.0f} standard errors)"
+        if faults := [(f"{repair.fault}: mended, a token is {gain.mean:.3g} nats likelier ({gain.certainty:.0f} "
+                      f"standard errors)")
                       for repair, gain in outcome.found if repair.check == check]:  # fmt: skip
             results.append(failed(check, "; ".join(faults), kinds.MEANS[check]))
         elif check == kinds.EPS:
             results.append(_of_eps(llama, gains))
         elif not gains:
-            told = "there is no other that fits the shapes" if not outcome.untried else "--seconds were over before its turn"
+            told = (
+                "there is no other that fits the shapes"
+                if not outcome.untried
+                else "--seconds were over before its turn"
+            )
             results.append(not_applicable(check, told))
         else:
             results.append(_no_better(check, gains, outcome.untried))

@@ -1,4 +1,5 @@
-"""This code against itself, on this machine, with these weights: each way to the same numbers beside one pass over a text."""
+"""This code against itself, on this machine, with these weights: each way to the same numbers beside one pass over a
+text."""
 
 from __future__ import annotations
 
@@ -25,14 +26,20 @@ NEW_TOKENS = 24
 # The mean divergence (Kullback-Leibler, nats a token) that rounding explains.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.002}
 QUANTIZED = {"int8": 0.02, "int4": 0.5}
-NEAR = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats between two tokens that may change places
+NEAR = {
+    torch.float32: 0.01,
+    torch.bfloat16: 0.25,
+    torch.float16: 0.05,
+}  # nats between two tokens that may change places
 CHILD_SECONDS = 3600.0
 BUG = (
-    "The two are the same mathematics in other orders of sums. A larger difference is a fault of this library, of torch or of "
+    "The two are the same mathematics in other orders of sums. A larger difference is a fault of this library, of "
+    "torch or of "
     "the machine: update torch, try --device cpu or --dtype float32, and report it with this table."
 )
 TOO_COARSE = (
-    "Rounding costs this model more than usual: its weights have outliers, are small, or were rounded once before. Run it "
+    "Rounding costs this model more than usual: its weights have outliers, are small, or were rounded once before. Run "
+    "it "
     "as it is stored, or in int8 instead of int4."
 )
 
@@ -100,7 +107,10 @@ def _generation(llama: Llama, prompt: list[int]) -> Result:
     again = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     apart = (again - torch.tensor(scores)).abs().max().item()
     behind = (logprobs.amax(-1) - again).max().item()
-    told = f"{len(tokens)} tokens scored again: log-probabilities {apart:.1e} apart, the best token {behind:.1e} ahead at most"
+    told = (
+        f"{len(tokens)} tokens scored again: log-probabilities {apart:.1e} apart, the best token {behind:.1e} ahead "
+        f"at most"
+    )
     right = max(apart, behind) <= NEAR[dtype]
     told += f" (bound {NEAR[dtype]:g})"
     return passed("generation", told) if right else failed("generation", told, BUG)

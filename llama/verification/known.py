@@ -1,4 +1,5 @@
-"""Known models, and whether a folder gives their published numbers. `published.json` has the numbers and their sources."""
+"""Known models, and whether a folder gives their published numbers. `published.json` has the numbers and their
+sources."""
 
 from __future__ import annotations
 
@@ -23,17 +24,22 @@ from .itself import NEAR, is_quantized, one_pass
 from .results import Result, failed, not_applicable, passed
 
 KNOWN = "known model"
-COARSER = {torch.float32: 1.0, torch.float16: 1.0, torch.bfloat16: 4.0}  # times the tolerances, which are those of float16
+COARSER = {
+    torch.float32: 1.0,
+    torch.float16: 1.0,
+    torch.bfloat16: 4.0,
+}  # times the tolerances, which are those of float16
 PERPLEXITY_WITHIN = 0.01  # as a share
 OTHER_NUMBERS = (
-    "The weights or the settings are not those of the model: damaged, converted or merged wrongly, or a fine-tune that has "
+    "The weights or the settings are not those of the model: damaged, converted or merged wrongly, or a fine-tune that "
+    "has "
     "kept its name or its norms. Compare the checksums with those of the source."
 )
 
 
 class Known(NamedTuple):
-    """What a folder was recognised as. entries: the models of `published.json` that it may be; one of them if `how` says by
-    what it was recognised."""
+    """What a folder was recognised as. entries: the models of `published.json` that it may be; one of them if `how`
+    says by what it was recognised."""
 
     entries: list[dict[str, Any]]
     how: str = ""
@@ -67,7 +73,9 @@ def digest(checkpoint: Checkpoint, name: str) -> str:
 
 def recognise(checkpoint: Checkpoint, args: ModelArgs) -> Known:
     """The known models that a folder may be: by the last norm, or else by shape and name, or else by shape alone."""
-    shape = {name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "kv_heads", "ffn_width", "vocab_size")}
+    shape = {
+        name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "kv_heads", "ffn_width", "vocab_size")
+    }
     last = digest(checkpoint, "norm.weight")
     for entry in published():
         if entry.get("digests", {}).get("norm") == last:
@@ -91,7 +99,8 @@ def check_known(known: Known) -> Result:
 
 
 def check_setting(known: Known, check: str, value: float) -> Optional[Result]:
-    """rope_theta or norm_eps beside that of the known model; None if there is none. A fine-tune may have another rope_theta."""
+    """rope_theta or norm_eps beside that of the known model; None if there is none. A fine-tune may have another
+    rope_theta."""
     stated = known.stated(check)
     if stated is None or (known.entry is None and check == repairs.THETA):
         return None
@@ -109,7 +118,9 @@ def check_order(known: Known, checkpoint: Checkpoint) -> Optional[Result]:
     found = [digest(checkpoint, f"layers.{i}.attention_norm.weight") for i in range(len(stated))]
     if found == stated or sorted(found) != sorted(stated):
         return None
-    moved = [f"layer {i} is the model's layer {stated.index(each)}" for i, each in enumerate(found) if each != stated[i]]
+    moved = [
+        f"layer {i} is the model's layer {stated.index(each)}" for i, each in enumerate(found) if each != stated[i]
+    ]
     return failed(repairs.LAYERS, f"by the digests of {known.names}, {listed(moved)}", repairs.MEANS[repairs.LAYERS])
 
 
@@ -146,7 +157,8 @@ def _logits(llama: Llama, known: Known, entry: dict[str, Any]) -> Result:
 
 
 def _text(llama: Llama, name: str, text: dict[str, str]) -> Result:
-    """Whether each token of a published greedy text is the likeliest, or as good as that, where those before it are given."""
+    """Whether each token of a published greedy text is the likeliest, or as good as that, where those before it are
+    given."""
     if is_quantized(llama):
         return not_applicable(name, "the weights are rounded to int8 or int4")
     tokenizer = llama.tokenizer
@@ -160,7 +172,9 @@ def _text(llama: Llama, name: str, text: dict[str, str]) -> Result:
     if (wrong := (behind > near).nonzero()).numel():
         at = int(wrong[0])
         told = f"token {at + 1} of {len(behind)} should be {shortened(tokenizer.piece(ids[start + at]))}, and is "
-        told += f"{behind[at]:.2f} nats less likely than {shortened(tokenizer.piece(int(logprobs[at].argmax())))} ({where})"
+        told += (
+            f"{behind[at]:.2f} nats less likely than {shortened(tokenizer.piece(int(logprobs[at].argmax())))} ({where})"
+        )
         return failed(name, told, OTHER_NUMBERS)
     if not logprobs.amax(-1).mean().item() > chance + 1:  # then all tokens are equally likely
         return failed(name, f"no token is likelier than chance has it ({where})", OTHER_NUMBERS)

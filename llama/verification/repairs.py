@@ -1,7 +1,7 @@
 """Faults that leave every shape right and every number finite, each as the change of a loaded model that would mend it.
 
-No weight is copied: a `Repair` exchanges modules, turns the order of what q and k give by hooks, or puts another number or
-table in its place; leaving the `ExitStack` undoes it.
+No weight is copied: a `Repair` exchanges modules, turns the order of what q and k give by hooks, or puts another number
+or table in its place; leaving the `ExitStack` undoes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ ORDER_QK, THETA, EPS, LAYERS, PARTS, HEADS = (
 )  # fmt: skip
 OTHERS_SETTINGS = "params.json or config.json belongs to another model{}. Take that file from the model's own source."
 MEANS = {
-    ORDER_QK: "A converter between Meta's and Hugging Face's formats has put the rows of q and k in order once too often, or "
+    ORDER_QK: "A converter between Meta's and Hugging Face's formats has put the rows of q and k in order once too "
+    "often, or "
     "not at all. Convert the original once more: llama convert does it right both ways.",
     THETA: OTHERS_SETTINGS.format(" (Llama 2 has 10000, Code Llama 1000000), or a converter left rope_scaling out"),
     EPS: OTHERS_SETTINGS.format(" (Llama 2 and Code Llama have 1e-05, LLaMA 1 has 1e-06)"),
@@ -39,8 +40,8 @@ Reorder = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class Repair(NamedTuple):
-    """A change that would mend a fault. check: the fault's row in the table. fault: what is wrong if the change makes texts
-    likelier. first: the first layer whose numbers change."""
+    """A change that would mend a fault. check: the fault's row in the table. fault: what is wrong if the change makes
+    texts likelier. first: the first layer whose numbers change."""
 
     check: str
     fault: str
@@ -66,7 +67,8 @@ def put(stack: ExitStack, target: Any, **values: Any) -> None:
 
 
 def to_meta_order(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Features of heads (…, H * D), from Hugging Face's order (all even ones of a head, then all odd ones) to Meta's pairs."""
+    """Features of heads (…, H * D), from Hugging Face's order (all even ones of a head, then all odd ones) to Meta's
+    pairs."""
     return x.unflatten(-1, (-1, 2, head_dim // 2)).transpose(-1, -2).flatten(-3)
 
 
@@ -85,8 +87,14 @@ def _orders_of_qk(model: Transformer) -> Iterator[Repair]:
             told = told if len(names) > 1 else told.replace("are in", "is in").replace("were", "was")
             yield Repair(ORDER_QK, f"{told}, in all layers", 0, partial(_reorder, range(n), names, reorder))
     args = model.params
-    if args.kv_heads != args.n_heads and (size := args.kv_heads * args.head_size // args.n_heads) >= 2 and size % 2 == 0:
-        told = f"k was put in order with the {args.n_heads} query heads in place of its own {args.kv_heads}, in all layers"
+    if (
+        args.kv_heads != args.n_heads
+        and (size := args.kv_heads * args.head_size // args.n_heads) >= 2
+        and size % 2 == 0
+    ):
+        told = (
+            f"k was put in order with the {args.n_heads} query heads in place of its own {args.kv_heads}, in all layers"
+        )
 
         def by_queries(x: torch.Tensor, head_dim: int) -> torch.Tensor:
             return to_meta_order(to_hf_order(x, size), head_dim)
@@ -97,7 +105,9 @@ def _orders_of_qk(model: Transformer) -> Iterator[Repair]:
             yield Repair(ORDER_QK, f"q and k {what}, in layer {i}", i, partial(_reorder, (i,), both, reorder))
 
 
-def _reorder(layers: Sequence[int], names: Sequence[str], reorder: Reorder, model: Transformer, stack: ExitStack) -> None:
+def _reorder(
+    layers: Sequence[int], names: Sequence[str], reorder: Reorder, model: Transformer, stack: ExitStack
+) -> None:
     for i in layers:
         attention = model.layers[i].attention
         for name in names:
@@ -118,7 +128,9 @@ def _positions(args: ModelArgs) -> Iterator[Repair]:
     for theta in THETAS:
         if theta != args.rope_theta:
             table = partial(precompute_freqs_cis, theta=theta)
-            yield Repair(THETA, f"rope_theta is {args.rope_theta:g}, and the model's is {theta:g}", 0, partial(turn, table))
+            yield Repair(
+                THETA, f"rope_theta is {args.rope_theta:g}, and the model's is {theta:g}", 0, partial(turn, table)
+            )
     for factor in FACTORS:
         scaling = RotaryScaling("linear", factor, 4096)
 
@@ -193,7 +205,9 @@ def _orders_of_layers(model: Transformer) -> Iterator[Repair]:
     back = sorted(natural, key=by_text.__getitem__)
     whole = [(natural[::-1], "the layers are in the reverse order")]
     if by_text != natural:
-        whole += [(order, "the layers are sorted as texts are (0, 1, 10, 11, …, 2, 20, …)") for order in (by_text, back)]
+        whole += [
+            (order, "the layers are sorted as texts are (0, 1, 10, 11, …, 2, 20, …)") for order in (by_text, back)
+        ]
     if n > 2:
         whole += [([*natural[1:], 0], "layer 0 is the last one, and the others begin with 1"),
                   ([n - 1, *natural[:-1]], "the last layer comes first")]  # fmt: skip
@@ -217,8 +231,8 @@ def _arrange(order: Sequence[int], model: Transformer, stack: ExitStack) -> None
 
 
 def _pairs(model: Transformer) -> list[tuple[int, int]]:
-    """The layers that may have been exchanged: all pairs of few layers; of many, neighbours, and those pairs whose exchange
-    makes the means of the norms, which change little from layer to layer, smoother: the 2 n best."""
+    """The layers that may have been exchanged: all pairs of few layers; of many, neighbours, and those pairs whose
+    exchange makes the means of the norms, which change little from layer to layer, smoother: the 2 n best."""
     n = model.n_layers
     pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
     if n <= ALL_PAIRS:

@@ -8,8 +8,8 @@ PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
 
 class Result(NamedTuple):
-    """The outcome of a check. verdict: PASS, FAIL or NOT_APPLICABLE. told: what was found, with its figures. means: what a
-    failure usually means, and what to do."""
+    """The outcome of a check. verdict: PASS, FAIL or NOT_APPLICABLE. told: what was found, with its figures. means:
+    what a failure usually means, and what to do."""
 
     name: str
     verdict: str

@@ -1,4 +1,5 @@
-"""Every number of the weights, read once and piece by piece: whether it is finite, and whether it is like its neighbours."""
+"""Every number of the weights, read once and piece by piece: whether it is finite, and whether it is like its
+neighbours."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ NORMS = 1e-3, 1e3  # the mean of a norm: Llama 2's go from 0.02 to 2
 MATRICES = 1e-5, 10.0  # the standard deviation of a matrix: Llama 2's go from 0.005 to 0.04
 VOCABULARY = ("tok_embeddings", "output")  # rows of ids that nothing uses are equal numbers
 DAMAGED = (
-    "A file was damaged, or a program that converted or merged the weights went wrong. Compare its checksum with that of its "
+    "A file was damaged, or a program that converted or merged the weights went wrong. Compare its checksum with that "
+    "of its "
     "source, and download or convert it again."
 )
 
@@ -56,7 +58,8 @@ class Spread(NamedTuple):
 
 
 def check_weights(checkpoint: Checkpoint, model: Transformer) -> list[Result]:
-    """The numbers of a folder. model: its own, on the meta device. Integers, of which every one may stand, are left out."""
+    """The numbers of a folder. model: its own, on the meta device. Integers, of which every one may stand, are left
+    out."""
     spreads, numbers = [], 0
     plan = {name: where for name, where in cut(model).items() if checkpoint.dtypes[name].is_floating_point}
     for name, (shape, dim, _) in tqdm(plan.items(), "Weights", unit="tensor", delay=1.5, leave=False, disable=None):
@@ -115,7 +118,9 @@ def _unusual(spreads: Iterable[Spread]) -> Iterator[str]:
         usual_size = statistics.median(float(each.largest.max()) for each in alike)
         usual_std = statistics.median(each.std for each in alike)
         for each in alike:
-            yield from _unusual_alone(each) or _unusual_among(each, usual_size, usual_std if len(alike) > 2 else each.std)
+            yield from _unusual_alone(each) or _unusual_among(
+                each, usual_size, usual_std if len(alike) > 2 else each.std
+            )
 
 
 def _unusual_alone(spread: Spread) -> list[str]:
@@ -144,7 +149,9 @@ def _unusual_among(spread: Spread, usual_size: float, usual_std: float) -> list[
     if largest > LONE_LAYER * usual_size:
         return [f"{spread.name} goes to {largest:.3g}, and those of other layers to {usual_size:.3g}"]
     if spread.is_matrix and not usual_std / LONE_SPREAD < spread.std < usual_std * LONE_SPREAD:
-        return [f"{spread.name} has a standard deviation of {spread.std:.3g}, and those of other layers {usual_std:.3g}"]
+        return [
+            f"{spread.name} has a standard deviation of {spread.std:.3g}, and those of other layers {usual_std:.3g}"
+        ]
     return []
 
 

@@ -1,4 +1,5 @@
-"""The texts that a trained model finds likely: children's stories for small models, plain prose for Llama 2 and its like."""
+"""The texts that a trained model finds likely: children's stories for small models, plain prose for Llama 2 and its
+like."""
 
 STORIES = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her "

@@ -25,15 +25,16 @@ WITH_IDS = {"tok_embeddings.weight": 1, "output.weight": 0}  # matrices with a r
 def add_adapter(checkpoint: Checkpoint, folder: Optional[Path]) -> Checkpoint:
     """The checkpoint with the adapter in `folder` added; itself if None. Copies no weight.
 
-    Warns of another adapter in the checkpoint's own folder. ValueError if the adapter is damaged, is of a kind that is not
-    computed, or was made for another base.
+    Warns of another adapter in the checkpoint's own folder. ValueError if the adapter is damaged, is of a kind that is
+    not computed, or was made for another base.
     """
     adapted = checkpoint if folder is None else AdaptedCheckpoint(checkpoint, folder)
     is_own = folder is not None and os.path.samefile(folder, checkpoint.folder)
     if is_there(checkpoint.folder / CONFIG) and not is_own and is_first_process():
         own = escaped(str(checkpoint.folder))
         warnings.warn(
-            f"{own} also holds an adapter ({CONFIG}), which is not added to the weights; adapter={own!r} (--adapter) adds it, "
+            f"{own} also holds an adapter ({CONFIG}), which is not added to the weights; adapter={own!r} (--adapter) "
+            f"adds it, "
             f"and without {CONFIG} this warning ends",
             stacklevel=4,
         )
@@ -41,16 +42,17 @@ def add_adapter(checkpoint: Checkpoint, folder: Optional[Path]) -> Checkpoint:
 
 
 def tokenizer_folder(folder: Path, adapter: Optional[Path], given: Optional[Path] = None) -> Path:
-    """The folder whose files describe the tokenizer: the adapter's, if a tokenizer was saved there, as trainings do that add
-    tokens or a chat template; else the checkpoint's. given: what the caller named, which may lie in either."""
+    """The folder whose files describe the tokenizer: the adapter's, if a tokenizer was saved there, as trainings do
+    that add tokens or a chat template; else the checkpoint's. given: what the caller named, which may lie in either."""
     if adapter is None or not any(is_there(adapter / name) for name in ("tokenizer.model", "tokenizer.json")):
         return folder
     return adapter if given is None or adapter.absolute() in (given.absolute(), given.absolute().parent) else folder
 
 
 class AdaptedCheckpoint:
-    """A checkpoint whose matrices are those of its base with the adapter's product added. It is a `checkpoint.Checkpoint`,
-    which documents its methods. Sums are float32, and rounded once, to the dtype or the quantized kind that is asked for."""
+    """A checkpoint whose matrices are those of its base with the adapter's product added. It is a
+    `checkpoint.Checkpoint`, which documents its methods. Sums are float32, and rounded once, to the dtype or the
+    quantized kind that is asked for."""
 
     quantization: Optional[Quantization] = None
 
@@ -58,7 +60,8 @@ class AdaptedCheckpoint:
         if base.quantization is not None:
             kind = base.quantization.kind
             raise ValueError(
-                f"{base.folder} is stored as {kind}, which no adapter can be added to; pass the folder with the original "
+                f"{base.folder} is stored as {kind}, which no adapter can be added to; pass the folder with the "
+                f"original "
                 f"weights, the adapter and quantize={kind!r}"
             )
         self.base, self.adapter = base, folder

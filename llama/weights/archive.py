@@ -1,8 +1,9 @@
 """A .pth file of torch.save -> its tensors, mapped: a zip archive of one pickle and the numbers of each tensor.
 
-torch.load would make whatever the pickle asks for (tensors on other devices and without numbers, sparse ones, parts that
-reach into their neighbours' numbers), and some pickles keep it busy for minutes. This file reads the pickle word by word, and
-knows only the words that describe a flat dictionary of tensors. None of them runs code, and each costs the same.
+torch.load would make whatever the pickle asks for (tensors on other devices and without numbers, sparse ones, parts
+that reach into their neighbours' numbers), and some pickles keep it busy for minutes. This file reads the pickle word
+by word, and knows only the words that describe a flat dictionary of tensors. None of them runs code, and each costs the
+same.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from ..system.files import check_file
 from ..system.printable import escaped, shortened
 
 PICKLE_BYTES = 2**20  # largest pickle of a .pth file; 70B's has 0.1 MB. Reading it takes a second at most
-# Largest part that is compared with its checksum: norms and scales, whose numbers matter most. Reading the matrices too would
-# take a minute; mapping them takes no time.
+# Largest part that is compared with its checksum: norms and scales, whose numbers matter most. Reading the matrices too
+# would take a minute; mapping them takes no time.
 CHECKED_BYTES = 2**18
 DESCRIPTOR = b"PK\x07\x08"  # begins a record after the data, if the writer did not know the sizes before
 
@@ -33,7 +34,8 @@ DTYPES = {
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
 }  # fmt: skip
 VALUES = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES",
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "SHORT_BINBYTES",
 }  # fmt: skip
 CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -67,14 +69,15 @@ class Numbers(NamedTuple):
 
 
 def map_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file of torch.save, by name, mapped into memory. Nothing in it is run. ValueError if it is damaged, or
-    holds other things."""
+    """The tensors of one file of torch.save, by name, mapped into memory. Nothing in it is run. ValueError if it is
+    damaged, or holds other things."""
     check_file(path)
     with path.open("rb") as file:
         if file.read(len(LEGACY)) == LEGACY:
             name = escaped(str(path))
             raise ValueError(
-                f"{name} is in the format of torch before 1.6, which cannot be mapped; save it again: import torch; torch.save("
+                f"{name} is in the format of torch before 1.6, which cannot be mapped; save it again: import torch; "
+                f"torch.save("
                 f"torch.load({name!r}, map_location='cpu', weights_only=True), {name!r})"
             )
     try:
@@ -87,10 +90,13 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(
             f"{path} cannot be read: it is cut short, damaged, or not in the zip format of torch.save "
-            f"({escaped(str(error).splitlines()[0]) if str(error) else type(error).__name__}); download or save it again"
+            f"({escaped(str(error).splitlines()[0]) if str(error) else type(error).__name__}); download or save it "
+            f"again"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} is not a flat dictionary of tensors; pass a checkpoint in Meta's or Hugging Face's format")
+        raise ValueError(
+            f"{path} is not a flat dictionary of tensors; pass a checkpoint in Meta's or Hugging Face's format"
+        )
     return tensors
 
 
@@ -119,8 +125,8 @@ def read_directory(path: Path) -> tuple[dict[str, Part], str]:
     """The parts of a .pth file by their names, and the name of its pickle. ValueError (or one of zipfile's errors) if
     the directory is damaged.
 
-    A wrong bit in a directory or header would move a tensor by some bytes, silently. So every part must lie at the place
-    that both state, the parts must fill the file, and all but large ones must match their checksum.
+    A wrong bit in a directory or header would move a tensor by some bytes, silently. So every part must lie at the
+    place that both state, the parts must fill the file, and all but large ones must match their checksum.
     """
     parts: dict[str, Part] = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -150,7 +156,9 @@ def read_directory(path: Path) -> tuple[dict[str, Part], str]:
             if not is_data or record.file_size <= CHECKED_BYTES:
                 file.seek(start)
                 if zlib.crc32(file.read(record.file_size)) != record.CRC:
-                    raise ValueError(f"its part {shortened(record.filename)} has not the checksum that its directory says")
+                    raise ValueError(
+                        f"its part {shortened(record.filename)} has not the checksum that its directory says"
+                    )
             parts[record.filename] = Part(start, record.file_size)
     index = [name for name in parts if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(index) != 1:
@@ -159,7 +167,8 @@ def read_directory(path: Path) -> tuple[dict[str, Part], str]:
 
 
 def _text(value: Any) -> str:
-    """The value, a str. Only that is compared or shown: for deeply nested tuples either takes as long as a file wants."""
+    """The value, a str. Only that is compared or shown: for deeply nested tuples either takes as long as a file
+    wants."""
     if not isinstance(value, str):
         raise Foreign(f"it has a {type(value).__name__} for a name")
     return value
@@ -253,7 +262,9 @@ class _Reader:
             raise ValueError(f"its index names a part that is not there, {shortened(key)}")
         part, of = self.parts[key], DTYPES[dtype.name]
         if type(count) is not int or part.size != count * of.itemsize:
-            raise ValueError(f"its part {shortened(key)} has {part.size} bytes, and its index says another number of {of}")
+            raise ValueError(
+                f"its part {shortened(key)} has {part.size} bytes, and its index says another number of {of}"
+            )
         self.unused.discard(key)
         if key not in self.storages:
             self.storages[key] = self.whole[part.start : part.start + part.size]
@@ -283,7 +294,11 @@ class _Reader:
             raise Foreign(f"it holds {shortened('.'.join(dtype or ()))}")
         if marks:
             raise ValueError("it has a tensor that stands for the negative or conjugate of its numbers")
-        if len(shape) != len(stride) or len(shape) > 8 or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)):
+        if (
+            len(shape) != len(stride)
+            or len(shape) > 8
+            or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride))
+        ):
             raise ValueError("it has a tensor with an impossible shape")
         last = 0
         for n, step in sorted(zip(shape, stride), key=lambda pair: pair[1]):

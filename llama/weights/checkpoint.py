@@ -33,8 +33,8 @@ from .staging import Job, Sender, run_jobs
 
 
 class Checkpoint(Protocol):
-    """The weights of a folder as full matrices under Meta's names, whatever files they lie in. `shard_dim` is the dimension
-    that a layer's matrix is cut along, None for a tensor that every process holds whole."""
+    """The weights of a folder as full matrices under Meta's names, whatever files they lie in. `shard_dim` is the
+    dimension that a layer's matrix is cut along, None for a tensor that every process holds whole."""
 
     format: str  # "Meta", "Hugging Face", or "GGUF" with its kinds of numbers
     config: str  # the name of what `args` come from: a file of the folder, or a part of the one file
@@ -42,7 +42,9 @@ class Checkpoint(Protocol):
     paths: list[Path]  # the files of weights
     mapped: MappedFiles
     args: ModelArgs  # the stored shape, without limits; vocab_size is -1 if only the tokenizer tells it
-    positions: Optional[int]  # how many the model was made for, if the files say so; scaled ones stand in args.rope_scaling
+    positions: Optional[
+        int
+    ]  # how many the model was made for, if the files say so; scaled ones stand in args.rope_scaling
     tied: bool  # whether the embedding is the output matrix too
     quantization: Optional[Quantization]  # the stored kind of numbers; None: not quantized
     dtype: torch.dtype  # the embedding's
@@ -50,7 +52,8 @@ class Checkpoint(Protocol):
     tables: dict[str, torch.dtype]  # the same for tensors that this library computes itself
 
     def leave_out_ids(self, pieces: int) -> bool:
-        """Whether ids from `pieces` on can be left out. If so, `shape`, `parts` and `read` end before them from now on."""
+        """Whether ids from `pieces` on can be left out. If so, `shape`, `parts` and `read` end before them from now
+        on."""
 
     def missing_shards(self, width: int) -> int:
         """How many more shards like those that are here would make the embedding `width` wide; 0 if none would."""
@@ -70,17 +73,19 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
-    """Map the weights of a folder in either format, or of a GGUF file, and read the shape of their model. Copies no weight.
+    """Map the weights of a folder in either format, or of a GGUF file, and read the shape of their model. Copies no
+    weight.
 
-    A folder with both formats counts as Meta's, and one with GGUF files counts as theirs if it has no others. ValueError if it
-    has none, is damaged, or holds a model that this library does not compute.
+    A folder with both formats counts as Meta's, and one with GGUF files counts as theirs if it has no others.
+    ValueError if it has none, is damaged, or holds a model that this library does not compute.
     """
     if find_gguf(ckpt_dir):
         return GGUFCheckpoint(ckpt_dir)
     if not os.path.isdir(ckpt_dir):
         told = ", which is a file" if os.path.isfile(ckpt_dir) else ""
         raise ValueError(
-            f"no checkpoint folder at {ckpt_dir}{told}; pass the folder that holds consolidated.00.pth and params.json, "
+            f"no checkpoint folder at {ckpt_dir}{told}; pass the folder that holds consolidated.00.pth and "
+            f"params.json, "
             "or config.json and model.safetensors, or a GGUF file"
         )
     metas = [is_there(ckpt_dir / "params.json"), any(ckpt_dir.glob("consolidated.*.pth"))]
@@ -89,8 +94,10 @@ def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
         return HuggingFaceCheckpoint(ckpt_dir)
     if not (any(metas) or theirs or is_there(ckpt_dir / "adapter_config.json")):
         raise ValueError(
-            f"no model in {ckpt_dir}: params.json is missing, as is config.json, and the folder holds {contents(ckpt_dir)}; "
-            "pass the one with consolidated.00.pth and params.json, or model.safetensors and config.json, or a GGUF file"
+            f"no model in {ckpt_dir}: params.json is missing, as is config.json, and the folder holds "
+            f"{contents(ckpt_dir)}; "
+            "pass the one with consolidated.00.pth and params.json, or model.safetensors and config.json, or a GGUF "
+            "file"
         )
     if any(metas):
         return MetaCheckpoint(ckpt_dir)
@@ -104,7 +111,8 @@ def known_ids(checkpoint: Checkpoint) -> Optional[int]:
 
 
 def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
-    """The checkpoint's args with vocab_size=pieces, the tokenizer's ids. ValueError if the folder says another number."""
+    """The checkpoint's args with vocab_size=pieces, the tokenizer's ids. ValueError if the folder says another
+    number."""
     stated = checkpoint.args.vocab_size
     if stated not in (-1, pieces):
         raise ValueError(
@@ -115,12 +123,15 @@ def fit_vocabulary(checkpoint: Checkpoint, pieces: int) -> ModelArgs:
 
 
 def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
-    """For every parameter: the shape of the full matrix, the dimension it is cut along, and how many ranks hold a part."""
+    """For every parameter: the shape of the full matrix, the dimension it is cut along, and how many ranks hold a
+    part."""
     ranks = group_size(model_parallel_group())
     plan = {}
     for prefix, module in model.named_modules():
         dims, copies = getattr(module, "shard_dims", None), getattr(module, "copies", 1)
-        rows = module.out_features if getattr(module, "gather_output", False) else math.inf  # without what fills up its parts
+        rows = (
+            module.out_features if getattr(module, "gather_output", False) else math.inf
+        )  # without what fills up its parts
         for name, parameter in module.named_parameters(recurse=False):
             dim = getattr(module, "shard_dim", None) if dims is None else dims[name]
             shape = [int(min(n * (ranks // copies), rows)) if i == dim else n for i, n in enumerate(parameter.shape)]
@@ -142,8 +153,8 @@ def choose_quantization(checkpoint: Checkpoint, quantize: Optional[str]) -> Opti
 def prepare(model: Transformer, checkpoint: Checkpoint, quantize: Optional[str] = None) -> Optional[Quantization]:
     """Make a model on the meta device ready for `fill`: check the weights, and put quantized layers in, if needed.
 
-    quantize: "int8" or "int4", or None for the checkpoint's own kind. Returns the model's kind. ValueError if the weights
-    do not fit the model, or are of another quantized kind, or the processes cannot share the groups.
+    quantize: "int8" or "int4", or None for the checkpoint's own kind. Returns the model's kind. ValueError if the
+    weights do not fit the model, or are of another quantized kind, or the processes cannot share the groups.
     """
     quantization = choose_quantization(checkpoint, quantize)
     if checkpoint.quantization is None:
@@ -192,8 +203,8 @@ def quantized_layers(model: Transformer) -> dict[str, Quantized]:
 def quantized(
     checkpoint: Checkpoint, prefix: str, layer: Quantized, start: int, stop: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The stored tensors of a layer, by name, for entries start … stop along its `shard_dim`: read and rounded some rows at a
-    time."""
+    """The stored tensors of a layer, by name, for entries start … stop along its `shard_dim`: read and rounded some
+    rows at a time."""
     name = f"{prefix}.weight"
     dim = layer.shard_dim
     maxima = None
@@ -220,7 +231,8 @@ def check_scales(name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> Non
         least, most = (x.item() for x in tensor.aminmax())
         if not (math.isfinite(least) and math.isfinite(most) and (least > 0 or what == "zeros")):
             raise ValueError(
-                f"{checkpoint.folder}: {name} goes from {least} to {most}; scales are finite and above 0, and zeros finite: "
+                f"{checkpoint.folder}: {name} goes from {least} to {most}; scales are finite and above 0, and zeros "
+                f"finite: "
                 "the file is damaged, or the weights that were rounded have NaN or infinity in them"
             )
 
@@ -243,7 +255,8 @@ def _progress(tensors: int) -> Any:
 
 
 class Part(NamedTuple):
-    """This rank's part of one tensor of the checkpoint: entries start … stop along `dim`, filled up to `size` with zeros."""
+    """This rank's part of one tensor of the checkpoint: entries start … stop along `dim`, filled up to `size` with
+    zeros."""
 
     name: str
     dim: Optional[int]
@@ -276,7 +289,10 @@ def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
         full = 0 if dim is None else shape[dim]
         size = -(-full * copies // ranks)
         if layer is not None and dim == 1:
-            full, size = layer.in_features, layer.in_features // ranks  # numbers; `shape` counts bytes, which may hold two
+            full, size = (
+                layer.in_features,
+                layer.in_features // ranks,
+            )  # numbers; `shape` counts bytes, which may hold two
         start, stop = (min(i * size, full) for i in (rank // copies, rank // copies + 1))
         parts.append(Part(name, dim, start, stop, size, layer))
     return parts

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-# The ends hold a format's names and shapes, and in .pth files a checksum of each tensor. The blocks between are for formats
-# without checksums: a fine-tune changes nearly every number.
+# The ends hold a format's names and shapes, and in .pth files a checksum of each tensor. The blocks between are for
+# formats without checksums: a fine-tune changes nearly every number.
 END_BYTES = 256 * 1024
 BLOCKS, BLOCK_BYTES = 64, 4096
 

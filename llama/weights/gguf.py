@@ -1,4 +1,5 @@
-"""GGUF files, llama.cpp's: metadata -> ModelArgs, their names <-> Meta's; tensors mapped, or dequantized a part at a time.
+"""GGUF files, llama.cpp's: metadata -> ModelArgs, their names <-> Meta's; tensors mapped, or dequantized a part at a
+time.
 
 Rows of q and k are in Meta's order there.
 """
@@ -52,23 +53,28 @@ _METADATA = [
 ]
 # Keys of what is not computed here, unless they have this value.
 _UNCOMPUTED = {
-    "llama.expert_count": 0, "llama.attention.sliding_window": 0, "llama.attention.causal": True, "llama.logit_scale": 1,
-    "llama.residual_scale": 1, "llama.embedding_scale": 1, "llama.attention.scale": 0, "llama.use_parallel_residual": False,
+    "llama.expert_count": 0, "llama.attention.sliding_window": 0, "llama.attention.causal": True,
+    "llama.logit_scale": 1,
+    "llama.residual_scale": 1, "llama.embedding_scale": 1, "llama.attention.scale": 0,
+    "llama.use_parallel_residual": False,
     "llama.attention.clamp_kqv": 0, "llama.rope.scaling.alpha": 0, "llama.rope.scaling.yarn_log_multiplier": 0,
 }  # fmt: skip
 
 
 def read_headers(paths: list[Path]) -> list[Header]:
-    """The headers of a model's files; the first has the model's metadata. ValueError if they are not those of one model."""
+    """The headers of a model's files; the first has the model's metadata. ValueError if they are not those of one
+    model."""
     headers = [read_header(path) for path in paths]
     for i, (path, header) in enumerate(zip(paths, headers)):
         no, count = (header.metadata.get(f"split.{key}", default) for key, default in (("no", 0), ("count", 1)))
         if (no, max(1, count) if type(count) is int else count) != (i, len(paths)):
-            raise ValueError(f"{path} says that it is part {shortened(no)} (from 0) of {shortened(count)}, and not part {i} of "
+            raise ValueError(f"{path} says that it is part {shortened(no)} (from 0) of {shortened(count)}, and not "
+                             f"part {i} of "
                              f"{len(paths)}; give the parts their names back, as name-00001-of-00003.gguf")  # fmt: skip
     total = headers[0].metadata.get("split.tensors.count")
     if total is not None and total != sum(len(header.tensors) for header in headers):
-        raise ValueError(f"{paths[0]} says that the parts have {shortened(total)} tensors, and they have another number; "
+        raise ValueError(f"{paths[0]} says that the parts have {shortened(total)} tensors, and they have another "
+                         f"number; "
                          "they are not parts of one model")  # fmt: skip
     return headers
 
@@ -81,7 +87,9 @@ def read_args(path: Path, metadata: dict[str, Any], tensors: dict[str, TensorInf
     architecture = metadata.get("general.architecture")
     if architecture != "llama" or metadata.get("general.type", "model") != "model":
         what = shortened(architecture if architecture != "llama" else metadata["general.type"])
-        raise ValueError(f"{path} holds {what}, and only models of the architecture 'llama' are computed; take one of those")
+        raise ValueError(
+            f"{path} holds {what}, and only models of the architecture 'llama' are computed; take one of those"
+        )
     problems = [problem for key, _, number in _METADATA for problem in number.problem(key, metadata)]
     scaling, rope_problems = read_gguf_rope(metadata)
     problems += _unsupported(metadata) + rope_problems + _foreign(tensors)
@@ -165,11 +173,12 @@ def dequantized(blocks: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 class GGUFCheckpoint:
-    """The mapped weights of GGUF files, under Meta's names. It is a `checkpoint.Checkpoint`, which documents its methods.
+    """The mapped weights of GGUF files, under Meta's names. It is a `checkpoint.Checkpoint`, which documents its
+    methods.
 
-    A quantized tensor is read as float32, which has every number exactly. Its `dtypes` are float16, in which it is computed
-    and stored if nobody asks for another: the scales have that dtype, so the numbers have its range, and more digits than
-    bfloat16 has would be lost.
+    A quantized tensor is read as float32, which has every number exactly. Its `dtypes` are float16, in which it is
+    computed and stored if nobody asks for another: the scales have that dtype, so the numbers have its range, and more
+    digits than bfloat16 has would be lost.
     """
 
     config = "metadata"
@@ -180,7 +189,9 @@ class GGUFCheckpoint:
         self.paths = find_gguf(path)
         self.mapped = MappedFiles(self.paths)
         headers = read_headers(self.paths)
-        self._tensors: dict[str, tuple[TensorInfo, torch.Tensor]] = {}  # Meta's name -> what it is, and its mapped bytes
+        self._tensors: dict[
+            str, tuple[TensorInfo, torch.Tensor]
+        ] = {}  # Meta's name -> what it is, and its mapped bytes
         found: dict[str, TensorInfo] = {}
         for file, header in zip(self.paths, headers):
             for name in header.tensors.keys() & found.keys():
@@ -223,11 +234,13 @@ class GGUFCheckpoint:
             ) from error
 
     def _scaling(self, info: TensorInfo, numbers: torch.Tensor) -> Optional[RotaryScaling]:
-        """The scaling of a table of factors. ValueError if the metadata have another one, or the table is of no known rule."""
+        """The scaling of a table of factors. ValueError if the metadata have another one, or the table is of no known
+        rule."""
         told = self.args.rope_scaling
         if info.kind.name != "F32" or info.shape != [self.args.head_size // 2] or told is not None:
             more = "" if told is None else f", and by its metadata ({told.kind}), which is not computed together"
-            raise ValueError(f"{self.folder}: its rotary positions are scaled by {TABLE}, {info.kind.name} {info.shape}{more}; "
+            raise ValueError(f"{self.folder}: its rotary positions are scaled by {TABLE}, {info.kind.name} "
+                             f"{info.shape}{more}; "
                              "take another model")  # fmt: skip
         try:
             return read_table(numbers.view(torch.float32), self.args.rope_theta, self.positions)
@@ -256,7 +269,8 @@ class GGUFCheckpoint:
         return [self.read(name, shard_dim, start, stop)]
 
     def read(self, name: str, shard_dim: Optional[int], start: int, stop: int) -> torch.Tensor:
-        """A view of the mapping, or in float32 what was quantized: the blocks that hold the entries, some rows at a time."""
+        """A view of the mapping, or in float32 what was quantized: the blocks that hold the entries, some rows at a
+        time."""
         info, numbers = self._tensors[name]
         shape = self.shape(name, shard_dim)
         if shard_dim is not None:

@@ -1,4 +1,5 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies. Nothing that it claims is believed before it is checked.
+"""The header of a GGUF file: its metadata, and where each tensor lies. Nothing that it claims is believed before it is
+checked.
 
 The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -14,7 +15,9 @@ from ..system.files import check_file
 from ..system.printable import shortened
 
 MAGIC = b"GGUF"
-HEADER_BYTES = 2**25  # a longer header is refused; Llama 2's has a million bytes. Reading one takes a few seconds at most
+HEADER_BYTES = (
+    2**25
+)  # a longer header is refused; Llama 2's has a million bytes. Reading one takes a few seconds at most
 ALIGNMENT = 32  # bytes between the beginnings of tensors, unless "general.alignment" says another one
 SCALARS = {
     0: "B",
@@ -43,7 +46,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     0: Kind("F32", 1, 4), 1: Kind("F16", 1, 2), 30: Kind("BF16", 1, 2),
-    2: Kind("Q4_0", 32, 18), 3: Kind("Q4_1", 32, 20), 6: Kind("Q5_0", 32, 22), 7: Kind("Q5_1", 32, 24), 8: Kind("Q8_0", 32, 34),
+    2: Kind("Q4_0", 32, 18), 3: Kind("Q4_1", 32, 20), 6: Kind("Q5_0", 32, 22), 7: Kind("Q5_1", 32, 24),
+    8: Kind("Q8_0", 32, 34),
     10: Kind("Q2_K", 256, 84), 11: Kind("Q3_K", 256, 110), 12: Kind("Q4_K", 256, 144), 13: Kind("Q5_K", 256, 176),
     14: Kind("Q6_K", 256, 210),
 }  # fmt: skip
@@ -72,7 +76,8 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file. ValueError if it is damaged, cut short, or has tensors of a kind that is not computed."""
+    """The header of a GGUF file. ValueError if it is damaged, cut short, or has tensors of a kind that is not
+    computed."""
     size = check_file(path).st_size
     with path.open("rb") as file:
         data = file.read(min(size, HEADER_BYTES))
@@ -105,7 +110,9 @@ def _read(reader: _Reader, size: int) -> Header:
         metadata[key] = reader.value(reader.number("I"))
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment={shortened(alignment)} is not a power of 2 from 8 to {2**20}; download it again")
+        raise ValueError(
+            f"general.alignment={shortened(alignment)} is not a power of 2 from 8 to {2**20}; download it again"
+        )
     infos: dict[str, tuple[Kind, list[int], int]] = {}
     for _ in range(tensors):
         name = reader.text()
@@ -115,9 +122,11 @@ def _read(reader: _Reader, size: int) -> Header:
     return Header(metadata, _placed(infos, -(-reader.at // alignment) * alignment, alignment, size))
 
 
-def _placed(infos: dict[str, tuple[Kind, list[int], int]], start: int, alignment: int, size: int) -> dict[str, TensorInfo]:
-    """Where the tensors lie, `start` being where the first does. A wrong bit would move them silently, so each must begin where
-    the one before it ends, and the last must end with the file."""
+def _placed(
+    infos: dict[str, tuple[Kind, list[int], int]], start: int, alignment: int, size: int
+) -> dict[str, TensorInfo]:
+    """Where the tensors lie, `start` being where the first does. A wrong bit would move them silently, so each must
+    begin where the one before it ends, and the last must end with the file."""
     placed: dict[str, TensorInfo] = {}
     end = next_start = start
     for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
@@ -178,12 +187,15 @@ class _Reader:
         """Kind, shape and offset of a tensor."""
         dimensions = self.number("I")
         if not 1 <= dimensions <= MOST_DIMENSIONS:
-            raise ValueError(f"its tensor {shortened(name)} has {dimensions} dimensions, and not 1 to 4; download it again")
+            raise ValueError(
+                f"its tensor {shortened(name)} has {dimensions} dimensions, and not 1 to 4; download it again"
+            )
         shape = [self.number("Q") for _ in range(dimensions)][::-1]
         number, offset = self.number("I"), self.number("Q")
         if number not in KINDS:
             raise ValueError(
-                f"its tensor {shortened(name)} is of kind {OTHERS.get(number, number)}, which is not computed here; take a "
+                f"its tensor {shortened(name)} is of kind {OTHERS.get(number, number)}, which is not computed here; "
+                f"take a "
                 f"file with {', '.join(kind.name for kind in KINDS.values())}"
             )
         kind = KINDS[number]

@@ -69,15 +69,18 @@ def read_table(table: torch.Tensor, theta: float, positions: Optional[int]) -> O
                 return scaling
     except (ValueError, ArithmeticError, RuntimeError):  # not numbers that the rule could have
         pass
-    raise ValueError(f"its rotary positions are scaled by a table ({TABLE}) that is not of llama3's rule; take another model")
+    raise ValueError(
+        f"its rotary positions are scaled by a table ({TABLE}) that is not of llama3's rule; take another model"
+    )
 
 
 def _llama3(table: torch.Tensor, frequencies: torch.Tensor, positions: Optional[int], digits: int) -> RotaryScaling:
     """The rule keeps a share of each pair's frequency: slope · frequency - offset, between 0 and 1.
 
-    Slope and offset follow from two pairs with a share between. If there is one such pair or none, the offset is that of the
-    usual low_freq_factor and high_freq_factor, 1 and 4, if that fits. Many settings have the same slope and offset: this takes
-    a low_freq_factor near 1 that makes the positions whole. digits: of low_freq_factor and high_freq_factor.
+    Slope and offset follow from two pairs with a share between. If there is one such pair or none, the offset is that
+    of the usual low_freq_factor and high_freq_factor, 1 and 4, if that fits. Many settings have the same slope and
+    offset: this takes a low_freq_factor near 1 that makes the positions whole. digits: of low_freq_factor and
+    high_freq_factor.
     """
     factor = table.max().item()
     kept = (1 / table - 1 / factor) / (1 - 1 / factor)
@@ -118,7 +121,9 @@ def gguf_rope(scaling: Optional[RotaryScaling], theta: float, positions: int) ->
     own = ("beta_fast", "beta_slow", "truncate")
     if scaling.kind == "dynamic" or any(getattr(scaling, name) != getattr(usual, name) for name in own):
         what = "dynamic" if scaling.kind == "dynamic" else f"yarn with an unusual {', '.join(own[:-1])} or {own[-1]}"
-        raise ValueError(f"its rotary positions are scaled ({what}), which llama.cpp does not compute; use to='hf' or 'meta'")
+        raise ValueError(
+            f"its rotary positions are scaled ({what}), which llama.cpp does not compute; use to='hf' or 'meta'"
+        )
     metadata: dict[str, Any] = {CONTEXT: stated_positions(scaling, theta)}
     if scaling.kind == "llama3":  # `factors` tell the rest
         return metadata

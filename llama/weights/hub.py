@@ -21,13 +21,13 @@ from ..system.files import contents, is_there, listed, read_json
 from ..system.printable import clipped, escaped, gigabytes
 from .places import PART
 
-# Letters, digits, "_", "-" and ".", the last two not at an end; a revision is a branch, a tag, refs/pr/N or a commit; behind
-# a colon a GGUF file, by its name or by the end of that.
+# Letters, digits, "_", "-" and ".", the last two not at an end; a revision is a branch, a tag, refs/pr/N or a commit;
+# behind a colon a GGUF file, by its name or by the end of that.
 NAME = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@(\w(?:[\w./-]*\w)?))?(?::(\w(?:[\w.-]*\w)?))?", re.ASCII)
 MOST = 96  # characters of a name
 
-# The files of weights that are read, one kind in each line, the preferred one first: the file that tells that a repository
-# has the kind, and all of it. Repositories hold the same weights in several kinds, and one is enough.
+# The files of weights that are read, one kind in each line, the preferred one first: the file that tells that a
+# repository has the kind, and all of it. Repositories hold the same weights in several kinds, and one is enough.
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS = (
     ("model.safetensors", ()),
@@ -81,10 +81,11 @@ def parse(text: str) -> Optional[Name]:
 
 
 def locate(given: str, path: Path, fetching: bool = True) -> Path:
-    """The folder that a caller named: `path` if it is there, or else the model of that name in the hub's cache; the GGUF file
-    if the name tells which.
+    """The folder that a caller named: `path` if it is there, or else the model of that name in the hub's cache; the
+    GGUF file if the name tells which.
 
-    What the cache lacks is fetched, or with fetching=False a ValueError. A text that cannot be a name on the hub stays a path.
+    What the cache lacks is fetched, or with fetching=False a ValueError. A text that cannot be a name on the hub stays
+    a path.
     """
     name = None if is_there(path) else parse(given)
     if name is None:
@@ -94,7 +95,9 @@ def locate(given: str, path: Path, fetching: bool = True) -> Path:
         return _place(name, found)
     try:
         if not fetching:
-            raise Unreachable(f"there is no folder {name}, and the hub's cache of this process has no whole model of that name")
+            raise Unreachable(
+                f"there is no folder {name}, and the hub's cache of this process has no whole model of that name"
+            )
         return fetch(look_up(name))
     except Unreachable:
         if found is None or _lacks_weights(name, found):
@@ -132,7 +135,8 @@ def fetch(listing: Listing) -> Path:
     name, hub = listing.name, _client(listing.name)
     if listing.nbytes > listing.free:
         raise ValueError(
-            f"{name} has {gigabytes(listing.nbytes)} to fetch, but the disk of {listing.cache} has {gigabytes(listing.free)} "
+            f"{name} has {gigabytes(listing.nbytes)} to fetch, but the disk of {listing.cache} has "
+            f"{gigabytes(listing.free)} "
             "free; free some, or set HF_HOME to a folder on another disk"
         )
     with _explained(name, hub):
@@ -151,13 +155,15 @@ def _nothing(name: Name, files: list[str]) -> str:
         ending = re.split(r"[.-]", list(models)[-1])[-2]
         which = "" if name.gguf is None else f" that is called {name.gguf}, or ends in it"
         return (
-            f"{name} on the hub has {len(models)} GGUF models, and not one{which}: {listed(models, 30)}; name one by its file "
+            f"{name} on the hub has {len(models)} GGUF models, and not one{which}: {listed(models, 30)}; name one by "
+            f"its file "
             f"or by the end of it, like {name._replace(gguf=ending)}"
         )
     if name.gguf is not None:
         return f"{name.repo} on the hub has no GGUF files; leave :{name.gguf} out"
     return (
-        f"{name} on the hub has no weights that are read here (safetensors, pytorch_model.bin, consolidated.NN.pth or GGUF), "
+        f"{name} on the hub has no weights that are read here (safetensors, pytorch_model.bin, consolidated.NN.pth or "
+        f"GGUF), "
         f"but {listed(files) or 'nothing'}; a single file of another kind can be fetched with `hf download`"
     )
 
@@ -173,8 +179,8 @@ def _gguf_models(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _chosen(names: Iterable[str], gguf: Optional[str] = None) -> list[str]:
-    """The files of a repository that are read: one kind of weights, and what belongs to it; only the files of a GGUF model if
-    one is named, or it is all that there is. None without weights."""
+    """The files of a repository that are read: one kind of weights, and what belongs to it; only the files of a GGUF
+    model if one is named, or it is all that there is. None without weights."""
     top = sorted(name for name in names if "/" not in name)
     models = _gguf_models(top)
     if gguf is not None:
@@ -220,7 +226,8 @@ def _cached(name: Name) -> Optional[Path]:
 
 
 def _lacks(name: Name, folder: Path) -> bool:
-    """Whether files of a cached model are missing: those that the client has noted, or else those that a model must have."""
+    """Whether files of a cached model are missing: those that the client has noted, or else those that a model must
+    have."""
     noted = _noted(name, folder)
     if noted is not None:
         files = _chosen(noted, name.gguf)
@@ -245,8 +252,8 @@ def _noted(name: Name, folder: Path) -> Optional[list[str]]:
 
 
 def _lacks_weights(name: Name, folder: Path) -> bool:
-    """Whether a snapshot has no weights of any kind, or not all files that its index, or the first of several GGUF files,
-    names."""
+    """Whether a snapshot has no weights of any kind, or not all files that its index, or the first of several GGUF
+    files, names."""
     files = _chosen((path.name for path in folder.iterdir() if path.exists()), name.gguf)
     if files and (part := PART.fullmatch(files[0])) and len(files) < int(part[3]):
         return True
@@ -293,8 +300,12 @@ def _explain(error: BaseException, name: Name, hub: ModuleType) -> ValueError:
     def has(kind: type[BaseException]) -> bool:
         return any(isinstance(e, kind) for e in chain)
 
-    elsewhere = f"or fetch it with `python -m llama pull {name}` where there is one, into a cache that this machine shares"
-    said = clipped(escaped(next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)), 300)
+    elsewhere = (
+        f"or fetch it with `python -m llama pull {name}` where there is one, into a cache that this machine shares"
+    )
+    said = clipped(
+        escaped(next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)), 300
+    )
     responses = [response for e in chain if (response := getattr(e, "response", None)) is not None]
     status = responses[0].status_code if responses else None
     if has(errors.OfflineModeIsEnabled):
@@ -306,16 +317,19 @@ def _explain(error: BaseException, name: Name, hub: ModuleType) -> ValueError:
         return ValueError(f"{name} is gated: ask for access at {page}, and {LOG_IN}")
     if has(errors.RevisionNotFoundError):
         return ValueError(
-            f"{name.repo} has no revision {name.revision}; leave @{name.revision} out, or take one of {page}/commits/main"
+            f"{name.repo} has no revision {name.revision}; leave @{name.revision} out, or take one of "
+            f"{page}/commits/main"
         )
     if has(errors.RepositoryNotFoundError):
         return ValueError(
-            f"there is no folder {name}, and {hub.constants.ENDPOINT} has no model of that name for you; check the name, and "
+            f"there is no folder {name}, and {hub.constants.ENDPOINT} has no model of that name for you; check the "
+            f"name, and "
             f"if the model is private or gated, {LOG_IN}"
         )
     if any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in chain):
         return ValueError(
-            f"the disk of {cache} is full while {name} is fetched; free some, or set HF_HOME to a folder on another disk"
+            f"the disk of {cache} is full while {name} is fetched; free some, or set HF_HOME to a folder on another "
+            f"disk"
         )
     if status in (401, 403):
         return ValueError(f"the hub refuses {name} (status {status}: {said}); {LOG_IN}, with a token that may read it")

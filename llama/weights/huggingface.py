@@ -1,4 +1,5 @@
-"""Hugging Face folders: config.json -> ModelArgs, their names and row order <-> Meta's, safetensors read slice by slice."""
+"""Hugging Face folders: config.json -> ModelArgs, their names and row order <-> Meta's, safetensors read slice by
+slice."""
 
 from __future__ import annotations
 
@@ -79,8 +80,8 @@ def to_hf_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def read_config(folder: Path) -> tuple[ModelArgs, bool, Optional[int]]:
-    """config.json as `ModelArgs` (without limits), whether the embedding is the output matrix too, and how many positions it
-    states.
+    """config.json as `ModelArgs` (without limits), whether the embedding is the output matrix too, and how many
+    positions it states.
 
     ValueError, with every reason in one message, if it describes a model that this library does not compute.
     """
@@ -135,7 +136,8 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
     if (quantized := config.get("quantization_config")) is not None:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
         problems.append(
-            f"its weights are quantized ({shortened(method)}); take the folder with the original ones, with quantize='int8' or "
+            f"its weights are quantized ({shortened(method)}); take the folder with the original ones, with "
+            f"quantize='int8' or "
             "'int4' if memory is short"
         )
     if config.get("tie_word_embeddings") not in (None, True, False):
@@ -151,8 +153,8 @@ def has_weights(folder: Path) -> bool:
 
 
 def find_parts(folder: Path) -> tuple[list[Path], Optional[dict[str, str]]]:
-    """The files of weights of a folder, and its index, name -> file (None: one file without index). safetensors come first,
-    then pickled ones.
+    """The files of weights of a folder, and its index, name -> file (None: one file without index). safetensors come
+    first, then pickled ones.
 
     ValueError if a file or the index is missing or wrong.
     """
@@ -260,18 +262,21 @@ class HuggingFaceCheckpoint:
         for name in ("tok_embeddings.weight", "output.weight"):
             if name in self._parts and (rows := self._shape(name)[:1]) != [self.ids]:
                 raise ValueError(
-                    f"{folder}: config.json says vocab_size={self.ids}, but {self._theirs[name]} has {listed(map(str, rows))} "
+                    f"{folder}: config.json says vocab_size={self.ids}, but {self._theirs[name]} has "
+                    f"{listed(map(str, rows))} "
                     "rows; correct vocab_size there, or take the config.json that belongs to the weights"
                 )
 
     def _tie(self) -> None:
-        """Let the embedding be the output matrix too, unless another one is stored: then that counts, as in transformers 5."""
+        """Let the embedding be the output matrix too, unless another one is stored: then that counts, as in
+        transformers 5."""
         stored = [self._whole(name) for name in ("tok_embeddings.weight", "output.weight") if name in self._parts]
         if len(stored) == 2 and not torch.equal(*stored):
             self.tied = False
             if is_first_process():
                 warnings.warn(
-                    f"{escaped(str(self.folder))}: config.json says that the embedding is the output matrix too, but another "
+                    f"{escaped(str(self.folder))}: config.json says that the embedding is the output matrix too, but "
+                    f"another "
                     "lm_head.weight is stored, which is used",
                     stacklevel=6,
                 )

@@ -41,7 +41,9 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
     """
     path = ckpt_dir / "params.json"
     params = read_json(path, "a params.json has a few hundred bytes")
-    problems = [f"unknown key {key!r}" for key in params if key not in PARAMS and key not in ("quantization", "rope_scaling")]
+    problems = [
+        f"unknown key {key!r}" for key in params if key not in PARAMS and key not in ("quantization", "rope_scaling")
+    ]
     problems += [problem for key, number in PARAMS.items() for problem in number.problem(key, params)]
     scaling = None
     if (stated := params.get("rope_scaling")) is not None:
@@ -57,8 +59,8 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
 
 
 def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
-    """The entry "quantization" of params.json, {"kind": "int8"} or {"kind": "int4", "group_size": 32}, or another kind in
-    groups; None without one.
+    """The entry "quantization" of params.json, {"kind": "int8"} or {"kind": "int4", "group_size": 32}, or another kind
+    in groups; None without one.
 
     ValueError for any other value.
     """
@@ -79,10 +81,13 @@ def read_quantization(ckpt_dir: Path) -> Optional[Quantization]:
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """consolidated.00.pth, consolidated.01.pth, … ValueError if there is none, or one of the sequence is missing."""
-    found = sorted(p.name for p in ckpt_dir.glob("consolidated.*.pth") if re.fullmatch(r"consolidated\.\d+\.pth", p.name))
+    found = sorted(
+        p.name for p in ckpt_dir.glob("consolidated.*.pth") if re.fullmatch(r"consolidated\.\d+\.pth", p.name)
+    )
     if not found:
         raise ValueError(
-            f"no checkpoint files found in {ckpt_dir}: it needs consolidated.00.pth and so on, and holds {contents(ckpt_dir)}"
+            f"no checkpoint files found in {ckpt_dir}: it needs consolidated.00.pth and so on, and holds "
+            f"{contents(ckpt_dir)}"
         )
     names = [f"consolidated.{i:02d}.pth" for i in range(len(found))]
     missing = [name for name in names if name not in found]
@@ -92,13 +97,17 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 
 
 def map_shard(path: Path, quantized: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of one .pth file, by name, mapped into memory. Nothing in it is run. ValueError if it is damaged, or holds
-    other things or other dtypes. quantized: int8 and uint8 are allowed."""
+    """The tensors of one .pth file, by name, mapped into memory. Nothing in it is run. ValueError if it is damaged, or
+    holds other things or other dtypes. quantized: int8 and uint8 are allowed."""
     tensors = map_tensors(path)
     known = [*DTYPES.values(), *((torch.int8, torch.uint8) if quantized else ())]
-    other = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in known and not name.endswith(IGNORED)]
+    other = [
+        f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in known and not name.endswith(IGNORED)
+    ]
     if other:
-        raise ValueError(f"{path} has weights in a form that is not computed here: {listed(other)}; use {' or '.join(DTYPES)}")
+        raise ValueError(
+            f"{path} has weights in a form that is not computed here: {listed(other)}; use {' or '.join(DTYPES)}"
+        )
     return tensors
 
 
@@ -122,7 +131,8 @@ class MetaCheckpoint:
             for name in sorted(first.keys() | shard.keys()):
                 a, b = first.get(name), shard.get(name)
                 if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
-                    raise ValueError(f"{path.name} and {self.paths[0].name} in {ckpt_dir} disagree about {escaped(name)}; "
+                    raise ValueError(f"{path.name} and {self.paths[0].name} in {ckpt_dir} disagree about "
+                                     f"{escaped(name)}; "
                                      "they are not shards of one model")  # fmt: skip
         self.dtypes = {name: tensor.dtype for name, tensor in first.items() if not name.endswith(IGNORED)}
         self.tables = {name: tensor.dtype for name, tensor in first.items() if name.endswith(IGNORED)}
@@ -135,7 +145,8 @@ class MetaCheckpoint:
         self._refuse_doubles()
 
     def _refuse_doubles(self) -> None:
-        """ValueError if a shard was copied over another: names and shapes are right, but a row of a cut matrix is the same."""
+        """ValueError if a shard was copied over another: names and shapes are right, but a row of a cut matrix is the
+        same."""
         rows = [shard["tok_embeddings.weight"][:1] for shard in self.shards]
         for i, row in enumerate(rows):
             for j in range(i):

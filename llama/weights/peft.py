@@ -1,4 +1,5 @@
-"""LoRA adapters as PEFT saves them: adapter_config.json, adapter_model.safetensors or .bin -> what becomes of each weight."""
+"""LoRA adapters as PEFT saves them: adapter_config.json, adapter_model.safetensors or .bin -> what becomes of each
+weight."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from .archive import map_tensors
 from .huggingface import SAFETENSORS_DTYPES, base_of_adapter, map_part
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-CONFIG_BYTES, USUAL = 2**18, "an adapter_config.json has a thousand bytes, or some ten thousand with a rank for each module"
+CONFIG_BYTES, USUAL = (
+    2**18,
+    "an adapter_config.json has a thousand bytes, or some ten thousand with a rank for each module",
+)
 PREFIX = "base_model.model."  # before every name of a tensor
 EMBEDDING, OUTPUT = "model.embed_tokens", "lm_head"
 # The ends of the names of tensors, and what each is of its module. The embedding has A and B in other shapes and names.
@@ -37,7 +41,8 @@ READ = {
     "modules_to_save", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
 }  # fmt: skip
 TRAINING = {
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "peft_version",
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout",
+    "peft_version",
     "eva_config", "megatron_core", "qalora_group_size", "runtime_config",
     "fan_in_fan_out",  # PEFT sets it back for the layers that a Llama has
 }  # fmt: skip
@@ -46,8 +51,8 @@ WAY_OUT = "merge it into its base with PEFT (merge_and_unload), and save that"
 
 
 class Change(NamedTuple):
-    """What an adapter makes of one weight: `whole` in its place, if there is one, and scale · b @ a more, if there are these.
-    Rows are in Hugging Face's order."""
+    """What an adapter makes of one weight: `whole` in its place, if there is one, and scale · b @ a more, if there are
+    these. Rows are in Hugging Face's order."""
 
     whole: Optional[torch.Tensor]  # (rows, columns), or (dim,) of a norm
     a: Optional[torch.Tensor]  # (rank, columns)
@@ -60,12 +65,15 @@ def find_weights(folder: Path) -> Path:
     found = [folder / name for name in WEIGHTS if is_there(folder / name)]
     if not is_there(folder / CONFIG) or not found:
         held = f"it holds {contents(folder)}" if os.path.isdir(folder) else "it is no folder"
-        raise ValueError(f"{folder} is no adapter: {held}; pass the folder that holds {CONFIG} and {' or '.join(WEIGHTS)}")
+        raise ValueError(
+            f"{folder} is no adapter: {held}; pass the folder that holds {CONFIG} and {' or '.join(WEIGHTS)}"
+        )
     return found[0]
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter, mapped. Nothing in the file is run. ValueError if it is damaged, or a number is not finite."""
+    """The tensors of an adapter, mapped. Nothing in the file is run. ValueError if it is damaged, or a number is not
+    finite."""
     if path.suffix == ".bin":
         tensors = map_tensors(path)
         dtypes = SAFETENSORS_DTYPES.values()
@@ -79,7 +87,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} has what is not computed here: {listed(other)}; use {' or '.join(DTYPES)}")
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
-        raise ValueError(f"{path} has numbers that are not finite: {listed(bad)}; the file is damaged, or training diverged")
+        raise ValueError(
+            f"{path} has numbers that are not finite: {listed(bad)}; the file is damaged, or training diverged"
+        )
     return tensors
 
 
@@ -143,15 +153,21 @@ def _problems(config: dict[str, Any]) -> list[str]:
     if layers not in (None, []):
         numbers = layers if isinstance(layers, list) else [layers]
         if any(whole(n) is None for n in numbers) or isinstance(config.get("target_modules"), str):
-            problems.append(f"layers_to_transform={shortened(layers)} is no list of layers beside a list of target_modules")
+            problems.append(
+                f"layers_to_transform={shortened(layers)} is no list of layers beside a list of target_modules"
+            )
         if pattern != "layers" and (not _are_texts(pattern) or "layers" not in pattern):
             problems.append(f"layers_pattern={shortened(pattern)} does not name 'layers', which a Llama has")
     if config.get("use_rslora") not in (None, True, False):
         problems.append(f"use_rslora={shortened(config['use_rslora'])} is neither true nor false")
     if config.get("bias") not in (None, "none", "all", "lora_only"):  # a Llama has none
         problems.append(f"bias={shortened(config['bias'])} is not 'none', 'all' or 'lora_only'")
-    if not any(config.get("init_lora_weights") is start or config.get("init_lora_weights") == start for start in STARTS):
-        problems.append(f"init_lora_weights={shortened(config['init_lora_weights'])} changes the base too, or is unknown")
+    if not any(
+        config.get("init_lora_weights") is start or config.get("init_lora_weights") == start for start in STARTS
+    ):
+        problems.append(
+            f"init_lora_weights={shortened(config['init_lora_weights'])} changes the base too, or is unknown"
+        )
     for key, value in config.items():
         if key not in READ | TRAINING and value not in (None, False, "", [], {}):
             problems.append(f"{shortened(key)[1:-1]}={shortened(value)} is not computed here")
@@ -178,7 +194,8 @@ def _by_pattern(values: dict[str, float], modules: list[str]) -> dict[str, float
 
 
 def _is_saved(module: str, names: list[str]) -> bool:
-    """Whether modules_to_save names a module, or one that it lies in, by the end of its name (also without a dot before)."""
+    """Whether modules_to_save names a module, or one that it lies in, by the end of its name (also without a dot
+    before)."""
     parts = module.split(".")
     return any(".".join(parts[:i]).endswith(name) for i in range(1, len(parts) + 1) for name in names)
 
@@ -186,8 +203,8 @@ def _is_saved(module: str, names: list[str]) -> bool:
 def read_adapter(folder: Path, modules: Collection[str], tied: bool) -> dict[str, Change]:
     """Module -> what the adapter in a folder makes of its weight. tied: the base's embedding is its output matrix too.
 
-    ValueError, before anything is added, if the folder is damaged, or holds what is not computed here, or if its tensors are
-    not those that its config describes for a base with these modules.
+    ValueError, before anything is added, if the folder is damaged, or holds what is not computed here, or if its
+    tensors are not those that its config describes for a base with these modules.
     """
     path = find_weights(folder)
     settings = Settings(folder / CONFIG, modules)
@@ -210,7 +227,8 @@ def read_adapter(folder: Path, modules: Collection[str], tied: bool) -> dict[str
         problems = [problem for module, parts in found.items() for problem in _misshapen(module, parts, settings)]
     if problems or not found:
         raise ValueError(
-            f"{path} does not hold what its {CONFIG} describes for this base (it is made for {base_of_adapter(folder)}): "
+            f"{path} does not hold what its {CONFIG} describes for this base (it is made for "
+            f"{base_of_adapter(folder)}): "
             f"{listed(problems) or 'it holds nothing'}; pass its own base, or save the adapter again"
         )
     if tied:  # such a weight was saved as the base's own, which is both
@@ -221,7 +239,8 @@ def read_adapter(folder: Path, modules: Collection[str], tied: bool) -> dict[str
 
 
 def _place(name: str) -> tuple[str, str]:
-    """The module that a tensor belongs to, and what it is of it: "a", "b" or "whole". Two empty texts for other names."""
+    """The module that a tensor belongs to, and what it is of it: "a", "b" or "whole". Two empty texts for other
+    names."""
     for end, what in ENDS.items():
         if name.startswith(PREFIX) and name.endswith(end):
             module = name[len(PREFIX) : -len(end)]
@@ -243,6 +262,8 @@ def _misshapen(module: str, parts: dict[str, torch.Tensor], settings: Settings) 
 
 def _change(module: str, parts: dict[str, torch.Tensor], settings: Settings) -> Change:
     a, b = parts.get("a"), parts.get("b")
-    if module == EMBEDDING and a is not None and b is not None:  # (rank, ids) and (dim, rank): its product is transposed
+    if (
+        module == EMBEDDING and a is not None and b is not None
+    ):  # (rank, ids) and (dim, rank): its product is transposed
         a, b = b.t(), a.t()
     return Change(parts.get("whole"), a, b, settings.scale(module) if a is not None else 0.0)

@@ -19,7 +19,8 @@ UNSTATED = 2048  # transformers' default for STATED
 def read_rope(config: Mapping[str, Any]) -> tuple[Any, Optional[RotaryScaling], list[str]]:
     """Of a config.json: the base (not checked), the scaling if there is any, and what is not computed.
 
-    transformers 5 has all settings in `rope_parameters`; older ones have the base beside `rope_scaling`, which goes first.
+    transformers 5 has all settings in `rope_parameters`; older ones have the base beside `rope_scaling`, which goes
+    first.
     """
     settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope: dict[str, Any] = settings if isinstance(settings, dict) else {"rope_type": settings}
@@ -51,8 +52,8 @@ def _scaling(kind: Any, rope: Mapping[str, Any], config: Mapping[str, Any], stat
         original = {ORIGINAL: stated, **rope, **config}[ORIGINAL]
         after = stated if kind == "llama3" and stated != original else None
     elif kind == "linear" and stated > metas_positions(theta) and (real(factor) or 0) >= 1:
-        # Vicuna and LongChat state the positions before they were scaled, and LLaMA-2-7B-32K those after: nobody has first
-        # trained a model of this family for more than Meta did.
+        # Vicuna and LongChat state the positions before they were scaled, and LLaMA-2-7B-32K those after: nobody has
+        # first trained a model of this family for more than Meta did.
         original, after = max(1, round(stated / factor)), stated
     own = OWN_NUMBERS[kind] if kind in KINDS else ()
     # null means a number's default, but not that of `truncate`
@@ -61,7 +62,8 @@ def _scaling(kind: Any, rope: Mapping[str, Any], config: Mapping[str, Any], stat
 
 
 def rope_settings(scaling: RotaryScaling) -> dict[str, Any]:
-    """As config.json has them, in the form that transformers has read since 4.31; the positions stand elsewhere there."""
+    """As config.json has them, in the form that transformers has read since 4.31; the positions stand elsewhere
+    there."""
     own = {f.name: f.default for f in fields(scaling) if f.name in OWN_NUMBERS[scaling.kind]}
     changed = {key: getattr(scaling, key) for key, default in own.items() if getattr(scaling, key) != default}
     original = {ORIGINAL: scaling.original_max_position_embeddings} if scaling.kind in ("yarn", "llama3") else {}
@@ -77,7 +79,11 @@ def stated_positions(scaling: RotaryScaling, theta: float) -> int:
 
 def meta_rope(scaling: RotaryScaling) -> dict[str, Any]:
     """The value of params.json's own key "rope_scaling"."""
-    return {**rope_settings(scaling), ORIGINAL: scaling.original_max_position_embeddings, "positions": scaling.positions}
+    return {
+        **rope_settings(scaling),
+        ORIGINAL: scaling.original_max_position_embeddings,
+        "positions": scaling.positions,
+    }
 
 
 def read_meta_rope(stated: Any) -> RotaryScaling:
@@ -85,5 +91,7 @@ def read_meta_rope(stated: Any) -> RotaryScaling:
     values = dict(stated) if isinstance(stated, dict) else {}
     kind = values.pop("type", None)
     if kind not in KINDS or values.keys() - {"factor", ORIGINAL, "positions", *OWN_NUMBERS[kind]}:
-        raise ValueError(f"rope_scaling={shortened(stated)} has no type of {', '.join(KINDS)}, or other keys than that one's")
+        raise ValueError(
+            f"rope_scaling={shortened(stated)} has no type of {', '.join(KINDS)}, or other keys than that one's"
+        )
     return RotaryScaling(kind, **{"factor": None, ORIGINAL: None, **values})

@@ -1,5 +1,5 @@
-"""Brings weights from mapped files onto a device. For a GPU a few threads copy pieces into pinned memory and send them on; the
-device converts and rounds them, and a thread waits only for a buffer that is still being sent."""
+"""Brings weights from mapped files onto a device. For a GPU a few threads copy pieces into pinned memory and send them
+on; the device converts and rounds them, and a thread waits only for a buffer that is still being sent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ..system.files import COPY_BYTES, MappedFiles
 
 # One thread takes pages from the page cache at 2 to 4 GB/s, so several are needed to keep a GPU's 12 to 50 GB/s busy.
 LOADERS = 4
-# The size of each of a thread's two buffers: it fills one while the other is being sent. A piece costs some 0.1 ms of Python.
+# The size of each of a thread's two buffers: it fills one while the other is being sent. A piece costs some 0.1 ms of
+# Python.
 STAGED_BYTES = 8 * 2**20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> a dtype that numpy has too
 
@@ -26,7 +27,8 @@ class Cancelled(Exception):
 
 
 class Sender:
-    """Reads mapped tensors in pieces. This class leaves them on the host; the job's `copy_` brings them to the device."""
+    """Reads mapped tensors in pieces. This class leaves them on the host; the job's `copy_` brings them to the
+    device."""
 
     nbytes = COPY_BYTES
 
@@ -37,8 +39,8 @@ class Sender:
     def pieces(self, parts: Sequence[torch.Tensor], dim: Optional[int]) -> Iterator[tuple[slice, torch.Tensor]]:
         """A tensor that lies in the files as `parts`, in order along `dim` -> which rows, and those rows, in its dtype.
 
-        A part may have more dimensions than the tensor: all but the last count rows. The pages of each piece are released
-        when the next is asked for.
+        A part may have more dimensions than the tensor: all but the last count rows. The pages of each piece are
+        released when the next is asked for.
         """
         first = 0
         for beside in [parts] if dim == 1 else [[part] for part in parts]:

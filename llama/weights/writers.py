@@ -57,7 +57,11 @@ def write_safetensors(path: Path, entries: Sequence[Entry], progress: Any) -> No
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in entries:
-        header[entry.name] = {"dtype": codes[entry.dtype], "shape": entry.shape, "data_offsets": [at, at + entry.nbytes]}
+        header[entry.name] = {
+            "dtype": codes[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": [at, at + entry.nbytes],
+        }
         at += entry.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -76,7 +80,14 @@ class _Stored(NamedTuple):
 
     def __reduce__(self) -> Any:
         strides = [math.prod(self.entry.shape[i + 1 :]) for i in range(len(self.entry.shape))]
-        return torch._utils._rebuild_tensor_v2, (_Numbers(self), 0, (*self.entry.shape,), (*strides,), False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (
+            _Numbers(self),
+            0,
+            (*self.entry.shape,),
+            (*strides,),
+            False,
+            OrderedDict(),
+        )
 
 
 class _Numbers:
@@ -115,7 +126,8 @@ def write_pth(path: Path, entries: Sequence[Entry], progress: Any) -> None:
 
 
 def write_gguf(path: Path, entries: Sequence[Entry], progress: Any, metadata: dict[str, Any]) -> None:
-    """A header of metadata, names and shapes; the tensors. An entry of uint8 has the bytes of Q8_0, which its shape counts."""
+    """A header of metadata, names and shapes; the tensors. An entry of uint8 has the bytes of Q8_0, which its shape
+    counts."""
     header = [MAGIC, struct.pack("<IQQ", 3, len(entries), len(metadata))]
     for key, value in metadata.items():
         kind, data = _gguf_value(value)
@@ -142,7 +154,8 @@ def _gguf_text(text: str) -> bytes:
 
 
 def _gguf_value(value: Any) -> tuple[int, bytes]:
-    """The code of a value's type, and its bytes. Whole numbers have 32 bits, in lists with a sign; llama.cpp reads them so."""
+    """The code of a value's type, and its bytes. Whole numbers have 32 bits, in lists with a sign; llama.cpp reads them
+    so."""
     if isinstance(value, str):
         return STRING, _gguf_text(value)
     if isinstance(value, list):
