@@ -21,7 +21,8 @@ from llama.generation import DEMO
 from llama.tokenizer import user_path
 from llama.weights.checkpoint import open_checkpoint
 
-FORMS = {"none": "bf16", "int8": "int8", "int4": "int4"}  # of the weights, by what `quantize` says
+# The form of the weights, by what `quantize` says.
+FORMS = {"none": "bf16", "int8": "int8", "int4": "int4", "w8a8": "int8", "w4a8": "int4"}
 PEERS = {
     "meta": [],
     "transformers": ["transformers"],
