@@ -29,7 +29,7 @@ def find_tokenizer(ckpt_dir: Path, given: Union[str, PathLike[str], None] = None
 
     Meta's layout has one file beside the folders of all models; other layouts have one in each folder.
     """
-    if given is not None and (path := user_path(given)).is_dir():
+    if given is not None and (path := user_path(given)).is_dir() and path.name not in FILES:
         found = next((path / name for name in FILES if is_there(path / name)), None)
         if found is None:
             raise ValueError(f"no {' or '.join(FILES)} in tokenizer_path={path}, which holds {contents(path)}")

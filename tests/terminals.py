@@ -32,9 +32,10 @@ class Terminal:
         pty = pytest.importorskip("pty")
         self.master, slave = pty.openpty()
         program = [sys.executable, "-W", "error", "-c", AT_A_TERMINAL.format(lines, columns), *arguments]
+        inherited = {name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")}
         settings = {"HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **variables}
         self.program = subprocess.Popen(
-            program, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**environment(), **settings}
+            program, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**inherited, **settings}
         )
         os.close(slave)
         self.raw, self.seen = b"", 0
@@ -43,12 +44,13 @@ class Terminal:
         os.write(self.master, keys.encode())
 
     def wait_for(self, text: str, seconds: float = 20) -> str:
-        """What was shown since the last wait, up to `text`."""
+        """What was shown since the last wait, up to `text`, between whose words a line may end."""
         deadline = time.monotonic() + seconds
+        wrapped = re.compile("[ \n]+".join(map(re.escape, text.split(" "))))
         while True:
             shown = re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|[()].|[=>78])|[\r\x07]", "", self.raw.decode(errors="replace"))
-            if (at := shown.find(text, self.seen)) >= 0:
-                since, self.seen = shown[self.seen : at], at + len(text)
+            if found := wrapped.search(shown, self.seen):
+                since, self.seen = shown[self.seen : found.start()], found.end()
                 return since
             ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"{text!r} did not come; after {shown[: self.seen][-200:]!r} came {shown[self.seen :]!r}"

@@ -387,13 +387,16 @@ def test_stored_is_what_loading_makes(kind: str, pool: Pool, tmp_path: Path, tok
             assert torch.equal(again, logits)
             assert (held_again, same) == (held, ids)
     args = ModelArgs(**WIDE, vocab_size=400, max_seq_len=16, max_batch_size=1)
-    assert memory.estimate(memory.Placement(args, torch.bfloat16, quantization=Quantization(kind))).weights == held
+    filled = 0.01 if kind == "int8" and not int8.onednn_is_fast() else 0  # then int8 lies in tiles, the last filled up
+
+    def need(processes: int) -> Any:
+        placement = memory.Placement(args, torch.bfloat16, processes, quantization=Quantization(kind))
+        return pytest.approx(memory.estimate(placement).weights, rel=filled, abs=0)
+
+    assert held == need(1)
     for processes in (2, 4):
-        need = memory.estimate(
-            memory.Placement(args, torch.bfloat16, processes, quantization=Quantization(kind))
-        ).weights
         outcomes = pool.run(state_and_logits_of, str(tmp_path / "q4"), tokenizer_path, processes, None)
-        assert {held for _, _, held, _ in outcomes} == {need}
+        assert all(held == need(processes) for _, _, held, _ in outcomes)
         joined = whole([state for state, *_ in outcomes[:processes]], how_cut(kind, WIDE))
         assert all(torch.equal(joined[name], tensor) for name, tensor in loaded.items())
     # Other shards again: the numbers stay as they are.
