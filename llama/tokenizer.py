@@ -69,7 +69,7 @@ class Tokenizer:
         proto: Optional[bytes] = None,
     ) -> None:
         path = user_path(model_path)
-        path = path / "tokenizer.model" if path.is_dir() else path
+        path = path / "tokenizer.model" if path.is_dir() and path.name != "tokenizer.model" else path
         if not is_there(path):
             raise ValueError(f"no tokenizer at {path}; pass the path of Llama 2's tokenizer.model")
         model = proto or read_file(path, MODEL_BYTES, "a tokenizer.model has a few million bytes at most")
