@@ -204,6 +204,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for options, message in [
         ({"method": "joined-1024"}, "room for 512"),
         ({"method": "joined-256", "max_seq_len": 100}, "room for 100"),
+        ({"method": "lm-eval", "max_seq_len": 0}, "max_seq_len=0 must be a whole number of 1 or more"),
         ({"method": "perplexity"}, "no method 'perplexity'"),
         ({"method": "lm-eval", "file": tmp_path / "none"}, "none is missing"),
         ({"method": "lm-eval", "file": tmp_path / "empty"}, "empty is empty"),
@@ -268,6 +269,23 @@ def test_chats(llama: Llama) -> None:
     assert Answers(llama)._encode("</s>").count(llama.tokenizer.eos_id) == 0
     with pytest.raises(ValueError, match="'</s>' is a control piece, and no message may have it"):
         answers.apply_chat_template([{"role": "user", "content": "a </s> b"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": True}, "name a file with --out too"),
+        ({"limit": 0}, "limit=0 must be a number above 0"),
+        ({"num_fewshot": -1}, "num_fewshot=-1 must be a whole number of 0 or more"),
+        ({"bootstrap_iters": 0.5}, "bootstrap_iters=0.5 must be a whole number"),
+        ({"out": "."}, "is a folder; name a file in it"),
+        ({"out": "none/out.json"}, "there is no folder none"),
+    ],
+)
+def test_eval_refuses_at_once(options: dict[str, Any], message: str) -> None:
+    """Before the harness is imported, and before tasks and models are loaded."""
+    with pytest.raises(ValueError, match=message):
+        command("eval", tasks="hellaswag", **options)
 
 
 def test_eval_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:

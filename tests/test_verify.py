@@ -21,6 +21,7 @@ from helpers import command
 from llama import Llama, ModelArgs, Transformer
 from llama.commands import cli
 from llama.loading import DEMO
+from llama.tokenizer import Tokenizer
 from llama.verification import child, faults, itself, repairs, spread
 from llama.verification.checksums import check_checksums, record
 from llama.verification.checkup import Asked, verify
@@ -259,6 +260,31 @@ def test_a_good_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
         cli.run(["verify", str(folder), "--record"])
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("seconds", "None", "seconds=None must be a number of 0 or more"),
+        ("seconds", "-1", "seconds=-1 must be"),
+        ("text", "{empty}", "empty is empty"),
+        ("wikitext", "{empty}", "empty is empty"),
+    ],
+)
+def test_what_is_refused(option: str, value: str, message: str, tmp_path: Path) -> None:
+    """Before anything is checked."""
+    (tmp_path / "empty").write_text("\n\n")
+    with pytest.raises(ValueError, match=message):
+        cli.run(["verify", str(DEMO), f"--{option}={value.format(empty=tmp_path / 'empty')}"])
+
+
+def test_a_text_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row shows what that text becomes, and not another."""
+    decode = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: decode(self, ids).replace("Tim", "Tom"))
+    told = until_failure(DEMO, "tokenizer", quick=True)
+    assert told.startswith("'One day, a boy named Tim")
+    assert "becomes 'One day, a boy named Tom" in told
+
+
 def test_the_demo_model_is_known() -> None:
     """If this fails for a new demo model, `published.json` needs its digests and texts."""
     llama = Llama.build(max_seq_len=128, device="cpu")
@@ -306,6 +332,16 @@ def test_files_and_checksums(tmp_path: Path) -> None:
     data = weights.read_bytes()
     flip(weights, 500_000)
     assert "tok_embeddings.weight does not match the checksum in the file (crc32)" in until_failure(good, "checksums")
+    for field, value, told in (
+        (6, 0x40, "zip file version 6.4"),
+        (8, 1, "is encrypted"),
+        (10, 8, "decompressing data"),
+    ):
+        record_at = data.rindex(b"PK\x01\x02")
+        weights.write_bytes(data[: record_at + field] + bytes([value]) + data[record_at + field + 1 :])
+        found = check_checksums(good, [weights]).told  # zipfile has an error of its own for each
+        assert "the directory at its end is damaged" in found
+        assert told in found
     weights.write_bytes(data[:-5000])
     assert "is cut short" in until_failure(good, "files")
     assert "without the directory that such a file ends with: it is cut short" in until_failure(good, "checksums")
@@ -418,4 +454,7 @@ def test_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert itself.check_processes(2, given, reference.roll(1, -1), ids).verdict == FAIL
     ended = subprocess.CompletedProcess([], 1, "", "[rank0]: ValueError: no room\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-    assert "they ended with 1: [rank0]: ValueError: no room" in itself.check_processes(2, given, reference, ids).told
+    found = itself.check_processes(2, given, reference, ids)
+    assert (found.verdict, found.told) == (FAIL, "they ended with 1: [rank0]: ValueError: no room")
+    ended.stderr = "[rank0]: ValueError: not enough memory: 2 processes need …\n"  # no fault of the folder
+    assert itself.check_processes(2, given, reference, ids).verdict == NOT_APPLICABLE

@@ -21,9 +21,9 @@ from ..loading import DEMO, DEMO_POSITIONS
 from ..model import Transformer
 from ..runtime import Launch, device_kind
 from ..system.checks import whole_number
+from ..system.files import user_path
 from ..system.printable import counted, printable
 from ..system.progress import bar
-from ..tokenizer import user_path
 from .arguments import build
 
 READ_BYTES = 2**28  # too many for a core's share of the caches, yet read in a fraction of a second

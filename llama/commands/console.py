@@ -128,11 +128,23 @@ def given_text(text: Optional[str], file: Optional[str], what: str) -> str:
 def file_text(path: Optional[Path]) -> str:
     """The text of a file, or of the pipe, less its last line end."""
     data = sys.stdin.buffer.read() if path is None else read_file(path)
+    # Editors and echo put a line end there.
+    return _utf8(data, path or "the pipe", "utf-8-sig").removesuffix("\n").removesuffix("\r")
+
+
+def exact_text(path: Path) -> str:
+    """The text of a file as it stands there, to the last line end. ValueError if it is empty."""
+    text = _utf8(read_file(path), path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def _utf8(data: bytes, source: object, codec: str = "utf-8") -> str:
     try:
-        decoded = data.decode("utf-8-sig")
+        return data.decode(codec)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path or 'the pipe'} is not UTF-8 at byte {error.start}") from error
-    return decoded.removesuffix("\n").removesuffix("\r")  # editors and echo put a line end there
+        raise ValueError(f"{source} is not UTF-8 at byte {error.start}") from error
 
 
 def texts(value: str) -> Union[str, list[str]]:

@@ -176,10 +176,8 @@ class Conversation:
 
     def do_edit(self, text: str) -> None:
         """/edit [N]  change your last message (2: the one before it), and ask again from there"""
-        count, said = (
-            _count("edit", text, "which message to change, from the end: 1 is the last"),
-            len(self.session.turns),
-        )
+        count = _count("edit", text, "which message to change, from the end: 1 is the last")
+        said = len(self.session.turns)
         if count > said:
             raise ValueError(
                 f"there are {counted(said, 'message')} of yours to change" if said else "nothing was said yet"
@@ -205,10 +203,8 @@ class Conversation:
 
     def do_fork(self, name: str) -> None:
         """/fork [NAME]  go on with a copy of the conversation; this one stays as it is"""
-        name, before = (
-            name or next(n for n in map(str, range(2, 2 + len(self.forks))) if n not in self.forks),
-            self.fork,
-        )
+        name = name or next(n for n in map(str, range(2, 2 + len(self.forks))) if n not in self.forks)
+        before = self.fork
         if name in self.forks:
             raise ValueError(f"there is a fork {name} already; /switch {name} goes there")
         self.forks[name] = self.session.fork()

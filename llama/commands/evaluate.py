@@ -7,11 +7,12 @@ from argparse import Namespace
 from typing import Any
 
 from ..perplexity import METHODS, Perplexity, parse_method, perplexity
-from ..system.files import read_file, user_path
+from ..system.checks import real, whole_number
+from ..system.files import replace_file, user_path
 from ..system.launch import Launch
-from ..system.printable import counted, escaped, json_line, printable
+from ..system.printable import counted, escaped, json_line, printable, shortened
 from .arguments import MODEL, REQUIRED, Command, Option, a_number, a_path, build, truth
-from .console import pipe_may_close, say
+from .console import exact_text, pipe_may_close, say
 from .fetching import ask_before_fetching
 
 
@@ -22,9 +23,8 @@ def measure(args: Namespace) -> None:
     positions that it was trained on.
     """
     method = parse_method(args.method)
-    text = (
-        _text(args.file) if Launch.read().rank == 0 else ""
-    )  # before a long load; the others run the first one's steps
+    # Before a long load; the other processes run the first one's steps.
+    text = exact_text(user_path(args.file)) if Launch.read().rank == 0 else ""
     ask_before_fetching(args.ckpt_dir)
     length = _length(args)
     method.check_fits(length)
@@ -41,19 +41,9 @@ def _length(args: Namespace) -> int:
     """The max_seq_len that was asked for, or that of all positions that the model was trained on."""
     from ..loading import whole_length  # imports torch
 
-    return args.max_seq_len or whole_length(args.ckpt_dir, args.device, args.model_parallel_size)
-
-
-def _text(file: str) -> str:
-    """The file as it stands there, to the last line end: the methods count it."""
-    path = user_path(file)
-    try:
-        text = read_file(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
+    if args.max_seq_len is not None:
+        return whole_number("max_seq_len", args.max_seq_len, 1)
+    return whole_length(args.ckpt_dir, args.device, args.model_parallel_size)
 
 
 def _in_words(file: str, told: Perplexity) -> str:
@@ -79,15 +69,19 @@ def evaluate(args: Namespace) -> None:
     harness, or from YAML files in --include_path; their data is fetched from the Hugging Face Hub if it is not there.
     Without --max_seq_len the model has room for all positions that it was trained on.
     """
+    _check_numbers(args)
+    first, out = Launch.read().rank == 0, user_path(args.out) if args.out is not None else None
+    if args.samples and out is None:
+        raise ValueError("--samples writes each request and its answer into --out; name a file with --out too")
+    if first and out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file in it")
+    if first and out is not None and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
     try:
         from .. import lm_eval_model as harness
     except ImportError as error:
         raise ValueError(f"{error}: tasks need lm-evaluation-harness: pip install 'llama[eval]'") from error
-    first = Launch.read().rank == 0
     tasks = harness.find_tasks(args.tasks, args.include_path) if first else None  # before a long load
-    out = user_path(args.out) if args.out is not None else None
-    if first and out is not None and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
     ask_before_fetching(args.ckpt_dir, args.adapter)
     llama = build(args, max_seq_len=_length(args))
 
@@ -99,9 +93,19 @@ def evaluate(args: Namespace) -> None:
     results = llama.lead(work)
     if results is not None:
         if out is not None:
-            out.write_text(harness.as_json(results), encoding="utf-8")
+            replace_file(out, harness.as_json(results).encode())
         with pipe_may_close():
             say(f"{harness.table(results)}\n")
+
+
+def _check_numbers(args: Namespace) -> None:
+    """ValueError for a number that the harness would take wrongly, or refuse only after the model is loaded."""
+    limit = real(args.limit)
+    if args.limit is not None and (limit is None or not 0 < limit < math.inf):
+        raise ValueError(f"limit={shortened(args.limit)} must be a number above 0")
+    if args.num_fewshot is not None:
+        whole_number("num_fewshot", args.num_fewshot, 0)
+    whole_number("bootstrap_iters", args.bootstrap_iters, 0)
 
 
 HOW = {

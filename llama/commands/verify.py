@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 import time
 from argparse import Namespace
 
-from ..system.checks import whole_number
+from ..system.checks import real, whole_number
 from ..system.files import user_path
 from ..system.launch import Launch
-from ..system.printable import escaped, printable
+from ..system.printable import escaped, printable, shortened
 from ..verification.checksums import new_checklist, record
 from ..verification.checkup import Asked, files_of
 from ..verification.checkup import verify as checked
 from ..verification.results import FAIL, NOT_APPLICABLE, PASS, Result
-from .console import file_text, note, say
+from .console import exact_text, note, say
 from .fetching import agreed_folder
 
 NAME_WIDTH, VERDICT_WIDTH, WIDTH = 20, 16, 120
@@ -28,12 +29,15 @@ def verify(args: Namespace) -> None:
     if Launch.read().world_size > 1:
         raise ValueError("start verify as one process, without torchrun: it starts others itself")
     whole_number("processes", args.processes, 1)
-    texts = () if args.text is None else tuple(file_text(user_path(args.text)).split("\n\n"))
-    wikitext = None if args.wikitext is None else file_text(user_path(args.wikitext))
+    if (seconds := real(args.seconds)) is None or seconds < 0:
+        raise ValueError(f"seconds={shortened(args.seconds)} must be a number of 0 or more")
+    given = "" if args.text is None else exact_text(user_path(args.text))
+    texts = tuple(text for text in re.split(r"\r?\n\s*\n", given) if text.strip())
+    wikitext = None if args.wikitext is None else exact_text(user_path(args.wikitext))
     folder, began = agreed_folder(args.ckpt_dir), time.monotonic()
     asked = Asked(
         folder, args.tokenizer_path, args.device, args.dtype, args.compile, args.quick, args.rounded,
-        args.processes, args.seconds, texts,
+        args.processes, seconds, texts,
         wikitext,
     )  # fmt: skip
     if args.record:

@@ -67,13 +67,13 @@ def fail(problem: str, name: str) -> NoReturn:
     """End this process with status 1, and a line on stderr that begins with the program's name. One process speaks for
     all."""
     from . import peers
-    from .launch import Launch, joined
+    from .launch import ALONE, Launch, joined
 
     peers.end(f"failed: {problem}")
     try:
         launch = Launch.read()
     except ValueError:  # torchrun's variables are what is wrong
-        launch = Launch(False, 0, 1, 0, 1)
+        launch = ALONE
     if launch.rank > 0 and launch.launcher is not None and joined() is None:
         time.sleep(peers.PATIENCE)  # torchrun ends all with the first that fails: let that be the one that speaks
         peers.tell(f"{name}: {problem} (on process {launch.rank} only)")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from .results import Result, failed, not_applicable, passed
 
 CHECKLIST = "checklist.chk"
 BLOCK = 2**22
+# What zipfile raises for damage: a wrong bit may say that a part is encrypted, compressed, or of a later version.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError)
 DAMAGED = "The file was damaged in a download, on the disk or in memory. Download it again, and verify once more."
 
 
@@ -126,7 +129,11 @@ def _damage(path: Path, bar: Any) -> Optional[str]:
                             bar.update(len(block))
                 except zipfile.BadZipFile:
                     return f"{_tensor_name(path, record.filename)} does not match the checksum in the file (crc32)"
-    except (zipfile.BadZipFile, OSError, ValueError):
+                except ZIP_ERRORS as error:
+                    return f"the directory at its end is damaged, or a header in it: {error}"
+    except NotImplementedError as error:
+        return f"the directory at its end is damaged: {error}"
+    except ZIP_ERRORS:
         return (
             f"it ends after {path.stat().st_size:,} bytes without the directory that such a file ends with: it is "
             f"cut short"
@@ -138,7 +145,10 @@ def _tensor_name(path: Path, part: str) -> str:
     """The name of the tensor whose numbers are this part of the archive; the part's own if it is not known."""
     try:
         parts, tensors = read_directory(path)[0], map_tensors(path)
-    except ValueError:  # a small part, whose checksum is compared whenever the file is opened
+    except (
+        *ZIP_ERRORS,
+        LookupError,
+    ):  # the directory is damaged too; or a small part, whose checksum is compared whenever the file is opened
         return part
     starts = {name: place.start for name, place in parts.items() if "/data/" in name}
     base = min(tensor.data_ptr() for tensor in tensors.values()) - min(starts.values())

@@ -153,7 +153,8 @@ def _tokenizer(asked: Asked, opened: Opened) -> Result:
     texts = [text for of_kind in KINDS.values() for text in of_kind]
     ids = [tokenizer.encode(text, bos=False, eos=False) for text in texts]
     if wrong := [text for text, row in zip(texts, ids) if tokenizer.decode(row) != text]:
-        return failed(name, f"{shortened(wrong[0], 40)} becomes {shortened(tokenizer.decode(ids[0]), 40)}", NOT_ITS_OWN)
+        back = tokenizer.decode(ids[texts.index(wrong[0])])
+        return failed(name, f"{shortened(wrong[0], 40)} becomes {shortened(back, 40)}", NOT_ITS_OWN)
     rate = sum(map(len, texts)) / sum(map(len, ids))
     told = (
         f"{tokenizer.n_words} pieces; {counted(len(texts), 'text')} come back from their ids ({rate:.1f} characters "
@@ -206,7 +207,12 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
     for count in counts:
         yield itself.check_processes(count, asked.given(), reference, ids)
     if asked.wikitext is not None:
-        yield check_perplexity(asked._replace(positions=2048).build(rows=1), known, asked.wikitext)
+        try:
+            llama = asked._replace(positions=2048).build(rows=1)
+        except ValueError as error:
+            yield failed("wikitext", str(error), CANNOT_RUN)
+        else:
+            yield check_perplexity(llama, known, asked.wikitext)
 
 
 def _surer(by_text: Result, by_name: Optional[Result]) -> Result:

@@ -85,7 +85,7 @@ class Reading:
     def gain(self, repair: Repair) -> Gain:
         with ExitStack() as stack:
             repair.change(self.model, stack)
-            gains = (self.before - self.losses(repair.first)).double()
+            gains = (self.before - self.losses(repair.first)).cpu().double()  # MPS has no float64
         mean, error = gains.mean().item(), gains.std().item() / math.sqrt(len(gains))
         if not math.isfinite(mean):
             return Gain(-math.inf, -math.inf)

@@ -170,7 +170,8 @@ def check_processes(count: int, given: dict[str, Any], reference: torch.Tensor, 
             return failed(name, escaped(str(error)), BUG)
         if done.returncode or not out.exists():
             said = [line for line in done.stderr.splitlines() if "Error: " in line] or ["no word of why"]
-            return failed(name, f"they ended with {done.returncode}: {escaped(said[0])}", BUG)
+            told = f"they ended with {done.returncode}: {escaped(said[0])}"
+            return not_applicable(name, told) if "not enough memory" in said[0] else failed(name, told, BUG)
         theirs, dtype = torch.load(out)
     return compare(name, f"{len(ids)} tokens, shared beside alone", reference, theirs, ROUNDING[dtype])
 
