@@ -127,32 +127,27 @@ class Llama:
             seed: of torch's generators, the same on every process. Default: 1.
             device: "cuda", "mps" or "cpu". Default: the first of these that is there.
             dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"). Default, or "auto": the checkpoint's
-            own;
-                but float16 for a bfloat16 checkpoint if the device cannot compute in bfloat16, and bfloat16 for a
+                own; but float16 for a bfloat16 checkpoint if the device cannot compute in bfloat16, and bfloat16 for a
                 float16 one on an x86 processor, which is slow in float16; a line says so.
             quantize: "int8" or "int4" (or 8, 4), "w8a8" or "w4a8" rounds the matrices while they are loaded; the last
-            two
-                also round activations to 8 bits, on CPUs only. Default: as stored.
+                two also round activations to 8 bits, on CPUs only. Default: as stored.
             adapter: a folder that PEFT saved a LoRA adapter of this checkpoint in, or its name on the hub. It is added
                 before anything is rounded. Default: none.
             compile: True compiles the decode step, once, in a minute or two on a CPU, which needs a C++ compiler. False
                 does not. Default: nothing is compiled, but a step that an earlier run compiled is used.
             draft: a folder, or a name on the hub, with a smaller model of the same tokenizer. It guesses what the model
-            will
-                write, and the model verifies several guesses in one pass, as many as pay. Greedy ids stay the same, and
-                so does the distribution of drawn ones. Default: no draft model.
+                will write, and the model verifies several guesses in one pass, as many as pay. Greedy ids stay the
+                same, and so does the distribution of drawn ones. Default: no draft model.
             batch_invariant: True lets no prompt's ids and log-probabilities depend, to the bit, on what runs beside it
-            or
-                ran before, also in 16 bits and with quantized weights. It costs speed (docs/SPEED.md), and does not go
-                with compile=True. Default: False.
+                or ran before, also in 16 bits and with quantized weights. It costs speed (docs/SPEED.md), and does not
+                go with compile=True. Default: False.
             chat_format: a name in `chat_formats.FORMATS`, "template" (the folder's own chat template, of whatever
-            format), or
-                a template in Jinja. Default: the format that the folder's template is recognised as, and Llama 2's for
-                a folder without one.
+                format), or a template in Jinja. Default: the format that the folder's template is recognised as, and
+                Llama 2's for a folder without one.
             processes: this process, and others that it starts for this `Llama`, share the model: one on each GPU, or
-            dividing
-                the cores. They end with the object, with `close()`, or with this process; a new build with processes=
-                closes the one before (docs/NOTEBOOKS.md). Default: this process alone, or all that torchrun started.
+                dividing the cores. They end with the object, with `close()`, or with this process; a new build with
+                processes= closes the one before (docs/NOTEBOOKS.md). Default: this process alone, or all that torchrun
+                started.
             quiet: True prints nothing. Default: False, which tells how long it took, and shows a bar at a terminal.
 
         Raises:
@@ -283,8 +278,7 @@ class Llama:
 
         Args:
             work: called without arguments on the first process. It may call this `Llama` from any thread, at any time.
-            What
-                all processes do alike is not for `work`: the model's own call, `model(…)`, and another `Llama`.
+                What all processes do alike is not for `work`: the model's own call, `model(…)`, and another `Llama`.
 
         Returns:
             What `work` returns; None on the other processes.
@@ -381,8 +375,7 @@ class Llama:
 
         Raises:
             ValueError: more prompts than max_batch_size; a prompt that is empty, longer than max_seq_len, or has an id
-            outside
-                the vocabulary; an option out of range; logits that are not finite.
+                outside the vocabulary; an option out of range; logits that are not finite.
         """
         limit = self.model.params.max_batch_size
 
@@ -422,8 +415,7 @@ class Llama:
             prompt_tokens: lists of ids, BOS included.
             temperature, top_p, max_gen_len, logprobs, echo: as in `text_completion`.
             options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-            logit_bias,
-                draft, n, constraint. `llama.Options` describes them.
+                logit_bias, draft, n, constraint. `llama.Options` describes them.
 
         Returns:
             What to iterate over for one `Step` after the other, once, and as far as you like. Its `cancel(index)` ends
@@ -458,17 +450,15 @@ class Llama:
                 Default: False.
             echo: put the prompt in front. Default: False.
             options: stop=None, stop_ids=(), seed=None, top_k=0, min_p=0.0, repetition_penalty=1.0,
-            presence_penalty=0.0,
-                frequency_penalty=0.0, logit_bias=None, draft=None, n=1, constraint=None. `llama.Options` describes
-                them.
+                presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None, draft=None, n=1, constraint=None.
+                `llama.Options` describes them.
 
         Returns:
             A prediction for each text, in order; n of them for each with the option n.
 
         Raises:
             ValueError: prompts that are not a list of texts; a prompt longer than max_seq_len; an option that is
-            unknown or
-                out of range; logits that are not finite.
+                unknown or out of range; logits that are not finite.
         """
         given = _given(temperature, top_p, max_gen_len, logprobs, options)
         asked = Asked(lambda: Prompts(self._encode(prompts)), given, echo)
@@ -491,8 +481,7 @@ class Llama:
             prompts: a list of texts.
             temperature, top_p, max_gen_len, logprobs, echo: as in `text_completion`.
             options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-            logit_bias,
-                draft, n, constraint. `llama.Options` describes them.
+                logit_bias, draft, n, constraint. `llama.Options` describes them.
 
         Returns:
             Chunks of all prompts, each prompt's in order: `index` says whose it is.
@@ -523,11 +512,9 @@ class Llama:
             on_unsafe: what becomes of a dialog whose messages contain a tag of the chat format. "reply" answers it with
                 `UNSAFE_ERROR`, without tokens and without running it; "raise" raises DialogError. Default: "reply".
             continue_final_message: the dialogs end with the beginning of the assistant's reply, and the predictions are
-            what
-                follows it: the two texts, joined, are the reply. Default: False.
+                what follows it: the two texts, joined, are the reply. Default: False.
             options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-            logit_bias,
-                draft, n, constraint. `llama.Options` describes them.
+                logit_bias, draft, n, constraint. `llama.Options` describes them.
 
         Returns:
             A prediction for each dialog, in order; n of them for each with the option n.
@@ -563,9 +550,9 @@ class Llama:
 
         Args:
             dialogs, temperature, top_p, max_gen_len, logprobs, on_unsafe, continue_final_message: as in
-            `chat_completion`. options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty,
-            frequency_penalty, logit_bias,
-                draft, n, constraint. `llama.Options` describes them.
+                `chat_completion`.
+            options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+                logit_bias, draft, n, constraint. `llama.Options` describes them.
 
         Returns:
             Chunks of all dialogs, each dialog's in order: `index` says whose it is.
@@ -598,8 +585,7 @@ class Llama:
             temperature, top_p, max_gen_len, logprobs: as in `text_completion`.
             suffix_first: let the model read the suffix first. Default: False, as in Meta's release.
             options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-            logit_bias,
-                draft, n, constraint. `llama.Options` describes them.
+                logit_bias, draft, n, constraint. `llama.Options` describes them.
 
         Returns:
             A prediction for each pair, in order.
@@ -629,8 +615,7 @@ class Llama:
         Args:
             prefixes, suffixes, temperature, top_p, max_gen_len, logprobs, suffix_first: as in `infill`.
             options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-            logit_bias,
-                draft, n, constraint. `llama.Options` describes them.
+                logit_bias, draft, n, constraint. `llama.Options` describes them.
 
         Returns:
             Chunks, as from `stream_text`.
@@ -653,9 +638,8 @@ class Llama:
             system: the system message. Default: none.
             dialog: what was said before, as `chat_completion` takes it, up to a reply. Default: nothing.
             options: of every turn. temperature, top_p, max_gen_len and logprobs as in `text_completion`; stop,
-            stop_ids, seed,
-                top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, draft, constraint as
-                in `llama.Options`, but no n.
+                stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
+                draft, constraint as in `llama.Options`, but no n.
 
         Raises:
             DialogError: a dialog that the format cannot express, or a message with a tag of the format.
@@ -680,11 +664,9 @@ class Llama:
             prompt: ids, BOS included.
             temperature, top_p, max_gen_len, logprobs: as in `text_completion`.
             begun: the last ids of the prompt, if the text is to go on from theirs: then it begins with the space
-            between two
-                words, which it would otherwise lack. Default: none.
+                between two words, which it would otherwise lack. Default: none.
             options: stop, stop_ids, seed, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-            logit_bias,
-                draft, n, constraint. `llama.Options` describes them.
+                logit_bias, draft, n, constraint. `llama.Options` describes them.
 
         Returns:
             Chunks, as from `stream_text`.
@@ -767,8 +749,7 @@ class Llama:
 
         Raises:
             ValueError: what is no list of lists of ids, an unknown id, and a pair of more than max_seq_len + 1 ids (the
-            last
-                one is not read).
+                last one is not read).
         """
         return self._score_pairs(lambda: id_pairs(contexts, continuations, self.model.params))
 
@@ -800,7 +781,8 @@ class Llama:
         Args:
             texts: a list of texts.
             layer: how many blocks to run, 0 for the embeddings alone; -1, the default, is all of them and the last
-            norm. pooling: "mean" over a text's tokens, the default, or "last" for its last token's.
+                norm.
+            pooling: "mean" over a text's tokens, the default, or "last" for its last token's.
 
         Raises:
             ValueError: a text longer than max_seq_len, or another layer or pooling than there is.

@@ -595,9 +595,10 @@ class Transformer(nn.Module):
         Args:
             tokens: int64 (B, S).
             start_pos: the position of every row's first new token, as in Meta's release; or int64 (B,), one for each
-            row. slots: int64 (B,), the cache rows of the batch rows. Default: 0 … B-1. span: for a tensor of start_pos,
-            how many cache columns to read, at least its maximum + S. Without it the host
-                waits for that maximum.
+                row.
+            slots: int64 (B,), the cache rows of the batch rows. Default: 0 … B-1.
+            span: for a tensor of start_pos, how many cache columns to read, at least its maximum + S. Without it the
+                host waits for that maximum.
 
         Raises:
             ValueError: tokens that are no ids, or rows and positions that the cache has no room for.

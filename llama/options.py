@@ -19,23 +19,21 @@ class Options(TypedDict, total=False):
         stop: a text or several; an answer ends before the first that comes up, also across ids. Default: None.
         stop_ids: ids that end an answer as EOS does. Default: ().
         seed: one for the call, or a list with one for each prompt. A prompt with a seed gives the same text whatever
-        else
-            runs, but for rounding (see `batch_invariant`). Default: None.
+            else runs, but for rounding (see `batch_invariant`). Default: None.
         top_k: draw one of this many best ids; 0 means all. Default: 0.
         min_p: draw from ids that are at least this share as probable as the best. Default: 0.0.
         repetition_penalty: makes ids less probable that the row has already, prompt included; from 1e-10 to 1e10, and 1
             does nothing. Default: 1.0.
         presence_penalty: what is subtracted, once, from the logits of ids that were generated. Default: 0.0.
         frequency_penalty: what is subtracted from the logits of ids for each time that they were generated. Default:
-        0.0. logit_bias: ids, and what is added to their logits: at most 1e10, and -inf forbids an id. Default: None.
+            0.0.
+        logit_bias: ids, and what is added to their logits: at most 1e10, and -inf forbids an id. Default: None.
         draft: at temperature 0, whether to verify in one pass several ids that the text itself suggests. None does so
-        in
-            float32 on a CPU, where it changes no id. True does so everywhere; rounding may then choose another of
+            in float32 on a CPU, where it changes no id. True does so everywhere; rounding may then choose another of
             equally good ids. With a draft model its guesses are verified as well; False does without all guesses, and
             then drawn ids are what they are without a draft model. Default: None.
         n: answers to each prompt, which is read once. Those of prompt i are the results n * i to n * i + n - 1; the
-        k-th draws
-            with the prompt's seed + k, if it has one. Default: 1.
+            k-th draws with the prompt's seed + k, if it has one. Default: 1.
         constraint: the form that each answer is to have: {"json_schema": …}, {"json_object": True}, {"regex": …},
             {"choice": […]} or {"grammar": …}; see docs/PYTHON.md. If the answer is whole, EOS and stop_ids may come,
             and only then; max_gen_len and stop texts end it anywhere. Default: None.
@@ -63,7 +61,7 @@ class TurnOptions(Options, total=False):
         top_p: ids are drawn from the fewest best whose mass exceeds this. Default: 0.9.
         max_gen_len: ids of a reply, at most; None lets it have all the room. Default: None.
         logprobs: whether chunks have each id's log-probability, or how many of the best ids at each place. Default:
-        False.
+            False.
     """
 
     temperature: float
