@@ -8,7 +8,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -152,6 +154,37 @@ def test_a_package_calls_the_kernels(
     assert f"on a CPU {kind} weights have a form that a package cannot take" in capsys.readouterr().out
 
 
+def test_operators_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that built at the same time both loaded the file, which ended the process."""
+    loads, begun, goes_on = [], Event(), Event()
+
+    @cache
+    def brought_in() -> bool:
+        loads.append(None)
+        begun.set()
+        return goes_on.wait(10)
+
+    monkeypatch.setattr(own_kernels, "_brought_in", brought_in)
+    threads = [Thread(target=own_kernels.loaded) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    threads[1].join(0.05)
+    goes_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1
+
+
+@compiles
+@pytest.mark.parametrize("group", [0, -16, 33])
+def test_groups_that_do_not_fit_are_refused(group: int) -> None:
+    """A group of 0 columns ended the process: a division by zero."""
+    assert own_kernels.loaded()
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        torch.ops.llama_cpu.round_groups(torch.zeros(2, 32), group)
+
+
 BROKEN: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], str]] = {
     "no compiler": (
         lambda _, patch: patch.setattr(runtime, "cpp_compiler", lambda: None),
@@ -181,7 +214,7 @@ def test_plain_products_where_none_can_be_compiled(
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("LLAMA_CACHE", str(folder))
-    monkeypatch.setattr(own_kernels, "loaded", own_kernels.loaded.__wrapped__)
+    monkeypatch.setattr(own_kernels, "_brought_in", own_kernels._brought_in.__wrapped__)
     change, words = BROKEN[what]
     change(folder, monkeypatch)
     capsys.readouterr()

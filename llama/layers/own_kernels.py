@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -22,11 +23,18 @@ SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ["-O2", "-march=native", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 LIMIT = 300  # seconds for the compiler, which takes 3
 
+_loading = threading.Lock()
 
-@cache
+
 def loaded() -> bool:
     """Whether the operators of `cpu_kernels.cpp` are at hand as `torch.ops.llama_cpu`. The first call brings them
-    in."""
+    in; calls of other threads wait for it, since operators can be registered only once."""
+    with _loading:
+        return _brought_in()
+
+
+@cache
+def _brought_in() -> bool:
     try:
         path = _kept()
         sealed.load(path, torch.ops.load_library)
