@@ -125,6 +125,7 @@ def test_the_map_is_complete() -> None:
     files = {path.relative_to(ROOT / "llama").with_suffix("").as_posix() for path in ROOT.glob("llama/**/*.py")}
     wings = {name for name in files if name.endswith("/__init__")}  # they say what lives there, and are empty otherwise
     assert set(MAP) == files - wings - {"__main__"}
+    assert len(MAP) == len(set(MAP))
     for name in wings:
         assert len(ast.parse((ROOT / f"llama/{name}.py").read_text()).body) == 1
     for path in ROOT.glob("*.py"):

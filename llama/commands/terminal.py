@@ -8,6 +8,7 @@ from argparse import Namespace
 from contextlib import ExitStack
 from typing import Any
 
+from ..system.checks import whole_number
 from ..system.files import user_path
 from ..system.launch import Launch
 from ..system.printable import counted, json_line
@@ -133,6 +134,8 @@ def tokenize(args: Namespace) -> None:
 
 def score(args: Namespace) -> None:
     """Show how probable each token of a TEXT is, and its perplexity. The text may also be a --file or a pipe."""
+    if args.stride is not None:
+        whole_number("stride", args.stride, 1)
     text = given_text(args.text, args.file, "text")
     result = build(args).score([on_first(lambda: text)], stride=args.stride)[0]
     nothing = math.isnan(result["perplexity"])

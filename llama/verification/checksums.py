@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from tqdm import tqdm
-
 from ..system.files import check_file, is_there, listed, read_file, replace_file
 from ..system.printable import counted, escaped
+from ..system.progress import bar
 from ..weights.archive import map_tensors, read_directory
 from .results import Result, failed, not_applicable, passed
 
@@ -40,15 +39,14 @@ def check_checksums(folder: Path, files: Iterable[Path]) -> Result:
     expected = _expected(folder, files)
     archives = [path for path in files if path not in expected and path.suffix in (".pth", ".bin")]
     problems = []
-    with tqdm(total=sum(map(_size, [*expected, *archives])), desc="Checksums", unit="B", unit_scale=True,
-              delay=1.5, leave=False, disable=None) as bar:  # fmt: skip
+    with _bar(sum(map(_size, [*expected, *archives]))) as done:
         for path, what in expected.items():
             if not path.exists():
                 problems.append(f"{path.name} is missing, which {what.source} lists")
-            elif (found := _digest(path, what.kind, bar)) != what.digest:
+            elif (found := _digest(path, what.kind, done)) != what.digest:
                 problems.append(f"{path.name} has {what.kind} {found}, and {what.source} says {what.digest}")
         for path in archives:
-            if (damage := _damage(path, bar)) is not None:
+            if (damage := _damage(path, done)) is not None:
                 problems.append(f"{path.name}: {damage}")
     if problems:
         return failed(name, listed(problems, 4), DAMAGED)
@@ -102,7 +100,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _digest(path: Path, kind: str, bar: Any) -> str:
+def _bar(total: Optional[int] = None) -> Any:
+    """A bar of the bytes that were read."""
+    return bar(total=total, desc="Checksums", unit="B", unit_scale=True, delay=1.5, leave=False)
+
+
+def _digest(path: Path, kind: str, done: Any) -> str:
     size = check_file(path).st_size
     digest = hashlib.new("sha1" if kind == "git" else kind, usedforsecurity=False)
     if kind == "git":
@@ -110,11 +113,11 @@ def _digest(path: Path, kind: str, bar: Any) -> str:
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
-            bar.update(len(block))
+            done.update(len(block))
     return digest.hexdigest()
 
 
-def _damage(path: Path, bar: Any) -> Optional[str]:
+def _damage(path: Path, done: Any) -> Optional[str]:
     """What is wrong with a file of torch.save, which has a checksum of each part; None if nothing is, or it is of
     another kind."""
     with path.open("rb") as file:
@@ -126,7 +129,7 @@ def _damage(path: Path, bar: Any) -> Optional[str]:
                 try:
                     with archive.open(record) as part:
                         while block := part.read(BLOCK):
-                            bar.update(len(block))
+                            done.update(len(block))
                 except zipfile.BadZipFile:
                     return f"{_tensor_name(path, record.filename)} does not match the checksum in the file (crc32)"
                 except ZIP_ERRORS as error:
@@ -166,7 +169,7 @@ def new_checklist(folder: Path) -> Path:
 def record(folder: Path, files: Iterable[Path]) -> Path:
     """Write checklist.chk for these files, as md5sum would. ValueError if there is one."""
     target = new_checklist(folder)
-    with tqdm(desc="Checksums", unit="B", unit_scale=True, delay=1.5, leave=False, disable=None) as bar:
-        lines = [f"{_digest(path, 'md5', bar)}  {path.name}\n" for path in files if path.parent == target.parent]
+    with _bar() as done:
+        lines = [f"{_digest(path, 'md5', done)}  {path.name}\n" for path in files if path.parent == target.parent]
     replace_file(target, "".join(lines).encode())
     return target

@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ..generation import Llama
 from ..system.printable import counted
+from ..system.progress import bar
 from . import repairs as kinds
 from .repairs import Repair
 from .results import Result, failed, not_applicable, passed
@@ -129,7 +129,7 @@ def search(readings: Sequence[Reading], candidates: Sequence[Repair], seconds: f
     with ExitStack() as kept:
         for _ in range(ROUNDS):
             gains = {}
-            for repair in tqdm(candidates, "Repairs", unit="repair", delay=1.5, leave=False, disable=None):
+            for repair in bar(iterable=candidates, desc="Repairs", unit="repair", delay=1.5, leave=False):
                 if time.monotonic() > deadline:
                     break
                 gain = few.gain(repair)

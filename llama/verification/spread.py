@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ..model import Transformer
 from ..system.files import listed
 from ..system.printable import counted
+from ..system.progress import bar
 from ..weights.checkpoint import Checkpoint, cut
 from .results import Result, failed, passed
 
@@ -62,7 +62,7 @@ def check_weights(checkpoint: Checkpoint, model: Transformer) -> list[Result]:
     out."""
     spreads, numbers = [], 0
     plan = {name: where for name, where in cut(model).items() if checkpoint.dtypes[name].is_floating_point}
-    for name, (shape, dim, _) in tqdm(plan.items(), "Weights", unit="tensor", delay=1.5, leave=False, disable=None):
+    for name, (shape, dim, _) in bar(iterable=plan.items(), desc="Weights", unit="tensor", delay=1.5, leave=False):
         if 0 not in shape:
             spreads.append(_measure(checkpoint, name, shape, dim))
             numbers += torch.Size(shape).numel()
