@@ -61,8 +61,8 @@ def main(
 ) -> None:
     """shape: 1.1B, 134M or 7B, random weights; or stories, the demo model. ckpt_dir: a checkpoint in place of these.
 
-    quantize: the modes of ours, of none, int8, int4, w8a8 and w4a8. compile: each of them compiled as well. against: the peers, of
-    meta, transformers and llama.cpp. quick: tasks of a few tokens, to try it out.
+    quantize: the modes of ours, of none, int8, int4, w8a8 and w4a8. compile: each of them compiled as well. against:
+    the peers, of meta, transformers and llama.cpp. quick: tasks of a few tokens, to try it out.
     """
     modes, wanted = _words("quantize", quantize, FORMS), _words("against", against, PEERS)
     repeats = whole_number("repeats", repeats, 1)

@@ -38,6 +38,8 @@ def _brought_in() -> bool:
     try:
         path = _kept()
         sealed.load(path, torch.ops.load_library)
+        if not hasattr(torch.ops.llama_cpu, "product"):
+            raise RuntimeError("torch does not take the operators of the compiled file")
     except Exception as error:  # no compiler, a full disk, a file that is refused
         say(f"Products with 8-bit activations run in plain torch, which is slow: {reason(error)}")
         return False
