@@ -1,8 +1,7 @@
 """This library beside its peers and beside this machine's limits, in one go.
 
-    python benchmarks/compare.py --tokenizer_path tokenizer.model [--shape 1.1B] [--device cpu] [--quantize
-    none,int8,int4] python benchmarks/compare.py --tokenizer_path tokenizer.model --ckpt_dir FOLDER --json out.json
-    --plot out.png
+    python benchmarks/compare.py --tokenizer_path tokenizer.model [--shape 1.1B] [--device cpu] [--quantize none,int8]
+    python benchmarks/compare.py --tokenizer_path tokenizer.model --ckpt_dir FOLDER --json out.json --plot out.png
 
 Each system sits loaded in a process of its own and sleeps until its turn; each round asks all of them for each task in
 turn, so that a busy machine is busy for all. The first round warms up and is not counted. Peers that are not installed

@@ -1,7 +1,6 @@
 """One system in a process of its own, which holds its model and sleeps until it is told what to run next.
 
-    python systems.py '{"system": "ours", …}'    then [prompts, new ids] on each line of stdin, an answer on each of
-    stdout
+    python systems.py '{"system": "ours", …}'    # [prompts, new ids] on a line of stdin, an answer on one of stdout
 
 Prompts are rows of ids, all of one length. The first answer is what loading took; imports are not counted in it, and
 each system imports only what it needs.

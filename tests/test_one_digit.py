@@ -154,6 +154,17 @@ def test_a_package_calls_the_kernels(
     assert f"on a CPU {kind} weights have a form that a package cannot take" in capsys.readouterr().out
 
 
+def test_a_quiet_build_says_nothing_of_products(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line of a compilation, or of one that is not possible, came with quiet=True too."""
+    monkeypatch.setattr(runtime, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(own_kernels, "_brought_in", own_kernels._brought_in.__wrapped__)
+    llama = Llama.build(max_seq_len=32, device="cpu", quantize="w8a8", quiet=True)
+    assert not llama.model.output.packed
+    assert capsys.readouterr().out == ""
+
+
 def test_operators_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads that built at the same time both loaded the file, which ended the process."""
     loads, begun, goes_on = [], Event(), Event()

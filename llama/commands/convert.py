@@ -95,11 +95,11 @@ def convert(
     `target`, to="gguf".
 
     dtype: of all weights; each keeps its own if not given, and GGUF's matrices become float16 (its vectors are always
-    float32). tokenizer_path: is copied too; a Hugging Face folder and a GGUF file need it. quantize: "int8" or "int4"
-    for the matrices of Meta's format, "q8_0" for those of GGUF with rows of whole blocks; if not given, quantized
-    matrices stay as they are in Meta's format, whatever `dtype` says. adapter: a folder of PEFT, whose adapter is
-    added. ValueError if an argument or the source is wrong, the target exists, or the disk has too little room; then
-    nothing is written.
+    float32). tokenizer_path: is copied too; a Hugging Face folder and a GGUF file need it. quantize: one of
+    `rounding.KINDS` for the matrices of Meta's format, "q8_0" for those of GGUF with rows of whole blocks; if not
+    given, quantized matrices stay as they are in Meta's format, whatever `dtype` says. adapter: a folder of PEFT, whose
+    adapter is added. ValueError if an argument or the source is wrong, the target exists, or the disk has too little
+    room; then nothing is written.
     """
     if to not in ("meta", "hf", "gguf"):
         raise ValueError(f"to={to!r} must be 'meta', 'hf' or 'gguf'")

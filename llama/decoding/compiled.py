@@ -31,6 +31,7 @@ from ..layers.parallel import (
 from ..layers.proven import STEP_TOLERANCE, vectors_are_near
 from ..layers.quantized import Quantized
 from ..model import RMSNorm, Transformer
+from ..system.printable import reason
 from ..system.progress import bar, say
 from . import compiler, gpu_step, packages
 
@@ -85,12 +86,6 @@ def takes_a_package(model: Transformer) -> bool:
     quantized = [module for module in model.modules() if isinstance(module, Quantized)]
     ours = (ColumnParallelLinear, W8A8ColumnParallelLinear)
     return type(model.output) in ours and all(isinstance(layer, OneDigit) and layer.packed for layer in quantized)
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message, or its class."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def code_key(model: Transformer) -> str:

@@ -15,8 +15,8 @@ import torch
 
 from .. import runtime
 from ..system import sealed
-from ..system.printable import printable
-from .parallel import is_first_process
+from ..system.printable import reason
+from ..system.progress import say
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # No product and sum become one operation, and none changes places, unless the source says so.
@@ -38,8 +38,10 @@ def _brought_in() -> bool:
     try:
         path = _kept()
         sealed.load(path, torch.ops.load_library)
+        if not hasattr(torch.ops.llama_cpu, "product"):
+            raise RuntimeError("torch does not take the operators of the compiled file")
     except Exception as error:  # no compiler, a full disk, a file that is refused
-        _say(f"Products with 8-bit activations run in plain torch, which is slow: {_first_line(error)}")
+        say(f"Products with 8-bit activations run in plain torch, which is slow: {reason(error)}")
         return False
     torch.library.register_fake("llama_cpu::round_groups", _fake_groups)
     torch.library.register_fake("llama_cpu::product", _fake_product)
@@ -59,10 +61,10 @@ def _kept() -> Path:
     except FileNotFoundError:
         pass
     except ValueError as error:
-        _say(f"The products with 8-bit activations are compiled anew: {_first_line(error)}")
+        say(f"The products with 8-bit activations are compiled anew: {reason(error)}")
     if compiler is None:
         raise RuntimeError("it needs a C++ compiler, on Linux; install g++, or let CXX name one")
-    _say("Compiling the products with 8-bit activations, once for this machine …")
+    say("Compiling the products with 8-bit activations, once for this machine …")
     with sealed.workspace(folder) as work:
         made = work / "kernels.so"
         torchs = Path(torch.__file__).parent
@@ -80,15 +82,6 @@ def _kept() -> Path:
             raise RuntimeError(f"{compiler}: {said[0]}")
         sealed.keep(made.read_bytes(), path, work)
     return path
-
-
-def _say(line: str) -> None:
-    if is_first_process():
-        print(printable(line))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _fake_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

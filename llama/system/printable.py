@@ -48,6 +48,12 @@ def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its class."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def counted(number: int, thing: str) -> str:
     """A number of things in words: "1 process", "2 processes"."""
     ending = "" if number == 1 else "es" if thing.endswith("s") else "s"

@@ -153,8 +153,8 @@ def choose_quantization(checkpoint: Checkpoint, quantize: Optional[str]) -> Opti
 def prepare(model: Transformer, checkpoint: Checkpoint, quantize: Optional[str] = None) -> Optional[Quantization]:
     """Make a model on the meta device ready for `fill`: check the weights, and put quantized layers in, if needed.
 
-    quantize: "int8" or "int4", or None for the checkpoint's own kind. Returns the model's kind. ValueError if the
-    weights do not fit the model, or are of another quantized kind, or the processes cannot share the groups.
+    quantize: one of `rounding.KINDS`, or None for the checkpoint's own kind. Returns the model's kind. ValueError if
+    the weights do not fit the model, or are of another quantized kind, or the processes cannot share the groups.
     """
     quantization = choose_quantization(checkpoint, quantize)
     if checkpoint.quantization is None:
