@@ -62,8 +62,8 @@ def legend(tasks: dict[str, Task]) -> str:
         "decode n×c: tokens a second of n prompts together, at about c tokens of context; kept: the speed of one "
         "prompt at "
         f"{tasks['long'].context} tokens beside {tasks['decode'].context}; prefill n: tokens a second of a prompt of "
-        f"n; first "
-        f"token: of a prompt of {tasks['middle'].prompt}; load: with room for one prompt; peak: resident then, "
+        f"n; first token: of a prompt of {tasks['middle'].prompt}; load: with room for one prompt; peak: resident "
+        f"then, "
         "with mapped files; private: without."
     )
 

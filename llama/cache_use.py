@@ -15,8 +15,7 @@ from .runtime import device_kind
 
 PAST_THE_STEP = (
     "the model was called in the middle of a step, by a hook or a patch for example, and the cache was written over; "
-    "call a "
-    "model of its own there"
+    "call a model of its own there"
 )
 _USES: weakref.WeakSet[CacheUse] = weakref.WeakSet()
 

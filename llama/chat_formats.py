@@ -95,8 +95,8 @@ def _unless_told(system: str) -> str:
 _BY_TURNS = (
     "{% set place = loop.index0 + (messages[0]['role'] == 'system') | int %}"
     "{% if (message['role'] == 'user') != (place % 2 == 0) %}"
-    "{{ raise_exception('a user and the assistant speak by turns; message ' ~ loop.index0 ~ ' is out of turn') }}{% "
-    "endif %}"
+    "{{ raise_exception('a user and the assistant speak by turns; message ' ~ loop.index0 ~ ' is out of turn') }}"
+    "{% endif %}"
 )
 LLAMA2 = Llama2Format(
     "llama2",  # meta-llama/Llama-2-7b-chat-hf

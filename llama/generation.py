@@ -344,10 +344,9 @@ class Llama:
         kind = f"{rounded[0].quantization.kind} and " if rounded else ""
         return (
             f"Llama({(others + sum(module.numbers for module in rounded)) / 1e6:,.1f} million parameters on this "
-            f"process, "
-            f"{kind}{str(weight.dtype).removeprefix('torch.')} on {weight.device}; {params.n_layers} layers of dim "
-            f"{params.dim}; {self.tokenizer.n_words} pieces; cache for "
-            f"{params.max_batch_size} prompts of {params.max_seq_len} tokens)"
+            f"process, {kind}{str(weight.dtype).removeprefix('torch.')} on {weight.device}; {params.n_layers} layers "
+            f"of dim {params.dim}; {self.tokenizer.n_words} pieces; cache for {params.max_batch_size} prompts of "
+            f"{params.max_seq_len} tokens)"
         )
 
     def generate(

@@ -96,8 +96,7 @@ class Answers:
         if not 0 < len(ids) <= self.max_length:
             raise ValueError(
                 f"the continuation {shortened(continuation)} has {len(ids)} ids of its own; it needs at least one, and "
-                f"at most "
-                f"max_seq_len={self.max_length} are scored"
+                f"at most max_seq_len={self.max_length} are scored"
             )
         return Pair(self._cut(before, self.max_length + 1 - len(ids)), ids)
 

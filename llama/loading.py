@@ -29,8 +29,7 @@ from .weights.places import DEMO_POSITIONS as DEMO_POSITIONS
 
 DEMO_TOLD = (
     "This is the demo model, which tells small children's stories. For Llama 2, download its weights (see README.md) "
-    "and pass "
-    "ckpt_dir (--ckpt_dir)."
+    "and pass ckpt_dir (--ckpt_dir)."
 )
 UNSTATED = 2048  # max_seq_len if it is not given
 PATIENCE = 1.0  # seconds between two looks at a download, which may outlast any collective's time limit

@@ -133,8 +133,7 @@ def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -
     elif processes not in (counts := process_counts(args)):
         problem = (
             f"{args.n_heads} query heads, {args.kv_heads} key/value heads, a width of {args.dim} and one of "
-            f"{args.ffn_width} "
-            f"cannot be shared by {processes} processes; use {' or '.join(map(str, counts))}"
+            f"{args.ffn_width} cannot be shared by {processes} processes; use {' or '.join(map(str, counts))}"
         )
     if problem:
         raise ValueError(problem if source is None else f"{source}: {problem}")

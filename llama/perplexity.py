@@ -55,8 +55,7 @@ class Method(NamedTuple):
         if self.window is not None and self.window > max_seq_len:
             raise ValueError(
                 f"{self.kind}-{self.window} reads windows of {self.window} tokens, but the model has room for "
-                f"{max_seq_len} "
-                f"(max_seq_len); {self.kind}-{max_seq_len} would fit, and gives another number"
+                f"{max_seq_len} (max_seq_len); {self.kind}-{max_seq_len} would fit, and gives another number"
             )
 
 

@@ -218,8 +218,7 @@ class ChatSession:
                 if (turns[-1] if turns else None) is not newest:
                     raise RuntimeError(
                         "another message was sent to this chat, or its turns were changed, before this reply ended; "
-                        "fork() the "
-                        "chat for a second one"
+                        "fork() the chat for a second one"
                     )
                 chunk = next(chunks, None)
                 if chunk is None:

@@ -88,8 +88,7 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0 or self.bos_id == self.eos_id:
             raise ValueError(
                 f"{path} has no two control pieces for the begin and the end of a text (<s> has the id {self.bos_id}, "
-                f"</s> "
-                f"{self.eos_id}); pass the tokenizer.model that belongs to the checkpoint"
+                f"</s> {self.eos_id}); pass the tokenizer.model that belongs to the checkpoint"
             )
         own = {self.bos_id, self.eos_id, self.pad_id, self.sp_model.unk_id()}
         self.added = {token.id: token for token in added if token.id not in own and (rows is None or token.id < rows)}

@@ -88,8 +88,7 @@ def open_tokenizer(
     if tokenizer.nameless and is_first_process():
         warnings.warn(
             f"{escaped(str(ckpt_dir))} has {tokenizer.n_words} ids, and {counted(len(tokenizer.nameless), 'id')} "
-            f"without a "
-            f"name ({_span(tokenizer.nameless)}): they are never drawn",
+            f"without a name ({_span(tokenizer.nameless)}): they are never drawn",
             stacklevel=4,
         )
     tokenizer.other_stops = frozenset(i for i in described.stops if i < tokenizer.n_words)

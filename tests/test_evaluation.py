@@ -276,6 +276,7 @@ def test_chats(llama: Llama) -> None:
     [
         ({"samples": True}, "name a file with --out too"),
         ({"limit": 0}, "limit=0 must be a number above 0"),
+        ({"gen_kwargs": "temperature"}, "gen_kwargs: 'temperature' must be NAME=VALUE"),
         ({"num_fewshot": -1}, "num_fewshot=-1 must be a whole number of 0 or more"),
         ({"bootstrap_iters": 0.5}, "bootstrap_iters=0.5 must be a whole number"),
         ({"out": "."}, "is a folder; name a file in it"),

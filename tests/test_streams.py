@@ -451,8 +451,7 @@ def test_many_prompts_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_repr(llama: Llama) -> None:
     assert repr(llama) == (
         "Llama(0.1 million parameters on this process, float32 on cpu; 2 layers of dim 64; 400 pieces; cache for 4 "
-        "prompts of "
-        "128 tokens)"
+        "prompts of 128 tokens)"
     )
 
 

@@ -58,8 +58,7 @@ def _holds(
     args, stored = placement.args, checkpoint.quantization
     model = (
         f"{args.n_layers} layers of width {args.dim}, {args.n_heads} heads of {args.head_size}, {args.kv_heads} "
-        f"key/value "
-        f"heads, feed-forward {args.ffn_width}, {args.vocab_size} ids, rotary base {args.rope_theta:g}"
+        f"key/value heads, feed-forward {args.ffn_width}, {args.vocab_size} ids, rotary base {args.rope_theta:g}"
     )
     if (scaling := args.rope_scaling) is not None:
         model += (

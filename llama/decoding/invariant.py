@@ -30,8 +30,7 @@ ON_GPU = 512  # most tokens of one pass on a GPU, whose attention takes memory f
 
 INVARIANT_AS_BUILT = (
     "batch_invariant=True holds for a model as it was built, and hooks, patches, parts or a sample_top_p of one's own "
-    "are in "
-    "use; remove them, or build without batch_invariant"
+    "are in use; remove them, or build without batch_invariant"
 )
 
 

@@ -40,8 +40,8 @@ AGAIN = "the processes of this Llama have ended; build it again"
 PATIENCE = 2.0  # seconds that a process has to end in whose connection was lost
 CHANGED = (
     "the weights of this process's part of the model have changed since other processes follow it, and theirs have "
-    "not; build "
-    "again from a folder with the new weights (or let torchrun start a script in which all processes change theirs)"
+    "not; build again from a folder with the new weights (or let torchrun start a script in which all processes change "
+    "theirs)"
 )
 
 

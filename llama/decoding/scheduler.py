@@ -38,8 +38,7 @@ WHOLE = 1.5  # pieces; the rest of a prompt is read in one pass if it is no long
 WAIT = 0.02  # seconds; one of those who wait for another thread's step looks that often whether that thread still steps
 OTHERS_USED_IT = (
     "another call has used the model since, and this stream cannot go on: the model has parts, hooks or patches of "
-    "somebody's "
-    "own, which may remember more than our cache does; finish a stream, or leave it, before the next call"
+    "somebody's own, which may remember more than our cache does; finish a stream, or leave it, before the next call"
 )
 
 

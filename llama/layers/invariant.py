@@ -63,8 +63,7 @@ class Products:
         if not self._gives_same_bits(block, key, x, matrix):
             raise ValueError(
                 f"batch_invariant=True cannot be kept here: on {x.device} products in {x.dtype} depend on where a row "
-                f"stands "
-                f"among {block}; build without it, or in another dtype"
+                f"stands among {block}; build without it, or in another dtype"
             )
         plan: list[int] = []
         while (left := rows - sum(plan)) > 0:

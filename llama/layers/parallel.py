@@ -249,8 +249,8 @@ def _check_step(group: Group) -> None:
     if _led and group is not None and group in _led and _led[group] != threading.get_ident():
         raise ValueError(
             "the other processes follow the methods of this Llama (generate, score, embed and so on), and no call of "
-            "its model "
-            "or of a part of that; build in one process, or have torchrun start a script in which all processes call it"
+            "its model or of a part of that; build in one process, or have torchrun start a script in which all "
+            "processes call it"
         )
 
 

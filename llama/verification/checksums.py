@@ -36,7 +36,10 @@ class Expected(NamedTuple):
 def check_checksums(folder: Path, files: Iterable[Path]) -> Result:
     """Every file whose checksum is known. files: those that are loaded."""
     name, files = "checksums", list(files)
-    expected = _expected(folder, files)
+    try:
+        expected = _expected(folder, files)
+    except ValueError as error:
+        return failed(name, str(error), "The list is damaged, or was made by something else than md5sum.")
     archives = [path for path in files if path not in expected and path.suffix in (".pth", ".bin")]
     problems = []
     with _bar(sum(map(_size, [*expected, *archives]))) as done:

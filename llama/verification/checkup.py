@@ -33,8 +33,7 @@ POSITIONS = 320  # room for a text that is read, or for a prompt and its answer;
 SETTINGS = ("params.json", "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json")
 CUT_SHORT = (
     "A file is cut short, damaged or missing, or it is of another model; the sentence says which. Download or convert "
-    "the "
-    "folder again."
+    "the folder again."
 )
 CANNOT_RUN = "The sentence says what is missing and what would do; --quick leaves out all that runs the model."
 CANNOT_COMPUTE = "Weights are damaged (see the rows above), or float16 overflows: try --dtype bfloat16 or float32."

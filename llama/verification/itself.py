@@ -34,13 +34,11 @@ NEAR = {
 CHILD_SECONDS = 3600.0
 BUG = (
     "The two are the same mathematics in other orders of sums. A larger difference is a fault of this library, of "
-    "torch or of "
-    "the machine: update torch, try --device cpu or --dtype float32, and report it with this table."
+    "torch or of the machine: update torch, try --device cpu or --dtype float32, and report it with this table."
 )
 TOO_COARSE = (
     "Rounding costs this model more than usual: its weights have outliers, are small, or were rounded once before. Run "
-    "it "
-    "as it is stored, or in int8 instead of int4."
+    "it as it is stored, or in int8 instead of int4."
 )
 
 

@@ -32,8 +32,7 @@ COARSER = {
 PERPLEXITY_WITHIN = 0.01  # as a share
 OTHER_NUMBERS = (
     "The weights or the settings are not those of the model: damaged, converted or merged wrongly, or a fine-tune that "
-    "has "
-    "kept its name or its norms. Compare the checksums with those of the source."
+    "has kept its name or its norms. Compare the checksums with those of the source."
 )
 
 

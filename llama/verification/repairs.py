@@ -22,8 +22,7 @@ ORDER_QK, THETA, EPS, LAYERS, PARTS, HEADS = (
 OTHERS_SETTINGS = "params.json or config.json belongs to another model{}. Take that file from the model's own source."
 MEANS = {
     ORDER_QK: "A converter between Meta's and Hugging Face's formats has put the rows of q and k in order once too "
-    "often, or "
-    "not at all. Convert the original once more: llama convert does it right both ways.",
+    "often, or not at all. Convert the original once more: llama convert does it right both ways.",
     THETA: OTHERS_SETTINGS.format(" (Llama 2 has 10000, Code Llama 1000000), or a converter left rope_scaling out"),
     EPS: OTHERS_SETTINGS.format(" (Llama 2 and Code Llama have 1e-05, LLaMA 1 has 1e-06)"),
     HEADS: OTHERS_SETTINGS.format(" (n_heads and n_kv_heads)"),

@@ -27,8 +27,7 @@ MATRICES = 1e-5, 10.0  # the standard deviation of a matrix: Llama 2's go from 0
 VOCABULARY = ("tok_embeddings", "output")  # rows of ids that nothing uses are equal numbers
 DAMAGED = (
     "A file was damaged, or a program that converted or merged the weights went wrong. Compare its checksum with that "
-    "of its "
-    "source, and download or convert it again."
+    "of its source, and download or convert it again."
 )
 
 

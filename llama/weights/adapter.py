@@ -34,8 +34,7 @@ def add_adapter(checkpoint: Checkpoint, folder: Optional[Path]) -> Checkpoint:
         own = escaped(str(checkpoint.folder))
         warnings.warn(
             f"{own} also holds an adapter ({CONFIG}), which is not added to the weights; adapter={own!r} (--adapter) "
-            f"adds it, "
-            f"and without {CONFIG} this warning ends",
+            f"adds it, and without {CONFIG} this warning ends",
             stacklevel=4,
         )
     return adapted
@@ -61,8 +60,7 @@ class AdaptedCheckpoint:
             kind = base.quantization.kind
             raise ValueError(
                 f"{base.folder} is stored as {kind}, which no adapter can be added to; pass the folder with the "
-                f"original "
-                f"weights, the adapter and quantize={kind!r}"
+                f"original weights, the adapter and quantize={kind!r}"
             )
         self.base, self.adapter = base, folder
         self.format, self.config, self.folder, self.tables = base.format, base.config, base.folder, base.tables

@@ -77,8 +77,7 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
             name = escaped(str(path))
             raise ValueError(
                 f"{name} is in the format of torch before 1.6, which cannot be mapped; save it again: import torch; "
-                f"torch.save("
-                f"torch.load({name!r}, map_location='cpu', weights_only=True), {name!r})"
+                f"torch.save(torch.load({name!r}, map_location='cpu', weights_only=True), {name!r})"
             )
     try:
         tensors = read_archive(path)

@@ -69,8 +69,8 @@ def read_headers(paths: list[Path]) -> list[Header]:
         no, count = (header.metadata.get(f"split.{key}", default) for key, default in (("no", 0), ("count", 1)))
         if (no, max(1, count) if type(count) is int else count) != (i, len(paths)):
             raise ValueError(f"{path} says that it is part {shortened(no)} (from 0) of {shortened(count)}, and not "
-                             f"part {i} of "
-                             f"{len(paths)}; give the parts their names back, as name-00001-of-00003.gguf")  # fmt: skip
+                             f"part {i} of {len(paths)}; give the parts their names back, as "
+                             f"name-00001-of-00003.gguf")  # fmt: skip
     total = headers[0].metadata.get("split.tensors.count")
     if total is not None and total != sum(len(header.tensors) for header in headers):
         raise ValueError(f"{paths[0]} says that the parts have {shortened(total)} tensors, and they have another "

@@ -195,8 +195,7 @@ class _Reader:
         if number not in KINDS:
             raise ValueError(
                 f"its tensor {shortened(name)} is of kind {OTHERS.get(number, number)}, which is not computed here; "
-                f"take a "
-                f"file with {', '.join(kind.name for kind in KINDS.values())}"
+                f"take a file with {', '.join(kind.name for kind in KINDS.values())}"
             )
         kind = KINDS[number]
         if not all(1 <= n <= MOST_ENTRIES for n in shape) or shape[-1] % kind.block:

@@ -156,15 +156,13 @@ def _nothing(name: Name, files: list[str]) -> str:
         which = "" if name.gguf is None else f" that is called {name.gguf}, or ends in it"
         return (
             f"{name} on the hub has {len(models)} GGUF models, and not one{which}: {listed(models, 30)}; name one by "
-            f"its file "
-            f"or by the end of it, like {name._replace(gguf=ending)}"
+            f"its file or by the end of it, like {name._replace(gguf=ending)}"
         )
     if name.gguf is not None:
         return f"{name.repo} on the hub has no GGUF files; leave :{name.gguf} out"
     return (
         f"{name} on the hub has no weights that are read here (safetensors, pytorch_model.bin, consolidated.NN.pth or "
-        f"GGUF), "
-        f"but {listed(files) or 'nothing'}; a single file of another kind can be fetched with `hf download`"
+        f"GGUF), but {listed(files) or 'nothing'}; a single file of another kind can be fetched with `hf download`"
     )
 
 
@@ -323,8 +321,7 @@ def _explain(error: BaseException, name: Name, hub: ModuleType) -> ValueError:
     if has(errors.RepositoryNotFoundError):
         return ValueError(
             f"there is no folder {name}, and {hub.constants.ENDPOINT} has no model of that name for you; check the "
-            f"name, and "
-            f"if the model is private or gated, {LOG_IN}"
+            f"name, and if the model is private or gated, {LOG_IN}"
         )
     if any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in chain):
         return ValueError(

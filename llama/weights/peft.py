@@ -228,8 +228,8 @@ def read_adapter(folder: Path, modules: Collection[str], tied: bool) -> dict[str
     if problems or not found:
         raise ValueError(
             f"{path} does not hold what its {CONFIG} describes for this base (it is made for "
-            f"{base_of_adapter(folder)}): "
-            f"{listed(problems) or 'it holds nothing'}; pass its own base, or save the adapter again"
+            f"{base_of_adapter(folder)}): {listed(problems) or 'it holds nothing'}; pass its own base, or save the "
+            f"adapter again"
         )
     if tied:  # such a weight was saved as the base's own, which is both
         for one, other in ((EMBEDDING, OUTPUT), (OUTPUT, EMBEDDING)):
