@@ -7,7 +7,6 @@ and that folder is renamed at the very end; an interrupted run leaves nothing th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -38,6 +37,7 @@ from ..system.progress import bar
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import find_tokenizer, open_tokenizer
 from ..tokenizer_json import hf_tokenizer, whole_model
+from ..verification.checksums import record
 from ..weights.adapter import add_adapter, tokenizer_folder
 from ..weights.checkpoint import (
     Checkpoint,
@@ -139,7 +139,7 @@ def convert(
             if tokenizer:
                 _write_meta_tokenizer(folder, tokenizer)
             _write_json(folder / "params.json", meta_params(args) | quantization_params(quantization))
-            _write_checklist(folder)
+            record(folder, sorted(folder.iterdir()))
 
 
 def _full_args(checkpoint: Checkpoint, tokenizer: Optional[Tokenizer]) -> ModelArgs:
@@ -388,15 +388,3 @@ def _write_hf_config(
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_checklist(folder: Path) -> None:
-    """checklist.chk, for `md5sum -c`, as Meta's downloads have it."""
-    lines = []
-    for path in sorted(folder.iterdir()):
-        digest = hashlib.md5(usedforsecurity=False)
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-        lines.append(f"{digest.hexdigest()}  {path.name}\n")
-    (folder / "checklist.chk").write_text("".join(lines))

@@ -87,7 +87,7 @@ def check_itself(llama: Llama) -> Iterator[Result]:
     """What one process can compare, with one loaded model."""
     dtype = llama.model.norm.weight.dtype
     ids, bound = sample(llama), ROUNDING[dtype]
-    told = f"{len(ids)} tokens, {_name(dtype)}"
+    told = f"{len(ids)} tokens, {str(dtype).removeprefix('torch.')}"
     reference = one_pass(llama, ids)
     yield compare("step by step", f"{told}, one pass beside steps", reference, _step_by_step(llama, ids), bound)
     yield compare("plain modules", f"{told}, fast ways beside Meta's", reference, _plainly(llama, ids), bound)
@@ -172,7 +172,3 @@ def check_processes(count: int, given: dict[str, Any], reference: torch.Tensor, 
             return not_applicable(name, told) if "not enough memory" in said[0] else failed(name, told, BUG)
         theirs, dtype = torch.load(out)
     return compare(name, f"{len(ids)} tokens, shared beside alone", reference, theirs, ROUNDING[dtype])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
