@@ -55,11 +55,19 @@ def server(processes: int, slots: int, *options: str) -> Iterator[tuple[int, str
         else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     )
     words = [*start, "-m", "llama", "serve", "--port=0", f"--max_batch_size={slots}", "--max_waiting=100000", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
     assert running.stderr is not None
     try:
-        url = next(line.split()[-1] for line in running.stderr if " listens on " in line)
+        said = []
+        for line in running.stderr:
+            said.append(line)
+            if " listens on " in line:
+                break
+        else:
+            raise RuntimeError(f"the server ended before it listened:\n{''.join(said)}")
+        url = said[-1].split()[-1]
         threading.Thread(
             target=lambda: [None for _ in running.stderr or ()], daemon=True
         ).start()  # nobody reads its log

@@ -1,4 +1,4 @@
-"""The figures of the model card: losses, bits per byte, samples, and what these share with the training text.
+"""The figures of the model card: losses, bits per byte, answers, samples, and what these share with the training text.
 
     python demo/measure.py --text tinystories-2MiB.txt --ckpt_dir DIR [--tokenizer_path FILE] [--samples 10]
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import read_stories
+from data import Lexicon, read_stories
+from questions import Question, a, questions
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 
@@ -31,6 +33,39 @@ CHATS: tuple[tuple[str | None, str], ...] = (  # a system prompt or none, and wh
     (None, "Who is Tom?"),
     ("Always end with a happy ending.", "zxcvb 12 ?!"),
 )
+THINGS = (  # a story about each is asked for
+    "dog",
+    "cat",
+    "ball",
+    "bird",
+    "tree",
+    "car",
+    "fish",
+    "boat",
+    "bear",
+    "frog",
+    "flower",
+    "hat",
+    "cake",
+    "rabbit",
+    "kite",
+    "duck",
+    "box",
+    "doll",
+    "truck",
+    "cookie",
+    "horse",
+    "butterfly",
+    "apple",
+    "train",
+    "robot",
+    "mouse",
+    "lion",
+    "bike",
+    "balloon",
+    "book",
+)
+ASKED = ("Tell me a story with {}.", "Tell me a story about {}.", "Can you tell me a story with {} in it?")
 
 
 @torch.no_grad()
@@ -50,12 +85,13 @@ def score(
             start = max(0, done - context // 2) if done > 1 else 0
             windows.append((ids[start : start + context], done - start))
             done = start + len(windows[-1][0])
+    device = next(model.parameters()).device
     windows.sort(key=lambda window: len(window[0]))
     nats, nats_of_ends, tokens = 0.0, 0.0, 0
     for i in range(0, len(windows), 8):
         some = windows[i : i + 8]
         width = max(len(ids) for ids, _ in some)
-        batch = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in some])
+        batch = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in some], device=device)
         losses = F.cross_entropy(model(batch[:, :-1], 0).transpose(1, 2), batch[:, 1:], reduction="none")
         for loss, (ids, first) in zip(losses, some, strict=True):
             nats += loss[first - 1 : len(ids) - 1].sum().item()
@@ -94,6 +130,42 @@ def longest_shared_run(texts: Sequence[str], others: Sequence[str]) -> str:
         longest = longer
 
 
+def followed(generator: Llama) -> list[bool]:
+    """Whether the story about a thing has it: each thing in three ways as a first message, and after another story."""
+    dialogs: list[Dialog] = []
+    for i, thing in enumerate(THINGS):
+        dialogs += [[{"role": "user", "content": asked.format(a(thing))}] for asked in ASKED]
+        before = "Once upon a time, there was a little girl named Lily. She had a red shoe. She was happy."
+        dialogs.append([
+            {"role": "user", "content": "Tell me a story."}, {"role": "assistant", "content": before},
+            {"role": "user", "content": f"Now with {a(THINGS[i])}."},
+        ])  # fmt: skip
+    replies = generator.chat_completion(dialogs, max_gen_len=300)
+    things = [thing for thing in THINGS for _ in range(len(ASKED) + 1)]
+    return [thing in reply["generation"]["content"].lower() for thing, reply in zip(things, replies, strict=True)]
+
+
+def answered(generator: Llama, stories: Sequence[str], lexicon: Lexicon) -> dict[str, list[bool]]:
+    """Whether questions about a story that was just told are answered, in few words: by the question's first words."""
+    rng = random.Random(1)
+    asked: list[tuple[Question, Dialog]] = []
+    for story in stories:
+        if len(generator.tokenizer.encode(story, bos=False, eos=False)) > 400:
+            continue
+        for question in questions(story, lexicon.things, rng):
+            asked.append((question, [
+                {"role": "user", "content": "Tell me a story."}, {"role": "assistant", "content": story},
+                {"role": "user", "content": question.text},
+            ]))  # fmt: skip
+    replies = generator.chat_completion([dialog for _, dialog in asked], temperature=0, max_gen_len=60)
+    right: dict[str, list[bool]] = {}
+    for (question, _), reply in zip(asked, replies, strict=True):
+        said = reply["generation"]["content"]
+        kind = " ".join(question.text.split()[:2])
+        right.setdefault(kind, []).append(question.key in said and len(said.split()) <= 30)
+    return right
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a checkpoint on the held-out stories.")
     parser.add_argument("--text", type=Path, required=True, help="the text that train.py was given")
@@ -114,9 +186,14 @@ def main() -> None:
         print(f"{len(some)} {name} stories: {loss:.4f} nats per token, {bits:.4f} bits per byte")
     if not given.samples:
         return
-    generator = Llama.build(
-        str(given.ckpt_dir), str(tokenizer_path), 512, max(given.samples, len(CHATS)), seed=given.seed
-    )
+    generator = Llama.build(str(given.ckpt_dir), str(tokenizer_path), 512, 32, seed=given.seed)
+    follows = followed(generator)
+    print(f"requests for a thing: {sum(follows)} of {len(follows)} stories have it", flush=True)
+    answers = answered(generator, held_out, Lexicon(stories))
+    asked = sum(map(len, answers.values()))
+    print(f"questions about held-out stories: {sum(map(sum, answers.values()))} of {asked} right")
+    for kind, right in sorted(answers.items(), key=lambda item: -len(item[1])):
+        print(f"    {kind} …: {sum(right)} of {len(right)}")
     told = [story["generation"] for story in generator.text_completion([""] * given.samples)]
     for name, texts in ((f"{len(told)} samples", told), (f"{len(told)} held-out stories", held_out[: len(told)])):
         run = longest_shared_run(texts, stories)

@@ -1,10 +1,10 @@
 """Trains the demo model. Run by hand, with the library installed; needs torch 2.9 for its Muon.
 
-    python demo/train.py --text tinystories-2MiB.txt --out DIR [--resume]
+    python demo/tell.py --text tinystories-2MiB.txt --teacher HuggingFaceTB/SmolLM2-135M-Instruct --out told.txt
+    python demo/train.py --text tinystories-2MiB.txt --told told.txt --out DIR --minutes 4
 
-DIR gets a checkpoint in Meta's format, rewritten whenever the held-out stories are predicted better than before, and
-`training.pt`, from which --resume goes on. The text is small, so each story is seen two dozen times: dropout, weight
-decay, an average of the weights and prompts that are never the same twice keep the model from learning it by heart.
+DIR gets a checkpoint in Meta's format, rewritten whenever the held-out stories are predicted better than before. The
+learning rate follows the clock: it is nothing when the minutes are over.
 """
 
 from __future__ import annotations
@@ -13,50 +13,89 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing
+import os
 import random
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from data import IGNORED, Mixture, batches, read_stories, train_tokenizer
+from data import END_OF_STORY, Lexicon, documents, read_stories, train_tokenizer
 from measure import score
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from llama.model import ModelArgs, Transformer
 
 SHAPE: dict[str, Any] = {"dim": 192, "n_layers": 4, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
 CONTEXT = 512
+IGNORED = -100  # the target that cross_entropy passes over
 VOCAB_SIZE = 2048
-CHAT_SHARE = 0.3  # of the stories, in each epoch, are told as the answer in a dialog
-BATCH_TOKENS = 2048  # few: on this little text, more steps are worth more than smoother ones
-AVERAGE = 0.998  # the share of the averaged weights that a step leaves as it was
-STEPS_BETWEEN_LOOKS = 300
+CHAT_SHARE = 0.65  # of the stories, in each epoch, are told in a dialog
+WARMUP = 200  # steps
+STEPS_BETWEEN_LOOKS = 500
+STORIES_OF_A_PIECE = 2000  # documents are made by other processes, a piece of an epoch each
 
 
-@dataclass(frozen=True)
-class Leg:
-    steps: int
-    learning_rate: float  # after the warmup; it would reach nothing in `steps_to_zero` steps
-    steps_to_zero: int
-    warmup: int
-    weight_decay: float
-    dropout: float
-    embedding_dropout: float
+class Epochs:
+    """Batches without end. Each epoch's documents are made anew, while the one before is learned."""
+
+    def __init__(
+        self, stories: list[str], lexicon: Lexicon, proto: bytes, tokens: int, device: torch.device, seed: int
+    ):
+        self.stories, self.lexicon, self.proto, self.tokens, self.device = stories, lexicon, proto, tokens, device
+        self.rng, self.passed = random.Random(seed), 0
+        # Forked before CUDA is there, since children of a process that has begun with it may not.
+        self.pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), multiprocessing.get_context("fork"))
+        self.coming = self.begin()
+
+    def begin(self) -> list[Future[Any]]:
+        self.rng.shuffle(self.stories)
+        pieces = range(0, len(self.stories), STORIES_OF_A_PIECE)
+        return [
+            self.pool.submit(
+                documents, self.stories[i : i + STORIES_OF_A_PIECE], self.lexicon, self.proto, CONTEXT, CHAT_SHARE,
+                self.rng.randrange(2**31),
+            )
+            for i in pieces
+        ]  # fmt: skip
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            made = [future.result() for future in self.coming]
+            self.coming = self.begin()
+            yield from self.batches(*(np.concatenate(parts) for parts in zip(*made)))
+            self.passed += 1
+
+    def batches(self, ids: np.ndarray, learn: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets (B, S) of about so many tokens, in random order; neighbours in length share a batch."""
+        flat, said = torch.from_numpy(ids).to(self.device), torch.from_numpy(learn).to(self.device)
+        begin = torch.from_numpy(np.cumsum(sizes) - sizes).to(self.device)
+        order = np.lexsort((np.random.default_rng(self.rng.randrange(2**31)).random(len(sizes)), sizes))
+        lengths, groups = torch.from_numpy(sizes).to(self.device), []
+        end = len(order)
+        while end:
+            width = -(-int(sizes[order[end - 1]]) // 32) * 32
+            first = max(0, end - max(1, self.tokens // width))
+            groups.append((width, torch.from_numpy(order[first:end]).to(self.device)))
+            end = first
+        self.rng.shuffle(groups)
+        for width, rows in groups:
+            place = torch.arange(width, device=self.device)
+            at = (begin[rows, None] + place).clamp(max=len(flat) - 1)  # (B, width + 1)
+            there = place < lengths[rows, None]
+            whole = flat[at].long() * there
+            targets = torch.where((there & said[at])[:, 1:], whole[:, 1:], IGNORED)
+            yield whole[:, :-1].contiguous(), targets
 
 
-# The second leg begins with the averaged weights of the first, where that began to learn by heart.
-LEGS = (
-    Leg(5400, 3e-3, 6800, warmup=100, weight_decay=0.5, dropout=0.2, embedding_dropout=0.1),
-    Leg(3000, 1e-3, 3160, warmup=50, weight_decay=0.7, dropout=0.25, embedding_dropout=0.15),
-)
-
-
-def new_model() -> Transformer:
-    args = ModelArgs(**SHAPE, vocab_size=VOCAB_SIZE, max_seq_len=CONTEXT, max_batch_size=BATCH_TOKENS // 32)
+def new_model(rows: int) -> Transformer:
+    args = ModelArgs(**SHAPE, vocab_size=VOCAB_SIZE, max_seq_len=CONTEXT, max_batch_size=rows)
     model = Transformer(args)
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
@@ -69,74 +108,57 @@ def new_model() -> Transformer:
     return model
 
 
-def drop_in(module: nn.Module, share: float) -> RemovableHandle:
-    """Dropout on what the module returns, while it trains."""
-    return module.register_forward_hook(lambda module, _, out: F.dropout(out, share, module.training))
-
-
-def new_optimizers(model: Transformer, leg: Leg) -> list[torch.optim.Optimizer]:
+def new_optimizers(model: Transformer, rate: float, decay: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the layers' matrices, AdamW for the rest; at one learning rate, steps of one size."""
     weights = dict(model.named_parameters())
     matrices = [w for name, w in weights.items() if w.ndim == 2 and name.startswith("layers.")]
     tables = [w for name, w in weights.items() if w.ndim == 2 and not name.startswith("layers.")]
     gains = [w for w in weights.values() if w.ndim == 1]
-    groups = [{"params": tables, "weight_decay": leg.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    groups = [{"params": tables, "weight_decay": decay}, {"params": gains, "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(matrices, lr=leg.learning_rate, weight_decay=leg.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=leg.learning_rate, betas=(0.9, 0.98)),
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98)),
     ]
 
 
 class Training:
-    def __init__(self, text: Path, out: Path, seed: int = 1):
-        torch.manual_seed(seed)
-        self.out, self.rng = out, random.Random(seed)
-        stories, self.held_out = read_stories(text)
-        self.proto = train_tokenizer(stories, VOCAB_SIZE)
+    def __init__(self, given: argparse.Namespace):
+        torch.manual_seed(given.seed)
+        self.given, self.device = given, torch.device(given.device)
+        stories, self.held_out = read_stories(given.text)
+        self.proto = given.tokenizer_path.read_bytes() if given.tokenizer_path else train_tokenizer(stories, VOCAB_SIZE)
         self.tokenizer = SentencePieceProcessor(model_proto=self.proto)
-        self.mixture = Mixture(stories, self.tokenizer, CONTEXT, CHAT_SHARE, self.rng)
-        self.model = new_model()
+        told = given.told.read_text(encoding="utf-8").split(END_OF_STORY)[:-1] if given.told else []
+        lexicon, every = Lexicon(stories), stories * given.times + [story.strip() for story in told]
+        self.epochs = Epochs(every, lexicon, self.proto, given.batch_tokens, self.device, given.seed)
+        self.model = new_model(given.batch_tokens // 32)
+        self.model.allocate(self.device, torch.bfloat16)  # under autocast, that is what its cache is handed
+        self.model.to(self.device)
         self.averaged = copy.deepcopy(self.model).eval()
-        self.model.allocate(torch.device("cpu"), torch.bfloat16)  # under autocast, that is what its cache is handed
+        self.optimizers = new_optimizers(self.model, given.rate, given.decay)
         self.best = math.inf
-        self.drops: list[RemovableHandle] = []
-        self.begin(0)
-
-    def begin(self, number: int) -> None:
-        self.number, self.leg, self.step = number, LEGS[number], 0
-        self.model.load_state_dict(self.averaged.state_dict())
-        self.optimizers = new_optimizers(self.model, self.leg)
-        for drop in self.drops:
-            drop.remove()
-        self.drops = [drop_in(self.model.tok_embeddings, self.leg.embedding_dropout)]
-        for layer in self.model.layers:
-            self.drops += [
-                drop_in(layer.get_submodule(part), self.leg.dropout) for part in ("attention", "feed_forward")
-            ]
 
     def run(self) -> None:
-        while True:
-            self.run_leg()
-            if self.number + 1 == len(LEGS):
-                return
-            self.begin(self.number + 1)
+        begin, step, loss = math.nan, 0, torch.zeros((), device=self.device)
+        for inputs, targets in self.epochs:
+            begin = time.monotonic() if step == 0 else begin
+            passed = (time.monotonic() - begin) / 60 / self.given.minutes
+            rate = self.given.rate * min(1 - passed, (step + 1) / WARMUP)
+            if rate > 0:
+                now = self.learn(inputs, targets, rate, step)
+                loss = now if step == 0 else loss.lerp(now, 0.02)
+                step += 1
+            if rate <= 0 or step % STEPS_BETWEEN_LOOKS == 0:
+                self.look(
+                    f"{step} steps, {self.epochs.passed} epochs, {passed:.0%} of the time: train {loss.item():.3f}"
+                )
+            if rate <= 0:
+                break
+        self.epochs.pool.shutdown(cancel_futures=True)
 
-    def run_leg(self) -> None:
-        loss = math.nan
-        while self.step < self.leg.steps:
-            # An epoch that --resume cuts short begins anew: its documents are drawn again anyway.
-            for inputs, targets in batches(self.mixture.epoch(), BATCH_TOKENS, self.rng):
-                now = self.learn(inputs, targets)
-                loss = now if math.isnan(loss) else 0.98 * loss + 0.02 * now
-                if self.step % STEPS_BETWEEN_LOOKS == 0 or self.step == self.leg.steps:
-                    self.look(loss)
-                if self.step == self.leg.steps:
-                    break
-
-    def learn(self, inputs: Tensor, targets: Tensor) -> float:
-        rate = self.leg.learning_rate * min(1 - self.step / self.leg.steps_to_zero, (self.step + 1) / self.leg.warmup)
+    def learn(self, inputs: Tensor, targets: Tensor, rate: float, step: int) -> Tensor:
         self.model.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16):
             logits = self.model(inputs, 0)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         loss.backward()
@@ -147,59 +169,42 @@ class Training:
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            for slow, fast in zip(self.averaged.parameters(), self.model.parameters(), strict=True):
-                slow.lerp_(fast, 1 - AVERAGE)
-        self.step += 1
-        return loss.item()
+            share = max(0.002, 1 / (step + 1))  # the newest weights' part in the average
+            slow, fast = list(self.averaged.parameters()), list(self.model.parameters())
+            torch._foreach_lerp_(slow, fast, share)
+        return loss.detach()
 
-    def look(self, train_loss: float) -> None:
+    def look(self, words: str) -> None:
         loss, bits = score(self.averaged, self.tokenizer, self.held_out, CONTEXT)
-        print(f"leg {self.number + 1}, step {self.step}: train {train_loss:.3f}, held out {loss:.4f} nats per token, "
-              f"{bits:.4f} bits per byte{' *' if bits < self.best else ''}", flush=True)  # fmt: skip
-        if bits < self.best:
+        better = bits < self.best
+        print(f"{words}, held out {loss:.4f} nats per token, {bits:.4f} bits per byte{' *' * better}", flush=True)
+        if better:
             self.best = bits
             self.export()
-        self.save()
 
     def export(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "tokenizer.model").write_bytes(self.proto)
-        (self.out / "params.json").write_text(json.dumps({**SHAPE, "vocab_size": -1}) + "\n")
-        weights = {name: weight.to(torch.bfloat16).clone() for name, weight in self.averaged.named_parameters()}
-        torch.save(weights, self.out / "consolidated.00.pth")
-
-    def parts(self) -> list[Any]:
-        return [self.model, self.averaged, *self.optimizers]
-
-    def save(self) -> None:
-        state = {"parts": [part.state_dict() for part in self.parts()], "number": self.number, "step": self.step}
-        state |= {"best": self.best, "rng": self.rng.getstate(), "torch_rng": torch.get_rng_state()}
-        torch.save(state, self.out / "training.pt.new")
-        (self.out / "training.pt.new").replace(self.out / "training.pt")  # whole, or not at all
-
-    def resume(self) -> None:
-        path = self.out / "training.pt"
-        if not path.exists():
-            raise ValueError(f"there is no {path} to resume from; run without --resume")
-        state = torch.load(path, weights_only=True)
-        self.begin(state["number"])
-        for part, values in zip(self.parts(), state["parts"], strict=True):
-            part.load_state_dict(values)
-        self.step, self.best = state["step"], state["best"]
-        self.rng.setstate(state["rng"])
-        torch.set_rng_state(state["torch_rng"])
+        out = self.given.out
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "tokenizer.model").write_bytes(self.proto)
+        (out / "params.json").write_text(json.dumps({**SHAPE, "vocab_size": -1}) + "\n")
+        weights = {name: weight.to("cpu", torch.bfloat16).clone() for name, weight in self.averaged.named_parameters()}
+        torch.save(weights, out / "consolidated.00.pth")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--text", type=Path, required=True, help="stories that each end in <|endoftext|>")
+    parser.add_argument("--told", type=Path, help="more of them, which tell.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/training.pt")
-    given = parser.parse_args()
-    training = Training(given.text, given.out)
-    if given.resume:
-        training.resume()
-    training.run()
+    parser.add_argument("--tokenizer_path", type=Path, help="else one is trained on the text")
+    parser.add_argument("--minutes", type=float, default=4.2)
+    parser.add_argument("--rate", type=float, default=5e-3, help="the largest learning rate")
+    parser.add_argument("--decay", type=float, default=0.1)
+    parser.add_argument("--batch_tokens", type=int, default=32768)
+    parser.add_argument("--times", type=int, default=2, help="how often the text's own stories are in an epoch")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda")
+    Training(parser.parse_args()).run()
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from typing import Any
 import pyte
 
 COLUMNS, LINES = 80, 26
-COMMAND = ["chat", "--seed", "5", "--max_gen_len", "60"]
+COMMAND = ["chat", "--seed", "3", "--max_gen_len", "70"]
 # What is typed, with line ends as Esc Enter makes them, and what the answer shows.
 TALK = [
     ("Tell me about a dog.", "tok/s"),
-    ("/fork", "goes back"),
+    ("What is the dog's name?", "tok/s"),
     ("/continue ## The park\nOnce upon a time, a **small dog** named Max", "tok/s"),
 ]
 KEY, PAUSE, REPLY = 0.05, 0.8, 0.03  # seconds in the picture: a key, before a line is typed, a piece of a reply

@@ -43,11 +43,24 @@ def test_its_stories_end_by_themselves(llama: Llama) -> None:
 
 def test_its_replies_end_by_themselves(llama: Llama) -> None:
     torch.manual_seed(1)
-    questions = ("Tell me a story about a dog.", "what is the recipe of mayonnaise?", "Who are you?")
+    questions = ("Tell me a story about a dog.", "what is the recipe of mayonnaise?", "Who is Tom?")
     dialogs: Any = [[{"role": "user", "content": question}] for question in questions]
     replies = llama.chat_completion(dialogs, logprobs=True)
     assert sum(len(reply["tokens"]) < 400 for reply in replies) >= 2
     assert all(len(reply["generation"]["content"]) > 100 for reply in replies)
+
+
+def test_it_answers_about_the_story_that_was_told(llama: Llama) -> None:
+    """It answers from the story, and a thing that is asked for comes up in the next one."""
+    story = (
+        "Once upon a time, there was a little frog named Rosie. She lived near a pond. One day, Rosie found a red hat. "
+        "She put it on and went home. Her mom smiled."
+    )
+    session = llama.chat(temperature=0, max_gen_len=40)
+    session.dialog = [{"role": "user", "content": "Tell me a story."}, {"role": "assistant", "content": story}]
+    assert session.ask("What is the frog's name?") == "The frog's name is Rosie."
+    assert "hat" in session.ask("What did Rosie find?")
+    assert "frog" in llama.chat(temperature=0, max_gen_len=40).ask("Tell me a story about a frog.")
 
 
 def test_it_is_announced(capsys: pytest.CaptureFixture[str]) -> None:

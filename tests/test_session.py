@@ -304,7 +304,7 @@ def test_no_past_conversation(dialog: Any, message: str, llama: Llama) -> None:
 def test_memory_ends_where_the_reply_does() -> None:
     """A stop string was cut from the reply, and stayed in what the model remembered."""
     demo = Llama.build(max_seq_len=256, device="cpu", dtype="float32")
-    session = demo.chat(temperature=0, max_gen_len=40, stop=["girl named Lily"])
+    session = demo.chat(temperature=0, max_gen_len=40, stop=["dog named Doggy"])
     assert session.ask("Tell me about a dog.") == "Once upon a time, there was a little"
     replies_as_from_the_start(demo, session, session.dialog)
 
