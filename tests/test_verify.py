@@ -25,7 +25,7 @@ from llama.tokenizer import Tokenizer
 from llama.verification import child, faults, itself, repairs, spread
 from llama.verification.checksums import check_checksums, record
 from llama.verification.checkup import Asked, verify
-from llama.verification.known import check_perplexity, check_published, recognise
+from llama.verification.known import check_perplexities, check_published, recognise
 from llama.verification.results import FAIL, NOT_APPLICABLE, PASS, Result
 from llama.verification.texts import STORIES
 from llama.weights.checkpoint import open_checkpoint
@@ -417,7 +417,7 @@ def test_published_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "shape": {"dim": 192, "n_layers": 4, "n_heads": 8, "kv_heads": 4, "ffn_width": 512, "vocab_size": 2048},
         "logits": {"ids": ids, "means": logits.mean(-1).tolist(), "means_within": 0.01, "first": logits[0, :5].tolist(),
                    "first_within": 0.05, "source": "here"},
-        "perplexity": [{"window": 64, "value": 100.0, "source": "there"}],
+        "perplexity": [{"method": method, "value": 100.0, "source": "there"} for method in ("joined-64", "lm-eval")],
     }  # fmt: skip
     monkeypatch.setattr("llama.verification.known.published", lambda: [entry])
     named, unnamed = (
@@ -426,10 +426,15 @@ def test_published_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (named.how, unnamed.how, unnamed.names) == ("its shape and its folder's name", "", "Llama-X")
     assert [result.verdict for known in (named, unnamed) for result in check_published(llama, known)] == [PASS, PASS]
     text = "\n".join(STORIES)
-    wrong = check_perplexity(llama, named, text)
-    assert wrong.verdict == FAIL
-    entry["perplexity"][0]["value"] = float(wrong.told.split()[1])  # type: ignore[index]
-    assert check_perplexity(llama, named, text).verdict == PASS
+    wrong = list(check_perplexities(llama, named, text))
+    assert [(result.name, result.verdict) for result in wrong] == [
+        ("wikitext joined-64", FAIL),
+        ("wikitext lm-eval", FAIL),
+    ]
+    assert [result.told.split(", in")[0].split()[-1] for result in wrong] == ["token", "word"]
+    for number, result in zip(entry["perplexity"], wrong):
+        number["value"] = float(result.told.split()[1])  # type: ignore[index]
+    assert [result.verdict for result in check_perplexities(llama, named, text)] == [PASS, PASS]
     llama.model.output.weight.data = llama.model.output.weight + 0.01
     assert [next(check_published(llama, known)).verdict for known in (named, unnamed)] == [FAIL, NOT_APPLICABLE]
 

@@ -22,7 +22,7 @@ from ..tokenizer_files import find_tokenizer, need_tokenizer, open_tokenizer
 from ..weights.checkpoint import Checkpoint, fit_vocabulary, known_ids, open_checkpoint
 from . import faults, itself, repairs
 from .checksums import check_checksums
-from .known import Known, check_known, check_order, check_perplexity, check_published, check_setting, recognise
+from .known import Known, check_known, check_order, check_perplexities, check_published, check_setting, recognise
 from .results import FAIL, Result, failed, not_applicable, passed
 from .spread import check_weights
 from .texts import KINDS
@@ -207,11 +207,11 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
         yield itself.check_processes(count, asked.given(), reference, ids)
     if asked.wikitext is not None:
         try:
-            llama = asked._replace(positions=2048).build(rows=1)
+            llama = asked._replace(positions=known.window).build(rows=1)
         except ValueError as error:
             yield failed("wikitext", str(error), CANNOT_RUN)
         else:
-            yield check_perplexity(llama, known, asked.wikitext)
+            yield from check_perplexities(llama, known, asked.wikitext)
 
 
 def _surer(by_text: Result, by_name: Optional[Result]) -> Result:

@@ -51,6 +51,11 @@ class Known(NamedTuple):
     def names(self) -> str:
         return listed([entry["name"] for entry in self.entries], 5)
 
+    @property
+    def window(self) -> int:
+        """Tokens that the methods of its published perplexities read at once."""
+        return 4096 if any("perplexity" in entry for entry in self.entries) else 2048
+
     def stated(self, what: str) -> Optional[float]:
         """A setting, if all that the folder may be have the same."""
         values = {entry[what] for entry in self.entries}
@@ -180,18 +185,25 @@ def _text(llama: Llama, name: str, text: dict[str, str]) -> Result:
     return passed(name, f"each of {len(behind)} tokens is the likeliest ({where})")
 
 
-def check_perplexity(llama: Llama, known: Known, text: str) -> Result:
-    """The perplexity of WikiText-2's test split, by the method of a published number that needs no longer windows."""
-    name, size = "wikitext", llama.model.params.max_seq_len
+def check_perplexities(llama: Llama, known: Known, text: str) -> Iterator[Result]:
+    """The perplexity of WikiText-2's test split by each method that a number is published for."""
+    size = llama.model.params.max_seq_len
     entry = next((entry for entry in known.entries if "perplexity" in entry), None)
-    number = next((n for n in entry["perplexity"] if n["window"] == size), None) if entry is not None else None
-    try:
-        found = perplexity(llama, text, f"joined-{size}")["perplexity"]
-    except ValueError as error:
-        return not_applicable(name, str(error))
-    told = f"perplexity {found:.4f} of a token, in windows of {size}"
-    if number is None or entry is None:
-        return not_applicable(name, f"{told}; no number is published here for this model")
-    told += f"; {number['value']} is published for {entry['name']} ({number['source']})"
-    right = abs(found / number["value"] - 1) <= PERPLEXITY_WITHIN
-    return passed(name, told) if right else _wrong(name, known, told)
+    for number in entry["perplexity"] if entry is not None else [{"method": f"joined-{size}"}]:
+        method = number["method"]
+        name = f"wikitext {method}"
+        try:
+            figures = perplexity(llama, text, method)
+        except ValueError as error:
+            yield not_applicable(name, str(error))
+            continue
+        found, of = figures["perplexity"], "token"
+        if method == "lm-eval":
+            found, of = figures["word_perplexity"], "word"
+        told = f"perplexity {found:.4f} of a {of}, in windows of {figures['window']}"
+        if entry is None:
+            yield not_applicable(name, f"{told}; no number is published here for this model")
+            continue
+        told += f"; {number['value']} is published for {entry['name']} ({number['source']})"
+        right = abs(found / number["value"] - 1) <= PERPLEXITY_WITHIN
+        yield passed(name, told) if right else _wrong(name, known, told)
