@@ -20,7 +20,7 @@ from ..verification.results import FAIL, NOT_APPLICABLE, PASS, Result
 from .console import exact_text, note, say
 from .fetching import agreed_folder
 
-NAME_WIDTH, VERDICT_WIDTH, WIDTH = 20, 16, 120
+NAME_WIDTH, VERDICT_WIDTH, WIDTH = 22, 16, 120
 SHOWN = {PASS: "pass", FAIL: "FAIL", NOT_APPLICABLE: "not applicable"}
 
 

@@ -207,7 +207,8 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
         yield itself.check_processes(count, asked.given(), reference, ids)
     if asked.wikitext is not None:
         try:
-            llama = asked._replace(positions=known.window).build(rows=1)
+            trained = trained_positions(opened.checkpoint) or known.window
+            llama = asked._replace(positions=min(known.window, trained)).build(rows=1)
         except ValueError as error:
             yield failed("wikitext", str(error), CANNOT_RUN)
         else:
