@@ -189,7 +189,8 @@ def check_perplexities(llama: Llama, known: Known, text: str) -> Iterator[Result
     """The perplexity of WikiText-2's test split by each method that a number is published for."""
     size = llama.model.params.max_seq_len
     entry = next((entry for entry in known.entries if "perplexity" in entry), None)
-    for number in entry["perplexity"] if entry is not None else [{"method": f"joined-{min(size, 2048)}"}]:
+    numbers: list[dict[str, Any]] = [{"method": f"joined-{min(size, 2048)}"}] if entry is None else entry["perplexity"]
+    for number in numbers:
         method = number["method"]
         name = f"wikitext {method}"
         try:
