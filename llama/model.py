@@ -116,9 +116,9 @@ def process_counts(args: ModelArgs) -> list[int]:
     ]
 
 
-def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -> None:
-    """ValueError for a shape that cannot be built, or be shared by `processes`. source: the folder that it comes
-    from."""
+def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None, what: str = "processes") -> None:
+    """ValueError for a shape that cannot be built, or be shared by `processes`, which the message calls `what`. source:
+    the folder that it comes from."""
     problem = ""
     if args.vocab_size < 1:
         problem = f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer"
@@ -133,7 +133,7 @@ def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -
     elif processes not in (counts := process_counts(args)):
         problem = (
             f"{args.n_heads} query heads, {args.kv_heads} key/value heads, a width of {args.dim} and one of "
-            f"{args.ffn_width} cannot be shared by {processes} processes; use {' or '.join(map(str, counts))}"
+            f"{args.ffn_width} cannot be shared by {processes} {what}; use {' or '.join(map(str, counts))}"
         )
     if problem:
         raise ValueError(problem if source is None else f"{source}: {problem}")

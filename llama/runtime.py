@@ -197,7 +197,7 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
         index = chosen.index if chosen.index is not None else 0 if count == 1 else launch.local_rank
         if not count:
             raise ValueError(
-                "device='cuda', but torch sees no GPU; pass device='cpu', or install a CUDA build of PyTorch"
+                f"device={str(device)!r}, but torch sees no GPU; pass device='cpu', or install a CUDA build of PyTorch"
             )
         if index >= count:
             raise ValueError(

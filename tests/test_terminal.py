@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,10 +243,27 @@ def test_what_cannot_be_said_or_loaded_ends_nothing(
     assert "/dev/null is no file that could be written over" in err
 
 
-@pytest.mark.parametrize("value", ["[1, 2]", '["a", 2]', "[", "[]]", '{"a": 1}', "a", "[" * 100_000])
+@pytest.mark.parametrize("value", ["[", "[]]", "[x]", "[INST]", '{"a": 1}', "a", "[" * 100_000])
 def test_what_is_no_list_of_texts_is_a_text(value: str) -> None:
     assert console.texts(value) == value
     assert console.texts('["a", "[b"]') == ["a", "[b"]
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", '["a", 2]', '["a"', "['a']", '[ "a", b]'])
+def test_what_was_meant_as_a_list_of_texts(value: str) -> None:
+    """It was once taken as a text, which stopped nothing."""
+    with pytest.raises(
+        ValueError, match=r'is no JSON list of texts; write \["a", "b"\], and one text that begins like'
+    ):
+        console.texts(value)
+
+
+def test_a_warning_is_one_line() -> None:
+    usual = warnings.formatwarning
+    with console.warnings_in_a_line():
+        assert warnings.formatwarning("odd \x1b", UserWarning, "model.py", 3) == "llama: odd \\x1b\n"
+        assert "model.py:3: SyntaxWarning: odd" in warnings.formatwarning("odd", SyntaxWarning, "model.py", 3)
+    assert warnings.formatwarning is usual
 
 
 def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ REQUIRED = object()  # the default of an option that has to be given
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "none": None}
 # A name and a value. "-5" and "- a list" are texts.
 OPTION = re.compile(r"(?:--|-(?=[A-Za-z]))([^\s=]+)(?:=(.*))?", re.DOTALL)
+TYPESET = {*"“”„‘’–—"}  # what an editor makes of quotes and of --, and no shell understands
 HELP = ("-h", "--help")
 # What other programs call our options.
 ALSO_CALLED = {
@@ -35,6 +36,8 @@ ALSO_CALLED = {
     "path": "ckpt_dir",
     "temp": "temperature", "repeat_penalty": "repetition_penalty", "tokenizer": "tokenizer_path", "lora": "adapter",
     "batch_size": "max_batch_size", "precision": "dtype", "bits": "quantize", "nproc_per_node": "processes",
+    "processes": "model_parallel_size", "tensor_parallel_size": "model_parallel_size", "tp": "model_parallel_size",
+    "format": "to", "outtype": "to", "outfile": "dst", "output": "out", "num_shards": "shards",
 }  # fmt: skip
 
 
@@ -160,17 +163,27 @@ def _constraint(args: Namespace) -> Optional[dict[str, Any]]:
     return None
 
 
+def find_command(commands: Mapping[str, Command], name: str) -> Command:
+    """The command of this name. ValueError if there is none."""
+    if name[:1] == "-":
+        raise ValueError(f"a command comes before {shortened(name)}: {', '.join(commands)}")
+    if name not in commands:
+        told = f"there is no command {shortened(name)}{_nearest(name, commands)}; there are {', '.join(commands)}"
+        raise ValueError(told)
+    return commands[name]
+
+
 def understand(commands: Mapping[str, Command], words: Sequence[str]) -> Callable[[], None]:
     """What a command line asks of one of the commands, ready to run. ValueError if it is wrong. Nothing is loaded
     here."""
     name, *rest = words
-    if name not in commands:
-        told = f"there is no command {shortened(name)}{_nearest(name, commands)}; there are {', '.join(commands)}"
-        raise ValueError(
-            told if name[:1] != "-" else f"a command comes before {shortened(name)}: {', '.join(commands)}"
-        )
-    command, given = commands[name], _given(name, commands[name], rest)
-    lacking = [f"--{o}" for o, option in command.options.items() if option.default is REQUIRED and o not in given]
+    command = find_command(commands, name)
+    given = _given(name, command, rest)
+    lacking = [
+        f"--{o}" + (f" ({', '.join(option.choices)})" if option.choices else "")
+        for o, option in command.options.items()
+        if option.default is REQUIRED and o not in given
+    ]
     if lacking:
         raise ValueError(f"{name} needs {' and '.join(lacking)}; see llama {name} --help")
     args = Namespace(given=frozenset(given))  # by the user, at its default or not
@@ -198,6 +211,8 @@ def _given(name: str, command: Command, words: Sequence[str]) -> dict[str, str]:
     places = [place for place in command.places if place not in given]
     if more := loose[len(places) :]:
         told = f"{name} does not take {shortened(' '.join(more))}; put a text with spaces in quotes"
+        if typeset := sorted({*" ".join(loose)} & TYPESET):
+            told += f", straight ones, and write - for a dash: what was typed has {' '.join(typeset)}"
         raise ValueError(f"{told}, and see llama {name} --help for the options")
     return given | dict(zip(places, loose))
 

@@ -82,7 +82,7 @@ def evaluate(args: Namespace) -> None:
         from .. import lm_eval_model as harness
     except ImportError as error:
         raise ValueError(f"{error}: tasks need lm-evaluation-harness: pip install 'llama[eval]'") from error
-    tasks = harness.find_tasks(args.tasks, args.include_path) if first else None  # before a long load
+    tasks = harness.find_tasks(args.tasks, args.include_path, args.num_fewshot) if first else None  # before a long load
     ask_before_fetching(args.ckpt_dir, args.adapter)
     llama = build(args, max_seq_len=_length(args))
 
