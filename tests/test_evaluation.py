@@ -101,7 +101,7 @@ def test_a_pair_may_fill_the_cache(llama: Llama) -> None:
         (["a", "a"], ["b", ""], "continuation 1 has no ids of its own"),
         (["a"], "b", "continuations is a list of texts, not str"),
         ("a", ["b"], "texts is a list of texts, not str"),
-        (["a"], [3], "continuations is a list of texts, and has a int in it"),
+        (["a"], [3], "continuations\\[0\\] is 3, and not a text; continuations is a list of texts"),
         ([[]], [[5]], "prompt 0 is empty"),
         ([[1]], [[400]], "has the id 400, which is outside the vocabulary"),
         ([[1]], [7], "must be lists of ids"),

@@ -264,7 +264,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("/v1/chat/completions", [1], 400, "must be a JSON object"),
     ("/v1/completions", {"prompt": [5, 99999]}, 400, "outside the vocabulary"),
     ("/v1/completions", {"prompt": {"a": 1}}, 400, "a list of lists of ids"),
-    ("/v1/completions", {"prompt": [["a"]]}, 400, "is none"),
+    ("/v1/completions", {"prompt": [["a"]]}, 400, "is no whole number"),
     ("/v1/completions", {"prompt": [7] * 200}, 400, "max_seq_len is 128"),
     ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
     ("/v1/completions", {"prompt": "a", "suffix": "b"}, 400, "cannot fill in"),

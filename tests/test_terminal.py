@@ -201,7 +201,7 @@ def test_set(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     assert "temperature=-1 must be" in err
     assert "max_gen_len=1.5 must be" in err
     assert '/set stop needs a value (or the word "none" for the default)' in err
-    assert "unknown option speed; there are temperature, " in err
+    assert "unknown option speed (did you mean seed?); there are temperature, " in err
     options = conversation.session.options
     assert (options["top_k"], options["temperature"], options["max_gen_len"], options["stop"]) == (
         5,
@@ -634,6 +634,7 @@ def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None
         ('{"prompt": "a", "top_p": "x"}', "top_p='x' must be"),
         ('{"prompt": "a", "max_gen_len": -5}', "max_gen_len=-5 must be"),
         ('{"prompt": "\\ud800"}', "UTF-8"),
+        ('{"prompt": "caf\udce9"}', "it is not UTF-8 at byte 15; save it as UTF-8"),
         ("[" * 100_000, "nested too deep"),
         ('{"prompt": "a", "temperature": 1e400}', "'1e400' is not a finite number"),
         ('{"prompt": "a", "id": NaN}', "'NaN' is not a finite number"),
@@ -655,7 +656,7 @@ def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None
 )
 def test_jsonl_names_the_bad_line_before_any_work(line: str, message: str, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "a"}\n\n' + line)
+    source.write_text('{"prompt": "a"}\n\n' + line, errors="surrogateescape")
     with pytest.raises(ValueError, match=f"line 3 of .*{re.escape(message)}"):
         answer(source, out)
     assert not out.exists() or not out.read_bytes()

@@ -6,11 +6,12 @@ import re
 import sys
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..chat_formats import FORMATS
+from ..options import ALSO_CALLED as OPTIONS_ALSO_CALLED
 from ..options import DEFAULTS, TOLD, parse_options
 from ..system.files import user_path
 from ..system.launch import Launch
@@ -29,12 +30,10 @@ OPTION = re.compile(r"(?:--|-(?=[A-Za-z]))([^\s=]+)(?:=(.*))?", re.DOTALL)
 TYPESET = {*"“”„‘’–—"}  # what an editor makes of quotes and of --, and no shell understands
 HELP = ("-h", "--help")
 # What other programs call our options.
-ALSO_CALLED = {
-    "max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "n_predict": "max_gen_len",
-    "max_length": "max_gen_len",
+ALSO_CALLED = OPTIONS_ALSO_CALLED | {
     "n_ctx": "max_seq_len", "ctx_size": "max_seq_len", "model": "ckpt_dir", "model_path": "ckpt_dir",
     "path": "ckpt_dir",
-    "temp": "temperature", "repeat_penalty": "repetition_penalty", "tokenizer": "tokenizer_path", "lora": "adapter",
+    "tokenizer": "tokenizer_path", "lora": "adapter",
     "batch_size": "max_batch_size", "precision": "dtype", "bits": "quantize", "nproc_per_node": "processes",
     "processes": "model_parallel_size", "tensor_parallel_size": "model_parallel_size", "tp": "model_parallel_size",
     "format": "to", "outtype": "to", "outfile": "dst", "output": "out", "num_shards": "shards",
@@ -168,7 +167,7 @@ def find_command(commands: Mapping[str, Command], name: str) -> Command:
     if name[:1] == "-":
         raise ValueError(f"a command comes before {shortened(name)}: {', '.join(commands)}")
     if name not in commands:
-        told = f"there is no command {shortened(name)}{_nearest(name, commands)}; there are {', '.join(commands)}"
+        told = f"there is no command {shortened(name)}{nearest(name, commands)}; there are {', '.join(commands)}"
         raise ValueError(told)
     return commands[name]
 
@@ -225,7 +224,7 @@ def _named(name: str, options: Mapping[str, Option], found: re.Match[str]) -> tu
     if option in denied and value is None:
         return denied[option], "False"
     if option not in options:
-        near = _nearest(option, [*options, *denied], "--")
+        near = nearest(option, [*options, *denied], "--", ALSO_CALLED)
         told = f"{name} does not take {shortened(found[0])}{near}; see llama {name} --help for the options"
         raise ValueError(told if near else f"{told}, and write -- before a text that begins with a dash")
     return option, value
@@ -239,8 +238,3 @@ def _next(name: str, option: str, kind: Option, left: deque[str]) -> str:
     if not follows:
         raise ValueError(f"{name}: --{option} needs a value; for one that looks like an option write --{option}=VALUE")
     return left.popleft()
-
-
-def _nearest(name: str, names: Collection[str], dashes: str = "") -> str:
-    meant = ALSO_CALLED.get(name)
-    return f" (did you mean {dashes}{meant}?)" if dashes and meant in names else nearest(name, names, dashes)

@@ -84,6 +84,8 @@ def parse_json(data: bytes, finite: bool = True) -> Any:
         return json.loads(data, parse_constant=number, parse_float=number, object_pairs_hook=_without_doubles)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not {error.encoding.upper()} at byte {error.start}; save it as UTF-8") from error
 
 
 def _finite(text: str) -> float:

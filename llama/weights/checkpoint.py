@@ -167,7 +167,7 @@ def prepare(model: Transformer, checkpoint: Checkpoint, quantize: Optional[str] 
 
 
 def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
-    """ValueError, which lists all problems, unless the checkpoint's names, shapes and stored dtypes are the model's."""
+    """ValueError, which lists the problems, unless the checkpoint's names, shapes and stored dtypes are the model's."""
     plan, names = cut(model), checkpoint.dtypes.keys()
     problems = [f"{name} is missing" for name in plan if name not in names]
     problems += [f"{name} is unexpected" for name in sorted(names - plan.keys())]
@@ -188,7 +188,7 @@ def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
             hint = f"; are {missing} more shards missing?"
         raise ValueError(
             f"the weights in {checkpoint.folder} ({counted(len(checkpoint.paths), 'file')}) are not those that its "
-            f"{checkpoint.config} and tokenizer describe{hint}: {listed(problems, 40)}"
+            f"{checkpoint.config} and tokenizer describe{hint}: {listed(problems, 8)}"
         )
     for name, (_, dim, _) in plan.items():
         if dim is None:
