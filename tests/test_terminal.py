@@ -442,16 +442,22 @@ def test_complete_refuses(arguments: dict[str, Any], message: str, monkeypatch: 
         command("complete", **arguments)
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+@pytest.mark.parametrize("words", [["complete", "1985", "--stop", "[x", "--seed", "3"], ["chat"]])
+def test_a_reader_that_leaves_early_is_no_error(words: list[str]) -> None:
+    """A chat once went on, and told of a broken pipe for each message."""
     with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", PROGRAM, "complete", "1985", "--stop", "[x", "--seed", "3"],
+        [sys.executable, "-W", "error", "-c", PROGRAM, *words],
         env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as program:
         assert program.stdout is not None
         assert program.stderr is not None
         program.stdout.close()
+        assert program.stdin is not None
+        program.stdin.write(b"hello\nhello\n")
+        program.stdin.close()
         errors = program.stderr.read().decode()
     assert program.returncode == 0, errors
     assert "roken" not in errors
@@ -629,7 +635,7 @@ def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None
         ('{"prompt": "a", "messages": []}', 'it must be {"prompt"'),
         ('{"prompt": 5}', "prompt=5 must be a text"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is from 'assistant'"),
-        ('{"prompt": "a", "max_len": 5}', "unknown max_len; a line may have prompt, "),
+        ('{"prompt": "a", "max_len": 5}', "unknown max_len (did you mean max_gen_len?); a line may have prompt, "),
         ('{"prompt": "a", "seed": -1}', "seed=-1 must be"),
         ('{"prompt": "a", "top_p": "x"}', "top_p='x' must be"),
         ('{"prompt": "a", "max_gen_len": -5}', "max_gen_len=-5 must be"),

@@ -54,6 +54,8 @@ class Conversation:
                 try:
                     if line.strip():
                         self.obey(line)
+                except BrokenPipeError:  # nobody reads stdout any more: `pipe_may_close` ends it
+                    raise
                 except (ValueError, OSError) as error:
                     complain(str(error))
                 except EOFError:

@@ -19,6 +19,7 @@ from ..options import Asked, Prompts, with_stops
 from ..system.checks import whole
 from ..system.files import listed
 from ..system.printable import shortened
+from ..system.program import nearest
 
 MOST_ANSWERS = 128  # answers to one prompt
 MOST_PROMPTS = 2048  # prompts of one request
@@ -148,7 +149,8 @@ def fields(body: Any, known: Sequence[str]) -> dict[str, Any]:
             raise Wrong(f"{name} cannot be done here: {why}", name, "unsupported")
     unknown = sorted(set(given) - {*known, *IGNORED, *REFUSED})
     if unknown:
-        raise Wrong(f"unknown {listed(unknown)}; there are {', '.join(known)}", unknown[0], "unknown_field")
+        near = nearest(unknown[0], known)
+        raise Wrong(f"unknown {listed(unknown)}{near}; there are {', '.join(known)}", unknown[0], "unknown_field")
     return given
 
 
