@@ -202,8 +202,9 @@ class _Watch:
             log.info("%s %s %s %.3fs%s", scope["method"], path, status or "gone", taken, more)
 
 
-def no_address(request: HTTPRequest, error: HTTPException) -> Response:
+def no_address(request: HTTPRequest, error: Exception) -> Response:
     """What a client is told who asks for an address that is not there, or not for that method."""
+    assert isinstance(error, HTTPException)
     path, paths = request.url.path, [route.path for route in request.app.routes]
     told = {
         404: f"there is no address {shortened(path)} here{nearest(path, paths)}",
