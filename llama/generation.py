@@ -875,9 +875,8 @@ class Llama:
         """A call of this replica's share (which, of how many) of the prompts. All is checked, on every process alike,
         before anything runs. streams: see `Call`."""
         (which, replicas), leader = share, self._leader
-        group = (
-            None if leader is not None else self._group
-        )  # the processes that make this call, and are to make it alike
+        # The processes that make this call, all with the same arguments.
+        group = None if leader is not None else self._group
         with self.lock if group is not None else nullcontext(), together(group, everyone=replicas > 1) as agreement:
             self._engine.check_files()
             prompts = asked.prompts()

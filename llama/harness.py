@@ -20,7 +20,7 @@ from .scoring import Pair, encode_pair
 from .system.checks import whole_number
 from .system.printable import counted, shortened
 
-NEW_TOKENS = 256  # of a text that is generated, if its task does not say
+NEW_TOKENS = 256  # how many are generated if the task does not say
 NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 

@@ -31,7 +31,7 @@ from .loading import whole_length
 from .system.files import user_path
 from .system.printable import shortened
 
-DEFAULT_DEVICE = "cuda:0"  # of the harness' command, whether there is one or not
+DEFAULT_DEVICE = "cuda:0"  # what the harness' command passes, whether there is a GPU or not
 
 
 @register_model("llama")

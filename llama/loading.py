@@ -85,7 +85,7 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
     tokenizer_file: Path
     adapter: Optional[Path]
-    placement: memory.Placement  # where both models lie
+    placement: memory.Placement  # where the model and its draft model lie
 
     def compared(self) -> dict[str, Any]:
         """What must be the same on all processes."""

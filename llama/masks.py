@@ -85,13 +85,11 @@ class Vocabulary:
         self.words, self.eos = -(-tokenizer.n_words // 32), tokenizer.eos_id
         self._probe: Optional[int] = None  # an id whose text begins with a space
         tokens, special = self._read(tokenizer)
-        self.space: Optional[int] = (
-            None  # a space alone, which is no text at a start, if the next piece then shows its space
-        )
+        # The piece that is one space. It gives no text at a start, if the next piece then shows its space.
+        self.space: Optional[int] = None
         self._twins = self._without_space(tokenizer, tokens, set(special))
-        self._at_start = torch.arange(
-            32 * self.words, device="cpu"
-        )  # id -> the one that says whether it may begin a text
+        # id -> the id whose bit says whether it may begin a text
+        self._at_start = torch.arange(32 * self.words, device="cpu")
         for i, twin in self._twins.items():
             self._at_start[i] = twin
         self.bytes, self._sorted = tokens, sorted(tokens)

@@ -41,8 +41,8 @@ from .system.checks import whole
 from .system.files import MappedFiles
 from .system.printable import counted, shortened
 
-# Without a mask, torch's fused attention on CPUs turns NaN scores into zeros if they do not fill a vector register,
-# which holds up to 16. With fewer columns it gets a mask that hides nothing: no other way keeps NaN as cheaply.
+# Without a mask, torch's fused attention on CPUs turns NaN scores into zeros if they do not fill a vector register. A
+# register holds up to 16. With fewer columns a mask is passed that hides nothing; no cheaper way keeps NaN.
 NAN_COLUMNS = 16
 
 

@@ -155,9 +155,8 @@ TOLD = {  # the sentence that the terminal's help has for each option of an answ
     "stop": "a text that ends the answer; several as a JSON list",
 }
 SETTABLE = [*TOLD, "seed"]  # options that /set changes in a chat
-IN_JSON = [
-    name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")
-]  # keys of a line of --jsonl
+# Options that a line of --jsonl may have as keys.
+IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")]
 
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:

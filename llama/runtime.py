@@ -290,9 +290,8 @@ def _join(launch: Launch) -> None:
     _started.launch = launch if launch.store is not None else None
     _started.watch = watch = peers.begin(launch.rank, launch.world_size, launch.launcher)
     if dist.is_initialized():
-        with contextlib.suppress(
-            RuntimeError, AttributeError
-        ):  # a store that has no second connection carries no signs
+        # A store that cannot open a second connection carries no signs of life.
+        with contextlib.suppress(RuntimeError, AttributeError):
             watch.publish(PrefixStore(f"llama/{_joined}", _default_store().clone()))
         _started.world = dist.group.WORLD
         return
@@ -301,9 +300,8 @@ def _join(launch: Launch) -> None:
         # With GPUs both are joined: a later build may be for the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and peers.is_refused(address):
-            raise RuntimeError(
-                peers.GONE
-            )  # torchrun ended while this process was importing; rendezvous would wait for minutes
+            # torchrun ended while this process was importing; rendezvous would wait for minutes.
+            raise RuntimeError(peers.GONE)
         store: Any = launch.store
         if store is None:
             with peers.waiting((), address):

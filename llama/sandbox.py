@@ -29,9 +29,8 @@ MULTIPLYING = {
     "replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice",
     "wordwrap",
 }  # fmt: skip
-WIDE = re.compile(
-    r"%(\(.*?\))?[^%a-zA-Z]*(\d{4}|\*)|{[^{}]*(\d{4}|{)"
-)  # in a text to format: widths that make much of little
+# A width in a format that makes a long text of a short one.
+WIDE = re.compile(r"%(\(.*?\))?[^%a-zA-Z]*(\d{4}|\*)|{[^{}]*(\d{4}|{)")
 
 
 class TooMuch(ValueError):

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def _version() -> str:
-    from importlib.metadata import version  # of torch without importing it
+    from importlib.metadata import version  # tells torch's without importing it
 
     from .. import __version__
 

@@ -59,12 +59,8 @@ from ..weights.writers import GGUF_CODES, Entry, write_gguf, write_pth, write_sa
 from .console import note
 from .fetching import named_places
 
-GGUF_FILE_TYPES = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 32,
-    torch.uint8: 7,
-}  # numbers of the tensors' kinds
+# dtype -> what GGUF's header calls a file of such tensors; uint8 stands for Q8_0
+GGUF_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32, torch.uint8: 7}
 QUANTIZED = {"meta": OURS, "hf": (), "gguf": ("q8_0",)}  # format -> the kinds of numbers that are written in it
 PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder is no larger, unless a single tensor is
 

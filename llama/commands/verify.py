@@ -36,7 +36,8 @@ def verify(args: Namespace) -> None:
     whole_number("processes", args.processes, 1)
     if (seconds := real(args.seconds)) is None or seconds < 0:
         raise ValueError(f"seconds={shortened(args.seconds)} must be a number of 0 or more")
-    given = "" if args.text is None else exact_text(user_path(args.text)).removeprefix("\ufeff")  # of Windows
+    # Windows puts U+FEFF in front.
+    given = "" if args.text is None else exact_text(user_path(args.text)).removeprefix("\ufeff")
     texts = tuple(text for text in re.split(r"\r?\n\s*\n", given) if text.strip())
     wikitext = None if args.wikitext is None else exact_text(user_path(args.wikitext))
     folder, began = agreed_folder(args.ckpt_dir), time.monotonic()

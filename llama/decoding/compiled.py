@@ -208,9 +208,8 @@ def named_tensors(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-Step = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-]  # signature of `Transformer.step`
+# The signature of `Transformer.step`.
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -233,9 +232,8 @@ class _Recording:
     rotations: torch.Tensor  # (max_seq_len, D/2, 2)
     logits: torch.Tensor = field(init=False)  # (bucket, V)
     graph: Optional[torch.cuda.CUDAGraph] = None
-    proven: dict[int, int] = field(
-        default_factory=dict
-    )  # bits of the span -> replays that were compared with the plain step
+    # bits of the span -> how many replays were compared with the plain step
+    proven: dict[int, int] = field(default_factory=dict)
 
     def is_due(self, span: int) -> bool:
         """Whether to compare this replay: the first ones, and the first one with each length of the span in bits."""
@@ -272,9 +270,8 @@ class Recorded:
         if backend is not None:
             options: Any = None
             if backend == "inductor" and captures:
-                options = {
-                    "coordinate_descent_tuning": True
-                }  # also turns products of one row into sums, which read faster
+                # It also turns products of one row into sums, which read faster.
+                options = {"coordinate_descent_tuning": True}
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
             self._ways.insert(0, _Way("compiled", step, captures))

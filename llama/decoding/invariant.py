@@ -137,9 +137,9 @@ class InvariantEngine(Engine):
         positions = [position for run in runs for position in range(run.start, run.start + run.length)]
         ids = tokens if isinstance(tokens, torch.Tensor) else to_device(list(tokens), self.device)
         count = len(positions)
-        if (
-            self._by_kernels
-        ):  # these prove themselves for each number of rows, so repeat the last token up to a power of two
+        # Kernels are compared with their plain form for each number of rows. Repeating the last token up to a power of
+        # two keeps these numbers few.
+        if self._by_kernels:
             more = (1 << (count - 1).bit_length()) - count
             slots, positions = slots + slots[-1:] * more, positions + positions[-1:] * more
             ids = torch.cat((ids, ids[-1:].expand(more)))

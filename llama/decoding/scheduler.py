@@ -603,9 +603,8 @@ class Scheduler:
         among = [row for row in self._slots[:end] if row is not None]
         last = self._limit - 1
         if rows == self._newest[0] == among:
-            tokens = (
-                self._newest[1] if known else self._newest[1].clamp(min=0)
-            )  # a row without an id is not known to be over
+            # A row that has ended shows no id, and this process may not know yet that it has ended.
+            tokens = self._newest[1] if known else self._newest[1].clamp(min=0)
         else:
             assert known
             tokens = to_device([row.ids[-1] for row in among], self.engine.device)

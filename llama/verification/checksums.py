@@ -20,7 +20,7 @@ from ..weights.archive import map_tensors, read_directory
 from .results import Result, failed, not_applicable, passed
 
 CHECKLIST = "checklist.chk"
-TOKENIZERS = "tokenizer_checklist.chk"  # of Meta's download, beside the tokenizer of all its models
+TOKENIZERS = "tokenizer_checklist.chk"  # Meta's download puts it beside the tokenizer of all its models
 BLOCK = 2**22
 # What zipfile raises for damage: a wrong bit may say that a part is encrypted, compressed, or of a later version.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError)
@@ -158,10 +158,8 @@ def _tensor_name(path: Path, part: str) -> str:
     """The name of the tensor whose numbers are this part of the archive; the part's own if it is not known."""
     try:
         parts, tensors = read_directory(path)[0], map_tensors(path)
-    except (
-        *ZIP_ERRORS,
-        LookupError,
-    ):  # the directory is damaged too; or a small part, whose checksum is compared whenever the file is opened
+    except (*ZIP_ERRORS, LookupError):
+        # The directory is damaged too. Or a small part is, whose checksum is compared whenever the file is opened.
         return part
     starts = {name: place.start for name, place in parts.items() if "/data/" in name}
     base = min(tensor.data_ptr() for tensor in tensors.values()) - min(starts.values())

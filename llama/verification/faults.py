@@ -30,7 +30,7 @@ WORSE = -2.0  # standard errors; the right repair makes the few tokens likelier,
 SURE = 4.5  # standard errors: by chance once in 300,000 trials
 LEAST_GAIN = 0.01  # nats a token that a repair must bring; another norm_eps changes less
 LIKELY = 0.5  # nats below chance from which on a text counts as likely
-PASS_SECONDS = 4.0  # that one reading of all texts may take; fewer texts are read where it would take longer
+PASS_SECONDS = 4.0  # the longest that reading all texts once may take; a slower machine reads fewer texts
 ROUNDS = 4  # faults of one folder that are looked for
 CHECKS = (kinds.ORDER_QK, kinds.THETA, kinds.EPS, kinds.LAYERS, kinds.PARTS, kinds.HEADS)
 

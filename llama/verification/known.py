@@ -24,11 +24,8 @@ from .itself import NEAR, is_quantized, one_pass
 from .results import Result, failed, not_applicable, passed
 
 KNOWN = "known model"
-COARSER = {
-    torch.float32: 1.0,
-    torch.float16: 1.0,
-    torch.bfloat16: 4.0,
-}  # times the tolerances, which are those of float16
+# The tolerances are those of float16; other dtypes have them times this.
+COARSER = {torch.float32: 1.0, torch.float16: 1.0, torch.bfloat16: 4.0}
 PERPLEXITY_WITHIN = 0.01  # as a share
 OTHER_NUMBERS = (
     "The weights or the settings are not those of the model: damaged, converted or merged wrongly, or a fine-tune that "

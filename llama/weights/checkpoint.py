@@ -42,9 +42,8 @@ class Checkpoint(Protocol):
     paths: list[Path]  # the files of weights
     mapped: MappedFiles
     args: ModelArgs  # the stored shape, without limits; vocab_size is -1 if only the tokenizer tells it
-    positions: Optional[
-        int
-    ]  # how many the model was made for, if the files say so; scaled ones stand in args.rope_scaling
+    # How many positions the model was made for, if the files say so; scaled ones stand in args.rope_scaling.
+    positions: Optional[int]
     tied: bool  # whether the embedding is the output matrix too
     quantization: Optional[Quantization]  # the stored kind of numbers; None: not quantized
     dtype: torch.dtype  # the embedding's
@@ -129,9 +128,8 @@ def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
     plan = {}
     for prefix, module in model.named_modules():
         dims, copies = getattr(module, "shard_dims", None), getattr(module, "copies", 1)
-        rows = (
-            module.out_features if getattr(module, "gather_output", False) else math.inf
-        )  # without what fills up its parts
+        # The rows of the matrix itself. Its parts may have more, which only fill them up.
+        rows = module.out_features if getattr(module, "gather_output", False) else math.inf
         for name, parameter in module.named_parameters(recurse=False):
             dim = getattr(module, "shard_dim", None) if dims is None else dims[name]
             shape = [int(min(n * (ranks // copies), rows)) if i == dim else n for i, n in enumerate(parameter.shape)]
@@ -289,10 +287,8 @@ def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
         full = 0 if dim is None else shape[dim]
         size = -(-full * copies // ranks)
         if layer is not None and dim == 1:
-            full, size = (
-                layer.in_features,
-                layer.in_features // ranks,
-            )  # numbers; `shape` counts bytes, which may hold two
+            # These count numbers; `shape` counts bytes, each of which may hold two.
+            full, size = layer.in_features, layer.in_features // ranks
         start, stop = (min(i * size, full) for i in (rank // copies, rank // copies + 1))
         parts.append(Part(name, dim, start, stop, size, layer))
     return parts

@@ -21,8 +21,8 @@ from ..system.files import contents, is_there, listed, read_json
 from ..system.printable import clipped, escaped, gigabytes
 from .places import PART
 
-# Letters, digits, "_", "-" and ".", the last two not at an end; a revision is a branch, a tag, refs/pr/N or a commit;
-# behind a colon a GGUF file, by its name or by the end of that.
+# A name has letters, digits, "_", "-" and ".", the last two not at an end. A revision is a branch, a tag, refs/pr/N or
+# a commit. A GGUF file follows a colon, by its name or by the end of its name.
 NAME = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@(\w(?:[\w./-]*\w)?))?(?::(\w(?:[\w.-]*\w)?))?", re.ASCII)
 MOST = 96  # characters of a name
 
