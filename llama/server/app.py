@@ -265,7 +265,7 @@ async def _complete(
         server.check_model(body.get("model"))
     asked = read(server.llama, body)
     begin = partial(server.llama.begin, asked.asked, streams=asked.stream)
-    # A form takes its time to compile, in which others are answered.
+    # A form may take seconds to compile; others are answered meanwhile.
     _, running = await run_in_threadpool(begin) if "constraint" in asked.asked.options else begin()
     reply = Reply(asked, running, server.settings.model)
     answer = server.stepper.submit(running, asked.stream)

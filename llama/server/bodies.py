@@ -44,7 +44,8 @@ class Wrong(ValueError):
 
 
 class Request(NamedTuple):
-    """What was asked. usage: of a stream, tell it in a last event. chat: answer with messages."""
+    """What was asked. usage: whether a stream tells the counts of tokens in a last event. chat: answer with
+    messages."""
 
     asked: Asked
     chat: bool
@@ -71,7 +72,7 @@ SHARED = (
     *SAME, "model", "seed", "stop_token_ids", "logit_bias", "logprobs", "max_tokens", "stream", "stream_options",
     "return_token_ids", "response_format", "json_schema", "regex", "choice", "grammar",
 )  # fmt: skip
-# What changes no answer of ours.
+# Fields that change no answer of ours.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 CHAT = (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "add_generation_prompt", "continue_final_message")
 COMPLETION = (*SHARED, "prompt", "suffix", "echo", "best_of")
