@@ -49,7 +49,7 @@ class Known(NamedTuple):
         return listed([entry["name"] for entry in self.entries], 5)
 
     def stated(self, what: str) -> Optional[float]:
-        """A setting, if all that the folder may be have the same."""
+        """A setting, if all models that the folder may be agree on it."""
         values = {entry[what] for entry in self.entries}
         return values.pop() if len(values) == 1 else None
 
@@ -153,8 +153,8 @@ def _logits(llama: Llama, known: Known, entry: dict[str, Any]) -> Result:
 
 
 def _text(llama: Llama, name: str, text: dict[str, str]) -> Result:
-    """Whether each token of a published greedy text is the likeliest, or as good as that, where those before it are
-    given."""
+    """Whether each token of a published greedy text is the likeliest after those before it, or as good as the
+    likeliest."""
     if is_quantized(llama):
         return not_applicable(name, "the weights are rounded to int8 or int4")
     tokenizer = llama.tokenizer
