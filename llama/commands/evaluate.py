@@ -107,7 +107,7 @@ def _check_numbers(args: Namespace) -> None:
     if args.num_fewshot is not None:
         whole_number("num_fewshot", args.num_fewshot, 0)
     whole_number("bootstrap_iters", args.bootstrap_iters, 0)
-    for part in [] if args.gen_kwargs is None else args.gen_kwargs.split(","):  # the harness passes over what it is not
+    for part in [] if args.gen_kwargs is None else args.gen_kwargs.split(","):  # the harness ignores other words
         if not re.fullmatch(r"\s*\w+\s*=.+", part):
             raise ValueError(f"gen_kwargs: {shortened(part)} must be NAME=VALUE, as in temperature=0.8,top_p=0.9")
 

@@ -27,8 +27,7 @@ def named_places(given: str, args: Namespace) -> tuple[Path, Optional[Path], Opt
 
 
 def ask_before_fetching(*given: Optional[str]) -> None:
-    """Ask the user, if there is one at a terminal, whether what the hub's cache lacks of these is to be fetched.
-    ValueError if not."""
+    """Ask a user at a terminal whether to fetch what the hub's cache lacks of these. ValueError if the answer is no."""
     if Launch.read().rank > 0 or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return
     for text in given:
