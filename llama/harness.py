@@ -119,7 +119,7 @@ class Answers:
         return [(score["logprob"], score["is_greedy"]) for score in scores]
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The harness' names of options in ours. ValueError for one that we have not."""
+        """The harness' options by our names. ValueError for an option that we lack."""
         left = dict(given)
         lengths = [value for name in NEW_TOKENS_NAMES if (value := left.pop(name, None)) is not None]
         stops = left.pop("until", None) or []

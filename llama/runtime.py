@@ -93,7 +93,7 @@ class _Started:
     at_exit: bool = False
     threads: Optional[int] = None
     stdout: Optional[TextIO] = None
-    silence: Optional[TextIO] = None  # stands in for it
+    silence: Optional[TextIO] = None  # stands in stdout's place while this process is quiet
     excepthook: Optional[Any] = None
     gpus: list[torch.device] = field(default_factory=list)  # the ones that this process has computed on
 
@@ -113,8 +113,8 @@ def placed(launch: Launch) -> Iterator[None]:
 
 
 def acts_alone() -> bool:
-    """Whether the process group is not for what runs here: it is of a `Llama` that started processes of its own, and
-    that was built before."""
+    """Whether what runs here has no part in the process group, which is that of an earlier `Llama` with processes of
+    its own."""
     return _started.launch is not None and _placed.get() is None
 
 

@@ -28,7 +28,7 @@ def whole(value: Any) -> Optional[int]:
 
 
 def real(value: Any) -> Optional[float]:
-    """The number that `value` is, or None. NaN is none, because it compares false with everything."""
+    """The number that `value` is, or None. NaN counts as no number, because it compares false with everything."""
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None

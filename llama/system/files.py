@@ -38,7 +38,7 @@ class Number(NamedTuple):
     required: bool = False
 
     def problem(self, key: str, values: Mapping[str, Any]) -> list[str]:
-        """The problem with values[key], as a list of one line for a message, or of none."""
+        """The problem with values[key], as a list with one line for a message; empty if there is no problem."""
         value = values.get(key)
         if value is None:
             return [f"missing key {key!r}" if key not in values else f"{key}=None is not {self}"] * self.required

@@ -113,7 +113,7 @@ def absent(given: str, path: Path) -> Optional[Name]:
 
 
 def look_up(name: Name) -> Listing:
-    """Ask the hub for a model's files. ValueError if it cannot be had, or has nothing that is read here."""
+    """Ask the hub for a model's files. ValueError if the hub does not give them, or none of them is read here."""
     hub = _client(name)
     with _explained(name, hub):
         info = hub.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
