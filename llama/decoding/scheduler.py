@@ -520,12 +520,12 @@ class Scheduler:
         row.call.cached[row.index] = row.cached
 
     def _read(self, rows: list[Row], start: int, end: int) -> None:
-        """Read ids of rows from one place on. Where that fails, the calls fail whose rows they are, and no other."""
+        """Read ids of rows from one place on. If that fails, the calls that own these rows fail, and no other."""
         try:
             self._pass(rows, start, end)
         except Exception as error:
             first, *others = dict.fromkeys(row.call for row in rows)
-            if others:  # each call by itself tells whose rows they are
+            if others:  # reading each call by itself shows which one fails
                 for call in (first, *others):
                     self._read([row for row in rows if row.call is call], start, end)
                 return

@@ -55,7 +55,7 @@ class Verifier:
         return [i for i in allowed if rows[i].request.draft]
 
     def _asks(self, row: Row) -> bool:
-        """Whether it has those of the draft model."""
+        """Whether the row gets guesses of the draft model."""
         if self.draft_model is None or not self.draft_model.usable:
             return False
         guessable = row.noise is not None or not row.request.draws

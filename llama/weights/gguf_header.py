@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies. Nothing that it claims is believed before it is
+"""The header of a GGUF file: its metadata, and where each tensor lies. Nothing that it claims is used before it is
 checked.
 
 The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
