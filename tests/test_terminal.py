@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -548,6 +549,23 @@ def test_jsonl_keeps_what_came_before_ctrl_c(source: Path, tmp_path: Path, monke
 def job(line: int, **changed: Any) -> jobs.Job:
     plain = {"prompt": "a", "is_chat": False, "is_begun": False, "seed": line, "options": {}, "extra": {}}
     return jobs.Job(line, **{**plain, **changed})
+
+
+def test_jsonl_on_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is named, and the next run goes on."""
+    out = tmp_path / "out.jsonl"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "write", full)
+        with pytest.raises(ValueError, match="out.jsonl cannot be written: No space left on device; the same command"):
+            answer(source, out)
+        with pytest.raises(OSError, match="No space left"):
+            command("complete", jsonl=str(source), max_gen_len=1, device="cpu")
+    answer(source, out)
+    assert len(out.read_bytes().splitlines()) == len(LINES)
 
 
 def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:

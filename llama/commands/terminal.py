@@ -94,7 +94,13 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
         def work() -> None:
             jobs.check_jobs(llama, todo, source)
             assert file is not None
-            jobs.write(jobs.run(llama, todo[done:]), len(todo), done, file)
+            try:
+                jobs.write(jobs.run(llama, todo[done:]), len(todo), done, file)
+            except OSError as error:
+                if out is None:
+                    raise
+                told = f"{out} cannot be written: {error.strerror}"
+                raise ValueError(f"{told}; the same command goes on behind what it has") from error
 
         try:
             llama.lead(work)

@@ -55,6 +55,8 @@ class Number(NamedTuple):
 
 def user_path(path: Union[str, PathLike[str]]) -> Path:
     """A path as a user gives it. fire, which reads the examples' flags, makes a number of a folder that is called 7."""
+    if not str(path):
+        raise ValueError("the path is empty; write . for the current folder")
     try:
         return Path(str(path)).expanduser()
     except RuntimeError as error:

@@ -25,6 +25,7 @@ from .places import PART
 # a commit. A GGUF file follows a colon, by its name or by the end of its name.
 NAME = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@(\w(?:[\w./-]*\w)?))?(?::(\w(?:[\w.-]*\w)?))?", re.ASCII)
 MOST = 96  # characters of a name
+PAGES = "https://huggingface.co/"
 
 # The files of weights that are read, one kind in each line, the preferred one first: the file that tells that a
 # repository has the kind, and all of it. Repositories hold the same weights in several kinds, and one is enough.
@@ -73,7 +74,10 @@ class Listing(NamedTuple):
 
 
 def parse(text: str) -> Optional[Name]:
-    """org/name, org/name@revision, org/name:Q4_K_M; None for a text that cannot be a name on the hub."""
+    """org/name, org/name@revision, org/name:Q4_K_M, or the address of a model's page; None for a text that cannot be a
+    name on the hub."""
+    if text.startswith(PAGES):
+        text = text.removeprefix(PAGES).rstrip("/")
     found = NAME.fullmatch(text)
     if found is None or len(found[1]) > MOST or "--" in found[1] or ".." in text or found[1].endswith(".git"):
         return None
