@@ -37,9 +37,8 @@ from . import compiler, gpu_step, packages
 
 LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; larger ones are powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
-PROOFS = (
-    3  # replays of a CUDA graph that are compared with the plain step: the first one may still find memory freed later
-)
+# The first replays of a CUDA graph, this many, are compared with the plain step: one may read memory that is freed later.
+PROOFS = 3
 # A package depends on the code of these files.
 SOURCES = (
     *("model.py", "layers/parallel.py", "layers/products.py", "layers/one_digit.py", "layers/own_kernels.py"),

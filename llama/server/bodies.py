@@ -25,9 +25,8 @@ MOST_ANSWERS = 128  # answers to one prompt
 MOST_PROMPTS = 2048  # prompts of one request
 MOST_STOPS = 16
 MOST_ALTERNATIVES = 20  # alternatives at each place
-TAIL = (
-    8  # last ids of a prompt, which the text needs: for the space between two words, and for a character's last bytes
-)
+# The text needs this many of the prompt's last ids: for the space between two words, and for a character's last bytes.
+TAIL = 8
 MAX_TOKENS = 16  # ids of a completion that asks for no number, as in OpenAI's API
 # Our own defaults are Meta's, 0.6 and 0.9; clients of the API rely on the API's.
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
