@@ -37,7 +37,7 @@ from . import compiler, gpu_step, packages
 
 LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; larger ones are powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
-# The first replays of a CUDA graph, this many, are compared with the plain step: one may read memory that is freed later.
+# How many replays of a CUDA graph are compared with the plain step. The first may read memory that is freed later.
 PROOFS = 3
 # A package depends on the code of these files.
 SOURCES = (
