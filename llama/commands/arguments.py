@@ -18,7 +18,7 @@ from ..system.launch import Launch
 from ..system.printable import shortened
 from ..system.program import nearest
 from .console import file_text, number, texts
-from .fetching import ask_before_fetching
+from .fetching import ask_before_fetching, check_named
 
 if TYPE_CHECKING:
     from ..generation import Llama
@@ -130,9 +130,10 @@ def some_of_model(*names: str) -> dict[str, Option]:
 
 def build(args: Namespace, **changed: Any) -> Llama:
     """The model that the options ask for. What `build` prints goes to stderr."""
+    given = {name: getattr(args, name) for name in MODEL if name in args} | changed
+    check_named(given.get("ckpt_dir"), given.get("draft"))
     from ..generation import Llama  # imports torch, so not before the command line is understood
 
-    given = {name: getattr(args, name) for name in MODEL if name in args} | changed
     ask_before_fetching(*map(given.get, ("ckpt_dir", "adapter", "draft")))
     # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
     with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():

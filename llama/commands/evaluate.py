@@ -14,7 +14,7 @@ from ..system.launch import Launch
 from ..system.printable import counted, escaped, json_line, printable, shortened
 from .arguments import MODEL, REQUIRED, Command, Option, a_number, a_path, build, truth
 from .console import exact_text, pipe_may_close, say
-from .fetching import ask_before_fetching
+from .fetching import ask_before_fetching, check_named
 
 
 def measure(args: Namespace) -> None:
@@ -26,6 +26,7 @@ def measure(args: Namespace) -> None:
     method = parse_method(args.method)
     # Before a long load; the other processes run the first one's steps.
     text = exact_text(user_path(args.file)) if Launch.read().rank == 0 else ""
+    check_named(args.ckpt_dir)
     ask_before_fetching(args.ckpt_dir)
     length = _length(args)
     method.check_fits(length)
@@ -78,6 +79,7 @@ def evaluate(args: Namespace) -> None:
         raise ValueError(f"--out {out} is a folder; name a file in it")
     if first and out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    check_named(args.ckpt_dir, args.draft)
     try:
         from .. import lm_eval_model as harness
     except ImportError as error:

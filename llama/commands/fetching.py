@@ -1,4 +1,5 @@
-"""Names of models on the Hugging Face Hub at the terminal: asks before a download, and the command pull."""
+"""What a user names at the terminal: paths, which are checked early, and names on the Hugging Face Hub, which are asked
+about before a download. And the command pull."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from ..system.files import is_there, user_path
 from ..system.launch import Launch
 from ..system.printable import counted, escaped, gigabytes
 from ..weights import hub
+from ..weights.places import check_place
 from .console import note, pipe_may_close, say
 
 
@@ -18,6 +20,15 @@ def agreed_folder(given: str) -> Path:
     """The folder of a path or a name, which is fetched if the user agrees."""
     ask_before_fetching(given)
     return hub.locate(given, user_path(given))
+
+
+def check_named(*given: Optional[str]) -> None:
+    """ValueError for a path at which no model can be. Commands ask this before they import torch, which takes
+    seconds; names on the hub are looked up later."""
+    for text in [text for text in given if text is not None]:
+        path = user_path(text)
+        if is_there(path) or hub.parse(str(text)) is None:
+            check_place(path)
 
 
 def named_places(given: str, args: Namespace) -> tuple[Path, Optional[Path], Optional[Path]]:

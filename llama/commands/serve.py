@@ -10,6 +10,7 @@ from ..system.launch import Launch, api_key
 from ..system.printable import shortened
 from .arguments import MODEL, Command, Option, a_number, build
 from .console import texts
+from .fetching import check_named
 
 SLOTS = 8
 
@@ -22,6 +23,7 @@ def serve(args: Namespace) -> None:
     grace = real(args.grace)
     if grace is None or not 0 <= grace <= 86400:
         raise ValueError(f"grace={shortened(args.grace)} must be a number of seconds, from 0 to 86400")
+    check_named(args.ckpt_dir, args.draft)
     try:
         from ..server import serving
         from ..server.app import Settings

@@ -7,7 +7,6 @@ others each rank copies only its own slices.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..system.progress import bar
 from .gguf import GGUFCheckpoint
 from .huggingface import HuggingFaceCheckpoint, has_weights
 from .meta import MetaCheckpoint
-from .places import find_gguf
+from .places import check_place, find_gguf
 from .staging import Job, Sender, run_jobs
 
 
@@ -80,13 +79,7 @@ def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
     """
     if find_gguf(ckpt_dir):
         return GGUFCheckpoint(ckpt_dir)
-    if not os.path.isdir(ckpt_dir):
-        told = ", which is a file" if os.path.isfile(ckpt_dir) else ""
-        raise ValueError(
-            f"no checkpoint folder at {ckpt_dir}{told}; pass the folder that holds consolidated.00.pth and "
-            f"params.json, "
-            "or config.json and model.safetensors, or a GGUF file"
-        )
+    check_place(ckpt_dir)
     metas = [is_there(ckpt_dir / "params.json"), any(ckpt_dir.glob("consolidated.*.pth"))]
     theirs = is_there(ckpt_dir / "config.json")
     if theirs and (not all(metas)) and has_weights(ckpt_dir):  # one of Meta's files alone is a stray
