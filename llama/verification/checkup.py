@@ -200,7 +200,7 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
         if quantized:
             yield not_applicable(kind, "the folder's weights are rounded already")
         elif not rounded:
-            yield not_applicable(kind, "to round so many numbers takes a CPU long; --rounded does it")
+            yield not_applicable(kind, "rounding so large a model takes a CPU minutes; --rounded does it")
         else:
             yield itself.check_quantized(asked.build, kind, reference, ids)
     if not counts:
