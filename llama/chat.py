@@ -34,7 +34,7 @@ class DialogError(ValueError, AssertionError):
 def check_messages(dialog: Sequence[Message]) -> None:
     """Raise a DialogError unless `dialog` is a list of messages, whatever their roles."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
-        raise DialogError(f"a dialog is a list of messages, not {type(dialog).__name__}")
+        raise DialogError(f"a dialog is a list of messages, not {type(dialog).__name__}; put its messages into a list")
     for i, message in enumerate(dialog):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise DialogError(f"message {i} must be {{'role': …, 'content': …}}, not {shortened(message)}")

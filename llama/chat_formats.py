@@ -187,8 +187,9 @@ FOLDERS_OWN = "template"  # the name of a format that stands for the folder's ow
 
 
 def choose_format(given: Optional[str], tokenizer: Tokenizer) -> ChatFormat:
-    """The format that was asked for: a name, "template", or a template in Jinja; if None, the one of the folder's
-    template, and Llama 2's without one. ValueError if there is no such format, or the folder's template is of none."""
+    """The format that was asked for: a name, "template", or a template in Jinja. None means that of the folder's
+    template, or Llama 2's if it has no template. ValueError for an unknown format, or a folder's template that
+    writes no known one."""
     own = tokenizer.chat_template if isinstance(tokenizer, Tokenizer) else None
     if given is None:
         return LLAMA2 if own is None else recognised(own, *boundaries(tokenizer), way_out=True)

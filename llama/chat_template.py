@@ -47,9 +47,8 @@ def render(
     shown, cores = [], [message["content"].strip() for message in messages]
     for i, (message, core) in enumerate(zip(messages, cores)):
         mark = f"{secret}x{i}x"
-        last = (
-            i == len(messages) - 1 and message["role"] == "assistant"
-        )  # needed to know where the reply is, if it is empty too
+        # An empty reply is marked too, so that its place is known.
+        last = i == len(messages) - 1 and message["role"] == "assistant"
         content = message["content"].replace(core, mark, 1) if core else mark if last else message["content"]
         shown.append({"role": message["role"], "content": content})
     text = _run(template, shown, bos, eos, asks)
@@ -113,10 +112,8 @@ def _compiled(template: str) -> Any:
         raise ValueError(f"the chat template cannot be read: {escaped(str(error))}") from error
 
 
-BEFORE: Dialog = [
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "Hi"},
-]  # any turn before another
+# A turn that stands before another; any one will do.
+BEFORE: Dialog = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
 
 @dataclass(frozen=True)

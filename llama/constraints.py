@@ -145,7 +145,7 @@ def _json_schema(value: Any) -> str:
 
 
 def _schemas(value: Any) -> Iterator[dict[str, Any]]:
-    """A schema and all those within it. Data that may be an answer is none."""
+    """A schema and all schemas within it. Data in it, such as the values of an enum, is no schema."""
     left = [value]
     while left:
         part = left.pop()
@@ -157,7 +157,7 @@ def _schemas(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _problem(schema: dict[str, Any]) -> str:
-    """What llguidance takes, but gets wrong: it would let answers through that are not valid."""
+    """What llguidance accepts and gets wrong: it would let answers through that are not valid."""
     least, required = whole(schema.get("minProperties")), schema.get("required")
     if least is not None and least - len(required if isinstance(required, list) else []) > 1:
         return (

@@ -26,7 +26,7 @@ from .system.printable import counted, shortened
 
 HERE = "127.0.0.1"
 LOOK = 0.02  # seconds between two looks at whether the others have come, or one is gone
-POLITE = 5.0  # seconds that they have to end by themselves
+POLITE = 5.0  # seconds that the other processes have to end by themselves
 CLOSED = "this Llama was closed, and its processes have ended; build it again"
 
 
@@ -62,7 +62,7 @@ class Followers:
         return _place(0, self.count, store)
 
     def follow(self, leader: Leader) -> None:
-        """From now on they are its, and end with it."""
+        """The processes belong to this `Llama` from now on, and end with it."""
         self._leader, self._hang_up = weakref.ref(leader), leader.line.hang_up
         runtime.release_first(self._let_go)
         weakref.finalize(leader, self.close)
@@ -70,7 +70,7 @@ class Followers:
             threading.Thread(target=self._watch, name="llama-followers", daemon=True).start()
 
     def why_lost(self, patience: float = 0) -> str:
-        """Why one of them is gone; empty if none is after `patience` seconds."""
+        """Why one of them is gone; an empty text if all live after `patience` seconds."""
         deadline = time.monotonic() + patience
         while True:
             for rank, child in enumerate(self._children, start=1):
@@ -135,8 +135,8 @@ def _place(rank: int, count: int, store: Optional[Store] = None) -> Launch:
 
 @contextlib.contextmanager
 def started(count: int, build: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[Followers]:
-    """A block that builds on this process what `build(**given)` builds on the others. What was built so before is
-    closed: torch has one process group."""
+    """A block that builds on this process what `build(**given)` builds on the others. A `Llama` that was built so
+    before is closed, since torch has one process group."""
     global _newest
     with _building:
         if _newest is not None and (before := _newest()) is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from typing import Any, Literal, NamedTuple, Optional, TypeVar, Union, overload
 
 import torch
@@ -70,7 +71,7 @@ from .options import METAS_OPTIONS, Asked, Choice, Options, Prompts, TurnOptions
 from .scoring import ContinuationScore, Pair, encode_pairs, id_pairs, pair_prompts, pair_score
 from .session import ChatSession
 from .system import openmp
-from .system.checks import whole, whole_number
+from .system.checks import list_of_texts, whole, whole_number
 from .system.printable import shortened
 from .system.progress import quietly, say
 from .tokenizer import Tokenizer, split
@@ -205,6 +206,10 @@ class Llama:
         chat_format: Optional[str] = None,
     ) -> None:
         check_format(chat_format)
+        if isinstance(model, (str, PathLike)):
+            raise ValueError(
+                f"model={shortened(model)} is no Transformer; Llama.build({shortened(model)}) loads a folder"
+            )
         self.model = model
         self.draft_model = draft_model
         self.tokenizer = tokenizer
@@ -844,14 +849,12 @@ class Llama:
         return prompts, completions
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts is a list of texts, not {type(prompts).__name__}; put one text into a list")
-        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in list_of_texts("prompts", prompts)]
 
     def encode_dialogs(self, dialogs: Sequence[Dialog], on_unsafe: str, continue_final_message: bool) -> Prompts:
         """The prompts of the safe dialogs. For the arguments and errors see `chat_completion`."""
         if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
-            raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}")
+            raise ValueError(f"dialogs is a list of dialogs, not {type(dialogs).__name__}; put one into a list")
         if on_unsafe not in ("reply", "raise"):
             raise ValueError(f"on_unsafe={shortened(on_unsafe)} must be 'reply' or 'raise'")
         written, tokenizer = self.chat_format, self.tokenizer
@@ -872,9 +875,8 @@ class Llama:
         """A call of this replica's share (which, of how many) of the prompts. All is checked, on every process alike,
         before anything runs. streams: see `Call`."""
         (which, replicas), leader = share, self._leader
-        group = (
-            None if leader is not None else self._group
-        )  # the processes that make this call, and are to make it alike
+        # The processes that make this call, all with the same arguments.
+        group = None if leader is not None else self._group
         with self.lock if group is not None else nullcontext(), together(group, everyone=replicas > 1) as agreement:
             self._engine.check_files()
             prompts = asked.prompts()

@@ -14,7 +14,7 @@ from .weights.gguf_header import read_header
 from .weights.places import find_gguf
 
 KEY = "tokenizer.ggml."
-# Their names of the ids that SentencePiece knows, and what llama.cpp takes where nothing is said.
+# GGUF's names of the ids that SentencePiece knows, and the ids that llama.cpp takes if a file does not state them.
 IDS = {
     "bos_id": ("bos_token_id", 1), "eos_id": ("eos_token_id", 2), "unk_id": ("unknown_token_id", 0),
     "pad_id": ("padding_token_id", -1),
@@ -33,7 +33,7 @@ class Vocabulary(NamedTuple):
     added: list[AddedToken]
     stops: set[int]
     chat_template: Optional[str]
-    bos: Optional[str] = None  # the template's words for them; None: their pieces
+    bos: Optional[str] = None  # the texts of BOS and EOS in templates; None: those of their pieces
     eos: Optional[str] = None
     spaced: Spaced = "all"  # llama.cpp's way
 
@@ -94,7 +94,7 @@ def _id(metadata: dict[str, Any], name: str, usual: int) -> int:
     number = whole(value := metadata.get(KEY + name, usual))
     if number is None:
         raise ValueError(f"{KEY}{name}={shortened(value)} is no id")
-    return -1 if number == 2**32 - 1 else number  # -1 as a number without a sign
+    return -1 if number == 2**32 - 1 else number  # what -1 is as a number without a sign
 
 
 def vocabulary_metadata(tokenizer: Tokenizer) -> dict[str, Any]:

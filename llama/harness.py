@@ -1,10 +1,11 @@
-"""The answers to lm-evaluation-harness' requests, each that of the harness' own model "hf". Needs no lm_eval: that part
-is `lm_eval_model.py`."""
+"""The answers to lm-evaluation-harness' requests, each that of the harness' own model "hf", and checks before them.
+Needs no lm_eval: that part is `lm_eval_model.py`."""
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from functools import partial
 from typing import Any, Optional
 
@@ -16,9 +17,10 @@ from .generation import Llama
 from .options import Asked, Options, Prompts
 from .perplexity import rolling
 from .scoring import Pair, encode_pair
-from .system.printable import shortened
+from .system.checks import whole_number
+from .system.printable import counted, shortened
 
-NEW_TOKENS = 256  # of a text that is generated, if its task does not say
+NEW_TOKENS = 256  # how many are generated if the task does not say
 NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -117,7 +119,7 @@ class Answers:
         return [(score["logprob"], score["is_greedy"]) for score in scores]
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The harness' names of options in ours. ValueError for one that we have not."""
+        """The harness' options by our names. ValueError for an option that we lack."""
         left = dict(given)
         lengths = [value for name in NEW_TOKENS_NAMES if (value := left.pop(name, None)) is not None]
         stops = left.pop("until", None) or []
@@ -134,3 +136,24 @@ class Answers:
 
 
 KNOWN = ("until", "do_sample", "temperature", "top_p", *NEW_TOKENS_NAMES, *Options.__annotations__)
+
+
+def side_by_side(batch_size: Any, most: Optional[int] = None) -> int:
+    """How many requests run at once, as the harness writes it: a number, or "auto" and "auto:N" for `most`."""
+    if re.fullmatch(r"auto(:\d+)?", str(batch_size)):
+        return 8 if most is None else whole_number("max_batch_size", most, 1)
+    number = int(batch_size) if isinstance(batch_size, str) and batch_size.isdecimal() else batch_size
+    return whole_number("batch_size", number, 1, told='of 1 or more, or "auto"')
+
+
+def check_examples(tasks: Mapping[str, Any], num_fewshot: int) -> None:
+    """ValueError if a task has fewer documents to take examples from. The harness would find out once the model is
+    loaded."""
+    for name, task in tasks.items():
+        documents = task.fewshot_docs()
+        count = len(documents) if isinstance(documents, Sized) else len(list(documents))
+        if count < num_fewshot and task.get_config("num_fewshot") != 0:  # 0 in the task's own file counts more
+            raise ValueError(
+                f"num_fewshot={num_fewshot}, but {name} has {counted(count, 'document')} to take examples from; pass "
+                f"{count} at most"
+            )

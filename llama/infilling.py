@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .options import Prompts
-from .system.printable import shortened
+from .system.checks import list_of_texts
 from .tokenizer import Tokenizer, encode_plain
 
 
@@ -47,11 +47,7 @@ def infilling_prompts(
     ValueError if these are no lists of texts, of equal length.
     """
     for name, texts in (("prefixes", prefixes), ("suffixes", suffixes)):
-        if isinstance(texts, str) or not isinstance(texts, Sequence):
-            raise ValueError(f"{name} is a list of texts, not {type(texts).__name__}; put one text into a list")
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"{name} has {shortened(text)}, which is no text")
+        list_of_texts(name, texts)
     if len(prefixes) != len(suffixes):
         raise ValueError(f"{len(prefixes)} prefixes, but {len(suffixes)} suffixes; pass one suffix for each prefix")
     pre, suf, mid, _ = controls = infilling_ids(tokenizer)

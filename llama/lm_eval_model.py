@@ -25,13 +25,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table, simple_parse_args_string
 
 from .generation import Llama
-from .harness import Answers
+from .harness import Answers, check_examples, side_by_side
 from .layers.parallel import is_first_process, several_processes
 from .loading import whole_length
 from .system.files import user_path
 from .system.printable import shortened
 
-DEFAULT_DEVICE = "cuda:0"  # of the harness' command, whether there is one or not
+DEFAULT_DEVICE = "cuda:0"  # what the harness' command passes, whether there is a GPU or not
 
 
 @register_model("llama")
@@ -70,8 +70,9 @@ class LlamaLM(LM):
             if options.get("max_seq_len") is None:
                 where = options.get("device"), options.get("model_parallel_size")
                 options["max_seq_len"] = whole_length(ckpt_dir, *where)
-            slots = (max_batch_size or 8) if str(batch_size).startswith("auto") else int(batch_size)
-            llama = Llama.build(ckpt_dir, tokenizer_path, max_batch_size=slots, **options)
+            llama = Llama.build(
+                ckpt_dir, tokenizer_path, max_batch_size=side_by_side(batch_size, max_batch_size), **options
+            )
             _lead_to_the_end(llama)
         self.answers = Answers(llama, add_bos_token is not False)
         self._name = str(name or ckpt_dir or "demo")
@@ -160,8 +161,9 @@ class Tasks(NamedTuple):
     manager: Any
 
 
-def find_tasks(wanted: str, include_path: Optional[str] = None) -> Tasks:
-    """The tasks of these names, which commas part. ValueError for one that there is not."""
+def find_tasks(wanted: str, include_path: Optional[str] = None, num_fewshot: Optional[int] = None) -> Tasks:
+    """The tasks of these names, which commas part. ValueError for one that there is not, or that has too few documents
+    for `num_fewshot` examples."""
     folder = None if include_path is None else user_path(include_path)
     if folder is not None and not folder.is_dir():
         raise ValueError(f"include_path={shortened(include_path)}: there is no such folder")
@@ -176,6 +178,8 @@ def find_tasks(wanted: str, include_path: Optional[str] = None) -> Tasks:
         names += [name for name in found if name not in names]
     if not names:
         raise ValueError("no tasks; name some, as --tasks hellaswag,arc_easy")
+    if num_fewshot:
+        check_examples(manager.load(names)["tasks"], num_fewshot)
     return Tasks(names, manager)
 
 

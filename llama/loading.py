@@ -36,8 +36,9 @@ PATIENCE = 1.0  # seconds between two looks at a download, which may outlast any
 
 
 def checkpoint_folder(given: Union[str, Path], fetching: bool = True) -> Path:
-    """The folder of a path, or of a name on the Hugging Face Hub (org/name, org/name@revision, or org/name:Q4_K_M for
-    one of its GGUF files), which is fetched into the hub's cache if it is not there. ValueError if it cannot be had."""
+    """The folder of a path, or of a name on the Hugging Face Hub (org/name, org/name@revision, or org/name:Q4_K_M
+    for one of its GGUF files), which is fetched into the hub's cache if it is not there. ValueError if it is neither
+    there nor fetched."""
     return hub.locate(str(given), user_path(given), fetching)
 
 
@@ -85,7 +86,7 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
     tokenizer_file: Path
     adapter: Optional[Path]
-    placement: memory.Placement  # where both models lie
+    placement: memory.Placement  # where the model and its draft model lie
 
     def compared(self) -> dict[str, Any]:
         """What must be the same on all processes."""
@@ -134,8 +135,8 @@ class Wanted(NamedTuple):
 
 
 def open_folders(wanted: Wanted, place: torch.device) -> Opened:
-    """Open and check what is to be loaded, on this launcher's processes; copies no weight. ValueError if it cannot be
-    so."""
+    """Open and check what is to be loaded on this launcher's processes; copies no weight. ValueError if something
+    cannot be loaded on them."""
     checkpoint = add_adapter(open_checkpoint(wanted.folder), wanted.adapter)
     given = None if wanted.tokenizer_path is None else user_path(wanted.tokenizer_path)
     home = tokenizer_folder(wanted.folder, wanted.adapter, given)
@@ -156,7 +157,7 @@ def open_folders(wanted: Wanted, place: torch.device) -> Opened:
 
 
 def check_shares(ckpt_dir: Optional[str], draft: Optional[str], processes: int) -> None:
-    """ValueError if these models cannot be shared by so many processes."""
+    """ValueError if these models cannot be shared by this number of processes."""
     for folder in checkpoint_folders(DEMO if ckpt_dir is None else ckpt_dir, draft):
         if folder is not None:
             checkpoint = open_checkpoint(folder)
@@ -182,7 +183,7 @@ def prepared(
     dtype: Union[str, torch.dtype, None],
     quantize: Optional[str] = None,
 ) -> Prepared:
-    """The model of a checkpoint, on this launcher's processes. ValueError if it cannot be had so."""
+    """The model of a checkpoint, on this launcher's processes. ValueError if these cannot share or compute it."""
     processes, sharers = group_size(model_parallel_group()), runtime.memory_sharers(place)
     check_args(args, processes, checkpoint.folder)
     chosen = runtime.choose_dtype(dtype, checkpoint.dtype, place)

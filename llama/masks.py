@@ -47,7 +47,7 @@ def forms(
 
 
 def matcher_of(tokenizer: Tokenizer, grammar: Any) -> Any:
-    """The grammar of a row: a new `Matcher` for a `Form`; somebody's own as it is."""
+    """The grammar of a row: a new `Matcher` for a `Form`; a grammar of the caller's own stays unchanged."""
     return Matcher(tokenizer, grammar) if isinstance(grammar, Form) else grammar
 
 
@@ -70,7 +70,7 @@ class _Pieces:
         self.eos_token_id, self.bos_token_id, self.is_tokenizer_wrapper = tokenizer.eos_id, None, True
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text: none are asked for, since none are forced."""
+        """The ids of a text. llguidance would ask for them to force ids by itself, which is switched off here."""
         return []
 
 
@@ -85,13 +85,11 @@ class Vocabulary:
         self.words, self.eos = -(-tokenizer.n_words // 32), tokenizer.eos_id
         self._probe: Optional[int] = None  # an id whose text begins with a space
         tokens, special = self._read(tokenizer)
-        self.space: Optional[int] = (
-            None  # a space alone, which is no text at a start, if the next piece then shows its space
-        )
+        # The piece that is one space. It gives no text at a start, if the next piece then shows its space.
+        self.space: Optional[int] = None
         self._twins = self._without_space(tokenizer, tokens, set(special))
-        self._at_start = torch.arange(
-            32 * self.words, device="cpu"
-        )  # id -> the one that says whether it may begin a text
+        # id -> the id whose bit says whether it may begin a text
+        self._at_start = torch.arange(32 * self.words, device="cpu")
         for i, twin in self._twins.items():
             self._at_start[i] = twin
         self.bytes, self._sorted = tokens, sorted(tokens)
@@ -150,7 +148,8 @@ class Vocabulary:
         return matcher
 
     def mask(self, matcher: Any) -> torch.Tensor:
-        """What may come next, int32 with a bit for each id of llguidance. ValueError if it has come to a limit."""
+        """What may come next, int32 with a bit for each id of llguidance. ValueError if llguidance has reached a
+        limit."""
         bits = torch.zeros(-(-len(self.bytes) // 32), dtype=torch.int32, device="cpu")
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(bits.data_ptr(), 4 * len(bits))
@@ -159,8 +158,8 @@ class Vocabulary:
         return bits
 
     def certain(self, tokenizer: Tokenizer, text: bytes) -> list[int]:
-        """The first ids of a text that other text follows; not those at its end in whose place a longer piece may come.
-        None at all if it begins within a character, or the tokenizer changes it."""
+        """The first ids of a text that other text follows; not those at its end in whose place a longer piece may
+        come. Empty if the text begins within a character, or if the tokenizer changes it."""
         try:
             whole = text[:LOOKED_AT].decode()
         except UnicodeDecodeError as error:  # the last character is not known whole
@@ -201,7 +200,8 @@ class Matcher:
         self._ends, self._others = _bits(ends), _bits(~ends)
 
     def fill(self, bits: torch.Tensor) -> None:
-        """Write the mask of what may come next; any id that ends the answer may, once it is whole, and none before."""
+        """Write the mask of what may come next. Ids that end the answer are allowed once it is whole, and not
+        before."""
         mask, eos = self._vocabulary.mask(self._matcher), self._vocabulary.eos
         whole = int(mask[eos // 32]) >> eos % 32 & 1
         if self._bare:
@@ -220,13 +220,13 @@ class Matcher:
         return [] if token == self._vocabulary.space else [self._vocabulary.first(token)]
 
     def accept(self, token: int) -> None:
-        """Take the id that came next. ValueError if it may not."""
+        """Take the id that came next. ValueError if it is not allowed."""
         known, self._bare = self._known(token), False
         if not self._matcher.consume_tokens(known):
             raise ValueError(f"constraint: {one_line(self._matcher.get_error())}")
 
     def forced(self) -> list[int]:
-        """The ids of the text that must come next. None for a text's first id, which may lose its space."""
+        """The ids of the text that must come next. Empty at the answer's first id, which may lose its space."""
         text = b"" if self._bare else self._matcher.compute_ff_bytes()
         ids = self._vocabulary.certain(self._tokenizer, text) if text else []
         return ids[: self._matcher.validate_tokens(ids)] if ids else []
@@ -250,7 +250,7 @@ _VOCABULARIES: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """That of a tokenizer, made once."""
+    """A tokenizer's vocabulary, made once."""
     if tokenizer not in _VOCABULARIES:
         _VOCABULARIES[tokenizer] = Vocabulary(tokenizer)
     return _VOCABULARIES[tokenizer]

@@ -18,18 +18,17 @@ from .runtime import device_kind
 from .system.printable import gigabytes as gigabytes
 
 # A GPU needs memory beside tensors. cuBLAS has a workspace (torch's: 32 MiB on Hopper, less before) for each stream
-# that multiplies: the one that reads prompts, and the one that graphs are recorded on.
+# that multiplies. There are two: one reads prompts, graphs are recorded on the other.
 WORKSPACE_BYTES = 32 * 2**20
 STREAMS = 2
 KERNEL_BYTES = 192 * 2**20  # CUDA brings the code of torch's and cuBLAS's kernels to the GPU when they are first called
-NCCL_BYTES = (
-    768 * 2**20
-)  # each process has a few MiB for each channel, peer and protocol, for the model's group and for all
+# Each process has a few MiB for each channel, peer and protocol: for the model's group, and again for all processes.
+NCCL_BYTES = 768 * 2**20
 # A recorded step keeps its logits in the model's dtype and in float32. There are graphs for one row, and for 2, 4, 8 …
 # rows; together they take twice the largest.
 GRAPH_LOGITS = 2 * 2
-# A CPU's process needs memory beside tensors and what its imports took: code of torch and oneDNN that comes from disk
-# when it is first called (16 to 33 MB), gloo's buffers, and what the allocator keeps of freed pieces.
+# A process on a CPU needs memory beside tensors and imports. Code of torch and oneDNN is read from disk when first
+# called (16 to 33 MB), gloo has buffers, and the allocator keeps some of what was freed.
 CODE_BYTES = 32 * 2**20
 INT8_ROWS = 512  # tokens that int8 and int4 layers multiply at a time, with two results in float32
 HOST = torch.device("cpu")
@@ -57,10 +56,8 @@ class Placement:
 
     def keeps_groups_whole(self) -> bool:
         """Whether no group of quantized numbers would be cut by the processes."""
-        cut = (
-            self.args.n_heads * self.args.head_size,
-            self.args.ffn_width,
-        )  # columns of wo and w2, which are cut along them
+        # wo and w2 are cut along their columns; they have this many.
+        cut = (self.args.n_heads * self.args.head_size, self.args.ffn_width)
         return self.quantization is None or all(self.quantization.shares(columns, self.processes) for columns in cut)
 
 

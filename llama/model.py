@@ -39,10 +39,10 @@ from .rotary import RotaryScaling, scaled_freqs_cis
 from .runtime import device_kind
 from .system.checks import whole
 from .system.files import MappedFiles
-from .system.printable import shortened
+from .system.printable import counted, shortened
 
-# Without a mask, torch's fused attention on CPUs turns NaN scores into zeros if they do not fill a vector register,
-# which holds up to 16. With fewer columns it gets a mask that hides nothing: no other way keeps NaN as cheaply.
+# Without a mask, torch's fused attention on CPUs turns NaN scores into zeros if they do not fill a vector register. A
+# register holds up to 16. With fewer columns a mask is passed that hides nothing; no cheaper way keeps NaN.
 NAN_COLUMNS = 16
 
 
@@ -116,9 +116,9 @@ def process_counts(args: ModelArgs) -> list[int]:
     ]
 
 
-def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -> None:
-    """ValueError for a shape that cannot be built, or be shared by `processes`. source: the folder that it comes
-    from."""
+def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None, what: str = "processes") -> None:
+    """ValueError for a shape that cannot be built, or be shared by `processes`, which the message calls `what`. source:
+    the folder that it comes from."""
     problem = ""
     if args.vocab_size < 1:
         problem = f"vocab_size is {args.vocab_size}; set it to the number of pieces of the tokenizer"
@@ -133,7 +133,7 @@ def check_args(args: ModelArgs, processes: int, source: Optional[Path] = None) -
     elif processes not in (counts := process_counts(args)):
         problem = (
             f"{args.n_heads} query heads, {args.kv_heads} key/value heads, a width of {args.dim} and one of "
-            f"{args.ffn_width} cannot be shared by {processes} processes; use {' or '.join(map(str, counts))}"
+            f"{args.ffn_width} cannot be shared by {processes} {what}; use {' or '.join(map(str, counts))}"
         )
     if problem:
         raise ValueError(problem if source is None else f"{source}: {problem}")
@@ -670,8 +670,9 @@ class Transformer(nn.Module):
         """(B, S) -> (B, S, dim). ValueError if they are no ids. On a GPU only dtype and shape are checked, without a
         wait."""
         if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            shape = tuple(getattr(tokens, "shape", ()))
-            told = f"{type(tokens).__name__} of {getattr(tokens, 'dtype', None)} and shape {shape}"
+            told = type(tokens).__name__
+            if isinstance(tokens, torch.Tensor):
+                told += f" of {tokens.dtype} and shape {tuple(tokens.shape)}"
             raise ValueError(f"tokens must be ids in an int64 tensor of shape (batch, positions), not a {told}")
         try:
             # A script's tensors may lie on the CPU: unlike Meta's build, ours does not make the GPU torch's default.
@@ -704,8 +705,9 @@ class Transformer(nn.Module):
             raise ValueError(f"start_pos is {first}; the first position is 0")
         if self.params.max_batch_size < rows or self.params.max_seq_len < end:
             raise ValueError(
-                f"{rows} rows up to position {end} do not fit the cache of max_batch_size={self.params.max_batch_size} "
-                f"rows of max_seq_len={self.params.max_seq_len}; build the model with larger ones"
+                f"{counted(rows, 'row')} up to position {end} do not fit the cache of "
+                f"max_batch_size={self.params.max_batch_size} rows of max_seq_len={self.params.max_seq_len}; build the "
+                "model with larger ones"
             )
 
     def step(

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple, Optional, TypedDict, Union
 from .constraints import Constraint
 from .decoding.settings import Sampling
 from .system.checks import whole, whole_number
-from .system.printable import escaped, shortened
+from .system.printable import counted, escaped, shortened
+from .system.program import nearest
+
+# What other programs call these options.
+ALSO_CALLED = {
+    "max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "max_length": "max_gen_len",
+    "n_predict": "max_gen_len", "temp": "temperature", "repeat_penalty": "repetition_penalty",
+}  # fmt: skip
 
 
 class Options(TypedDict, total=False):
@@ -148,9 +155,8 @@ TOLD = {  # the sentence that the terminal's help has for each option of an answ
     "stop": "a text that ends the answer; several as a JSON list",
 }
 SETTABLE = [*TOLD, "seed"]  # options that /set changes in a chat
-IN_JSON = [
-    name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")
-]  # keys of a line of --jsonl
+# Options that a line of --jsonl may have as keys.
+IN_JSON = [name for name in DEFAULTS if name not in ("logprobs", "logit_bias", "seed", "n")]
 
 
 def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
@@ -189,7 +195,9 @@ def _seeds(given: Any, prompts: int) -> tuple[Optional[int], tuple[Optional[int]
     )
     told = (given,) if is_one else _several("seed", given, "a whole number, or one for each prompt")
     if not is_one and len(told) != prompts:
-        raise ValueError(f"{len(told)} seeds for {prompts} prompts; give one seed, or one for each prompt")
+        raise ValueError(
+            f"{counted(len(told), 'seed')} for {counted(prompts, 'prompt')}; give one seed, or one for each prompt"
+        )
     numbers = tuple(None if n is None else whole_number("seed", n, 0, 2**63 - 1, "from 0 to 2**63 - 1") for n in told)
     return (numbers[0], (None,) * prompts) if is_one else (None, numbers)
 
@@ -198,7 +206,8 @@ def parse_options(given: Mapping[str, Any], prompts: int, vocab_size: int, max_s
     """ValueError for an option that does not exist or is out of range. What is not given has Meta's default."""
     known = (*Options.__annotations__, *METAS_OPTIONS)
     if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"unknown option {escaped(', '.join(unknown))}; there are {', '.join(known)}")
+        told = ", ".join(f"{escaped(name)}{nearest(name, known, also_called=ALSO_CALLED)}" for name in unknown)
+        raise ValueError(f"unknown option {told}; there are {', '.join(known)}")
     length, logprobs = given.get("max_gen_len"), given.get("logprobs", False)
     alternatives = 0 if isinstance(logprobs, bool) else whole(logprobs)
     if alternatives is None or alternatives < 0:

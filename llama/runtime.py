@@ -93,7 +93,7 @@ class _Started:
     at_exit: bool = False
     threads: Optional[int] = None
     stdout: Optional[TextIO] = None
-    silence: Optional[TextIO] = None  # stands in for it
+    silence: Optional[TextIO] = None  # stands in stdout's place while this process is quiet
     excepthook: Optional[Any] = None
     gpus: list[torch.device] = field(default_factory=list)  # the ones that this process has computed on
 
@@ -113,8 +113,8 @@ def placed(launch: Launch) -> Iterator[None]:
 
 
 def acts_alone() -> bool:
-    """Whether the process group is not for what runs here: it is of a `Llama` that started processes of its own, and
-    that was built before."""
+    """Whether what runs here has no part in the process group, which is that of an earlier `Llama` with processes of
+    its own."""
     return _started.launch is not None and _placed.get() is None
 
 
@@ -197,7 +197,7 @@ def choose_device(device: Union[str, torch.device, None], launch: Launch) -> tor
         index = chosen.index if chosen.index is not None else 0 if count == 1 else launch.local_rank
         if not count:
             raise ValueError(
-                "device='cuda', but torch sees no GPU; pass device='cpu', or install a CUDA build of PyTorch"
+                f"device={str(device)!r}, but torch sees no GPU; pass device='cpu', or install a CUDA build of PyTorch"
             )
         if index >= count:
             raise ValueError(
@@ -290,9 +290,8 @@ def _join(launch: Launch) -> None:
     _started.launch = launch if launch.store is not None else None
     _started.watch = watch = peers.begin(launch.rank, launch.world_size, launch.launcher)
     if dist.is_initialized():
-        with contextlib.suppress(
-            RuntimeError, AttributeError
-        ):  # a store that has no second connection carries no signs
+        # A store that cannot open a second connection carries no signs of life.
+        with contextlib.suppress(RuntimeError, AttributeError):
             watch.publish(PrefixStore(f"llama/{_joined}", _default_store().clone()))
         _started.world = dist.group.WORLD
         return
@@ -301,9 +300,8 @@ def _join(launch: Launch) -> None:
         # With GPUs both are joined: a later build may be for the CPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and peers.is_refused(address):
-            raise RuntimeError(
-                peers.GONE
-            )  # torchrun ended while this process was importing; rendezvous would wait for minutes
+            # torchrun ended while this process was importing; rendezvous would wait for minutes.
+            raise RuntimeError(peers.GONE)
         store: Any = launch.store
         if store is None:
             with peers.waiting((), address):

@@ -23,15 +23,14 @@ from .system.printable import shortened
 SECONDS = 5.0
 MOST_ROUNDS = 10**6  # rounds of all loops and macros together
 MOST_SIZE = 2**22  # characters of a text, or items of a list
-MOST_PRODUCT = 2**26  # sizes of all that a function of MULTIPLYING is given, multiplied: it makes no more than that
+MOST_PRODUCT = 2**26  # limit of the product of the sizes that a function of MULTIPLYING is given
 MOST_BITS = 2**12  # bits of a number
 MULTIPLYING = {
     "replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice",
     "wordwrap",
 }  # fmt: skip
-WIDE = re.compile(
-    r"%(\(.*?\))?[^%a-zA-Z]*(\d{4}|\*)|{[^{}]*(\d{4}|{)"
-)  # in a text to format: widths that make much of little
+# A width in a format that makes a long text of a short one.
+WIDE = re.compile(r"%(\(.*?\))?[^%a-zA-Z]*(\d{4}|\*)|{[^{}]*(\d{4}|{)")
 
 
 class TooMuch(ValueError):
@@ -49,7 +48,8 @@ _run = _Run()
 
 
 def run(template: Template, **values: Any) -> str:
-    """The text of a template of `Limited`. TooMuch if it goes beyond a limit; whatever else a template may raise."""
+    """The text of a template of `Limited`. Raises TooMuch if it goes beyond a limit, and whatever else a template
+    may raise."""
     _run.end, _run.rounds = time.monotonic() + SECONDS, 0
     try:
         return _joined(template.generate(**values))

@@ -65,7 +65,7 @@ def read_conversation(path: Path) -> tuple[Optional[str], list[Turn]]:
 
 @contextmanager
 def saved_by(path: Path) -> Iterator[None]:
-    """A block that believes a file: what it finds wrong is told of the file."""
+    """A block that works on what a file says: its ValueErrors name the file."""
     try:
         yield
     except (ValueError, KeyError, TypeError) as error:

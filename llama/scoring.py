@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 from .decoding.requests import Step, check_prompts
 from .model import ModelArgs
 from .options import Prompts
+from .system.checks import list_of_texts
 from .tokenizer import Tokenizer, split
 
 T = TypeVar("T")
@@ -46,10 +47,7 @@ def encode_pair(encode: Callable[[str], list[int]], context: str, continuation: 
 def encode_pairs(encode: Callable[[str], list[int]], contexts: Any, continuations: Any) -> list[Pair]:
     """`encode_pair` of two lists of texts. ValueError for what is no list of texts."""
     for name, texts in {"texts": contexts, "continuations": continuations}.items():
-        if isinstance(texts, str) or not isinstance(texts, Sequence):
-            raise ValueError(f"{name} is a list of texts, not {type(texts).__name__}; put one text into a list")
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise ValueError(f"{name} is a list of texts, and has a {type(wrong[0]).__name__} in it")
+        list_of_texts(name, texts)
     return [encode_pair(encode, *pair) for pair in _paired(contexts, continuations)]
 
 

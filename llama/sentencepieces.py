@@ -14,12 +14,8 @@ from typing import Any, Union
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, as SentencePiece numbers them
 PIECE, TRAINER, NORMALIZER = 1, 2, 3  # fields of a model
 MODEL_TYPE, VOCAB_SIZE, BYTE_FALLBACK = 3, 4, 35  # fields of the trainer's part
-IDS = {
-    "unk_id": (40, 45),
-    "bos_id": (41, 46),
-    "eos_id": (42, 47),
-    "pad_id": (43, 48),
-}  # each with the field of its piece
+# name -> the trainer's fields of the id, and of its piece
+IDS = {"unk_id": (40, 45), "bos_id": (41, 46), "eos_id": (42, 47), "pad_id": (43, 48)}
 BPE = 2
 NAME, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 1, 3, 4  # fields of the normalizer's part
 

@@ -179,9 +179,8 @@ class ChatSession:
         turn, first = self._turns[-1], not history
         prompt = self._encode(turn["user"], first)
         reply = self._open(last)[len(prompt) :]
-        if last == self._finished(turn, first) or turn["assistant"].endswith(
-            REPLACEMENT
-        ):  # it may end in half a character
+        # A reply may end in half a character, which shows as U+FFFD.
+        if last == self._finished(turn, first) or turn["assistant"].endswith(REPLACEMENT):
             begun = self._encode(turn["user"], first, turn["assistant"])
             prompt, reply = begun[: (same := in_common(begun, prompt))], begun[same:]
         self._check_room(history, turn["user"], len(prompt) + len(reply))
@@ -258,9 +257,8 @@ class ChatSession:
     def save(self, path: Union[str, Path]) -> None:
         """Write the session as JSON. What was at `path` stays as it was until all is written."""
         turns: list[Turn] = []
-        for (turn, first), ids in zip(
-            self._placed(), self._history()
-        ):  # turns that could not be loaded again are not written
+        # Turns that could not be loaded again are not written.
+        for (turn, first), ids in zip(self._placed(), self._history()):
             turns.append(Turn(user=turn["user"], assistant=turn["assistant"]))
             if self._is_exact(ids, turn, first):
                 turns[-1]["ids"] = ids

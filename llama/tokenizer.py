@@ -12,8 +12,10 @@ from typing import Literal, NamedTuple, Optional, Union
 from sentencepiece import SentencePieceProcessor
 
 from .sentencepieces import without_space
+from .system.checks import whole
 from .system.files import is_there, read_file
 from .system.files import user_path as user_path
+from .system.printable import shortened
 
 logger = getLogger(__name__)
 
@@ -173,6 +175,13 @@ class Tokenizer:
             at = found.end()
         yield s[at:], None
 
+    @staticmethod
+    def _id(value: object) -> int:
+        """An id of numpy's or torch's kind as Python's."""
+        if (number := whole(value)) is None:
+            raise ValueError(f"{shortened(value)} is no id; ids are whole numbers, in a list")
+        return number
+
     def decode(self, t: Union[int, Sequence[int]]) -> str:
         """The text of one id or of many. SentencePiece's space before a text is dropped. Control ids give no text,
         added tokens give theirs.
@@ -180,7 +189,7 @@ class Tokenizer:
         Raises:
             ValueError: an id outside the vocabulary.
         """
-        ids = [t] if isinstance(t, int) else [int(i) for i in t]
+        ids = [t] if isinstance(t, int) else [i if type(i) is int else self._id(i) for i in t]
         for i in ids:
             if not 0 <= i < self.n_words:
                 raise ValueError(f"id {i} is outside the vocabulary; ids go from 0 to {self.n_words - 1}")

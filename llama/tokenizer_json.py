@@ -132,7 +132,7 @@ def _vocab_problem(model: dict[str, Any]) -> str:
 
 
 def _pair(merge: Any) -> Any:
-    """A merge, "a b" or ["a", "b"], as its two texts; None if it is none."""
+    """A merge, "a b" or ["a", "b"], as its two texts; None for anything else."""
     pair = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) if isinstance(merge, list) else ()
     return pair if len(pair) == 2 and all(isinstance(text, str) for text in pair) else None
 

@@ -115,7 +115,7 @@ def test_places() -> None:
         ("chat --device cpu --sytem x", "chat does not take '--sytem' (did you mean --system?)"),
         ("info llama/demo --dtpye bfloat16", "info does not take '--dtpye' (did you mean --dtype?)"),
         ("convert nowhere x hf 1 float32 x int8 more", "convert does not take 'more'"),
-        ("convert a", "convert needs --dst and --to; see llama convert --help"),
+        ("convert a", "convert needs --dst and --to (hf, meta, gguf); see llama convert --help"),
         (
             "bench --device cpu --new_tokens 2 --bach_size 2",
             "bench does not take '--bach_size' (did you mean --batch_size?)",
@@ -127,6 +127,18 @@ def test_places() -> None:
         ("complete hi --max_new_tokens 5", "complete does not take '--max_new_tokens' (did you mean --max_gen_len?)"),
         ("complete hi --max_seqlen 5", "complete does not take '--max_seqlen' (did you mean --max_seq_len?)"),
         ("serve --model x", "serve does not take '--model' (did you mean --ckpt_dir?)"),
+        ("complete hi --processes 2", "complete does not take '--processes' (did you mean --model_parallel_size?)"),
+        ("convert a b --format hf", "convert does not take '--format' (did you mean --to?)"),
+        ("convert a b", "convert needs --to (hf, meta, gguf); see llama convert --help"),
+        ("help nope", "there is no command 'nope'; there are chat, "),
+        ("--help complet", "there is no command 'complet' (did you mean complete?); there are chat, "),
+        ("complete hi —top_p 1", "complete does not take '—top_p 1'; put a text with spaces in quotes, straight ones"),
+        (
+            "complete “hi you”",
+            "complete does not take 'you”'; put a text with spaces in quotes, straight ones, and write",
+        ),
+        ('complete hi --stop ["a",1]', "complete: --stop: '[\"a\",1]' is no JSON list of texts; write "),
+        ("serve --port 99999", "port=99999 must be a whole number from 0 to 65535"),
         ("complete hi --top_p 2", "top_p=2 must be at most 1, which keeps all ids"),
         ("chat --max_gen_len 1.5", "max_gen_len=1.5 must be a whole number of 0 or more"),
     ],
@@ -170,12 +182,17 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_ways_to_ask_for_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["--help"], ["-h"], ["help"], ["help", "nothing"]):
+    for words in ([], ["--help"], ["-h"], ["help"], ["help", "all"]):
         cli.run(words)
         shown = capsys.readouterr().out
         assert all(f"\n  {name} " in shown for name in cli.COMMANDS)
         assert shown.count("\n") <= 24
-    for words in (["info", "--help=all"], ["help", "info", "all"], ["info", "x", "--help", "all"]):
+    for words in (
+        ["info", "--help=all"],
+        ["help", "info", "all"],
+        ["--help", "info", "all"],
+        ["info", "x", "--help", "all"],
+    ):
         cli.run(words)
         assert "\n  --adapter PATH " in capsys.readouterr().out
     assert read(["complete", "--", "--help"])["prompt"] == "--help"

@@ -157,7 +157,7 @@ def test_bench_refuses_before_it_works(options: dict[str, Any], said: str, monke
 @pytest.mark.parametrize(
     ("options", "positions"),
     [({}, 512), ({"new_tokens": 12}, 492), ({"new_tokens": 511}, 512), ({"new_tokens": 600}, 601),
-     ({"new_tokens": 600, "ckpt_dir": "a folder"}, 1080), ({"prompt_tokens": 7, "new_tokens": 2}, 9)],
+     ({"new_tokens": 600, "ckpt_dir": "."}, 1080), ({"prompt_tokens": 7, "new_tokens": 2}, 9)],
 )  # fmt: skip
 def test_prompts_leave_room_for_what_is_asked_for(
     options: dict[str, Any], positions: int, monkeypatch: pytest.MonkeyPatch

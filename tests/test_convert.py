@@ -302,7 +302,7 @@ def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     refuse("link exists, and nothing is written over", target=tmp_path / "link")
     refuse("shards=0 must be", to="meta", shards=0)
-    refuse("cannot be shared by 3 processes; use 1 or 2 or 4 or 8", to="meta", shards=3)
+    refuse("cannot be shared by 3 shards; use 1 or 2 or 4 or 8", to="meta", shards=3)
     refuse("4 key/value heads cannot be cut into 8 shards; use a divisor of 4", to="meta", shards=8)
     refuse("no checkpoint folder", source=tmp_path / "gone")
     refuse("no tokenizer at", tokenizer_path=tmp_path / "tokenizer.model")
@@ -325,7 +325,7 @@ def test_a_full_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: full)
-        with pytest.raises(ValueError, match="has 0.0 GB free, and 0.0 GB are to be written"):
+        with pytest.raises(ValueError, match=r"has 1.0 KB free, and \S+ [KM]B are to be written"):
             convert(tiny, tmp_path / "new", "hf")
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -7,14 +7,15 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Optional
 
 import pytest
 import torch
 from helpers import command, watch_prefill
 
 from llama import Llama
-from llama.harness import Answers
+from llama.harness import Answers, check_examples, side_by_side
 from llama.perplexity import chunks, detokenized, documents, joined, joined_windows, perplexity, rolling
 
 CONTEXT = "The little dog found a red ball under the tree and ran back to the house with it. She"
@@ -100,7 +101,7 @@ def test_a_pair_may_fill_the_cache(llama: Llama) -> None:
         (["a", "a"], ["b", ""], "continuation 1 has no ids of its own"),
         (["a"], "b", "continuations is a list of texts, not str"),
         ("a", ["b"], "texts is a list of texts, not str"),
-        (["a"], [3], "continuations is a list of texts, and has a int in it"),
+        (["a"], [3], "continuations\\[0\\] is 3, and not a text; continuations is a list of texts"),
         ([[]], [[5]], "prompt 0 is empty"),
         ([[1]], [[400]], "has the id 400, which is outside the vocabulary"),
         ([[1]], [7], "must be lists of ids"),
@@ -287,6 +288,29 @@ def test_eval_refuses_at_once(options: dict[str, Any], message: str) -> None:
     """Before the harness is imported, and before tasks and models are loaded."""
     with pytest.raises(ValueError, match=message):
         command("eval", tasks="hellaswag", **options)
+
+
+def test_examples_are_counted_before_a_model_is_loaded() -> None:
+    """The harness found out in the middle, by an error of `random.sample`."""
+
+    def task(documents: Any, own: Optional[int] = None) -> Any:
+        return SimpleNamespace(fewshot_docs=lambda: documents, get_config={"num_fewshot": own}.get)
+
+    check_examples({"enough": task(range(9)), "none of its own accord": task([], 0)}, 9)
+    for eight in (range(8), iter(range(8))):
+        with pytest.raises(ValueError, match="num_fewshot=9, but few has 8 documents to take examples from; pass 8 at"):
+            check_examples({"enough": task(range(9)), "few": task(eight)}, 9)
+
+
+def test_requests_at_once() -> None:
+    """A text that is no number was once an error of `int`, and 4.5 was 4."""
+    assert [side_by_side(size, 3) for size in (2, "2", "auto", "auto:4")] == [2, 2, 3, 3]
+    assert side_by_side("auto") == 8
+    for size in ("x", 4.5, "4.5", 0, None, "auto4"):
+        with pytest.raises(ValueError, match='batch_size=.* must be a whole number of 1 or more, or "auto"'):
+            side_by_side(size)
+    with pytest.raises(ValueError, match="max_batch_size=0 must be"):
+        side_by_side("auto", 0)
 
 
 def test_eval_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:

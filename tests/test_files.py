@@ -26,7 +26,7 @@ from llama import Llama, model
 from llama.commands import jobs
 from llama.commands.console import given_text
 from llama.commands.convert import convert
-from llama.system.files import MappedFiles, Number, contents, listed, read_file, read_json
+from llama.system.files import MappedFiles, Number, contents, listed, read_file, read_json, user_path
 from llama.weights import huggingface, meta
 
 NAN, INF = float("nan"), float("inf")
@@ -565,3 +565,10 @@ def test_weights_that_cannot_be_rounded(tmp_path: Path, tokenizer_path: str) -> 
     weights[WQ][3, 3] = NAN
     with pytest.raises(ValueError, match=r"layers.0.attention.wq.scales goes from nan to nan.* rounded have NaN"):
         build(write_checkpoint(tmp_path, weights), tokenizer_path, quantize="int8")
+
+
+def test_an_empty_path_is_told() -> None:
+    """A shell's variable that is not set was once the current folder."""
+    with pytest.raises(ValueError, match=r"the path is empty; write \. for the current folder"):
+        user_path("")
+    assert user_path(".") == user_path(Path(".")) == Path(".")

@@ -201,7 +201,7 @@ def test_options_of_one_prompt(llama: Llama) -> None:
     for good in ({}, {"seed": 3}, {"seed": [3]}, {"n": 1, "temperature": 0.5}):
         llama.check_options(good)
     for bad, message in (
-        ({"seed": []}, "0 seeds for 1 prompts"), ({"seed": [3, 4]}, "2 seeds for 1 prompts"),
+        ({"seed": []}, "0 seeds for 1 prompt;"), ({"seed": [3, 4]}, "2 seeds for 1 prompt;"),
         ({"n": 2}, "n=2: here a prompt"),
         ({"max_gen_length": 2}, "unknown option max_gen_length"),
     ):  # fmt: skip

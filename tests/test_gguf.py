@@ -716,7 +716,7 @@ def test_what_convert_refuses(tiny: Path, tokenizer_path: str, tmp_path: Path) -
         (
             "a.gguf",
             {"tokenizer_path": path, "quantize": "int8"},
-            "quantize='int8' is no kind for GGUF that is written here",
+            "quantize='int8' is no kind for to='gguf': ",
         ),
         ("a.gguf", {}, "a GGUF file has its tokenizer in it, and there is none in"),
     ):

@@ -82,7 +82,13 @@ def test_a_path_that_exists_wins(hub: Hub, tmp_path: Path, monkeypatch: pytest.M
     assert hub.asked == []
 
 
+def test_the_address_of_a_models_page_is_its_name() -> None:
+    for text in ("https://huggingface.co/org/name", "https://huggingface.co/org/name/"):
+        assert names.parse(text) == names.parse("org/name")
+
+
 @pytest.mark.parametrize("text", [
+    "https://huggingface.co/org", "https://huggingface.co/org/name/tree/main", "https://example.org/org/name",
     "org", "org/", "/org/name", "~/name", "./org/name", "../name", "org/../name", "org//name", "a/b/c", "org/na me",
     "org/naïve", "org/-name", "org/name-", ".org/name", "org/name.git", "org/na--me", "org/na..me",
     f"org/{'n' * 96}", "org/name@", "org/name@../x", "org/name@-f", "org/name@a b", "org/name\n", "C:\\org/name",

@@ -20,6 +20,11 @@ from llama.commands import cli
 done = {}
 lines = [["--help"], ["tokenize", "hello"], ["complete", "x", "--temprature", "0"], ["complete", "x", "--top_p", "2"]]
 lines += [["chat", "--url", "127.0.0.1:1"], ["complete", "x", "--url", "127.0.0.1:1"]]  # where nobody answers
+lines += [[*words, "no/such/folder"] for words in (
+    ["complete", "x", "--ckpt_dir"], ["chat"], ["serve"], ["score", "x", "--draft"], ["info"], ["bench"],
+    ["perplexity", "--file", __import__("os").__file__, "--method", "joined-64"], ["eval", "--tasks", "x"],
+    ["convert", "--dst", "x", "--to", "hf"],
+)]
 for words in [*lines, *([name, "--help"] for name in cli.COMMANDS)]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ValueError):
         cli.run(words)

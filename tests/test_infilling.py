@@ -104,7 +104,7 @@ def test_the_middle(llama: Llama) -> None:
     ("prefixes", "suffixes", "message"),
     [
         ("a", ["b"], "prefixes is a list of texts, not str"), (["a"], "b", "suffixes is a list of texts, not str"),
-        (["a", "b"], ["c"], "2 prefixes, but 1 suffixes"), (["a"], [5], "suffixes has 5, which is no text"),
+        (["a", "b"], ["c"], "2 prefixes, but 1 suffixes"), (["a"], [5], r"suffixes\[0\] is 5, and not a text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_filled_in(prefixes: Any, suffixes: Any, message: str, llama: Llama) -> None:

@@ -91,13 +91,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
       for v in (1.5, "1", -1, 2**63, True, [True], [1.0], {1}, NAN, 10**5000)],
     ({"seed": iter([1])}, "seed=.* must be a whole number"), ({"seed": {1: 2}}, ("seed=.* must be a whole number, or "
                                                                                 "one for")),
-    *[({"seed": v}, "seeds for 1 prompts; give one seed, or") for v in ([], [1, 2], np.arange(2))],
+    *[({"seed": v}, "seeds for 1 prompt; give one seed, or") for v in ([], [1, 2], np.arange(2))],
     *[({"stop": v}, "stop=.* must be texts") for v in (5, "", ["a", ""], [1], b"x", {"a": 1}, iter(["a"]), [["a"]],
         1.5)],
     *[({"stop_ids": v}, "stop_ids=.* must be ids")
       for v in (5, "5", [400], [-1], ["a"], [1.0], [True], {1: 2}, iter([1]), [10**30])],
     *[({"draft": v}, "draft=.* must be True, False or None") for v in ("yes", 2, 1, [])],
-    ({"temprature": 1}, "unknown option temprature; there are stop, .*, temperature, top_p, max_gen_len, logprobs"),
+    ({"temprature": 1}, (r"unknown option temprature \(did you mean temperature\?\); there are stop, .*, temperature, "
+                         "top_p, max_gen_len, logprobs")),
+    ({"max_tokens": 1}, r"unknown option max_tokens \(did you mean max_gen_len\?\); there are"),
+    ({"x": 1}, "unknown option x; there are stop"),
 ]  # fmt: skip
 
 
@@ -172,7 +175,7 @@ def test_numbers_of_any_kind(llama: Llama) -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        *[([value], "prompt_tokens must be lists of ids, and .* is none")
+        *[([value], "prompt_tokens must be lists of ids, and .* is no (list; put one prompt into a list|whole number)")
           for value in ([True], [1.0], ["a"], [None], {1: 2}, {1}, 5, torch.tensor(5), [torch.tensor(True)], "ab")],
         *[([[value]], "id .*, which is outside the vocabulary; ids go from 0 to 399") for value in (-1, 400, 2**70)],
     ],
@@ -180,6 +183,28 @@ def test_numbers_of_any_kind(llama: Llama) -> None:
 def test_wrong_prompts(prompts: Any, message: str, llama: Llama) -> None:
     with pytest.raises(ValueError, match=message):
         llama.generate(prompts, 1)
+
+
+def test_what_is_to_be_a_list(llama: Llama) -> None:
+    """The place is named, and the way out: a list in a list, a tensor's own list, a loader."""
+    for call in (llama.text_completion, llama.stream_text, llama.score):
+        for prompts in ("a", b"a", None, {"a"}):
+            with pytest.raises(ValueError, match="prompts is a list of texts, not .*; put one text into a list"):
+                list(call(prompts))
+        with pytest.raises(ValueError, match=r"prompts\[1\] is None, and not a text; prompts is a list of texts"):
+            list(call(["a", None]))  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="not Tensor; pass its .tolist()"):
+        llama.generate(torch.tensor([[1, 5]]), 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a dialog is a list of messages, not dict; put its messages into a list"):
+        llama.chat_completion([{"role": "user", "content": "a"}])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="dialogs is a list of dialogs, not dict; put one into a list"):
+        llama.chat_completion({"role": "user", "content": "a"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model='7b/' is no Transformer; Llama.build\('7b/'\) loads a folder"):
+        Llama("7b/", llama.tokenizer)  # type: ignore[arg-type]
+    for ids in ("ab", [1.0], [True], [None]):
+        with pytest.raises(ValueError, match="is no id; ids are whole numbers, in a list"):
+            llama.tokenizer.decode(ids)  # type: ignore[arg-type]
+    assert llama.tokenizer.decode(torch.tensor([5, 6])) == llama.tokenizer.decode([5, 6])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

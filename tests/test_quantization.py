@@ -460,9 +460,10 @@ def test_what_is_refused(tiny: Path, tmp_path: Path, tokenizer_path: str, pool: 
     refuse("q is already int4 and cannot become int8; leave quantize out", tmp_path / "q", quantize="int8")
     with pytest.raises(ValueError, match="q is stored as int4, which is for Meta's format alone"):
         convert(tmp_path / "q", tmp_path / "hf", "hf")
-    with pytest.raises(ValueError, match="quantize='int8' is for Meta's format alone"):
+    with pytest.raises(ValueError, match="quantize='int8' is no kind for to='hf': to='meta' takes 'int8', "):
         convert(tiny, tmp_path / "hf", "hf", quantize="int8")
-    with pytest.raises(ValueError, match="quantize='int5' is not supported"):
+    told = "quantize='int5' is no kind for to='meta': .*; to='hf' takes none; to='gguf' takes 'q8_0'"
+    with pytest.raises(ValueError, match=told):
         convert(tiny, tmp_path / "new", "meta", quantize="int5")
     # 64 = 2 groups of 32, which 4 cannot share.
     with pytest.raises(ValueError, match="rows of 64 numbers in int4 groups of 32 .* by 4 shards; use 1 or 2, or int8"):

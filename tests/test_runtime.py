@@ -78,7 +78,11 @@ def test_variables_at_their_bounds(name: str, least: int, most: int, monkeypatch
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT not set; start with torchrun"),
+        (
+            {"WORLD_SIZE": "2"},
+            "says that WORLD_SIZE is 2, and lacks RANK and MASTER_ADDR and MASTER_PORT; start with torchrun",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "says that RANK is 0 and WORLD_SIZE is 2, and lacks MASTER_ADDR and"),
         ({"RANK": "zero"}, "variable RANK is 'zero'"),
         ({"RANK": "0", "WORLD_SIZE": "-1", "MASTER_ADDR": "localhost"}, "variable WORLD_SIZE is '-1'"),
         ({**WHOLE, "WORLD_SIZE": "0"}, "variable WORLD_SIZE is '0'; torchrun sets it to a number from 1 to"),

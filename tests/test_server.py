@@ -243,6 +243,12 @@ def test_models_and_tokens(client: Any, http: Any, llama: Llama) -> None:
 WRONG: list[tuple[str, Any, int, str]] = [
     ("/v1/chat/completions", {"messages": ASKED, "tools": [{"type": "function"}]}, 400, "has no format for tools"),
     ("/v1/chat/completions", {"messages": ASKED, "colour": 1}, 400, "unknown colour; there are temperature"),
+    (
+        "/v1/chat/completions",
+        {"messages": ASKED, "temprature": 1},
+        400,
+        "unknown temprature (did you mean temperature?)",
+    ),
     ("/v1/chat/completions", {"messages": ASKED, "model": "gpt-4"}, 404, "no model 'gpt-4' here; this is 'demo'"),
     ("/v1/chat/completions", {"messages": []}, 400, "a list of messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "content of message 0"),
@@ -264,7 +270,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("/v1/chat/completions", [1], 400, "must be a JSON object"),
     ("/v1/completions", {"prompt": [5, 99999]}, 400, "outside the vocabulary"),
     ("/v1/completions", {"prompt": {"a": 1}}, 400, "a list of lists of ids"),
-    ("/v1/completions", {"prompt": [["a"]]}, 400, "is none"),
+    ("/v1/completions", {"prompt": [["a"]]}, 400, "is no whole number"),
     ("/v1/completions", {"prompt": [7] * 200}, 400, "max_seq_len is 128"),
     ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
     ("/v1/completions", {"prompt": "a", "suffix": "b"}, 400, "cannot fill in"),
@@ -274,7 +280,9 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, 400, "float or base64"),
     ("/detokenize", {"tokens": [-1]}, 400, "ids from 0"),
     ("/tokenize", {}, 400, "give prompt, or messages"),
-    ("/v1/nothing", {}, 404, "no such address"),
+    ("/nothing", {}, 404, "there is no address '/nothing' here"),
+    ("/chat/completions", {}, 404, "no address '/chat/completions' here (did you mean /v1/chat/completions?)"),
+    ("/v1/models", {}, 405, "'/v1/models' is not there for POST; see GET"),
 ]
 
 

@@ -337,12 +337,12 @@ def test_alternatives(llama: Llama) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_q": 1}, "unknown option top_q; there are stop, stop_ids"),
+        ({"top_q": 1}, r"unknown option top_q \(did you mean top_p\?\); there are stop, stop_ids"),
         ({"stop": ""}, "must be texts that are not empty"),
         ({"stop": [3]}, "must be texts that are not empty"),
         ({"stop_ids": [400]}, "must be ids from 0 to 399"),
         ({"seed": -1}, "seed=-1 must be a whole number"),
-        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompt;"),
         ({"seed": ["a"]}, "seed='a' must be a whole number"),
         ({"top_k": -1}, "top_k=-1 must be"),
         ({"top_k": 1.5}, "top_k=1.5 must be"),

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,7 +201,7 @@ def test_set(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     assert "temperature=-1 must be" in err
     assert "max_gen_len=1.5 must be" in err
     assert '/set stop needs a value (or the word "none" for the default)' in err
-    assert "unknown option speed; there are temperature, " in err
+    assert "unknown option speed (did you mean seed?); there are temperature, " in err
     options = conversation.session.options
     assert (options["top_k"], options["temperature"], options["max_gen_len"], options["stop"]) == (
         5,
@@ -242,10 +243,27 @@ def test_what_cannot_be_said_or_loaded_ends_nothing(
     assert "/dev/null is no file that could be written over" in err
 
 
-@pytest.mark.parametrize("value", ["[1, 2]", '["a", 2]', "[", "[]]", '{"a": 1}', "a", "[" * 100_000])
+@pytest.mark.parametrize("value", ["[", "[]]", "[x]", "[INST]", '{"a": 1}', "a", "[" * 100_000])
 def test_what_is_no_list_of_texts_is_a_text(value: str) -> None:
     assert console.texts(value) == value
     assert console.texts('["a", "[b"]') == ["a", "[b"]
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", '["a", 2]', '["a"', "['a']", '[ "a", b]'])
+def test_what_was_meant_as_a_list_of_texts(value: str) -> None:
+    """It was once taken as a text, which stopped nothing."""
+    with pytest.raises(
+        ValueError, match=r'is no JSON list of texts; write \["a", "b"\], and one text that begins like'
+    ):
+        console.texts(value)
+
+
+def test_a_warning_is_one_line() -> None:
+    usual = warnings.formatwarning
+    with console.warnings_in_a_line():
+        assert warnings.formatwarning("odd \x1b", UserWarning, "model.py", 3) == "llama: odd \\x1b\n"
+        assert "model.py:3: SyntaxWarning: odd" in warnings.formatwarning("odd", SyntaxWarning, "model.py", 3)
+    assert warnings.formatwarning is usual
 
 
 def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,16 +442,22 @@ def test_complete_refuses(arguments: dict[str, Any], message: str, monkeypatch: 
         command("complete", **arguments)
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+@pytest.mark.parametrize("words", [["complete", "1985", "--stop", "[x", "--seed", "3"], ["chat"]])
+def test_a_reader_that_leaves_early_is_no_error(words: list[str]) -> None:
+    """A chat once went on, and told of a broken pipe for each message."""
     with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", PROGRAM, "complete", "1985", "--stop", "[x", "--seed", "3"],
+        [sys.executable, "-W", "error", "-c", PROGRAM, *words],
         env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as program:
         assert program.stdout is not None
         assert program.stderr is not None
         program.stdout.close()
+        assert program.stdin is not None
+        program.stdin.write(b"hello\nhello\n")
+        program.stdin.close()
         errors = program.stderr.read().decode()
     assert program.returncode == 0, errors
     assert "roken" not in errors
@@ -526,6 +550,21 @@ def job(line: int, **changed: Any) -> jobs.Job:
     return jobs.Job(line, **{**plain, **changed})
 
 
+def test_jsonl_on_a_full_disk(source: Path, tmp_path: Path) -> None:
+    """The file is named, though closing it fails once more; and the next run goes on."""
+    resource = pytest.importorskip("resource")
+    out, limits = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # which Python sees as an error of the write
+    try:
+        with pytest.raises(ValueError, match="out.jsonl cannot be written: File too large; the same command goes on"):
+            answer(source, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 0 < out.stat().st_size <= 200
+    answer(source, out)
+    assert len(out.read_bytes().splitlines()) == len(LINES)
+
+
 def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
     """Whatever their options; the lines come in the input's order all the same."""
     running: list[int] = []
@@ -611,11 +650,12 @@ def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None
         ('{"prompt": "a", "messages": []}', 'it must be {"prompt"'),
         ('{"prompt": 5}', "prompt=5 must be a text"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0 is from 'assistant'"),
-        ('{"prompt": "a", "max_len": 5}', "unknown max_len; a line may have prompt, "),
+        ('{"prompt": "a", "max_len": 5}', "unknown max_len (did you mean max_gen_len?); a line may have prompt, "),
         ('{"prompt": "a", "seed": -1}', "seed=-1 must be"),
         ('{"prompt": "a", "top_p": "x"}', "top_p='x' must be"),
         ('{"prompt": "a", "max_gen_len": -5}', "max_gen_len=-5 must be"),
         ('{"prompt": "\\ud800"}', "UTF-8"),
+        ('{"prompt": "caf\udce9"}', "it is not UTF-8 at byte 15; save it as UTF-8"),
         ("[" * 100_000, "nested too deep"),
         ('{"prompt": "a", "temperature": 1e400}', "'1e400' is not a finite number"),
         ('{"prompt": "a", "id": NaN}', "'NaN' is not a finite number"),
@@ -637,7 +677,7 @@ def test_jsonl_refuses_another_runs_output(source: Path, tmp_path: Path) -> None
 )
 def test_jsonl_names_the_bad_line_before_any_work(line: str, message: str, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "a"}\n\n' + line)
+    source.write_text('{"prompt": "a"}\n\n' + line, errors="surrogateescape")
     with pytest.raises(ValueError, match=f"line 3 of .*{re.escape(message)}"):
         answer(source, out)
     assert not out.exists() or not out.read_bytes()

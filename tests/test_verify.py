@@ -24,7 +24,7 @@ from llama.loading import DEMO
 from llama.tokenizer import Tokenizer
 from llama.verification import child, faults, itself, repairs, spread
 from llama.verification.checksums import check_checksums, record
-from llama.verification.checkup import Asked, verify
+from llama.verification.checkup import Asked, files_of, verify
 from llama.verification.known import check_perplexities, check_published, recognise
 from llama.verification.results import FAIL, NOT_APPLICABLE, PASS, Result
 from llama.verification.texts import STORIES
@@ -266,6 +266,7 @@ def test_a_good_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
         ("seconds", "None", "seconds=None must be a number of 0 or more"),
         ("seconds", "-1", "seconds=-1 must be"),
         ("text", "{empty}", "empty is empty"),
+        ("quick --text", "{empty}", "--quick runs no model, and --text would do nothing; leave out one or the other"),
         ("wikitext", "{empty}", "empty is empty"),
     ],
 )
@@ -273,7 +274,7 @@ def test_what_is_refused(option: str, value: str, message: str, tmp_path: Path) 
     """Before anything is checked."""
     (tmp_path / "empty").write_text("\n\n")
     with pytest.raises(ValueError, match=message):
-        cli.run(["verify", str(DEMO), f"--{option}={value.format(empty=tmp_path / 'empty')}"])
+        cli.run(["verify", str(DEMO), *f"--{option}={value.format(empty=tmp_path / 'empty')}".split()])
 
 
 def test_a_text_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +316,7 @@ def test_untrained_weights_are_no_failure(tmp_path: Path) -> None:
         assert results[name].verdict == NOT_APPLICABLE
 
 
-def test_files_and_checksums(tmp_path: Path) -> None:
+def test_files_and_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bit of the weights, a file that was cut, one that is missing, other settings: with a list of checksums, and by
     what a .pth file has of its own."""
     good = copied(tmp_path / "good")
@@ -345,7 +346,30 @@ def test_files_and_checksums(tmp_path: Path) -> None:
     assert "is cut short" in until_failure(good, "files")
     assert "without the directory that such a file ends with: it is cut short" in until_failure(good, "checksums")
     with pytest.raises(ValueError, match="there is no folder and no file"):
-        next(verify(Asked(tmp_path / "none")))
+        cli.run(["verify", str(tmp_path / "none")])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_tokenizer_above(tmp_path: Path) -> None:
+    """Meta's download puts the tokenizer of all models, and its checksum, above their folders. The rest of such a list,
+    and other lists there, are about other files."""
+    folder = copied(tmp_path / "model")
+    tokenizer = (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    record(tmp_path, [tokenizer]).rename(tmp_path / "tokenizer_checklist.chk")
+    (tmp_path / "checklist.chk").write_text(f"{'0' * 32}  other.pth\n")
+    assert "1 file as tokenizer_checklist.chk (md5) says" in check_checksums(folder, files_of(folder, None)).told
+    flip(tokenizer, 5000)
+    assert until_failure(folder, "checksums").startswith("tokenizer.model has md5 ")
+
+
+def test_a_file_without_checksums_in_it_is_not_counted(tmp_path: Path) -> None:
+    """torch.save wrote such files until 2020, and can still."""
+    folder = copied(tmp_path / "model")
+    weights = folder / "consolidated.00.pth"
+    torch.save(torch.load(weights), weights, _use_new_zipfile_serialization=False)
+    found = check_checksums(folder, [weights])
+    assert found.verdict == NOT_APPLICABLE
+    assert found.told.startswith("there is none for consolidated.00.pth")
 
 
 def test_the_hubs_hashes(tmp_path: Path) -> None:

@@ -6,18 +6,19 @@ import re
 import sys
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ..chat_formats import FORMATS
+from ..options import ALSO_CALLED as OPTIONS_ALSO_CALLED
 from ..options import DEFAULTS, TOLD, parse_options
 from ..system.files import user_path
 from ..system.launch import Launch
 from ..system.printable import shortened
 from ..system.program import nearest
 from .console import file_text, number, texts
-from .fetching import ask_before_fetching
+from .fetching import ask_before_fetching, check_named
 
 if TYPE_CHECKING:
     from ..generation import Llama
@@ -26,15 +27,16 @@ REQUIRED = object()  # the default of an option that has to be given
 TRUTHS = {"true": True, "false": False, "1": True, "0": False, "none": None}
 # A name and a value. "-5" and "- a list" are texts.
 OPTION = re.compile(r"(?:--|-(?=[A-Za-z]))([^\s=]+)(?:=(.*))?", re.DOTALL)
+TYPESET = {*"“”„‘’–—"}  # what an editor makes of quotes and of --, and no shell understands
 HELP = ("-h", "--help")
 # What other programs call our options.
-ALSO_CALLED = {
-    "max_tokens": "max_gen_len", "max_new_tokens": "max_gen_len", "n_predict": "max_gen_len",
-    "max_length": "max_gen_len",
+ALSO_CALLED = OPTIONS_ALSO_CALLED | {
     "n_ctx": "max_seq_len", "ctx_size": "max_seq_len", "model": "ckpt_dir", "model_path": "ckpt_dir",
     "path": "ckpt_dir",
-    "temp": "temperature", "repeat_penalty": "repetition_penalty", "tokenizer": "tokenizer_path", "lora": "adapter",
+    "tokenizer": "tokenizer_path", "lora": "adapter",
     "batch_size": "max_batch_size", "precision": "dtype", "bits": "quantize", "nproc_per_node": "processes",
+    "processes": "model_parallel_size", "tensor_parallel_size": "model_parallel_size", "tp": "model_parallel_size",
+    "format": "to", "outtype": "to", "outfile": "dst", "output": "out", "num_shards": "shards",
 }  # fmt: skip
 
 
@@ -128,9 +130,10 @@ def some_of_model(*names: str) -> dict[str, Option]:
 
 def build(args: Namespace, **changed: Any) -> Llama:
     """The model that the options ask for. What `build` prints goes to stderr."""
+    given = {name: getattr(args, name) for name in MODEL if name in args} | changed
+    check_named(given.get("ckpt_dir"), given.get("draft"))
     from ..generation import Llama  # imports torch, so not before the command line is understood
 
-    given = {name: getattr(args, name) for name in MODEL if name in args} | changed
     ask_before_fetching(*map(given.get, ("ckpt_dir", "adapter", "draft")))
     # Only on the first process: the others' stdout is switched off meanwhile, and would come back.
     with redirect_stdout(sys.stderr) if Launch.read().rank == 0 else nullcontext():
@@ -160,17 +163,27 @@ def _constraint(args: Namespace) -> Optional[dict[str, Any]]:
     return None
 
 
+def find_command(commands: Mapping[str, Command], name: str) -> Command:
+    """The command of this name. ValueError if there is none."""
+    if name[:1] == "-":
+        raise ValueError(f"a command comes before {shortened(name)}: {', '.join(commands)}")
+    if name not in commands:
+        told = f"there is no command {shortened(name)}{nearest(name, commands)}; there are {', '.join(commands)}"
+        raise ValueError(told)
+    return commands[name]
+
+
 def understand(commands: Mapping[str, Command], words: Sequence[str]) -> Callable[[], None]:
     """What a command line asks of one of the commands, ready to run. ValueError if it is wrong. Nothing is loaded
     here."""
     name, *rest = words
-    if name not in commands:
-        told = f"there is no command {shortened(name)}{_nearest(name, commands)}; there are {', '.join(commands)}"
-        raise ValueError(
-            told if name[:1] != "-" else f"a command comes before {shortened(name)}: {', '.join(commands)}"
-        )
-    command, given = commands[name], _given(name, commands[name], rest)
-    lacking = [f"--{o}" for o, option in command.options.items() if option.default is REQUIRED and o not in given]
+    command = find_command(commands, name)
+    given = _given(name, command, rest)
+    lacking = [
+        f"--{o}" + (f" ({', '.join(option.choices)})" if option.choices else "")
+        for o, option in command.options.items()
+        if option.default is REQUIRED and o not in given
+    ]
     if lacking:
         raise ValueError(f"{name} needs {' and '.join(lacking)}; see llama {name} --help")
     args = Namespace(given=frozenset(given))  # by the user, at its default or not
@@ -198,6 +211,8 @@ def _given(name: str, command: Command, words: Sequence[str]) -> dict[str, str]:
     places = [place for place in command.places if place not in given]
     if more := loose[len(places) :]:
         told = f"{name} does not take {shortened(' '.join(more))}; put a text with spaces in quotes"
+        if typeset := sorted({*" ".join(loose)} & TYPESET):
+            told += f", straight ones, and write - for a dash: what was typed has {' '.join(typeset)}"
         raise ValueError(f"{told}, and see llama {name} --help for the options")
     return given | dict(zip(places, loose))
 
@@ -210,7 +225,7 @@ def _named(name: str, options: Mapping[str, Option], found: re.Match[str]) -> tu
     if option in denied and value is None:
         return denied[option], "False"
     if option not in options:
-        near = _nearest(option, [*options, *denied], "--")
+        near = nearest(option, [*options, *denied], "--", ALSO_CALLED)
         told = f"{name} does not take {shortened(found[0])}{near}; see llama {name} --help for the options"
         raise ValueError(told if near else f"{told}, and write -- before a text that begins with a dash")
     return option, value
@@ -224,8 +239,3 @@ def _next(name: str, option: str, kind: Option, left: deque[str]) -> str:
     if not follows:
         raise ValueError(f"{name}: --{option} needs a value; for one that looks like an option write --{option}=VALUE")
     return left.popleft()
-
-
-def _nearest(name: str, names: Collection[str], dashes: str = "") -> str:
-    meant = ALSO_CALLED.get(name)
-    return f" (did you mean {dashes}{meant}?)" if dashes and meant in names else nearest(name, names, dashes)

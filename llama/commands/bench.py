@@ -33,9 +33,8 @@ REPEATS = 3
 
 def bench(args: Namespace) -> None:
     """The command bench."""
-    new_tokens = whole_number(
-        "new_tokens", args.new_tokens, 2
-    )  # one comes with the prompt; decode is timed on the others
+    # The first token comes with the prompt; the others time the decoding.
+    new_tokens = whole_number("new_tokens", args.new_tokens, 2)
     batch_size = whole_number("batch_size", args.batch_size, 1)
     prompt_tokens = args.prompt_tokens
     if prompt_tokens is None:
@@ -165,9 +164,8 @@ def read_rate(device: torch.device, nbytes: int = READ_BYTES) -> float:
     second that a copy reads and writes. The best of a few operators; for each, the median of TRIES."""
     free = memory.free_bytes(device)
     nbytes = nbytes if free is None else max(2**20, min(nbytes, free // 4))
-    numbers = torch.ones(
-        nbytes // 8 * 2, dtype=torch.float32, device=device
-    )  # an even count; writing ones touches every page
+    # An even count. Writing ones touches every page.
+    numbers = torch.ones(nbytes // 8 * 2, dtype=torch.float32, device=device)
     if device_kind(device) != "cpu":
         target = torch.empty_like(numbers)
         return 2 * numbers.nbytes / _seconds(lambda: target.copy_(numbers), device)

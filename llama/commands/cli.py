@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..system.program import as_a_program, fail
 from . import evaluate, folders, serve, shells, terminal
 from .arguments import understand
-from .console import say
+from .console import say, warnings_in_a_line
 from .help import asked_help
 
 COMMANDS = {**terminal.COMMANDS, **serve.COMMANDS, **evaluate.COMMANDS, **folders.COMMANDS}
@@ -28,14 +28,14 @@ def run(words: Sequence[str]) -> None:
 def main() -> None:
     """Run the command line of this process. What it refuses ends with one line and exit status 1, Ctrl-C with 130."""
     try:
-        with as_a_program():
+        with as_a_program(), warnings_in_a_line():
             run(sys.argv[1:])
     except (ValueError, OSError) as error:
         fail(str(error), "llama")
 
 
 def _version() -> str:
-    from importlib.metadata import version  # of torch without importing it
+    from importlib.metadata import version  # tells torch's without importing it
 
     from .. import __version__
 

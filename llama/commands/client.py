@@ -174,7 +174,7 @@ def _address(url: str) -> SplitResult:
 
 
 def number_of(value: Any) -> int:
-    """A count of tokens; 0 if it is none."""
+    """A count of tokens; 0 for anything else."""
     return value if isinstance(value, int) and 0 < value < 2**24 else 0
 
 

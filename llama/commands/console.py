@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,22 @@ def _tell(text: str, color: str) -> None:
             )
             text = f"\x1b[{color}m" + "\n".join(lines) + "\x1b[0m"
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """A block whose warnings to the user are a line each, without the place in our source that Python adds."""
+    before = warnings.formatwarning
+
+    def formatted(message: Union[Warning, str], category: type[Warning], *place: Any, **more: Any) -> str:
+        told = f"llama: {escaped(str(message))}\n"
+        return told if category is UserWarning else before(message, category, *place, **more)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def quoted(text: str, *, quotes: bool = False) -> str:
@@ -148,14 +165,21 @@ def _utf8(data: bytes, source: object, codec: str = "utf-8") -> str:
 
 
 def texts(value: str) -> Union[str, list[str]]:
-    """One text, or several as a JSON list."""
+    """One text, or several as a JSON list. ValueError for what was meant as a list and is none."""
     if value.startswith("["):
+        told = (
+            f'{shortened(value)} is no JSON list of texts; write ["a", "b"], and one text that begins like a list as a '
+            "list of one"
+        )
         try:
             several = json.loads(value)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
+            if re.match(r"\[\s*[\"']", value):
+                raise ValueError(told) from error
             return value
-        if all(isinstance(text, str) for text in several):
-            return several
+        if not all(isinstance(text, str) for text in several):
+            raise ValueError(told)
+        return several
     return value
 
 

@@ -18,6 +18,7 @@ from ..session import ContextFull
 from ..system.files import user_path
 from ..system.launch import is_first_process
 from ..system.printable import clipped, counted
+from ..system.program import nearest
 from .console import Read, complain, note, number, on_first, say, texts
 from .keyboard import keys_wait
 
@@ -53,6 +54,8 @@ class Conversation:
                 try:
                     if line.strip():
                         self.obey(line)
+                except BrokenPipeError:  # nobody reads stdout any more: `pipe_may_close` ends it
+                    raise
                 except (ValueError, OSError) as error:
                     complain(str(error))
                 except EOFError:
@@ -300,7 +303,7 @@ class Conversation:
         if text:
             name, *value = text.split(None, 1)
             if name not in SETTINGS:
-                raise ValueError(f"unknown option {name}; there are {', '.join(SETTINGS)}")
+                raise ValueError(f"unknown option {name}{nearest(name, SETTINGS)}; there are {', '.join(SETTINGS)}")
             if not value:
                 raise ValueError(f'/set {name} needs a value (or the word "none" for the default)')
             changed = {**options, name: SETTINGS[name] if value[0] == "none" else _setting(name, value[0])}

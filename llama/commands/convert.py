@@ -26,13 +26,14 @@ from ..chat_formats import LLAMA2
 from ..chat_template import boundaries
 from ..gguf_tokenizer import vocabulary_metadata
 from ..layers.quantized import Quantized
-from ..layers.rounding import Quantization
+from ..layers.rounding import ALSO_CALLED, Quantization
+from ..layers.rounding import KINDS as OURS
 from ..loading import trained_positions
 from ..model import ModelArgs, Transformer, check_args, feed_forward_width
 from ..rotary import metas_positions
 from ..system.checks import whole_number
 from ..system.files import user_path
-from ..system.printable import escaped
+from ..system.printable import escaped, gigabytes, shortened
 from ..system.progress import bar
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import find_tokenizer, open_tokenizer
@@ -58,12 +59,9 @@ from ..weights.writers import GGUF_CODES, Entry, write_gguf, write_pth, write_sa
 from .console import note
 from .fetching import named_places
 
-GGUF_FILE_TYPES = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 32,
-    torch.uint8: 7,
-}  # numbers of the tensors' kinds
+# dtype -> what GGUF's header calls a file of such tensors; uint8 stands for Q8_0
+GGUF_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32, torch.uint8: 7}
+QUANTIZED = {"meta": OURS, "hf": (), "gguf": ("q8_0",)}  # format -> the kinds of numbers that are written in it
 PART_BYTES = 5 * 2**30  # a file of a Hugging Face folder is no larger, unless a single tensor is
 
 
@@ -101,10 +99,15 @@ def convert(
     adapter is added. ValueError if an argument or the source is wrong, the target exists, or the disk has too little
     room; then nothing is written.
     """
-    if to not in ("meta", "hf", "gguf"):
-        raise ValueError(f"to={to!r} must be 'meta', 'hf' or 'gguf'")
+    if to not in QUANTIZED:
+        raise ValueError(f"to={shortened(to)} must be 'meta', 'hf' or 'gguf'")
+    if quantize is not None and ALSO_CALLED.get(str(quantize), quantize) not in QUANTIZED[to]:
+        kinds = "; ".join(
+            f"to={form!r} takes {', '.join(map(repr, kinds)) or 'none'}" for form, kinds in QUANTIZED.items()
+        )
+        raise ValueError(f"quantize={shortened(quantize)} is no kind for to={to!r}: {kinds}")
     if to == "gguf":
-        _check_gguf(source, target, tokenizer_path, quantize)
+        _check_gguf(source, target, tokenizer_path)
     if os.path.lexists(target):
         raise ValueError(f"{target} exists, and nothing is written over; name another folder, or remove it")
     checkpoint = add_adapter(open_checkpoint(source), adapter)
@@ -116,8 +119,10 @@ def convert(
         model = Transformer(args)
     quantization = prepare(model, checkpoint, None if to == "gguf" else quantize)
     if quantization is not None and to != "meta":
-        where = "quantize=" + repr(quantize) if quantize else f"{source} is stored as {quantization.kind}, which"
-        raise ValueError(f"{where} is for Meta's format alone; convert to='meta', or the original weights to={to!r}")
+        raise ValueError(
+            f"{source} is stored as {quantization.kind}, which is for Meta's format alone; convert to='meta', or the "
+            f"original weights to={to!r}"
+        )
     write: Callable[..., None] = write_safetensors if to == "hf" else write_pth
     if to == "gguf":
         assert tokenizer is not None
@@ -149,11 +154,9 @@ def _full_args(checkpoint: Checkpoint, tokenizer: Optional[Tokenizer]) -> ModelA
     return replace(checkpoint.args, vocab_size=rows, max_seq_len=1, max_batch_size=1)
 
 
-def _check_gguf(source: Path, target: Path, tokenizer_path: Optional[Path], quantize: Optional[str]) -> None:
+def _check_gguf(source: Path, target: Path, tokenizer_path: Optional[Path]) -> None:
     if target.suffix != ".gguf":
         raise ValueError(f"{target} is to be a GGUF file; give it a name that ends in .gguf")
-    if quantize not in (None, "q8_0"):
-        raise ValueError(f"quantize={quantize!r} is no kind for GGUF that is written here; use 'q8_0', or none")
     if tokenizer_path is None:
         raise ValueError(
             f"a GGUF file has its tokenizer in it, and there is none in {source} or above it; pass tokenizer_path"
@@ -168,7 +171,7 @@ def _new_folder(target: Path, nbytes: int, file: str = "") -> Iterator[Path]:
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
         raise ValueError(
-            f"the disk of {target} has {free / 1e9:.1f} GB free, and {nbytes / 1e9:.1f} GB are to be written; free some"
+            f"the disk of {target} has {gigabytes(free)} free, and {gigabytes(nbytes)} are to be written; free some"
         )
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -188,7 +191,7 @@ def _meta_files(
     """consolidated.NN.pth: shard i has the i-th part of every matrix, along the dimension in which its layer is cut."""
     kv_heads = model.params.kv_heads
     shards = whole_number("shards", shards, 1)
-    check_args(model.params, shards)
+    check_args(model.params, shards, what="shards")
     if model.params.vocab_size % shards:
         raise ValueError(f"{model.params.vocab_size} ids cannot be cut into {shards} shards; use a divisor")
     if kv_heads % shards:

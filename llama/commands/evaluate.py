@@ -14,7 +14,7 @@ from ..system.launch import Launch
 from ..system.printable import counted, escaped, json_line, printable, shortened
 from .arguments import MODEL, REQUIRED, Command, Option, a_number, a_path, build, truth
 from .console import exact_text, pipe_may_close, say
-from .fetching import ask_before_fetching
+from .fetching import ask_before_fetching, check_named
 
 
 def measure(args: Namespace) -> None:
@@ -26,6 +26,7 @@ def measure(args: Namespace) -> None:
     method = parse_method(args.method)
     # Before a long load; the other processes run the first one's steps.
     text = exact_text(user_path(args.file)) if Launch.read().rank == 0 else ""
+    check_named(args.ckpt_dir)
     ask_before_fetching(args.ckpt_dir)
     length = _length(args)
     method.check_fits(length)
@@ -78,11 +79,12 @@ def evaluate(args: Namespace) -> None:
         raise ValueError(f"--out {out} is a folder; name a file in it")
     if first and out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    check_named(args.ckpt_dir, args.draft)
     try:
         from .. import lm_eval_model as harness
     except ImportError as error:
         raise ValueError(f"{error}: tasks need lm-evaluation-harness: pip install 'llama[eval]'") from error
-    tasks = harness.find_tasks(args.tasks, args.include_path) if first else None  # before a long load
+    tasks = harness.find_tasks(args.tasks, args.include_path, args.num_fewshot) if first else None  # before a long load
     ask_before_fetching(args.ckpt_dir, args.adapter)
     llama = build(args, max_seq_len=_length(args))
 
@@ -107,7 +109,7 @@ def _check_numbers(args: Namespace) -> None:
     if args.num_fewshot is not None:
         whole_number("num_fewshot", args.num_fewshot, 0)
     whole_number("bootstrap_iters", args.bootstrap_iters, 0)
-    for part in [] if args.gen_kwargs is None else args.gen_kwargs.split(","):  # the harness passes over what it is not
+    for part in [] if args.gen_kwargs is None else args.gen_kwargs.split(","):  # the harness ignores other words
         if not re.fullmatch(r"\s*\w+\s*=.+", part):
             raise ValueError(f"gen_kwargs: {shortened(part)} must be NAME=VALUE, as in temperature=0.8,top_p=0.9")
 

@@ -1,4 +1,5 @@
-"""Names of models on the Hugging Face Hub at the terminal: asks before a download, and the command pull."""
+"""What a user names at the terminal: paths, which are checked early, and names on the Hugging Face Hub, which are asked
+about before a download. And the command pull."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from ..system.files import is_there, user_path
 from ..system.launch import Launch
 from ..system.printable import counted, escaped, gigabytes
 from ..weights import hub
+from ..weights.places import check_place
 from .console import note, pipe_may_close, say
 
 
@@ -20,6 +22,15 @@ def agreed_folder(given: str) -> Path:
     return hub.locate(given, user_path(given))
 
 
+def check_named(*given: Optional[str]) -> None:
+    """ValueError for a path at which no model can be. Commands ask this before they import torch, which takes
+    seconds; names on the hub are looked up later."""
+    for text in [text for text in given if text is not None]:
+        path = user_path(text)
+        if is_there(path) or hub.parse(str(text)) is None:
+            check_place(path)
+
+
 def named_places(given: str, args: Namespace) -> tuple[Path, Optional[Path], Optional[Path]]:
     """The folders of a checkpoint and of its adapter, and the file of its tokenizer, as far as they were named."""
     adapter = None if args.adapter is None else agreed_folder(args.adapter)
@@ -27,8 +38,7 @@ def named_places(given: str, args: Namespace) -> tuple[Path, Optional[Path], Opt
 
 
 def ask_before_fetching(*given: Optional[str]) -> None:
-    """Ask the user, if there is one at a terminal, whether what the hub's cache lacks of these is to be fetched.
-    ValueError if not."""
+    """Ask a user at a terminal whether to fetch what the hub's cache lacks of these. ValueError if the answer is no."""
     if Launch.read().rank > 0 or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return
     for text in given:

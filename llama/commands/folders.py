@@ -18,13 +18,14 @@ from .arguments import (
     some_of_model,
     truth,
 )
-from .fetching import pull
+from .fetching import check_named, pull
 
 FORMATS = ("hf", "meta", "gguf")
 
 
 def info(args: Namespace) -> None:
     """Say what a checkpoint holds, and what it needs to run. Loads no weights."""
+    check_named(args.ckpt_dir)
     from .info import info
 
     info(args)
@@ -32,6 +33,7 @@ def info(args: Namespace) -> None:
 
 def convert(args: Namespace) -> None:
     """Write a checkpoint in another format, dtype or number of shards. SRC stays as it is; DST is new."""
+    check_named(args.src)
     from .convert import command
 
     command(args)
@@ -53,6 +55,7 @@ def bench(args: Namespace) -> None:
     The prompts are made up, and continued whatever comes. Figures are medians of 3 runs after one that is not counted.
     Under torchrun, bytes and rates are one process's.
     """
+    check_named(args.ckpt_dir)
     from .bench import bench
 
     bench(args)

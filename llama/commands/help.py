@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Optional
 
-from .arguments import HELP, REQUIRED, Command, Option, a_number, a_path, truth
+from .arguments import HELP, REQUIRED, Command, Option, a_number, a_path, find_command, truth
 
 WIDEST, LABEL = 110, 26  # columns of a line, and of the names of options at its beginning
 
@@ -15,7 +15,8 @@ WIDEST, LABEL = 110, 26  # columns of a line, and of the names of options at its
 def asked_help(commands: Mapping[str, Command], words: Sequence[str]) -> Optional[str]:
     """The help that a command line asks for; None if it asks for something else."""
     first, *rest = words or ["help"]
-    if first == "help" and rest[:1] and rest[0] in commands:
+    if first in ("help", *HELP) and rest[:1] not in ([], ["all"]):
+        find_command(commands, rest[0])
         first, rest = rest[0], ["--help", *rest[1:]]
     if first in ("help", *HELP):
         return "\n".join(_of_all(commands)) + "\n"

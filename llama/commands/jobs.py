@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Optional
 
 from ..chat import check_dialog, is_unsafe
 from ..decoding.settings import FinishReason
-from ..options import IN_JSON
+from ..options import ALSO_CALLED, IN_JSON
 from ..system.checks import whole_number
 from ..system.files import is_there, listed, parse_json, read_file
 from ..system.printable import json_line, shortened
+from ..system.program import nearest
 from ..system.progress import bar
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def _read_job(number: int, line: Any, options: Mapping[str, Any], seed: int) -> 
     if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
         raise ValueError('it must be {"prompt": "…"} or {"messages": […]}')
     if unknown := sorted(set(line) - set(KEYS)):
-        raise ValueError(f"unknown {listed(unknown)}; a line may have {', '.join(KEYS)}")
+        near = nearest(unknown[0], KEYS, also_called=ALSO_CALLED)
+        raise ValueError(f"unknown {listed(unknown)}{near}; a line may have {', '.join(KEYS)}")
     is_chat = "messages" in line
     prompt = line["messages"] if is_chat else line["prompt"]
     is_begun = line.get("continue_final_message", False)

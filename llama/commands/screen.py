@@ -15,7 +15,7 @@ from ..system.printable import harmless
 from .markdown import blocks, drawn
 
 LEAST_SECONDS = 0.03  # from one drawing to the next
-SHARE = 10  # drawing takes at most one part in so many of the time
+SHARE = 10  # drawing takes at most 1 / SHARE of the time
 
 
 class Screen:

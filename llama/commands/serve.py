@@ -10,6 +10,7 @@ from ..system.launch import Launch, api_key
 from ..system.printable import shortened
 from .arguments import MODEL, Command, Option, a_number, build
 from .console import texts
+from .fetching import check_named
 
 SLOTS = 8
 
@@ -17,6 +18,12 @@ SLOTS = 8
 def serve(args: Namespace) -> None:
     """Serve a model over HTTP, in the words of OpenAI's API. There is a page to chat at, too. Ctrl-C or SIGTERM ends
     it."""
+    port = whole_number("port", args.port, 0, 65535)
+    waiting = whole_number("max_waiting", args.max_waiting, 0)
+    grace = real(args.grace)
+    if grace is None or not 0 <= grace <= 86400:
+        raise ValueError(f"grace={shortened(args.grace)} must be a number of seconds, from 0 to 86400")
+    check_named(args.ckpt_dir, args.draft)
     try:
         from ..server import serving
         from ..server.app import Settings
@@ -24,15 +31,10 @@ def serve(args: Namespace) -> None:
         raise ValueError(
             f"{error}: a server needs starlette, uvicorn and prometheus-client: pip install 'llama[serve]'"
         ) from error
-    port = whole_number("port", args.port, 0, 65535)
-    waiting = whole_number("max_waiting", args.max_waiting, 0)
-    grace = real(args.grace)
-    if grace is None or not 0 <= grace <= 86400:
-        raise ValueError(f"grace={shortened(args.grace)} must be a number of seconds, from 0 to 86400")
     if Launch.read().rank == 0:
         serving.check_place(args.host, port)
     key = args.api_key or api_key()
-    origins = [] if args.allowed_origins is None else texts(args.allowed_origins)
+    origins = args.allowed_origins or []
     settings = Settings(
         model=args.served_model_name or _name(args.ckpt_dir),
         key=key,
@@ -57,7 +59,7 @@ COMMANDS = {
             "port": Option(a_number, 8000, "the port to listen on; 0 takes a free one"),
             "api_key": Option(str, None, "clients' key; the variable LLAMA_API_KEY is safer"),
             "max_waiting": Option(a_number, 256, "answers that may wait for a slot; more get status 429"),
-            "allowed_origins": Option(str, None, "a JSON list of other sites whose pages may use it"),
+            "allowed_origins": Option(texts, None, "a JSON list of other sites whose pages may use it"),
             "served_model_name": Option(str, None, "the model's name; that of its folder if not given"),
             "grace": Option(a_number, 30, "seconds that running answers have after SIGTERM"),
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from ..system.checks import whole_number
@@ -94,7 +94,15 @@ def _complete_lines(args: Namespace, options: dict[str, Any]) -> None:
         def work() -> None:
             jobs.check_jobs(llama, todo, source)
             assert file is not None
-            jobs.write(jobs.run(llama, todo[done:]), len(todo), done, file)
+            try:
+                jobs.write(jobs.run(llama, todo[done:]), len(todo), done, file)
+            except OSError as error:
+                if out is None:
+                    raise
+                with suppress(OSError):  # it would try to write the same again
+                    file.close()
+                told = f"{out} cannot be written: {error.strerror}"
+                raise ValueError(f"{told}; the same command goes on behind what it has") from error
 
         try:
             llama.lead(work)

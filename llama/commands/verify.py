@@ -21,6 +21,7 @@ from .console import exact_text, note, say
 from .fetching import agreed_folder
 
 NAME_WIDTH, VERDICT_WIDTH, WIDTH = 22, 16, 120
+ONLY_RUNNING = ("rounded", "text", "wikitext", "processes", "seconds", "device", "dtype", "compile")
 SHOWN = {PASS: "pass", FAIL: "FAIL", NOT_APPLICABLE: "not applicable"}
 
 
@@ -28,10 +29,15 @@ def verify(args: Namespace) -> None:
     """Run the command. SystemExit with status 1 if a check failed."""
     if Launch.read().world_size > 1:
         raise ValueError("start verify as one process, without torchrun: it starts others itself")
+    if args.quick and (idle := [f"--{name}" for name in ONLY_RUNNING if name in args.given]):
+        raise ValueError(
+            f"--quick runs no model, and {' and '.join(idle)} would do nothing; leave out one or the other"
+        )
     whole_number("processes", args.processes, 1)
     if (seconds := real(args.seconds)) is None or seconds < 0:
         raise ValueError(f"seconds={shortened(args.seconds)} must be a number of 0 or more")
-    given = "" if args.text is None else exact_text(user_path(args.text)).removeprefix("\ufeff")  # of Windows
+    # Windows puts U+FEFF in front.
+    given = "" if args.text is None else exact_text(user_path(args.text)).removeprefix("\ufeff")
     texts = tuple(text for text in re.split(r"\r?\n\s*\n", given) if text.strip())
     wikitext = None if args.wikitext is None else exact_text(user_path(args.wikitext))
     folder, began = agreed_folder(args.ckpt_dir), time.monotonic()
@@ -42,10 +48,10 @@ def verify(args: Namespace) -> None:
     )  # fmt: skip
     if args.record:
         new_checklist(folder)
-    if not args.json:
-        say(f"{escaped(str(folder))}\n")
     results: list[Result] = []
     for result in checked(asked):
+        if not args.json and not results:
+            say(f"{escaped(str(folder))}\n")
         results.append(result)
         if not args.json:
             say(_row(result.name, SHOWN[result.verdict], result.told))

@@ -66,9 +66,8 @@ class Call:
         self.plain_steps: Optional[Iterator[None]] = None
         self.wake = threading.Event()
         self._cancelled: set[int] = set()
-        self._events: deque[tuple[int, Step]] = (
-            deque()
-        )  # steps that nobody has read, each with its number in its request
+        # Steps that nobody has read, each with its number in its request.
+        self._events: deque[tuple[int, Step]] = deque()
         self._read = [0] * len(self.requests)  # how many steps of each request were read
         # Rows that draw from one source step together: then each draws the same whatever else runs. Prompts that are
         # scored whole are read together, so that their numbers are the same to the bit, unless they are read in pieces.

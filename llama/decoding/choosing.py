@@ -140,9 +140,9 @@ class Chooser:
         return made
 
     def forced(self, row: Row) -> list[int]:
-        """The ids that the row's grammar forces next, at most FORCED. None at its beginning, where the prompt's last
-        state gives a choice for nothing; none that has a bias or ends the row; and none where no choice could
-        follow."""
+        """The ids that the row's grammar forces next, at most FORCED. Nothing is forced at the row's beginning,
+        where the prompt's last state makes a choice at no cost. Nor is an id that has a bias or ends the row, or
+        behind which no choice could follow."""
         find = getattr(row.grammar, "forced", None)
         if find is None or not self.engine.joins_passes or not row.generated or row.room < 2:
             return []

@@ -37,9 +37,8 @@ from . import compiler, gpu_step, packages
 
 LEAST_COLUMNS = 256  # smallest span of the cache that a recorded graph reads; larger ones are powers of two
 MOST_COMPILED = 64  # numbers of rows that torch.compile may see: more than there are powers of two
-PROOFS = (
-    3  # replays of a CUDA graph that are compared with the plain step: the first one may still find memory freed later
-)
+# How many replays of a CUDA graph are compared with the plain step. The first may read memory that is freed later.
+PROOFS = 3
 # A package depends on the code of these files.
 SOURCES = (
     *("model.py", "layers/parallel.py", "layers/products.py", "layers/one_digit.py", "layers/own_kernels.py"),
@@ -208,9 +207,8 @@ def named_tensors(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-Step = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-]  # signature of `Transformer.step`
+# The signature of `Transformer.step`.
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -233,9 +231,8 @@ class _Recording:
     rotations: torch.Tensor  # (max_seq_len, D/2, 2)
     logits: torch.Tensor = field(init=False)  # (bucket, V)
     graph: Optional[torch.cuda.CUDAGraph] = None
-    proven: dict[int, int] = field(
-        default_factory=dict
-    )  # bits of the span -> replays that were compared with the plain step
+    # bits of the span -> how many replays were compared with the plain step
+    proven: dict[int, int] = field(default_factory=dict)
 
     def is_due(self, span: int) -> bool:
         """Whether to compare this replay: the first ones, and the first one with each length of the span in bits."""
@@ -272,9 +269,8 @@ class Recorded:
         if backend is not None:
             options: Any = None
             if backend == "inductor" and captures:
-                options = {
-                    "coordinate_descent_tuning": True
-                }  # also turns products of one row into sums, which read faster
+                # It also turns products of one row into sums, which read faster.
+                options = {"coordinate_descent_tuning": True}
             # One graph for all spans: `columns` is marked dynamic. Another number of rows is another graph.
             step = torch.compile(model.step, fullgraph=True, dynamic=False, backend=backend, options=options)
             self._ways.insert(0, _Way("compiled", step, captures))

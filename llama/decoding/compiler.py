@@ -181,9 +181,8 @@ def _watch(caller: int, folder: Path) -> None:
     if hasattr(os, "killpg"):
         while not select.select([sys.stdin], [], [], LATE)[0] and os.getppid() == caller:
             pass
-        shutil.rmtree(
-            folder.parent, ignore_errors=True
-        )  # holds the caller's other compilations too; they end like this one
+        # The folder holds the caller's other compilations too; they end like this one.
+        shutil.rmtree(folder.parent, ignore_errors=True)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

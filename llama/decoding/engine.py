@@ -307,9 +307,8 @@ class Engine:
         table = self.model.freqs_cis
         tensors = [p for part in self.model.parts for p in part._parameters.values() if p is not None]
         tensors.append(torch.view_as_real(table) if table.is_complex() else table)
-        plain = [
-            t for t in tensors if not t.is_mkldnn
-        ]  # a matrix that oneDNN has packed has no address, and no numbers to see
+        # A matrix that oneDNN has packed has no address, and no numbers to see.
+        plain = [t for t in tensors if not t.is_mkldnn]
         places = [id(t) if t.is_mkldnn else t.data_ptr() for t in tensors]
         if places != self._samples[0]:
             lines = [t.detach().diagonal() if t.ndim > 1 else t.detach() for t in plain]

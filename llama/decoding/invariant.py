@@ -35,7 +35,7 @@ INVARIANT_AS_BUILT = (
 
 
 def check_invariant(device: torch.device, compile: Optional[bool]) -> None:
-    """ValueError where batch_invariant=True cannot be kept."""
+    """ValueError if batch_invariant=True cannot be kept."""
     if compile:
         raise ValueError("compile=True and batch_invariant=True exclude each other: leave one of them out")
     if device_kind(device) not in ("cpu", "cuda"):
@@ -137,9 +137,9 @@ class InvariantEngine(Engine):
         positions = [position for run in runs for position in range(run.start, run.start + run.length)]
         ids = tokens if isinstance(tokens, torch.Tensor) else to_device(list(tokens), self.device)
         count = len(positions)
-        if (
-            self._by_kernels
-        ):  # these prove themselves for each number of rows, so repeat the last token up to a power of two
+        # Kernels are compared with their plain form for each number of rows. Repeating the last token up to a power of
+        # two keeps these numbers few.
+        if self._by_kernels:
             more = (1 << (count - 1).bit_length()) - count
             slots, positions = slots + slots[-1:] * more, positions + positions[-1:] * more
             ids = torch.cat((ids, ids[-1:].expand(more)))
@@ -203,7 +203,7 @@ class InvariantEngine(Engine):
     def _attend_by_kernel(
         self, positions: torch.Tensor, slots: torch.Tensor
     ) -> Callable[[torch.Tensor, Attention], torch.Tensor]:
-        """Triton's kernel, where the same number of programs shares the keys of each query."""
+        """Triton's kernel. The same number of programs shares the keys of each query."""
 
         def attend(q: torch.Tensor, attention: Attention) -> torch.Tensor:
             processors = len(q) * PROGRAMS // 4  # what makes the kernel take PROGRAMS / K of them

@@ -37,7 +37,7 @@ from .scheduler import Scheduler
 
 OVER = "the processes no longer run steps together: lead() has returned, or a step of it was interrupted"
 AGAIN = "the processes of this Llama have ended; build it again"
-PATIENCE = 2.0  # seconds that a process has to end in whose connection was lost
+PATIENCE = 2.0  # seconds in which a process that has lost its connection has to end
 CHANGED = (
     "the weights of this process's part of the model have changed since other processes follow it, and theirs have "
     "not; build again from a folder with the new weights (or let torchrun start a script in which all processes change "
@@ -154,7 +154,7 @@ class Line:
         self._is_open = True
 
     def say(self, message: list[Any]) -> None:
-        """It begins a step, at the end of which the line is whole again."""
+        """Send a message. It begins a step, at the end of which the line is whole again."""
         if not self.is_whole:
             raise RuntimeError(OVER)
         self.is_whole = False
@@ -227,8 +227,8 @@ class Leader:
             self.scheduler.advance(call, self._step)
 
     def let_go(self) -> None:
-        """The next step tells the others that a call was left. Nobody is woken: the garbage collector may run this
-        anywhere."""
+        """Note that a call was left; the next step tells the others. Nobody is woken: the garbage collector may run
+        this anywhere."""
 
     @contextmanager
     def all_do(self, name: str, *arguments: Any) -> Iterator[None]:

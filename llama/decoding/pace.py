@@ -56,5 +56,5 @@ class Pace:
 
 
 def mean(before: Optional[float], seconds: float) -> float:
-    """Of what was seen so far, and the newest."""
+    """The mean of what was seen so far and the newest value."""
     return seconds if before is None else (1 - WEIGHT) * before + WEIGHT * seconds

@@ -108,7 +108,8 @@ class Step:
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], args: ModelArgs) -> list[list[int]]:
     """Prompts of ids as lists. ValueError for one that is empty, too long for the cache, or has an unknown id."""
     if not isinstance(prompt_tokens, Sequence):
-        raise ValueError(f"prompt_tokens must be a list of lists of ids, not {type(prompt_tokens).__name__}")
+        way = "; pass its .tolist()" if hasattr(prompt_tokens, "tolist") else ""
+        raise ValueError(f"prompt_tokens must be a list of lists of ids, not {type(prompt_tokens).__name__}{way}")
     prompts = [_ids(prompt) for prompt in prompt_tokens]
     for row, prompt in enumerate(prompts):
         if not prompt:
@@ -137,6 +138,10 @@ def _ids(prompt: Iterable[int]) -> list[int]:
         return given
     ids = [number for token in given or () if (number := whole(token)) is not None]
     if given is None or len(ids) < len(given):
-        wrong = prompt if given is None else next(token for token in given if whole(token) is None)
-        raise ValueError(f"prompt_tokens must be lists of ids, and {shortened(wrong)} is none")
+        if given is None:
+            raise ValueError(
+                f"prompt_tokens must be lists of ids, and {shortened(prompt)} is no list; put one prompt into a list"
+            )
+        wrong = next(token for token in given if whole(token) is None)
+        raise ValueError(f"prompt_tokens must be lists of ids, and {shortened(wrong)} is no whole number")
     return ids

@@ -28,7 +28,7 @@ class Noise:
         self._kept: dict[int, torch.Tensor] = {}  # noise of guesses, until they are judged
 
     def of(self, number: int, vocab_size: int) -> torch.Tensor:
-        """For the `number`-th id after the prompt, float32 (V,)"""
+        """The noise for the `number`-th id after the prompt, float32 (V,)."""
         if number not in self._kept:
             key = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=8).digest()
             self._generator.manual_seed(int.from_bytes(key, "big") >> 1)
@@ -36,7 +36,7 @@ class Noise:
         return self._kept[number]
 
     def forget(self, before: int) -> None:
-        """The ids with lower numbers are there."""
+        """Drop the noise for ids with lower numbers, which are decided."""
         for number in [number for number in self._kept if number < before]:
             del self._kept[number]
 
@@ -75,9 +75,8 @@ class Row:
         self.cached = 0  # ids of the prompt that are not read, since a slot held them
         self.apart = False  # its columns are turned by its prompt's own length, so it shares none with others
         self.last: Optional[torch.Tensor] = None  # hidden state (dim,) behind all ids, until an id is chosen by it
-        self.scores: list[
-            tuple[torch.Tensor, ...]
-        ] = []  # scores of the prompt's pieces, on the device: see `Engine.scores`
+        # Scores of the prompt's pieces, on the device: see `Engine.scores`.
+        self.scores: list[tuple[torch.Tensor, ...]] = []
         self.prompt_logprobs: Optional[list[float]] = None
         self.prompt_alternatives: list[list[tuple[int, float]]] = []
         # What its options need:
@@ -91,9 +90,8 @@ class Row:
         self.ahead = 0  # their number
         self.forced: Optional[int] = None  # the id that comes there without a choice
         self.agreement: Optional[float] = None  # the share of a draft model's guesses that were right
-        self.rounded: Optional[int] = (
-            None  # first cache column written by a pass over several tokens: it rounds differently
-        )
+        # The first cache column that a pass over several tokens has written: such passes round differently.
+        self.rounded: Optional[int] = None
 
     @property
     def is_over(self) -> bool:
@@ -114,7 +112,7 @@ class Row:
 
     @property
     def draws_with(self) -> Union[Row, Source]:
-        """Whose noise it takes."""
+        """The source or the row whose noise it takes."""
         return self.source if self.generator is None else self
 
     @property

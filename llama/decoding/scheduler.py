@@ -89,12 +89,12 @@ class Scheduler:
 
     @property
     def rows(self) -> list[Row]:
-        """Those that run; between two steps row i owns slot i."""
+        """The rows that run. Between two steps row i owns slot i."""
         return [row for row in self._slots if row is not None]
 
     @property
     def weights(self) -> tuple[Any, torch.Tensor]:
-        """The engine's `weights_state` when a call has last come."""
+        """The engine's `weights_state` when the last call came."""
         return self._state
 
     @property
@@ -127,7 +127,7 @@ class Scheduler:
             self._waiters.append(call)
             openmp.rest()
             try:
-                if lock.acquire(blocking=False):  # let go of before this call stood in the list
+                if lock.acquire(blocking=False):  # it was released before this call stood in the list
                     lock.release()
                 else:
                     call.wake.wait(WAIT * len(self._waiters))
@@ -157,8 +157,8 @@ class Scheduler:
                 call.wake.set()
 
     def let_go(self) -> None:
-        """A call was left. Without a wait: the garbage collector may end a stream, in any thread; whoever has the lock
-        meanwhile finds out at the next step."""
+        """Note that a call was left. This never waits, because the garbage collector may end a stream in any thread.
+        A thread that holds the lock meanwhile finds out at its next step."""
         if not self.engine.lock.acquire(blocking=False):
             return
         try:
@@ -210,7 +210,7 @@ class Scheduler:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """A block that leaves nothing that is trusted, if it ends in an exception, anywhere in it."""
+        """A block after which nothing is trusted if an exception ends it, wherever that comes."""
         if self._broken:
             self._mend()
         self._broken = True
@@ -222,7 +222,7 @@ class Scheduler:
         self._broken = False
 
     def step(self) -> None:
-        """Let those that wait have the free slots, read of their prompts, and give each row its next id."""
+        """Give free slots to requests that wait, read pieces of their prompts, and decide the next id of each row."""
         self._own_cache(news=bool(self._inbox))
         self._dismiss()
         if self._inbox or self._waiting:
@@ -349,7 +349,7 @@ class Scheduler:
             raise RuntimeError(OTHERS_USED_IT)
 
     def _lose_all(self) -> None:
-        """What the cache holds is no good any more."""
+        """Forget all that the cache holds: it is not valid any more."""
         self._take_back()
         self._doubt = None
         self.held.clear()
@@ -374,7 +374,7 @@ class Scheduler:
                 self._slots[slot] = None
 
     def _admit(self) -> None:
-        """Let those that wait have the free slots, first come first served."""
+        """Give the free slots to requests that wait, in the order in which they came."""
         while self._inbox:
             if self._inbox[0] not in self._waiting:
                 self._waiting.append(self._inbox[0])
@@ -449,7 +449,7 @@ class Scheduler:
         return slot
 
     def _close_gaps(self) -> None:
-        """Let the rows that run have the first slots."""
+        """Move the rows that run into the first slots."""
         for gap in range(len(self._slots) - self._slots.count(None)):
             if self._slots[gap] is None:
                 last = max(slot for slot, row in enumerate(self._slots) if row is not None)
@@ -520,12 +520,12 @@ class Scheduler:
         row.call.cached[row.index] = row.cached
 
     def _read(self, rows: list[Row], start: int, end: int) -> None:
-        """Read ids of rows from one place on. Where that fails, the calls fail whose rows they are, and no other."""
+        """Read ids of rows from one place on. If that fails, the calls that own these rows fail, and no other."""
         try:
             self._pass(rows, start, end)
         except Exception as error:
             first, *others = dict.fromkeys(row.call for row in rows)
-            if others:  # each call by itself tells whose rows they are
+            if others:  # reading each call by itself shows which one fails
                 for call in (first, *others):
                     self._read([row for row in rows if row.call is call], start, end)
                 return
@@ -603,9 +603,8 @@ class Scheduler:
         among = [row for row in self._slots[:end] if row is not None]
         last = self._limit - 1
         if rows == self._newest[0] == among:
-            tokens = (
-                self._newest[1] if known else self._newest[1].clamp(min=0)
-            )  # a row without an id is not known to be over
+            # A row that has ended shows no id, and this process may not know yet that it has ended.
+            tokens = self._newest[1] if known else self._newest[1].clamp(min=0)
         else:
             assert known
             tokens = to_device([row.ids[-1] for row in among], self.engine.device)

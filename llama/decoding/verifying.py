@@ -29,8 +29,8 @@ from .rows import Decision, Row
 # from single steps by up to 4e-6 in float32, 0.06 in bfloat16 and 0.004 in float16 (random and trained weights, 5 to 12
 # layers).
 CLEAR = {torch.float32: 3e-5, torch.bfloat16: 0.08, torch.float16: 0.01}
-# A pass is no wider than leaves this share of its places to guesses. On a CPU a place costs up to 0.15 of a step of 1
-# to 8 rows (0.003 to 0.15, demo model and stories260K), whether it holds a guess or not.
+# At least this share of a pass's places must hold guesses; that limits how wide it is. On a CPU a place costs up to
+# 0.15 of a step of 1 to 8 rows (0.003 to 0.15, demo model and stories260K), whether it holds a guess or not.
 FILLED = 0.25
 
 
@@ -55,7 +55,7 @@ class Verifier:
         return [i for i in allowed if rows[i].request.draft]
 
     def _asks(self, row: Row) -> bool:
-        """Whether it has those of the draft model."""
+        """Whether the row gets guesses of the draft model."""
         if self.draft_model is None or not self.draft_model.usable:
             return False
         guessable = row.noise is not None or not row.request.draws
@@ -129,9 +129,8 @@ class Verifier:
     ) -> list[Decision]:
         """The row's decisions up to the first that was not guessed, or ends it."""
         decided: list[Decision] = []
-        for decision, is_clear, guess in zip(
-            decisions, clear, [*guesses, None]
-        ):  # nothing was guessed for the last place
+        # Nothing was guessed for the last place.
+        for decision, is_clear, guess in zip(decisions, clear, [*guesses, None]):
             if not is_clear:
                 decision = self._single_step(row, slot, [each.token for each in decided])
             decided.append(decision)

@@ -20,9 +20,8 @@ from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import STORED_ROWS, Quantized, refuse_gradients
 from .rounding import dequantized, pairs, to_int4, unpair
 
-FEW_ROWS = (
-    64  # rows of activations; for more, the packed product (170 GFLOP/s on two cores) loses to dequantized blocks
-)
+# For more rows of activations, the packed product (170 GFLOP/s on two cores) loses to dequantized blocks.
+FEW_ROWS = 64
 DEQUANTIZED = 2**21  # numbers that are unpacked at a time; with fewer, calls cost more than the cache saves
 
 
@@ -132,9 +131,8 @@ class Int4(Quantized):
         x = torch.cat((x, x.unflatten(1, (groups, group)).sum(-1)), dim=1)
         packed = self.weight.view(-1, groups, group, height // 2)  # two rows of a block of `height` in each byte
         scales, zeros = self.scales_and_zeros.detach().unbind(-1)
-        scales = (
-            scales.unflatten(1, (-1, height)).transpose(0, 1).contiguous()[:, :, None]
-        )  # (blocks, groups, 1, height)
+        # (blocks, groups, 1, height)
+        scales = scales.unflatten(1, (-1, height)).transpose(0, 1).contiguous()[:, :, None]
         blocks = min(max(1, 2048 // height), len(packed))
         piece = max(1, DEQUANTIZED // (blocks * height * group))
         y = x.new_empty(len(x), len(packed) * height)

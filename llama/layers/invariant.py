@@ -34,9 +34,8 @@ class Products:
     """Products with the matrices of one model."""
 
     def __init__(self) -> None:
-        self._same: dict[
-            Any, bool
-        ] = {}  # key: a shape and a size of blocks -> whether it gives the bits of `BLOCK` rows
+        # A shape and a size of blocks -> whether this gives the bits of `BLOCK` rows
+        self._same: dict[Any, bool] = {}
         self._plans: dict[Any, list[int]] = {}  # key: a shape and a number of rows -> the sizes of their blocks
 
     def __call__(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:

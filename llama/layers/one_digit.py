@@ -74,7 +74,7 @@ class OneDigit(Quantized):
 
     bits: int
     group_columns: int
-    rows: int  # of this rank's matrix, while it is packed
+    rows: int  # rows of this rank's matrix, while it is packed
     weight: nn.Parameter  # the stored form, or the tiles of cpu_kernels.cpp, uint8 (tiles, bytes)
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -91,7 +91,7 @@ class OneDigit(Quantized):
         return super()._apply(fn, recurse)
 
     def hold_packed(self, weight: torch.Tensor, rows: int) -> None:
-        """Take a weight that is packed already, of a matrix with so many rows here."""
+        """Take a weight that is packed already. rows: those of this rank's matrix."""
         for name in list(self._parameters):
             self._parameters[name] = None
         self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

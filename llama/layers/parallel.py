@@ -184,11 +184,8 @@ def prepare_small_all_reduces(group: Group, device: torch.device, dtype: torch.d
 
 def _everywhere(step: Callable[[], bool], group: Group, device: torch.device) -> bool:
     try:
-        with (
-            current(device),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # an inference tensor cannot be written later
+        # Outside of inference mode, whose tensors cannot be written later.
+        with current(device), torch.inference_mode(False), torch.no_grad():
             well = step()
     except Exception:
         well = False

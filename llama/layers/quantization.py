@@ -25,9 +25,8 @@ from .parallel import ColumnParallelLinear, Make, RowParallelLinear, group_size,
 from .quantized import Quantized
 from .rounding import Quantization
 
-FORMS: dict[
-    str, tuple[type[Quantized], type[Quantized]]
-] = {  # kind -> the layers cut along their rows, along their columns
+# kind -> the layers that are cut along their rows, and along their columns
+FORMS: dict[str, tuple[type[Quantized], type[Quantized]]] = {
     "int8": (Int8ColumnParallelLinear, Int8RowParallelLinear),
     "int4": (Int4ColumnParallelLinear, Int4RowParallelLinear),
     "w8a8": (W8A8ColumnParallelLinear, W8A8RowParallelLinear),

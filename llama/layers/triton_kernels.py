@@ -579,9 +579,8 @@ def _product(
             )
         else:
             batch = max(DOT_ROWS, triton.next_power_of_2(B))
-            options["num_stages"] = max(
-                2, tiles.stages * DOT_ROWS // batch
-            )  # more rows of x leave memory for fewer stages
+            # More rows of x leave memory for fewer stages.
+            options["num_stages"] = max(2, tiles.stages * DOT_ROWS // batch)
             splits = 1 if gated else max(1, min(MOST_SHARES, tiles.programs * processor_count(x.device) // grid[0]))
             parts = x.new_empty((splits, B, N) if splits > 1 else 0, dtype=torch.float32)
             _several[(*grid, splits)](

@@ -35,6 +35,7 @@ from ..generation import Llama
 from ..system import openmp
 from ..system.files import parse_json
 from ..system.printable import escaped, shortened
+from ..system.program import nearest
 from . import bodies
 from .bodies import Wrong
 from .metrics import Metrics
@@ -95,7 +96,7 @@ class Server:
         if self.settings.origins:
             allowed = {"allow_origins": list(self.settings.origins), "allow_methods": ["*"], "allow_headers": ["*"]}
             middleware.append(Middleware(CORSMiddleware, **allowed))  # type: ignore[arg-type]
-        handlers = {HTTPException: lambda _, error: answer_to(error, "")}
+        handlers = {HTTPException: no_address}
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=self._lifespan)
 
     @asynccontextmanager
@@ -201,14 +202,22 @@ class _Watch:
             log.info("%s %s %s %.3fs%s", scope["method"], path, status or "gone", taken, more)
 
 
+def no_address(request: HTTPRequest, error: Exception) -> Response:
+    """What a client is told who asks for an address that is not there, or not for that method."""
+    assert isinstance(error, HTTPException)
+    path, paths = request.url.path, [route.path for route in request.app.routes]
+    told = {
+        404: f"there is no address {shortened(path)} here{nearest(path, paths)}",
+        405: f"{shortened(path)} is not there for {request.method}; see {(error.headers or {}).get('Allow', 'docs')}",
+    }
+    return failure(error.status_code, told.get(error.status_code, str(error.detail)), headers=error.headers)
+
+
 def answer_to(error: Exception, request_id: str) -> Response:
     """What a client is told of an error. Of our own faults it is told the request's number, under which the log has
     them."""
     if isinstance(error, Wrong):
         return failure(error.status, str(error), error.field, error.code)
-    if isinstance(error, HTTPException):
-        told = {404: "there is no such address here", 405: "this address is not there for that method"}
-        return failure(error.status_code, told.get(error.status_code, str(error.detail)), headers=error.headers)
     if isinstance(error, Busy):
         return failure(429, str(error), code="queue_full", headers={"retry-after": "1"})
     if isinstance(error, Ended):
@@ -256,7 +265,7 @@ async def _complete(
         server.check_model(body.get("model"))
     asked = read(server.llama, body)
     begin = partial(server.llama.begin, asked.asked, streams=asked.stream)
-    # A form takes its time to compile, in which others are answered.
+    # A form may take seconds to compile; others are answered meanwhile.
     _, running = await run_in_threadpool(begin) if "constraint" in asked.asked.options else begin()
     reply = Reply(asked, running, server.settings.model)
     answer = server.stepper.submit(running, asked.stream)

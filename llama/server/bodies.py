@@ -19,14 +19,14 @@ from ..options import Asked, Prompts, with_stops
 from ..system.checks import whole
 from ..system.files import listed
 from ..system.printable import shortened
+from ..system.program import nearest
 
 MOST_ANSWERS = 128  # answers to one prompt
 MOST_PROMPTS = 2048  # prompts of one request
 MOST_STOPS = 16
 MOST_ALTERNATIVES = 20  # alternatives at each place
-TAIL = (
-    8  # last ids of a prompt, which the text needs: for the space between two words, and for a character's last bytes
-)
+# The text needs this many of the prompt's last ids: for the space between two words, and for a character's last bytes.
+TAIL = 8
 MAX_TOKENS = 16  # ids of a completion that asks for no number, as in OpenAI's API
 # Our own defaults are Meta's, 0.6 and 0.9; clients of the API rely on the API's.
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
@@ -43,7 +43,8 @@ class Wrong(ValueError):
 
 
 class Request(NamedTuple):
-    """What was asked. usage: of a stream, tell it in a last event. chat: answer with messages."""
+    """What was asked. usage: whether a stream tells the counts of tokens in a last event. chat: answer with
+    messages."""
 
     asked: Asked
     chat: bool
@@ -70,7 +71,7 @@ SHARED = (
     *SAME, "model", "seed", "stop_token_ids", "logit_bias", "logprobs", "max_tokens", "stream", "stream_options",
     "return_token_ids", "response_format", "json_schema", "regex", "choice", "grammar",
 )  # fmt: skip
-# What changes no answer of ours.
+# Fields that change no answer of ours.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 CHAT = (*SHARED, "messages", "max_completion_tokens", "top_logprobs", "add_generation_prompt", "continue_final_message")
 COMPLETION = (*SHARED, "prompt", "suffix", "echo", "best_of")
@@ -148,7 +149,8 @@ def fields(body: Any, known: Sequence[str]) -> dict[str, Any]:
             raise Wrong(f"{name} cannot be done here: {why}", name, "unsupported")
     unknown = sorted(set(given) - {*known, *IGNORED, *REFUSED})
     if unknown:
-        raise Wrong(f"unknown {listed(unknown)}; there are {', '.join(known)}", unknown[0], "unknown_field")
+        near = nearest(unknown[0], known)
+        raise Wrong(f"unknown {listed(unknown)}{near}; there are {', '.join(known)}", unknown[0], "unknown_field")
     return given
 
 

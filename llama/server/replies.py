@@ -111,7 +111,7 @@ class Choice:
         return tokens if self.reply.request.chat else tokens + end
 
     def _logprobs(self, tokens: list[Token], at: int = 0, first: bool = True) -> Optional[dict[str, Any]]:
-        """at: where in the text the tokens begin. first: none were told before."""
+        """at: where in the text the tokens begin. first: whether they are the first ones of the answer."""
         request, tokenizer = self.reply.request, self.reply.completions.tokenizer
         if not request.scored:
             return None

@@ -76,7 +76,7 @@ class _Uvicorn(uvicorn.Server):
 
 @contextmanager
 def _signals_end_nothing() -> Iterator[None]:
-    """uvicorn ends at SIGTERM, and sends it to this process once more when it is done: that is not to kill it."""
+    """A block in which SIGTERM does not kill this process: uvicorn, once it has ended, sends it again."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         yield

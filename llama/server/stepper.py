@@ -92,7 +92,7 @@ class Stepper:
         return max(0, self.rows - self.slots)
 
     def submit(self, completions: Completions, streams: bool) -> Answer:
-        """Run them. streams: hand on each chunk as it comes, and not all at the end."""
+        """Run the completions of a request. streams: hand on each chunk as it comes, and not all at the end."""
         answer = Answer(self, completions, streams)
         self.rows += answer.rows
         self._new.append(answer)
@@ -100,12 +100,12 @@ class Stepper:
         return answer
 
     def drop(self, answer: Answer) -> None:
-        """Run no more of it."""
+        """Stop running an answer."""
         self._dropped.append(answer)
         self._wake.set()
 
     def end(self, error: BaseException) -> None:
-        """Run nothing any more; what runs ends with this error."""
+        """Stop all. Answers that run end with this error."""
         self.error = self.error or error
         self._end = True
         self._wake.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from operator import index
 from typing import Any, Optional
@@ -27,7 +28,7 @@ def whole(value: Any) -> Optional[int]:
 
 
 def real(value: Any) -> Optional[float]:
-    """The number that `value` is, or None. NaN is none, because it compares false with everything."""
+    """The number that `value` is, or None. NaN counts as no number, because it compares false with everything."""
     value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
@@ -36,6 +37,16 @@ def real(value: Any) -> Optional[float]:
     except OverflowError:  # a whole number of hundreds of digits
         return None
     return None if math.isnan(number) else number
+
+
+def list_of_texts(name: str, value: Any) -> Sequence[str]:
+    """The argument `name`. ValueError unless it is a list of texts."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise ValueError(f"{name} is a list of texts, not {type(value).__name__}; put one text into a list")
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{i}] is {shortened(text)}, and not a text; {name} is a list of texts")
+    return value
 
 
 def whole_number(name: str, value: Any, least: int, most: Optional[int] = None, told: str = "") -> int:

@@ -38,7 +38,7 @@ class Number(NamedTuple):
     required: bool = False
 
     def problem(self, key: str, values: Mapping[str, Any]) -> list[str]:
-        """The problem with values[key], as a list of one line for a message, or of none."""
+        """The problem with values[key], as a list with one line for a message; empty if there is no problem."""
         value = values.get(key)
         if value is None:
             return [f"missing key {key!r}" if key not in values else f"{key}=None is not {self}"] * self.required
@@ -55,6 +55,8 @@ class Number(NamedTuple):
 
 def user_path(path: Union[str, PathLike[str]]) -> Path:
     """A path as a user gives it. fire, which reads the examples' flags, makes a number of a folder that is called 7."""
+    if not str(path):
+        raise ValueError("the path is empty; write . for the current folder")
     try:
         return Path(str(path)).expanduser()
     except RuntimeError as error:
@@ -84,6 +86,8 @@ def parse_json(data: bytes, finite: bool = True) -> Any:
         return json.loads(data, parse_constant=number, parse_float=number, object_pairs_hook=_without_doubles)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not {error.encoding.upper()} at byte {error.start}; save it as UTF-8") from error
 
 
 def _finite(text: str) -> float:

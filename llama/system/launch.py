@@ -34,9 +34,12 @@ class Launch:
             world_size = _number("WORLD_SIZE", 1, least=1)
             rank = _number("RANK", 0)
             if missing and (rank > 0 or world_size > 1):
+                told = " and ".join(
+                    f"{name} is {os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name not in missing
+                )
                 raise ValueError(
-                    f"RANK is {rank} and WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set; start with "
-                    "torchrun, or unset them for a single process"
+                    f"the environment says that {told}, and lacks {' and '.join(missing)}; start with torchrun, or "
+                    "unset them all for a single process"
                 )
             if missing:
                 return ALONE

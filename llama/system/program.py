@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn, Optional
 
@@ -113,9 +113,13 @@ def wrong_flag(main: Callable[..., Any], words: Sequence[str]) -> str:
     return ""
 
 
-def nearest(name: str, names: Collection[str], dashes: str = "") -> str:
-    """A question after the name that was meant, if one is like it."""
+def nearest(
+    name: str, names: Collection[str], dashes: str = "", also_called: Optional[Mapping[str, str]] = None
+) -> str:
+    """A question after the name that was meant, if one is like it. also_called: what other programs call names."""
     from difflib import get_close_matches
 
-    near = [known for known in names if len(name) > 2 and known.startswith(name)] or get_close_matches(name, names)
+    meant = (also_called or {}).get(name)
+    near = [meant] if meant in names else [known for known in names if len(name) > 2 and known.startswith(name)]
+    near = near or get_close_matches(name, names)
     return f" (did you mean {dashes}{near[0]}?)" if near else ""

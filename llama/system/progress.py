@@ -40,7 +40,7 @@ def bar(shown: bool = True, **options: Any) -> Any:
     if notebook and find_spec("ipywidgets"):
         from tqdm.auto import tqdm
     told = shown and is_first_process() and not _quiet.get()
-    # None: only if stderr is a terminal. A notebook's is none, but shows a bar.
+    # None shows a bar only if stderr is a terminal. A notebook's stderr is no terminal, but shows bars.
     return tqdm(disable=(False if notebook else None) if told else True, **options)
 
 

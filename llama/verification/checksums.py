@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -19,6 +20,7 @@ from ..weights.archive import map_tensors, read_directory
 from .results import Result, failed, not_applicable, passed
 
 CHECKLIST = "checklist.chk"
+TOKENIZERS = "tokenizer_checklist.chk"  # Meta's download puts it beside the tokenizer of all its models
 BLOCK = 2**22
 # What zipfile raises for damage: a wrong bit may say that a part is encrypted, compressed, or of a later version.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError)
@@ -40,7 +42,7 @@ def check_checksums(folder: Path, files: Iterable[Path]) -> Result:
         expected = _expected(folder, files)
     except ValueError as error:
         return failed(name, str(error), "The list is damaged, or was made by something else than md5sum.")
-    archives = [path for path in files if path not in expected and path.suffix in (".pth", ".bin")]
+    archives = [path for path in files if path not in expected and _is_archive(path)]
     problems = []
     with _bar(sum(map(_size, [*expected, *archives]))) as done:
         for path, what in expected.items():
@@ -66,11 +68,12 @@ def check_checksums(folder: Path, files: Iterable[Path]) -> Result:
 def _expected(folder: Path, files: list[Path]) -> dict[Path, Expected]:
     home = folder if folder.is_dir() else folder.parent
     found = {path: what for path in files if (what := _of_hub(path)) is not None}
-    if is_there(home / CHECKLIST):
-        for digest, name in _lines(home / CHECKLIST):
-            # A list beside GGUF files may be about all of them, of which one is loaded.
-            if folder.is_dir() or home / name in files:
-                found[home / name] = Expected("md5", digest, CHECKLIST)
+    places = dict.fromkeys([home, *(path.parent for path in files)])  # Meta's tokenizer lies above its folders
+    for place, source in product(places, (TOKENIZERS, CHECKLIST)):
+        for digest, name in _lines(place / source) if is_there(place / source) else ():
+            # Only a folder's own list is about all that it holds; one beside GGUF files may be about others.
+            if (place, source) == (folder, CHECKLIST) or place / name in files:
+                found[place / name] = Expected("md5", digest, source)
     return found
 
 
@@ -120,12 +123,16 @@ def _digest(path: Path, kind: str, done: Any) -> str:
     return digest.hexdigest()
 
 
-def _damage(path: Path, done: Any) -> Optional[str]:
-    """What is wrong with a file of torch.save, which has a checksum of each part; None if nothing is, or it is of
-    another kind."""
+def _is_archive(path: Path) -> bool:
+    """Whether this is a file of torch.save as it is written since 2020, which has checksums in it."""
+    if path.suffix not in (".pth", ".bin"):
+        return False
     with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            return None
+        return file.read(2) == b"PK"
+
+
+def _damage(path: Path, done: Any) -> Optional[str]:
+    """What is wrong with a file of torch.save, which has a checksum of each part; None if nothing is."""
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
@@ -151,10 +158,8 @@ def _tensor_name(path: Path, part: str) -> str:
     """The name of the tensor whose numbers are this part of the archive; the part's own if it is not known."""
     try:
         parts, tensors = read_directory(path)[0], map_tensors(path)
-    except (
-        *ZIP_ERRORS,
-        LookupError,
-    ):  # the directory is damaged too; or a small part, whose checksum is compared whenever the file is opened
+    except (*ZIP_ERRORS, LookupError):
+        # The directory is damaged too. Or a small part is, whose checksum is compared whenever the file is opened.
         return part
     starts = {name: place.start for name, place in parts.items() if "/data/" in name}
     base = min(tensor.data_ptr() for tensor in tensors.values()) - min(starts.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -91,7 +91,7 @@ def verify(asked: Asked) -> Iterator[Result]:
     outcome, opened = _open(asked)
     yield outcome
     checkpoint = opened.checkpoint if opened is not None else None
-    yield check_checksums(folder, files_of(folder, checkpoint))
+    yield check_checksums(folder, files_of(folder, checkpoint, asked.tokenizer_path))
     if opened is None:
         yield not_applicable("all other checks", "the files could not be opened")
         return
@@ -109,14 +109,18 @@ def verify(asked: Asked) -> Iterator[Result]:
     yield from _run(asked._replace(positions=min(positions, POSITIONS)), opened, known)
 
 
-def files_of(folder: Path, checkpoint: Optional[Checkpoint]) -> list[Path]:
-    """The files of a folder that are loaded; all that look like them, if it could not be opened."""
+def files_of(folder: Path, checkpoint: Optional[Checkpoint], tokenizer_path: Optional[str] = None) -> list[Path]:
+    """The files of a folder that are loaded, and its tokenizer, wherever that is; all that look like them, if it could
+    not be opened."""
     home = folder if folder.is_dir() else folder.parent
     weights = [] if checkpoint is None else list(checkpoint.paths)
     if checkpoint is None:
         patterns = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin")
         weights = sorted(path for pattern in patterns for path in home.glob(pattern)) if folder.is_dir() else [folder]
     beside = [home / name for name in SETTINGS] if folder.is_dir() else []
+    with suppress(ValueError):  # the row of the files says what is wrong with it
+        tokenizer = find_tokenizer(folder, tokenizer_path)
+        beside += [tokenizer] if tokenizer is not None and tokenizer not in weights + beside else []
     return weights + [path for path in beside if path.is_file()]
 
 
@@ -196,7 +200,7 @@ def _run(asked: Asked, opened: Opened, known: Known) -> Iterator[Result]:
         if quantized:
             yield not_applicable(kind, "the folder's weights are rounded already")
         elif not rounded:
-            yield not_applicable(kind, "to round so many numbers takes a CPU long; --rounded does it")
+            yield not_applicable(kind, "rounding so large a model takes a CPU minutes; --rounded does it")
         else:
             yield itself.check_quantized(asked.build, kind, reference, ids)
     if not counts:

@@ -1,5 +1,4 @@
-"""Finds faults of meaning: a text that the model was trained on the like of becomes clearly likelier if the fault is
-mended.
+"""Finds faults of meaning: if one is mended, texts like those that the model was trained on become clearly likelier.
 
 Every `Repair` is tried on the loaded model, and the log-probabilities of the same tokens are compared, before and
 after. Only what no chance explains counts: the mean gain must be `SURE` times its standard error. A few tokens are read
@@ -26,11 +25,11 @@ from .texts import KINDS
 
 LENGTH = 256  # tokens of a text that are read
 FEW = 64  # tokens that are read first
-WORSE = -2.0  # standard errors; the right repair makes the few tokens likelier, but for once in 1000 faults
+WORSE = -2.0  # standard errors; the right repair makes the few tokens likelier, except once in 1000 faults
 SURE = 4.5  # standard errors: by chance once in 300,000 trials
 LEAST_GAIN = 0.01  # nats a token that a repair must bring; another norm_eps changes less
 LIKELY = 0.5  # nats below chance from which on a text counts as likely
-PASS_SECONDS = 4.0  # that one reading of all texts may take; fewer texts are read where it would take longer
+PASS_SECONDS = 4.0  # the longest that reading all texts once may take; a slower machine reads fewer texts
 ROUNDS = 4  # faults of one folder that are looked for
 CHECKS = (kinds.ORDER_QK, kinds.THETA, kinds.EPS, kinds.LAYERS, kinds.PARTS, kinds.HEADS)
 

@@ -21,16 +21,13 @@ from ..system.printable import escaped
 from .results import Result, failed, not_applicable, passed
 from .texts import PROSE, STORIES
 
-TOKENS = 48  # of a text, read both ways
+TOKENS = 48  # length of the text that is read both ways
 NEW_TOKENS = 24
 # The mean divergence (Kullback-Leibler, nats a token) that rounding explains.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.002}
 QUANTIZED = {"int8": 0.02, "int4": 0.5}
-NEAR = {
-    torch.float32: 0.01,
-    torch.bfloat16: 0.25,
-    torch.float16: 0.05,
-}  # nats between two tokens that may change places
+# Two tokens that are no more nats apart may change places.
+NEAR = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.05}
 CHILD_SECONDS = 3600.0
 BUG = (
     "The two are the same mathematics in other orders of sums. A larger difference is a fault of this library, of "
@@ -126,7 +123,8 @@ def _compiled(llama: Llama, prompt: list[int]) -> Result:
     plain = Llama(llama.model, llama.tokenizer, compile=False)
     (ours, scores), (others, plain_scores) = _greedy(llama, prompt), _greedy(plain, prompt)
     same = next((i for i, (a, b) in enumerate(zip(ours, others)) if a != b), min(len(ours), len(others)))
-    pairs = list(zip(scores[: same + 1], plain_scores[: same + 1]))  # where they part, two tokens are equally good
+    # The token at which they part is compared too: there two tokens are equally good.
+    pairs = list(zip(scores[: same + 1], plain_scores[: same + 1]))
     apart, near = max((abs(a - b) for a, b in pairs), default=0.0), NEAR[llama.model.norm.weight.dtype]
     told = f"{same} of {len(ours)} tokens alike, log-probabilities {apart:.1e} apart (bound {near:g})"
     return passed(name, told) if apart <= near else failed(name, told, BUG)

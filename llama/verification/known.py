@@ -24,11 +24,8 @@ from .itself import NEAR, is_quantized, one_pass
 from .results import Result, failed, not_applicable, passed
 
 KNOWN = "known model"
-COARSER = {
-    torch.float32: 1.0,
-    torch.float16: 1.0,
-    torch.bfloat16: 4.0,
-}  # times the tolerances, which are those of float16
+# The tolerances are those of float16; other dtypes have them times this.
+COARSER = {torch.float32: 1.0, torch.float16: 1.0, torch.bfloat16: 4.0}
 PERPLEXITY_WITHIN = 0.01  # as a share
 OTHER_NUMBERS = (
     "The weights or the settings are not those of the model: damaged, converted or merged wrongly, or a fine-tune that "
@@ -57,7 +54,7 @@ class Known(NamedTuple):
         return 4096 if any("perplexity" in entry for entry in self.entries) else 2048
 
     def stated(self, what: str) -> Optional[float]:
-        """A setting, if all that the folder may be have the same."""
+        """A setting, if all models that the folder may be agree on it."""
         values = {entry[what] for entry in self.entries}
         return values.pop() if len(values) == 1 else None
 
@@ -161,8 +158,8 @@ def _logits(llama: Llama, known: Known, entry: dict[str, Any]) -> Result:
 
 
 def _text(llama: Llama, name: str, text: dict[str, str]) -> Result:
-    """Whether each token of a published greedy text is the likeliest, or as good as that, where those before it are
-    given."""
+    """Whether each token of a published greedy text is the likeliest after those before it, or as good as the
+    likeliest."""
     if is_quantized(llama):
         return not_applicable(name, "the weights are rounded to int8 or int4")
     tokenizer = llama.tokenizer

@@ -31,8 +31,8 @@ MEANS = {
 }
 THETAS = (1e4, 1e6, 5e5, 1e5)
 EPSILONS = (1e-5, 1e-6)  # all that Llama's releases have
-FACTORS = (2.0, 4.0, 8.0)  # of linear scaling, which was the first and is the one that changes every position
-ALL_PAIRS = 8  # layers: up to so many, all pairs are tried; of more, neighbours, and what the norms suggest
+FACTORS = (2.0, 4.0, 8.0)  # linear scaling by these; it is the one that changes every position
+ALL_PAIRS = 8  # up to this number of layers all pairs are tried; of more, neighbours and what the norms suggest
 
 Change = Callable[[Transformer, ExitStack], None]
 Reorder = Callable[[torch.Tensor, int], torch.Tensor]

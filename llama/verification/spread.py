@@ -57,8 +57,8 @@ class Spread(NamedTuple):
 
 
 def check_weights(checkpoint: Checkpoint, model: Transformer) -> list[Result]:
-    """The numbers of a folder. model: its own, on the meta device. Integers, of which every one may stand, are left
-    out."""
+    """The numbers of a folder. model: its own, on the meta device. Integers are left out, since any of them may
+    occur."""
     spreads, numbers = [], 0
     plan = {name: where for name, where in cut(model).items() if checkpoint.dtypes[name].is_floating_point}
     for name, (shape, dim, _) in bar(iterable=plan.items(), desc="Weights", unit="tensor", delay=1.5, leave=False):

@@ -75,9 +75,8 @@ class AdaptedCheckpoint:
         self.tied = base.tied and _are_one(*(self.changes.get(name) for name in WITH_IDS))
         self.args = base.args
         shapes = {name: base.shape(name, dim) for name, dim in WITH_IDS.items() if name in base.dtypes}
-        self._rows = {
-            name: shape[0] for name, shape in shapes.items() if shape
-        }  # without one it is no matrix, and refused later
+        # A tensor without dimensions is no matrix, and refused later.
+        self._rows = {name: shape[0] for name, shape in shapes.items() if shape}
         before = dict(self._rows)
         for name in self._rows:
             if name in self.changes and (saved := self.changes[name].whole) is not None:

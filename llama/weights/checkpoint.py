@@ -7,7 +7,6 @@ others each rank copies only its own slices.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..system.progress import bar
 from .gguf import GGUFCheckpoint
 from .huggingface import HuggingFaceCheckpoint, has_weights
 from .meta import MetaCheckpoint
-from .places import find_gguf
+from .places import check_place, find_gguf
 from .staging import Job, Sender, run_jobs
 
 
@@ -42,9 +41,8 @@ class Checkpoint(Protocol):
     paths: list[Path]  # the files of weights
     mapped: MappedFiles
     args: ModelArgs  # the stored shape, without limits; vocab_size is -1 if only the tokenizer tells it
-    positions: Optional[
-        int
-    ]  # how many the model was made for, if the files say so; scaled ones stand in args.rope_scaling
+    # How many positions the model was made for, if the files say so; scaled ones stand in args.rope_scaling.
+    positions: Optional[int]
     tied: bool  # whether the embedding is the output matrix too
     quantization: Optional[Quantization]  # the stored kind of numbers; None: not quantized
     dtype: torch.dtype  # the embedding's
@@ -81,13 +79,7 @@ def open_checkpoint(ckpt_dir: Path) -> Checkpoint:
     """
     if find_gguf(ckpt_dir):
         return GGUFCheckpoint(ckpt_dir)
-    if not os.path.isdir(ckpt_dir):
-        told = ", which is a file" if os.path.isfile(ckpt_dir) else ""
-        raise ValueError(
-            f"no checkpoint folder at {ckpt_dir}{told}; pass the folder that holds consolidated.00.pth and "
-            f"params.json, "
-            "or config.json and model.safetensors, or a GGUF file"
-        )
+    check_place(ckpt_dir)
     metas = [is_there(ckpt_dir / "params.json"), any(ckpt_dir.glob("consolidated.*.pth"))]
     theirs = is_there(ckpt_dir / "config.json")
     if theirs and (not all(metas)) and has_weights(ckpt_dir):  # one of Meta's files alone is a stray
@@ -129,9 +121,8 @@ def cut(model: Transformer) -> dict[str, tuple[list[int], Optional[int], int]]:
     plan = {}
     for prefix, module in model.named_modules():
         dims, copies = getattr(module, "shard_dims", None), getattr(module, "copies", 1)
-        rows = (
-            module.out_features if getattr(module, "gather_output", False) else math.inf
-        )  # without what fills up its parts
+        # The rows of the matrix itself. Its parts may have more, which only fill them up.
+        rows = module.out_features if getattr(module, "gather_output", False) else math.inf
         for name, parameter in module.named_parameters(recurse=False):
             dim = getattr(module, "shard_dim", None) if dims is None else dims[name]
             shape = [int(min(n * (ranks // copies), rows)) if i == dim else n for i, n in enumerate(parameter.shape)]
@@ -167,7 +158,7 @@ def prepare(model: Transformer, checkpoint: Checkpoint, quantize: Optional[str] 
 
 
 def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
-    """ValueError, which lists all problems, unless the checkpoint's names, shapes and stored dtypes are the model's."""
+    """ValueError, which lists the problems, unless the checkpoint's names, shapes and stored dtypes are the model's."""
     plan, names = cut(model), checkpoint.dtypes.keys()
     problems = [f"{name} is missing" for name in plan if name not in names]
     problems += [f"{name} is unexpected" for name in sorted(names - plan.keys())]
@@ -188,7 +179,7 @@ def check_weights(model: Transformer, checkpoint: Checkpoint) -> None:
             hint = f"; are {missing} more shards missing?"
         raise ValueError(
             f"the weights in {checkpoint.folder} ({counted(len(checkpoint.paths), 'file')}) are not those that its "
-            f"{checkpoint.config} and tokenizer describe{hint}: {listed(problems, 40)}"
+            f"{checkpoint.config} and tokenizer describe{hint}: {listed(problems, 8)}"
         )
     for name, (_, dim, _) in plan.items():
         if dim is None:
@@ -289,10 +280,8 @@ def _parts(model: Transformer, checkpoint: Checkpoint) -> list[Part]:
         full = 0 if dim is None else shape[dim]
         size = -(-full * copies // ranks)
         if layer is not None and dim == 1:
-            full, size = (
-                layer.in_features,
-                layer.in_features // ranks,
-            )  # numbers; `shape` counts bytes, which may hold two
+            # These count numbers; `shape` counts bytes, each of which may hold two.
+            full, size = layer.in_features, layer.in_features // ranks
         start, stop = (min(i * size, full) for i in (rank // copies, rank // copies + 1))
         parts.append(Part(name, dim, start, stop, size, layer))
     return parts

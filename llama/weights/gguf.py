@@ -189,9 +189,8 @@ class GGUFCheckpoint:
         self.paths = find_gguf(path)
         self.mapped = MappedFiles(self.paths)
         headers = read_headers(self.paths)
-        self._tensors: dict[
-            str, tuple[TensorInfo, torch.Tensor]
-        ] = {}  # Meta's name -> what it is, and its mapped bytes
+        # Meta's name -> what the tensor is, and its mapped bytes
+        self._tensors: dict[str, tuple[TensorInfo, torch.Tensor]] = {}
         found: dict[str, TensorInfo] = {}
         for file, header in zip(self.paths, headers):
             for name in header.tensors.keys() & found.keys():

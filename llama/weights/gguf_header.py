@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies. Nothing that it claims is believed before it is
+"""The header of a GGUF file: its metadata, and where each tensor lies. Nothing that it claims is used before it is
 checked.
 
 The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -15,23 +15,11 @@ from ..system.files import check_file
 from ..system.printable import shortened
 
 MAGIC = b"GGUF"
-HEADER_BYTES = (
-    2**25
-)  # a longer header is refused; Llama 2's has a million bytes. Reading one takes a few seconds at most
+# A longer header is refused; Llama 2's has a million bytes. Reading one takes a few seconds at most.
+HEADER_BYTES = 2**25
 ALIGNMENT = 32  # bytes between the beginnings of tensors, unless "general.alignment" says another one
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}  # type of a value -> struct's
+# type of a value in GGUF -> its letter in `struct`
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS, MOST_ENTRIES = 4, 2**40
 

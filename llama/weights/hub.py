@@ -21,10 +21,11 @@ from ..system.files import contents, is_there, listed, read_json
 from ..system.printable import clipped, escaped, gigabytes
 from .places import PART
 
-# Letters, digits, "_", "-" and ".", the last two not at an end; a revision is a branch, a tag, refs/pr/N or a commit;
-# behind a colon a GGUF file, by its name or by the end of that.
+# A name has letters, digits, "_", "-" and ".", the last two not at an end. A revision is a branch, a tag, refs/pr/N or
+# a commit. A GGUF file follows a colon, by its name or by the end of its name.
 NAME = re.compile(r"(\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?)(?:@(\w(?:[\w./-]*\w)?))?(?::(\w(?:[\w.-]*\w)?))?", re.ASCII)
 MOST = 96  # characters of a name
+PAGES = "https://huggingface.co/"
 
 # The files of weights that are read, one kind in each line, the preferred one first: the file that tells that a
 # repository has the kind, and all of it. Repositories hold the same weights in several kinds, and one is enough.
@@ -73,7 +74,10 @@ class Listing(NamedTuple):
 
 
 def parse(text: str) -> Optional[Name]:
-    """org/name, org/name@revision, org/name:Q4_K_M; None for a text that cannot be a name on the hub."""
+    """org/name, org/name@revision, org/name:Q4_K_M, or the address of a model's page; None for a text that cannot be a
+    name on the hub."""
+    if text.startswith(PAGES):
+        text = text.removeprefix(PAGES).rstrip("/")
     found = NAME.fullmatch(text)
     if found is None or len(found[1]) > MOST or "--" in found[1] or ".." in text or found[1].endswith(".git"):
         return None
@@ -113,7 +117,7 @@ def absent(given: str, path: Path) -> Optional[Name]:
 
 
 def look_up(name: Name) -> Listing:
-    """Ask the hub for a model's files. ValueError if it cannot be had, or has nothing that is read here."""
+    """Ask the hub for a model's files. ValueError if the hub does not give them, or none of them is read here."""
     hub = _client(name)
     with _explained(name, hub):
         info = hub.HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)

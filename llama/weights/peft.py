@@ -262,8 +262,7 @@ def _misshapen(module: str, parts: dict[str, torch.Tensor], settings: Settings) 
 
 def _change(module: str, parts: dict[str, torch.Tensor], settings: Settings) -> Change:
     a, b = parts.get("a"), parts.get("b")
-    if (
-        module == EMBEDDING and a is not None and b is not None
-    ):  # (rank, ids) and (dim, rank): its product is transposed
+    # An embedding has (rank, ids) and (dim, rank): its product is transposed.
+    if module == EMBEDDING and a is not None and b is not None:
         a, b = b.t(), a.t()
     return Change(parts.get("whole"), a, b, settings.scale(module) if a is not None else 0.0)

@@ -39,3 +39,13 @@ def find_gguf(path: Path) -> list[Path]:
             f"{path} is one of {int(part[3])} parts, and {listed(missing)} is missing beside it; download it again"
         )
     return paths or [path]
+
+
+def check_place(path: Path) -> None:
+    """ValueError if no model can be at a path: it is no folder, and no GGUF file."""
+    if not find_gguf(path) and not os.path.isdir(path):
+        told = ", which is a file" if os.path.isfile(path) else ""
+        raise ValueError(
+            f"no checkpoint folder at {path}{told}; pass the folder that holds consolidated.00.pth and params.json, or "
+            "config.json and model.safetensors, or a GGUF file"
+        )
