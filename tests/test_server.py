@@ -282,7 +282,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("/tokenize", {}, 400, "give prompt, or messages"),
     ("/nothing", {}, 404, "there is no address '/nothing' here"),
     ("/chat/completions", {}, 404, "no address '/chat/completions' here (did you mean /v1/chat/completions?)"),
-    ("/v1/models", {}, 405, "'/v1/models' is not there for POST; see GET"),
+    ("/v1/models", {}, 405, "'/v1/models' is not there for POST; use GET or HEAD"),
 ]
 
 

@@ -167,7 +167,7 @@ def test_what_is_no_file_cannot_be_loaded(llama: Llama, tmp_path: Path) -> None:
     """A pipe that nobody writes to waited for ever, and /dev/zero filled the memory."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero", "/dev/null", tmp_path / "nowhere.json", tmp_path, ""):
-        with pytest.raises(ValueError, match="no saved session at"):
+        with pytest.raises(ValueError, match="no saved session at" if path else "the path is empty"):
             llama.chat().load(path)
 
 
@@ -423,6 +423,6 @@ def test_tags_are_refused(llama: Llama) -> None:
         llama.chat(system="<<SYS>>")
     with pytest.raises(ValueError, match="unknown option top_q"):
         session.send("hi", top_q=1)
-    with pytest.raises(ValueError, match="unknown option temprature; there are .*temperature, top_p, max_gen_len"):
+    with pytest.raises(ValueError, match="unknown option temprature .*; there are .*temperature, top_p, max_gen_len"):
         llama.chat(temprature=0.5)
     assert session.turns == []

@@ -206,9 +206,10 @@ def no_address(request: HTTPRequest, error: Exception) -> Response:
     """What a client is told who asks for an address that is not there, or not for that method."""
     assert isinstance(error, HTTPException)
     path, paths = request.url.path, [route.path for route in request.app.routes]
+    methods = sorted((error.headers or {}).get("Allow", "").split(", "))
     told = {
         404: f"there is no address {shortened(path)} here{nearest(path, paths)}",
-        405: f"{shortened(path)} is not there for {request.method}; see {(error.headers or {}).get('Allow', 'docs')}",
+        405: f"{shortened(path)} is not there for {request.method}; use {' or '.join(methods)}",
     }
     return failure(error.status_code, told.get(error.status_code, str(error.detail)), headers=error.headers)
 
