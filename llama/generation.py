@@ -61,6 +61,7 @@ from .layers.parallel import (
     model_parallel_group,
     replica,
     several_processes,
+    share_memory,
 )
 from .layers.quantized import Quantized
 from .loading import DEMO, DEMO_TOLD, Wanted, check_shares, checkpoint_folders, open_folders
@@ -180,6 +181,7 @@ class Llama:
                 "chat_format": chat_format,
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
             }  # fmt: skip
+        share_memory(model_parallel_group(), place)
         with together(everyone=True), torch.inference_mode(False), memory.explained(opened.placement):
             draft_model = None if opened.draft is None else opened.draft.load()
             model = opened.main.load()
