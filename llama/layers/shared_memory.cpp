@@ -9,6 +9,7 @@
 // brings the sums to the others.
 #include <linux/futex.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -28,6 +29,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int64_t SMALL = 32 * 1024;  // most bytes of a message that each rank adds alone
+// A rank that waits for one on another core holds its own for so long before it sleeps. It sleeps at once if the other one was
+// last on its own core: that one cannot come before.
+constexpr auto SPIN = std::chrono::microseconds(100);
 constexpr long LOOK = 50'000'000;     // nanoseconds between two looks of a rank that sleeps at whether the other one lives
 
 inline void pause() {
@@ -43,6 +47,7 @@ struct alignas(256) Line {
     std::atomic<uint32_t> turn;      // how many turns it has begun to read
     std::atomic<uint32_t> sleepers;  // how many ranks sleep until it counts
     std::atomic<uint32_t> left;      // whether it has left the group
+    std::atomic<int32_t> core;       // where it ran when it counted
     std::atomic<uint64_t> message[2];  // the kind and size of its message in the last two turns
 };
 
@@ -82,10 +87,9 @@ class Room {
    public:
     const int ranks, rank;
 
-    // ids: of the ranks' processes, this one's among them. spin: microseconds that a rank which waits holds its core before it
-    // sleeps; one that has no core of its own should not. limit: seconds that it waits for a rank that lives.
-    Room(const int64_t* ids, int ranks, int rank, int memory, int64_t spin, int64_t limit)
-        : ranks(ranks), rank(rank), process(getpid()), spin(spin), limit(limit) {
+    // ids: of the ranks' processes, this one's among them. limit: seconds that it waits for a rank that lives.
+    Room(const int64_t* ids, int ranks, int rank, int memory, int64_t limit)
+        : ranks(ranks), rank(rank), process(getpid()), limit(limit) {
         struct stat status;
         Tensor::check(rank >= 0 && rank < ranks && !fstat(memory, &status));
         bytes = status.st_size;
@@ -166,7 +170,6 @@ class Room {
 
    private:
     pid_t process;
-    std::chrono::microseconds spin;
     std::chrono::seconds limit;
     int64_t bytes, piece;
     Line* lines = nullptr;
@@ -202,6 +205,7 @@ class Room {
     void meet(uint64_t message) {
         uint32_t now = turn() + 1;
         lines[rank].message[now & 1].store(message, std::memory_order_relaxed);
+        lines[rank].core.store(sched_getcpu(), std::memory_order_relaxed);
         lines[rank].turn.store(now);
         if (lines[rank].sleepers.load()) wake();
         for (int r = 0; r < ranks; r++) {
@@ -216,7 +220,7 @@ class Room {
 
     void wait_for(int r, uint32_t now) {
         auto began = Clock::now(), time = began;
-        while (time - began < spin) {
+        while (time - began < SPIN && lines[r].core.load(std::memory_order_relaxed) != sched_getcpu()) {
             for (int i = 0; i < 16; i++) {
                 if (has_come(r, now)) return;
                 pause();
@@ -253,13 +257,12 @@ std::shared_ptr<Room> room_of(const Tensor& number) {
     return rooms[at];
 }
 
-// processes int64 (ranks,), rank, memory, spin, limit -> room int64 ()
+// processes int64 (ranks,), rank, memory, limit -> room int64 ()
 void join(StableIValue* stack, uint64_t, uint64_t) {
     Tensor processes(stack[0]), number({}, aoti_torch_dtype_int64());
     Tensor::check(processes.in_order() && processes.dtype() == aoti_torch_dtype_int64());
     auto room = std::make_shared<Room>(
-        processes.numbers<int64_t>(), (int)processes.size(0), (int)stack[1], (int)stack[2], (int64_t)stack[3],
-        (int64_t)stack[4]);
+        processes.numbers<int64_t>(), (int)processes.size(0), (int)stack[1], (int)stack[2], (int64_t)stack[3]);
     std::lock_guard<std::mutex> guarded(guard);
     *number.numbers<int64_t>() = (int64_t)rooms.size();
     rooms.push_back(room);
@@ -323,7 +326,7 @@ struct Operators {
     TorchLibraryHandle names = nullptr, functions = nullptr;
     Operators() {
         bool named = !aoti_torch_library_init_def("llama_shared", __FILE__, __LINE__, &names) &&
-                     !aoti_torch_library_def(names, "join(Tensor processes, int rank, int memory, int spin, int limit) -> Tensor") &&
+                     !aoti_torch_library_def(names, "join(Tensor processes, int rank, int memory, int limit) -> Tensor") &&
                      !aoti_torch_library_def(names, "leave(Tensor room) -> ()") &&
                      !aoti_torch_library_def(names, "sum(Tensor x, Tensor room) -> Tensor") &&
                      !aoti_torch_library_def(names, "sum_(Tensor(a!) x, Tensor room) -> ()") &&

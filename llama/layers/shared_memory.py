@@ -22,7 +22,6 @@ from . import cpp
 
 SOURCE = Path(__file__).with_name("shared_memory.cpp")
 PIECE = 512 * 1024  # bytes of a buffer; longer messages go in pieces
-SPIN = 100  # microseconds that a rank which waits holds its core before it sleeps, if there is one for each rank
 LINE = 256  # bytes that each rank has beside its two buffers
 SUMMED = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
@@ -49,10 +48,9 @@ def _fake_gather(x: torch.Tensor, room: torch.Tensor, ranks: int) -> torch.Tenso
 
 
 class Memory(NamedTuple):
-    """A process's id and its cores; and of the first rank, its descriptor of the file, and the file's number."""
+    """A process's id; and of the first rank, its descriptor of the file, and the file's number."""
 
     process: int
-    cores: set[int]
     descriptor: int = -1
     inode: int = -1
 
@@ -64,14 +62,13 @@ def made(ranks: int, rank: int) -> Iterator[Memory]:
     OSError if there is not enough: all of it is set aside here, since a page that is missing later would end the
     process that writes there.
     """
-    mine = os.getpid(), os.sched_getaffinity(0)
     if rank > 0:
-        yield Memory(*mine)
+        yield Memory(os.getpid())
         return
     descriptor = os.memfd_create("llama")
     try:
         os.posix_fallocate(descriptor, 0, ranks * (LINE + 2 * PIECE))
-        yield Memory(*mine, descriptor, os.fstat(descriptor).st_ino)
+        yield Memory(os.getpid(), descriptor, os.fstat(descriptor).st_ino)
     finally:
         os.close(descriptor)
 
@@ -87,8 +84,7 @@ def join(memories: Sequence[Memory], rank: int, limit: float) -> torch.Tensor:
         if os.fstat(descriptor).st_ino != first.inode:
             raise RuntimeError("the first process's file is another one")
         processes = torch.tensor([memory.process for memory in memories])
-        spin = SPIN if len(set.union(*(memory.cores for memory in memories))) >= len(memories) else 0
-        return torch.ops.llama_shared.join(processes, rank, descriptor, spin, int(limit))
+        return torch.ops.llama_shared.join(processes, rank, descriptor, int(limit))
     finally:
         os.close(descriptor)
 
