@@ -101,6 +101,22 @@ def _room(x: torch.Tensor, group: dist.ProcessGroup) -> Optional[torch.Tensor]:
     return _rooms.get(group.group_name) if device_kind(x) == "cpu" else None
 
 
+def room_of(group: Group) -> Optional[torch.Tensor]:
+    """This process's part in the memory that the group's processes share; None if they do not."""
+    return None if group is None else _rooms.get(group.group_name)
+
+
+@contextmanager
+def sharing(group: Group, room: torch.Tensor) -> Iterator[None]:
+    """A block in which the group's messages go over this room: a step that is compiled has it as an input."""
+    assert group is not None
+    _rooms[group.group_name] = room
+    try:
+        yield
+    finally:
+        del _rooms[group.group_name]
+
+
 _rooms: dict[str, torch.Tensor] = {}  # name of a group -> this process's part in its shared memory
 _roomless: set[str] = set()  # names of groups whose messages all go over gloo
 
