@@ -313,7 +313,7 @@ group = parallel.model_parallel_group()
 parallel.share_memory(group, torch.device("cpu"))
 assert parallel._rooms
 for turn in range(5):
-    assert parallel.all_reduce(torch.ones(100_000), group)[-1] == 2
+    assert (parallel.all_reduce(torch.ones(1_000_000), group) == int(os.environ["WORLD_SIZE"])).all()
 if os.environ["RANK"] == "1":
     time.sleep(0.3)  # the other one sleeps by now
     {}
@@ -343,4 +343,32 @@ def test_more_ranks_than_cores(forks: Forks) -> None:
     """None holds the core that another one needs."""
     bound = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     script = SCRIPT.format("pass").replace("runtime.start", f"{bound}\nruntime.start")
-    assert [ended.returncode for ended in forks.ranks(script)] == [0, 0]
+    assert [ended.returncode for ended in forks.ranks(script, count=3)] == [0, 0, 0]
+
+
+AGAIN = """
+import os, torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as mpu
+from llama import runtime
+from llama.layers import parallel
+names = []
+for turn in range(2):
+    dist.init_process_group("gloo")
+    mpu.initialize_model_parallel(2)
+    runtime.start("cpu")
+    group = parallel.model_parallel_group()
+    parallel.share_memory(group, torch.device("cpu"))
+    assert parallel.all_reduce(torch.ones(5), group).tolist() == [2] * 5
+    names.append((group.group_name, parallel.room_of(group).item()))
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+assert names[0][0] == names[1][0] and names[0][1] != names[1][1], names
+"""
+
+
+def test_a_caller_who_leaves_and_joins_again(forks: Forks) -> None:
+    """Groups of the second world have the names of the first one's."""
+    outcomes = forks.ranks(AGAIN)
+    assert [ended.returncode for ended in outcomes] == [0, 0], outcomes[0].stderr

@@ -118,7 +118,7 @@ def sharing(group: Group, room: torch.Tensor) -> Iterator[None]:
 
 
 _rooms: dict[str, torch.Tensor] = {}  # name of a group -> this process's part in its shared memory
-_roomless: set[str] = set()  # names of groups whose messages all go over gloo
+_roomless: dict[str, Any] = {}  # names of groups whose messages all go over gloo; and "": the world of all groups
 
 
 def share_memory(group: Group, device: torch.device) -> None:
@@ -126,9 +126,14 @@ def share_memory(group: Group, device: torch.device) -> None:
 
     Call it on all ranks alike: all share it, or none, and then gloo carries their messages.
     """
+    if _roomless.get("") is not world():  # the caller has left that one, and groups of the new one have the same names
+        _leave_rooms()
+        _roomless[""] = world()
     if group is None or device_kind(device) != "cpu" or group.group_name in (*_rooms, *_roomless):
         return
-    _roomless.add(group.group_name)
+    _roomless[group.group_name] = None
+    if "cpu:gloo" not in dist.get_backend_config(group):
+        return
     ranks, rank = group_size(group), group_rank(group)
     places = gather_objects(shared_memory.place(), group)
     if None in places or len(set(places)) > 1:
@@ -137,8 +142,7 @@ def share_memory(group: Group, device: torch.device) -> None:
     joined: list[torch.Tensor] = []
     with torch.inference_mode(False), ExitStack() as stack:
         try:
-            if_first = shared_memory.load if rank == 0 else bool
-            _on_all(if_first, group)  # the others then find what it has compiled
+            _on_all(lambda: None if rank else shared_memory.load(), group)  # the others find what it has compiled
             _on_all(shared_memory.load, group)
             memories = _on_all(lambda: stack.enter_context(shared_memory.made(ranks, rank)), group)
             _on_all(lambda: joined.append(shared_memory.join(memories, rank, limit)), group)
@@ -149,7 +153,14 @@ def share_memory(group: Group, device: torch.device) -> None:
                 torch.ops.llama_shared.leave(room)
             return
     _rooms[group.group_name] = joined[0]
-    _roomless.discard(group.group_name)
+    del _roomless[group.group_name]
+
+
+def _leave_rooms() -> None:
+    for room in _rooms.values():
+        torch.ops.llama_shared.leave(room)
+    _rooms.clear()
+    _roomless.clear()
 
 
 class _Unable(Exception):
@@ -287,10 +298,7 @@ def _forget_groups() -> None:
     if not has_failed():  # freeing the buffer waits for the GPU
         _small.clear()
     _without.clear()
-    for room in _rooms.values():
-        torch.ops.llama_shared.leave(room)
-    _rooms.clear()
-    _roomless.clear()
+    _leave_rooms()
     _patient.clear()
 
 
