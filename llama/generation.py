@@ -62,6 +62,7 @@ from .layers.parallel import (
     model_parallel_group,
     replica,
     several_processes,
+    share_memory,
 )
 from .layers.quantized import Quantized
 from .loading import DEMO, DEMO_TOLD, Wanted, check_shares, checkpoint_folders, open_folders
@@ -111,6 +112,7 @@ class Llama:
         batch_invariant: bool = False,
         chat_format: Optional[str] = None,
         processes: Optional[int] = None,
+        bind: bool = False,
         quiet: bool = False,
     ) -> Llama:
         """Load a checkpoint onto this process, or onto all processes that torchrun started. Without arguments: the demo
@@ -149,6 +151,8 @@ class Llama:
                 dividing the cores. They end with the object, with `close()`, or with this process; a new build with
                 processes= closes the one before (docs/NOTEBOOKS.md). Default: this process alone, or all that torchrun
                 started.
+            bind: True binds each of several processes on a CPU to its own share of the cores that they may use, node of
+                memory by node of memory, until they end; a line says which. Default: False.
             quiet: True prints nothing. Default: False, which tells how long it took, and shows a bar at a terminal.
 
         Raises:
@@ -161,7 +165,7 @@ class Llama:
         if processes is not None:
             return _build_over(processes, given)
         began = time.time()
-        place = runtime.start(device, model_parallel_size)
+        place = runtime.start(device, model_parallel_size, bind)
         with together(everyone=True) as agreement:
             max_seq_len, max_batch_size, seed = _checked(given, place)
             agreement.values = {"the call": "build"}
@@ -181,6 +185,7 @@ class Llama:
                 "chat_format": chat_format,
                 "seed": seed if replica()[1] == 1 else None,  # each copy of the model may draw its own
             }  # fmt: skip
+        share_memory(model_parallel_group(), place)
         with together(everyone=True), torch.inference_mode(False), memory.explained(opened.placement):
             draft_model = None if opened.draft is None else opened.draft.load()
             model = opened.main.load()

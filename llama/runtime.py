@@ -31,12 +31,13 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mpu
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from .system import peers, pipes
+from .system import cores, peers, pipes
 from .system.checks import whole
 from .system.interrupts import held_back
 from .system.launch import ALONE
 from .system.launch import Launch as Launch
 from .system.printable import counted, shortened
+from .system.progress import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALSO_CALLED = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "auto": None}
@@ -92,6 +93,7 @@ class _Started:
     lost: bool = False  # whether a process that this one has started is gone
     at_exit: bool = False
     threads: Optional[int] = None
+    cores: frozenset[int] = frozenset()  # the ones that this process could use before it was bound
     stdout: Optional[TextIO] = None
     silence: Optional[TextIO] = None  # stands in stdout's place while this process is quiet
     excepthook: Optional[Any] = None
@@ -123,11 +125,16 @@ def this_launch() -> Launch:
     return _placed.get() or (ALONE if acts_alone() else Launch.read())
 
 
-def start(device: Union[str, torch.device, None] = None, model_parallel_size: Optional[int] = None) -> torch.device:
+def start(
+    device: Union[str, torch.device, None] = None, model_parallel_size: Optional[int] = None, bind: bool = False
+) -> torch.device:
     """Join the other processes of the launcher, if there are any, and return the device that this one computes on.
 
+    bind: whether each process of a machine is bound to cores of its own, until `shutdown`.
+
     A process group, or fairscale's groups, that the caller made before are used unchanged. ValueError if the device is
-    missing, or is another process's, or `model_parallel_size` does not fit the number of processes.
+    missing, or is another process's, or `model_parallel_size` does not fit the number of processes, or there are no
+    cores to bind to.
     """
     launch = this_launch()
     if launch.by_launcher:
@@ -137,11 +144,12 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     try:
         size = _model_parallel_size(model_parallel_size, launch.world_size)
         chosen = choose_device(device, launch)
+        _check_bind(bind, chosen, launch)
         if device_kind(chosen) == "cuda":
             torch.cuda.set_device(chosen)  # before NCCL starts, which binds to the current device
             if chosen not in _started.gpus:
                 _started.gpus.append(chosen)
-        place = _Place.of(chosen, size)
+        place = _Place.of(chosen, size, bind)
     except ValueError as error:
         place, problem = _Place(problem=str(error)), error
     if launch.world_size > 1:
@@ -151,6 +159,8 @@ def start(device: Union[str, torch.device, None] = None, model_parallel_size: Op
     if launch.by_launcher:
         _make_groups(size)
     if launch.world_size > 1:
+        if bind:
+            _bind(launch)
         _share_cores(chosen, launch)
         if launch.store is None:
             _quieten(launch.rank)
@@ -226,14 +236,15 @@ class _Place:
     kind: str = ""
     uuid: str = ""  # empty for a CPU
     size: int = 0  # model_parallel_size
+    cores: str = ""  # the ones that the process may use, if it is to be bound to some of them
     problem: str = ""
 
     @staticmethod
-    def of(device: torch.device, size: int) -> _Place:
+    def of(device: torch.device, size: int, bind: bool) -> _Place:
         """This process's place."""
         kind = device_kind(device)
         uuid = str(torch.cuda.get_device_properties(device.index).uuid) if kind == "cuda" else ""
-        return _Place(machine(), kind, uuid, size)
+        return _Place(machine(), kind, uuid, size, cores.ranges(_started.cores or cores.usable()) if bind else "")
 
 
 def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
@@ -260,6 +271,16 @@ def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
                 f"model_parallel_size is {places[0].size} on process 0, but {place.size} on process {rank}; they "
                 f"must agree"
             )
+        elif bool(place.cores) != bool(places[0].cores):
+            words = (
+                f"bind is {bool(places[0].cores)} on process 0, but {bool(place.cores)} on process {rank}; they must "
+                "agree"
+            )
+        elif place.cores != places[beside := _first_of(place.machine, places)].cores:
+            words = (
+                f"bind=True, but process {beside} may use the cores {places[beside].cores}, and process {rank} of the "
+                f"same machine {place.cores}: what started them has bound them already; leave bind out"
+            )
         elif place.kind == "cuda" and first != rank:
             words = (
                 f"processes {first} and {rank} of {place.machine.split(' ')[0]} both compute on GPU {place.uuid}; "
@@ -270,6 +291,11 @@ def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
             error = ValueError(words)
             error.told_by = 0  # type: ignore[attr-defined]  # one process speaks for all: see `_report`
             raise error from problem
+
+
+def _first_of(name: str, places: list[_Place]) -> int:
+    """The lowest rank of a machine."""
+    return next(rank for rank, place in enumerate(places) if place.machine == name)
 
 
 def memory_sharers(device: torch.device) -> int:
@@ -354,6 +380,36 @@ def _make_groups(model_parallel_size: int) -> None:
         _started.groups[model_parallel_size] = {name: vars(mpu)[name] for name in FAIRSCALE_GROUPS}
 
 
+def _check_bind(bind: bool, device: torch.device, launch: Launch) -> None:
+    """ValueError if the processes of this machine cannot each have cores of their own."""
+    if bind not in (True, False):
+        raise ValueError(f"bind={shortened(bind)} must be True or False")
+    if not bind:
+        return
+    count, there = launch.local_world_size, len(_started.cores or cores.usable())
+    if launch.world_size == 1:
+        raise ValueError(
+            "bind=True gives each of several processes cores of its own, but there is one; leave bind out, or start "
+            "more"
+        )
+    if device_kind(device) != "cpu":
+        raise ValueError(f"bind=True is for processes that compute on CPUs, but this one has {device}; leave bind out")
+    if not there:
+        raise ValueError("bind=True needs Linux: this system binds no process to cores; leave bind out")
+    if count > there:
+        raise ValueError(f"bind=True needs a core for each of {count} processes, but they may use {there}; start fewer")
+
+
+def _bind(launch: Launch) -> None:
+    """Bind this process to its share of the cores, which stays until `shutdown`."""
+    if _started.cores:
+        return
+    _started.cores = cores.usable()
+    parts = cores.shares(_started.cores, launch.local_world_size)
+    cores.bind(parts[launch.local_rank])
+    say(f"Bound {cores.in_words(parts)}")
+
+
 def _share_cores(device: torch.device, launch: Launch) -> None:
     """Divide the cores among the processes. torchrun sets OMP_NUM_THREADS=1, which would leave most cores idle on a
     CPU."""
@@ -364,8 +420,8 @@ def _share_cores(device: torch.device, launch: Launch) -> None:
         and _started.threads is None
     ):
         _started.threads = torch.get_num_threads()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // launch.local_world_size))
+        there, sharers = len(cores.usable()) or os.cpu_count() or 1, 1 if _started.cores else launch.local_world_size
+        torch.set_num_threads(max(1, there // sharers))
 
 
 def _quieten(rank: int) -> None:
@@ -501,6 +557,8 @@ def shutdown() -> None:
         if started.store is not None and watch.sign.end not in (peers.ENDED, peers.LOST):
             watch.linger()
         watch.stop()
+    if started.cores:
+        cores.bind(started.cores)
     if started.threads is not None:
         torch.set_num_threads(started.threads)
     if started.silence is not None:

@@ -17,6 +17,7 @@ from workers import Pool
 from llama import Llama
 from llama.decoding import compiled
 from llama.decoding.engine import Engine
+from llama.layers import parallel
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -276,6 +277,21 @@ def test_all_reduces_are_in_the_graph(tiny: Path, tokenizer_path: str, pool: Poo
     """Two processes: fullgraph=True would refuse a collective that breaks the graph."""
     expected = build(tiny, tokenizer_path, compile=False).generate(PROMPTS, 30, 0)[0]
     assert pool.run(on_two, str(tiny), tokenizer_path) == [expected] * 4
+
+
+def packaged_on_four(folder: str, tokenizer_path: str) -> tuple[str, list[list[int]]]:
+    llama = Llama.build(folder, tokenizer_path, COLUMNS, 1, device="cpu", compile=True, quiet=True)
+    ids = llama.generate(PROMPTS[:1], 30, 0)[0]
+    parallel._forget_groups()
+    return type(llama._engine.graph).__name__, ids
+
+
+@needs_compiler
+def test_a_package_for_several_processes(small: Path, tokenizer_path: str, pool: Pool) -> None:
+    """One process compiles it, for all: their parts of the model have the same shapes."""
+    expected = build(small, tokenizer_path, compile=False).generate(PROMPTS[:1], 30, 0)[0]
+    outcomes = pool.run(packaged_on_four, str(small), tokenizer_path, seconds=600)
+    assert outcomes == [("Packaged", expected)] * 4
 
 
 def test_fused_projections(tmp_path: Path, tokenizer_path: str) -> None:

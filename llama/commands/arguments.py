@@ -108,6 +108,7 @@ MODEL = {
     "draft": Option(a_path, None, "a smaller model, whose guesses this one verifies", rare=True),
     "chat_format": Option(a_name, None, "as the folder says if not given", (*FORMATS, "template"), rare=True),
     "batch_invariant": Option(truth, False, "no answer depends on what else runs, to the bit; slower", rare=True),
+    "bind": Option(truth, False, "bind each of torchrun's processes to cores of its own", rare=True),
 }
 FORM = {
     "json": Option(truth, False, "each answer is a JSON object"),

@@ -1,8 +1,9 @@
 """The decode step as one graph: computes `Transformer.step` without the time that Python and torch add to it.
 
-There are two forms. `Packaged`, for one process on a CPU, is compiled ahead of time (AOTInductor), kept in a folder,
-and loaded from there in milliseconds. `Recorded`, for GPUs and for several processes, has static buffers, and on a GPU
-a CUDA graph over them. Its kernels are those of `gpu_step`, or torch's own, or Inductor's.
+There are two forms. `Packaged`, for CPUs, is compiled ahead of time (AOTInductor), kept in a folder, and loaded from
+there in milliseconds; several processes need shared memory for it. `Recorded`, for GPUs and for processes without that,
+has static buffers, and on a GPU a CUDA graph over them. Its kernels are those of `gpu_step`, or torch's own, or
+Inductor's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from ..layers.parallel import (
     ColumnParallelLinear,
     all_agree,
     forget_small_all_reduces,
+    group_rank,
+    group_size,
     prepare_small_all_reduces,
+    room_of,
 )
 from ..layers.proven import STEP_TOLERANCE, vectors_are_near
 from ..layers.quantized import Quantized
@@ -42,7 +46,7 @@ PROOFS = 3
 # A package depends on the code of these files.
 SOURCES = (
     *("model.py", "layers/parallel.py", "layers/products.py", "layers/one_digit.py", "layers/own_kernels.py"),
-    *("decoding/compiler.py", "decoding/compiled.py"),
+    *("layers/shared_memory.py", "decoding/compiler.py", "decoding/compiled.py"),
 )
 
 
@@ -61,7 +65,8 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
                 f"max_seq_len={model.params.max_seq_len}"
             )
         return None
-    if kind == "cuda" or model.output.group is not None:
+    group = model.output.group
+    if kind == "cuda" or (group is not None and room_of(group) is None):
         compiles = (wanted or (wanted is None and is_marked(model))) and not gpu_step.suits(model)
         recorded = Recorded(model, "inductor" if compiles else None)
         return recorded if wanted or kind == "cuda" else None
@@ -72,9 +77,20 @@ def make_graph(model: Transformer, wanted: Optional[bool]) -> Optional[Union[Pac
         return None
     if any(part.eps != model.params.norm_eps for part in model.modules() if isinstance(part, RMSNorm)):
         return None  # a package contains norm_eps
+    if (
+        wanted
+        and group is not None
+        and not all_agree(group_rank(group) > 0 or _packaged(model, True) is not None, group)
+    ):
+        return None  # the first rank has said why
+    return _packaged(model, bool(wanted))
+
+
+def _packaged(model: Transformer, wanted: bool) -> Optional[Packaged]:
+    """The step from its packages. wanted: make those that are missing."""
     try:
         packaged = Packaged(model)
-        return packaged if packaged.prepare(bool(wanted)) else None
+        return packaged if packaged.prepare(wanted) else None
     except Exception as error:  # no compiler, a full disk, an unknown operator, a file that is refused
         say(f"The decode step is not compiled, and runs as it is: {reason(error)}")
         return None
@@ -103,7 +119,8 @@ def described(model: Transformer) -> dict[str, Any]:
     tensors = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.stride()) for name, t in named]
     quantization = getattr(model.output, "quantization", None)
     stated = None if quantization is None else asdict(quantization)
-    return {"tensors": tensors, "rotations": tuple(rotations(model).shape), "quantization": stated}
+    ranks = group_size(model.output.group)
+    return {"tensors": tensors, "rotations": tuple(rotations(model).shape), "quantization": stated, "ranks": ranks}
 
 
 def marker(model: Transformer) -> Path:
@@ -135,6 +152,7 @@ class Packaged:
         self.model = model
         self._runners: dict[bool, Any] = {}  # key: whether there are several rows
         self._columns = torch.arange(model.params.max_seq_len)
+        self._room = [] if (room := room_of(model.output.group)) is None else [room]
         self._tensors: list[torch.Tensor] = []
         folder, stem = runtime.cache_folder(), code_key(model)
         self._paths = {False: folder / f"{stem}-one.pt2"}
@@ -198,7 +216,7 @@ class Packaged:
         at = torch.tensor(positions)
         columns = self._columns[: max(2, max(positions) + 1)]
         runner = self._runners[len(positions) > 1]
-        (logits,) = runner.run([*self._tensors, tokens, at, columns, rotations(self.model)])
+        (logits,) = runner.run([*self._tensors, tokens, at, columns, rotations(self.model), *self._room])
         return logits
 
 

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 # Modules are looked for on the caller's path, and not in the current folder.
 BOOT = "import sys; sys.path[:] = sys.argv[3:]; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -89,7 +89,7 @@ def make(request: dict[str, Any], folder: Path) -> None:
 
     request: "args", the fields of `ModelArgs`; "tensors", the name, shape, dtype and strides of each weight and cache;
     "rotations", the shape of their table; "quantization", the fields of `Quantization`, or None; "several", whether it
-    is for several rows or for one; "threads".
+    is for several rows or for one; "threads"; "ranks", how many processes share the model.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -99,6 +99,8 @@ def make(request: dict[str, Any], folder: Path) -> None:
 
     torch.set_num_threads(request["threads"])
     args = ModelArgs(**request["args"])
+    if request["ranks"] > 1:
+        _pretend(request["ranks"])
     with torch.device("meta"):
         model = Transformer(args).requires_grad_(False)
     if request["quantization"] is not None:
@@ -113,17 +115,31 @@ def make(request: dict[str, Any], folder: Path) -> None:
         count, columns = (min(3, args.max_batch_size) if request["several"] else 1), args.max_seq_len - 1
         rows = {0: torch.export.Dim("B", min=2, max=args.max_batch_size)} if count == 3 else None
         tokens, positions = (torch.zeros(count, dtype=torch.long) for _ in range(2))
-        inputs = (tensors, tokens, positions, torch.arange(columns), torch.empty(request["rotations"]))
+        inputs: tuple[Any, ...] = tensors, tokens, positions, torch.arange(columns), torch.empty(request["rotations"])
+        inputs += (torch.zeros((), dtype=torch.long),) * (request["ranks"] > 1)  # the room
     for name in tensors:
         if name.endswith(".fused"):  # a new model has none
             model.get_submodule(name.removesuffix(".fused")).fused = torch.empty(0, device="meta")
-    shapes = (dict.fromkeys(tensors), rows, rows, {0: T}, None)
+    shapes = (dict.fromkeys(tensors), rows, rows, {0: T}, None, None)[: len(inputs)]
     settings = torch._inductor.config.aot_inductor
     if hasattr(settings, "precompile_headers"):
         settings.precompile_headers = False  # precompiling them takes as long as it saves for two packages
     with torch.no_grad():
         program = torch.export.export(_step_of(model), inputs, dynamic_shapes=shapes, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / MADE))
+
+
+def _pretend(ranks: int) -> None:
+    """Let this process build what each of so many ranks has, though it has joined none."""
+    import torch.distributed as dist
+    from fairscale.nn.model_parallel import initialize as mpu
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ..layers import shared_memory
+
+    shared_memory.load()
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    mpu.initialize_model_parallel(ranks)
 
 
 def _quantize(model: Any, request: dict[str, Any]) -> None:
@@ -150,6 +166,8 @@ def _step_of(model: Any) -> Any:
     """`Transformer.step` as a module, with the model's tensors as an argument."""
     import torch
 
+    from ..layers.parallel import sharing
+
     class Bound(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -168,9 +186,11 @@ def _step_of(model: Any) -> Any:
             positions: torch.Tensor,
             columns: torch.Tensor,
             rotations: torch.Tensor,
+            room: Optional[torch.Tensor] = None,
         ) -> Any:
             named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-            return torch.func.functional_call(bound, named, (tokens, positions, columns, rotations))
+            with nullcontext() if room is None else sharing(model.output.group, room):
+                return torch.func.functional_call(bound, named, (tokens, positions, columns, rotations))
 
     return Step()
 

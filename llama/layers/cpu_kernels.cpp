@@ -6,17 +6,13 @@
 //     8 bits:  group / 4 times R x 4 bytes, the weights of four columns plus 128
 //     4 bits:  group / 8 times R x 4 bytes, four columns in the lower halves and the next four in the upper ones
 //     R scales in bfloat16;  4 bits: R zeros in bfloat16
-//
-// Of torch it uses only the C functions that stay the same from release to release: their header is read in a tenth of the time
-// that the others take.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
 #include <vector>
+
+#include "tensors.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -145,27 +141,6 @@ inline int32_t four(const int8_t* x) {
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };  // types of activations
 
-inline float as_float(uint32_t bits) {
-    float number;
-    std::memcpy(&number, &bits, 4);
-    return number;
-}
-
-inline uint32_t as_bits(float number) {
-    uint32_t bits;
-    std::memcpy(&bits, &number, 4);
-    return bits;
-}
-
-struct BFloat16 {
-    uint16_t bits;
-    explicit operator float() const { return as_float((uint32_t)bits << 16); }
-    explicit BFloat16(float number) {
-        uint32_t n = as_bits(number);
-        bits = number != number ? 0x7fc0 : (uint16_t)((n + 0x7fff + (n >> 16 & 1)) >> 16);
-    }
-};
-
 template <typename T>
 inline void put(const float* from, void* y, int64_t at, int64_t count) {
     T* to = (T*)y + at;
@@ -249,54 +224,6 @@ void multiply_all(const Product& p, int64_t count) {
     }
 }
 
-// A tensor, which ends here.
-class Tensor {
-   public:
-    explicit Tensor(StableIValue value) : handle((AtenTensorHandle)value) {}
-    Tensor(int64_t rows, int64_t columns, int32_t dtype) {
-        int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(1, columns), 1};
-        check(!aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    }
-    Tensor(const Tensor&) = delete;
-    ~Tensor() {
-        if (handle) aoti_torch_delete_tensor_object(handle);
-    }
-    StableIValue given() {  // it ends elsewhere
-        auto value = (StableIValue)handle;
-        handle = nullptr;
-        return value;
-    }
-    template <typename T>
-    T* numbers() const {
-        void* p;
-        check(!aoti_torch_get_data_ptr(handle, &p));
-        return (T*)p;
-    }
-    int64_t size(int64_t dimension) const {
-        int64_t size;
-        check(!aoti_torch_get_size(handle, dimension, &size));
-        return size;
-    }
-    int32_t dtype() const {
-        int32_t dtype;
-        check(!aoti_torch_get_dtype(handle, &dtype));
-        return dtype;
-    }
-    // Whether it is a matrix of this kind, row by row in memory.
-    bool is(int32_t wanted, int64_t rows, int64_t columns) const {
-        bool in_order;
-        int64_t dimensions;
-        check(!aoti_torch_is_contiguous(handle, &in_order) && !aoti_torch_get_dim(handle, &dimensions));
-        return in_order && dimensions == 2 && dtype() == wanted && size(0) == rows && size(1) == columns;
-    }
-    static void check(bool holds) {
-        if (!holds) throw std::runtime_error("tensors of other kinds, or that do not fit together");
-    }
-
-   private:
-    AtenTensorHandle handle = nullptr;
-};
-
 int64_t type_of(int32_t dtype) {
     if (dtype == aoti_torch_dtype_bfloat16()) return BFLOAT16;
     if (dtype == aoti_torch_dtype_float16()) return FLOAT16;
@@ -316,7 +243,7 @@ void product(StableIValue* stack, uint64_t, uint64_t) {
                   weight.is(aoti_torch_dtype_uint8(), (outputs + R - 1) / R, tile_bytes));
     int32_t dtypes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
     Tensor::check(type >= 0 && type < 3);
-    Tensor y(count, outputs, dtypes[type]);
+    Tensor y({count, outputs}, dtypes[type]);
     const auto* x = numbers.numbers<int8_t>();
     std::vector<int32_t> sums(count * groups);
     for (int64_t i = 0; i < count * groups; i++) {
@@ -359,7 +286,7 @@ void round_groups(StableIValue* stack, uint64_t, uint64_t) {
     Tensor::check(group > 0);
     int64_t count = x.size(0), columns = x.size(1), groups = columns / group;
     Tensor::check(x.is(x.dtype(), count, groups * group));
-    Tensor numbers(count, columns, aoti_torch_dtype_int8()), unit(count, groups, aoti_torch_dtype_float32());
+    Tensor numbers({count, columns}, aoti_torch_dtype_int8()), unit({count, groups}, aoti_torch_dtype_float32());
     auto all = [&](auto* from) { round_all(from, count * groups, group, numbers.numbers<int8_t>(), unit.numbers<float>()); };
     int64_t type = type_of(x.dtype());
     if (type == BFLOAT16) all(x.numbers<BFloat16>());

@@ -1,27 +1,21 @@
-"""Compiles `cpu_kernels.cpp` for this processor, once, and keeps it in the folder of compiled steps.
+"""Brings in the operators of `cpu_kernels.cpp`.
 
 Without a C++ compiler, or on a system other than Linux, the layers multiply in plain torch: the same bits, slowly.
 """
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
 import threading
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from .. import runtime
-from ..system import sealed
 from ..system.printable import reason
 from ..system.progress import say
+from . import cpp
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-# No product and sum become one operation, and none changes places, unless the source says so.
-FLAGS = ["-O2", "-march=native", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-LIMIT = 300  # seconds for the compiler, which takes 3
 
 _loading = threading.Lock()
 
@@ -36,8 +30,7 @@ def loaded() -> bool:
 @cache
 def _brought_in() -> bool:
     try:
-        path = _kept()
-        sealed.load(path, torch.ops.load_library)
+        cpp.load(SOURCE, "products with 8-bit activations")
         if not hasattr(torch.ops.llama_cpu, "product"):
             raise RuntimeError("torch does not take the operators of the compiled file")
     except Exception as error:  # no compiler, a full disk, a file that is refused
@@ -46,42 +39,6 @@ def _brought_in() -> bool:
     torch.library.register_fake("llama_cpu::round_groups", _fake_groups)
     torch.library.register_fake("llama_cpu::product", _fake_product)
     return True
-
-
-def _kept() -> Path:
-    """The compiled file, made if it is not there or not to be trusted."""
-    compiler = runtime.cpp_compiler()
-    key = repr((runtime.processor(), torch.__version__, compiler, FLAGS)).encode() + SOURCE.read_bytes()
-    folder = runtime.cache_folder()
-    sealed.make_folder(folder)
-    path = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.kernels"
-    try:
-        sealed.read(path, "delete it")
-        return path
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        say(f"The products with 8-bit activations are compiled anew: {reason(error)}")
-    if compiler is None:
-        raise RuntimeError("it needs a C++ compiler, on Linux; install g++, or let CXX name one")
-    say("Compiling the products with 8-bit activations, once for this machine …")
-    with sealed.workspace(folder) as work:
-        made = work / "kernels.so"
-        torchs = Path(torch.__file__).parent
-        places = [f"-I{torchs / 'include'}", f"-L{torchs / 'lib'}"]
-        command = [compiler, *FLAGS, "-fPIC", "-shared", *places, str(SOURCE), "-ltorch_cpu", "-o", str(made)]
-        environment = runtime.compiler_environment(work)
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, encoding="utf-8",
-            errors="replace", check=False,
-        )  # fmt: skip
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or [
-                f"it ended with {done.returncode}"
-            ]
-            raise RuntimeError(f"{compiler}: {said[0]}")
-        sealed.keep(made.read_bytes(), path, work)
-    return path
 
 
 def _fake_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""fairscale's model-parallel layers with a forward made for inference. No other file has collectives.
+"""fairscale's model-parallel layers with a forward made for inference. No other file calls collectives.
 
 A layer says how its weight is cut. `shard_dim` is the dimension of the full matrix that the ranks of the model-parallel
 group share evenly, in rank order; `copies` is how many neighbouring ranks hold the same part. A layer with several
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, Optional, cast
@@ -27,6 +27,9 @@ from torch import nn
 from ..runtime import acts_alone, chosen_device, current, device_kind, has_failed, machine, release_first
 from ..system import peers
 from ..system.launch import is_first_process as is_first_process
+from ..system.printable import reason
+from ..system.progress import say
+from . import shared_memory
 from .products import product
 
 Make = Callable[[list[torch.Tensor]], torch.Tensor]  # makes the tensor that holds several, one below the other
@@ -78,15 +81,103 @@ def split(full: int, what: str, group: Group, parts: Optional[int] = None) -> in
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor if the message is small. Use `x` no
-    more."""
+    """Sum over the group, in `x`'s dtype: in `x` itself, or in a new tensor. Use `x` no more."""
     if group is None:
         return x
     _check_step(group)
+    if (room := _room(x, group)) is not None and x.dtype in shared_memory.SUMMED:
+        if torch.compiler.is_compiling() or not x.is_contiguous():
+            return torch.ops.llama_shared.sum(x.contiguous(), room)
+        torch.ops.llama_shared.sum_(x, room)
+        return x
     if group.group_name in _small and _is_small(x.dtype, x.numel()):
         return small_all_reduce(x, group.group_name)
     dist.all_reduce(x, group=group)
     return x
+
+
+def _room(x: torch.Tensor, group: dist.ProcessGroup) -> Optional[torch.Tensor]:
+    """This process's part in the memory that the group's processes share, if they do and x lies on a CPU."""
+    return _rooms.get(group.group_name) if device_kind(x) == "cpu" else None
+
+
+def room_of(group: Group) -> Optional[torch.Tensor]:
+    """This process's part in the memory that the group's processes share; None if they do not."""
+    return None if group is None else _rooms.get(group.group_name)
+
+
+@contextmanager
+def sharing(group: Group, room: torch.Tensor) -> Iterator[None]:
+    """A block in which the group's messages go over this room: a step that is compiled has it as an input."""
+    assert group is not None
+    _rooms[group.group_name] = room
+    try:
+        yield
+    finally:
+        del _rooms[group.group_name]
+
+
+_rooms: dict[str, torch.Tensor] = {}  # name of a group -> this process's part in its shared memory
+_roomless: dict[str, Any] = {}  # names of groups whose messages all go over gloo; and "": the world of all groups
+
+
+def share_memory(group: Group, device: torch.device) -> None:
+    """Let what CPUs sum and gather go over memory that the group's processes share, if all run on this machine.
+
+    Call it on all ranks alike: all share it, or none, and then gloo carries their messages.
+    """
+    if _roomless.get("") is not world():  # the caller has left that one, and groups of the new one have the same names
+        _leave_rooms()
+        _roomless[""] = world()
+    if group is None or device_kind(device) != "cpu" or group.group_name in (*_rooms, *_roomless):
+        return
+    _roomless[group.group_name] = None
+    if "cpu:gloo" not in dist.get_backend_config(group):
+        return
+    ranks, rank = group_size(group), group_rank(group)
+    places = gather_objects(shared_memory.place(), group)
+    if None in places or len(set(places)) > 1:
+        return
+    limit = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    joined: list[torch.Tensor] = []
+    with torch.inference_mode(False), ExitStack() as stack:
+        try:
+            _on_all(lambda: None if rank else shared_memory.load(), group)  # the others find what it has compiled
+            _on_all(shared_memory.load, group)
+            memories = _on_all(lambda: stack.enter_context(shared_memory.made(ranks, rank)), group)
+            _on_all(lambda: joined.append(shared_memory.join(memories, rank, limit)), group)
+            _on_all(lambda: shared_memory.check(joined[0], ranks, rank), group)
+        except _Unable as error:
+            say(f"Sums over several processes go over gloo, which is slow: {error}")
+            for room in joined:
+                torch.ops.llama_shared.leave(room)
+            return
+    _rooms[group.group_name] = joined[0]
+    del _roomless[group.group_name]
+
+
+def _leave_rooms() -> None:
+    for room in _rooms.values():
+        torch.ops.llama_shared.leave(room)
+    _rooms.clear()
+    _roomless.clear()
+
+
+class _Unable(Exception):
+    """A rank cannot do what all were to do."""
+
+
+def _on_all(step: Callable[[], Any], group: Group) -> list[Any]:
+    """What a step returned on each rank. `_Unable`, on all of them, if it failed on one."""
+    try:
+        outcome, why = step(), ""
+    except Exception as error:
+        outcome, why = None, reason(error)
+    outcomes = gather_objects((outcome, why), group)
+    for rank, (_, why) in enumerate(outcomes):
+        if why:
+            raise _Unable(f"{why} (on rank {rank})")
+    return [outcome for outcome, _ in outcomes]
 
 
 def _is_small(dtype: torch.dtype, numel: int) -> bool:
@@ -204,6 +295,7 @@ def _forget_groups() -> None:
     if not has_failed():  # freeing the buffer waits for the GPU
         _small.clear()
     _without.clear()
+    _leave_rooms()
     _patient.clear()
 
 
@@ -261,9 +353,7 @@ def least(number: int, group: Group) -> int:
     if group is None:
         return number
     _check_step(group)
-    vote = torch.tensor([number], device=_talks_on(group))
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=group)
-    return int(vote.item())
+    return int(all_gather(torch.tensor([number], device=_talks_on(group)), group).min())
 
 
 # torch 2.13 renames it, and warns about the old name.
@@ -276,23 +366,28 @@ def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
         return x
     _check_step(group)
     ranks = group_size(group)
+    if (room := _room(x, group)) is not None:
+        return torch.ops.llama_shared.gather(x.contiguous(), room, ranks)
     parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])  # gloo takes no other form
     _gather(parts, x.contiguous(), group=group)
     return parts.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
 
 
 def sum_in_order(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """`all_reduce` that adds in rank order, whatever the message's size. gloo and NCCL go around in a ring, where each
-    part of a message begins at another rank."""
+    """`all_reduce` that adds in rank order, whatever the message's size; in float32, if x has 16 bits. gloo and NCCL go
+    around in a ring, where each part of a message begins at another rank. Sums over shared memory are always so."""
     if group is None:
         return x
+    if _room(x, group) is not None:
+        return all_reduce(x, group)
     _check_step(group)
     parts = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])
     _gather(parts, x.contiguous(), group=group)
-    first, *others = parts.view(-1, *x.shape).unbind()
+    total, *others = parts.view(group_size(group), *x.shape).unbind()
+    total = total.float() if x.dtype.itemsize == 2 else total
     for other in others:
-        first = first + other
-    return first
+        total = total + other
+    return total.to(x.dtype)
 
 
 def broadcast_random_state(device: torch.device, group: Group) -> None:
