@@ -69,7 +69,8 @@ setup(
             "demo/README.md",
             "page.html",
             "verification/published.json",
-            "layers/cpu_kernels.cpp",
+            "layers/*.cpp",
+            "layers/*.h",
         ]
     },
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
