@@ -124,4 +124,4 @@ class _Plan:
         if scales is None:
             self._numbers.append(0)
         else:
-            self._add(scales, torch.float32)
+            self._add(scales, torch.bfloat16 if kind == "int4" else torch.float32)

@@ -20,14 +20,15 @@ enum Form : int64_t {
     PLAIN,     // numbers of type T, row by row
     GROUPS_8,  // tiles of 8 bits, activations in groups (w8a8)
     GROUPS_4,  // tiles of 4 bits, activations in groups (w4a8)
-    ROWS_8     // tiles of 8 bits, scales of whole rows, activations in several digits (int8)
+    ROWS_8,    // tiles of 8 bits, scales of whole rows, activations in several digits (int8)
+    TORCHS_4   // torch's own form for CPUs with AVX-512 (int4); see `multiply_torchs`
 };
 
 struct Matrix {
     Form form;
     const uint8_t* data;
     int64_t rows, columns, group;
-    const float* scales;  // of rows
+    const void* scales;  // ROWS_8: float32 (rows,); TORCHS_4: bfloat16 (columns / group, rows, 2), scales and zeros
 };
 
 struct Norm {
@@ -86,7 +87,7 @@ struct Model {
         auto form = (Form)next();
         auto* data = (const uint8_t*)place();
         int64_t rows = next(), columns = next(), group = next();
-        return {form, data, rows, columns, group, (const float*)place()};
+        return {form, data, rows, columns, group, place()};
     }
 };
 
@@ -167,12 +168,59 @@ void multiply_plain_tile(const T* w, int64_t tile_rows, const T* x, int64_t coun
     }
 }
 
+// A tile in torch's form times `rows` rows of activations: blocks of 2 R rows, column after column, the first R rows in the
+// lower halves of R bytes and the others in the upper ones. sums: of x over each group.
+template <bool UPPER, int rows>
+void multiply_torchs(const Matrix& matrix, int64_t tile, const float* x, const float* sums, Line* lines) {
+    int64_t groups = matrix.columns / matrix.group;
+    const uint8_t* w = matrix.data + tile / 2 * R * matrix.columns;
+    Floats total[rows][W];
+    for (int m = 0; m < rows; m++)
+        for (int v = 0; v < W; v++) total[m][v] = repeat(0.0f);
+    for (int64_t g = 0; g < groups; g++) {
+        Floats sum[rows][W];
+        for (int m = 0; m < rows; m++)
+            for (int v = 0; v < W; v++) sum[m][v] = repeat(0.0f);
+        for (int64_t c = g * matrix.group; c < (g + 1) * matrix.group; c++, w += R) {
+            if (!UPPER) prefetch(w + AHEAD);
+#pragma GCC unroll 4
+            for (int v = 0; v < W; v++) {
+                Floats some = from_halves<UPPER>(w + V * v);
+#pragma GCC unroll 8
+                for (int m = 0; m < rows; m++) sum[m][v] = fma(repeat(x[m * matrix.columns + c]), some, sum[m][v]);
+            }
+        }
+        const auto* both = (const BFloat16*)matrix.scales + (g * matrix.rows + tile * R) * 2;
+        float scales[R], zeros[R];
+        for (int64_t i = 0; i < R; i++) scales[i] = (float)both[2 * i], zeros[i] = (float)both[2 * i + 1];
+        for (int m = 0; m < rows; m++)
+            for (int v = 0; v < W; v++) {
+                Floats all = fma(sum[m][v], load_floats(scales + V * v), total[m][v]);
+                total[m][v] = fma(repeat(sums[m * groups + g]), load_floats(zeros + V * v), all);
+            }
+    }
+    for (int m = 0; m < rows; m++)
+        for (int v = 0; v < W; v++) store(lines[m] + V * v, total[m][v]);
+}
+
+constexpr int64_t SHARING = 8;  // most rows for which weights are unpacked once
+
+// The same for up to `rows` rows.
+template <int rows = SHARING>
+void multiply_torchs_tile(const Matrix& matrix, int64_t tile, const float* x, const float* sums, int64_t count, Line* lines) {
+    if (count == rows)
+        tile % 2 ? multiply_torchs<true, rows>(matrix, tile, x, sums, lines) : multiply_torchs<false, rows>(matrix, tile, x, sums, lines);
+    else if constexpr (rows > 1)
+        multiply_torchs_tile<rows - 1>(matrix, tile, x, sums, count, lines);
+}
+
 // Activations in the form that matrices multiply.
 template <typename T>
 struct Activations {
     static constexpr int DIGITS = sizeof(T) == 4 ? 3 : 2;  // of int8.py
     static constexpr float BASE = 254;
     int64_t rows, columns = 0, groups = 1;
+    const float* floats = nullptr;
     std::vector<T> plain;
     std::vector<int8_t> numbers;
     std::vector<float> unit, ones;
@@ -185,9 +233,16 @@ struct Activations {
 
     // For this matrix, and others of its form and width.
     void take(const Matrix& matrix, const float* x) {
-        columns = matrix.columns, groups = columns / matrix.group;
+        floats = x, columns = matrix.columns, groups = columns / matrix.group;
         if (matrix.form == PLAIN) {
             for (int64_t i = 0; i < rows * columns; i++) plain[i] = (T)x[i];
+            return;
+        }
+        if (matrix.form == TORCHS_4) {
+            for (int64_t i = 0; i < rows * groups; i++) {
+                unit[i] = 0;
+                for (int64_t j = 0; j < matrix.group; j++) unit[i] += x[i * matrix.group + j];
+            }
             return;
         }
         int64_t parts = rows * (matrix.form == ROWS_8 ? DIGITS : groups);
@@ -213,6 +268,12 @@ struct Activations {
                                     std::min<int64_t>(4, rows - m), columns, lines + m);
             return;
         }
+        if (matrix.form == TORCHS_4) {
+            for (int64_t m = 0; m < rows; m += SHARING)
+                multiply_torchs_tile(matrix, tile, floats + m * columns, unit.data() + m * groups, std::min(SHARING, rows - m),
+                                     lines + m);
+            return;
+        }
         bool halves = matrix.form == GROUPS_4, digits = matrix.form == ROWS_8;
         int64_t bytes = tile_bytes(columns, groups, halves ? 4 : 8), count = digits ? rows * DIGITS : rows;
         Product p{numbers.data(), digits ? ones.data() : unit.data(), sums.data(), columns, matrix.group, groups, matrix.data, bytes};
@@ -220,7 +281,7 @@ struct Activations {
             int64_t some = std::min<int64_t>(M, count - m);
             halves ? multiply_tile<true>(p, tile, m, some, lines + m) : multiply_tile<false>(p, tile, m, some, lines + m);
         }
-        if (digits) join(matrix.scales + tile * R, std::min(R, matrix.rows - tile * R), lines);
+        if (digits) join((const float*)matrix.scales + tile * R, std::min(R, matrix.rows - tile * R), lines);
     }
 
    private:

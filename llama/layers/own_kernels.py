@@ -92,7 +92,7 @@ def _fake_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tenso
     return x.new_empty(rows, columns, dtype=torch.int8), x.new_empty(rows, columns // group, dtype=torch.float32)
 
 
-FORMS = ("plain", "w8a8", "w4a8", "int8")  # how matrices lie; a kernel gets the place in this list
+FORMS = ("plain", "w8a8", "w4a8", "int8", "int4")  # how matrices lie; a kernel gets the place in this list
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations; a kernel gets the place in this list
 
 

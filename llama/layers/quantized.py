@@ -78,8 +78,8 @@ class Quantized(nn.Module):
         raise NotImplementedError
 
     def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
-        """What `cpu_step.h` multiplies with: the weight in tiles, the columns of a group, and the scales of rows if
-        they lie apart. None: the weight is not in tiles."""
+        """What `cpu_step.h` multiplies with: the weight, the columns of a group, and the scales if they lie apart.
+        None: the weight does not lie as that file knows it."""
         return None
 
     def extra_repr(self) -> str:
