@@ -63,7 +63,7 @@ inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-inline void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int V = 8, M = 2;
 using Ints = __m256i;
@@ -106,7 +106,7 @@ inline float total(Floats v) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-inline void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 #else
 constexpr int V = 8, M = 2;
 struct Ints { int32_t at[V]; };
