@@ -1,10 +1,11 @@
-"""What int8 and int4 cost in perplexity on held-out stories: of the demo model, and of any other that tells stories.
+"""What quantizing costs in perplexity on held-out stories: of the demo model, and of any other that tells stories.
 
     python benchmarks/quality.py --text tinystories-2MiB.txt [--ckpt_dir stories260K/] [--stories 100]
 
 Each story is scored with `Llama.score` in float32, from BOS on; every twentieth story of the text is held out, as for
 the demo model's card. The matrices get the numbers that `quantize=` gives them. int4 is shown with plain rounding and
-with the rounding that `quantize` uses, for groups of 32 and 64.
+with the rounding that `quantize` uses, for groups of 32 and 64. In w8a8 and w4a8 activations are rounded too, so these
+are built.
 """
 
 from __future__ import annotations
@@ -51,10 +52,14 @@ def perplexity(llama: Llama, stories: list[str]) -> float:
     return math.exp(-sum(scores) / len(scores))
 
 
+def build(ckpt_dir: Optional[str], kind: Optional[str] = None) -> Llama:
+    return Llama.build(ckpt_dir, max_seq_len=512, max_batch_size=8, device="cpu", dtype="float32", quantize=kind)
+
+
 def main(text: str, ckpt_dir: Optional[str] = None, stories: int = 100) -> None:
     check_file(Path(text))
     held_out = read_stories(Path(text))[1][:stories]
-    llama = Llama.build(ckpt_dir, max_seq_len=512, max_batch_size=8, device="cpu", dtype="float32")
+    llama = build(ckpt_dir)
     print(f"{len(held_out)} held-out stories, {ckpt_dir or 'the demo model'}")
     whole = perplexity(llama, held_out)
     print(f"{'as stored':30s}{whole:9.4f}")
@@ -66,6 +71,9 @@ def main(text: str, ckpt_dir: Optional[str] = None, stories: int = 100) -> None:
         llama.model.load_state_dict(stored | changed)
         value = perplexity(llama, held_out)
         print(f"{name:30s}{value:9.4f}  {100 * (value / whole - 1):+.2f} %", flush=True)
+    for kind in ("w8a8", "w4a8"):
+        value = perplexity(build(ckpt_dir, kind), held_out)
+        print(f"{kind:30s}{value:9.4f}  {100 * (value / whole - 1):+.2f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -136,8 +136,9 @@ class Llama:
                 two also round activations to 8 bits, on CPUs only. Default: as stored.
             adapter: a folder that PEFT saved a LoRA adapter of this checkpoint in, or its name on the hub. It is added
                 before anything is rounded. Default: none.
-            compile: True compiles the decode step, once, in a minute or two on a CPU, which needs a C++ compiler. False
-                does not. Default: nothing is compiled, but a step that an earlier run compiled is used.
+            compile: True lets torch compile the decode step, once, in a minute or two on a CPU, if it does not run in
+                C++ anyway (docs/SPEED.md). False runs it operator by operator. Default: torch compiles nothing, but a
+                step that an earlier run compiled is used.
             draft: a folder, or a name on the hub, with a smaller model of the same tokenizer. It guesses what the model
                 will write, and the model verifies several guesses in one pass, as many as pay. Greedy ids stay the
                 same, and so does the distribution of drawn ones. Default: no draft model.

@@ -25,6 +25,7 @@ from sentencepiece import SentencePieceTrainer
 from workers import Pool
 
 from llama import ModelArgs, Tokenizer, Transformer
+from llama.layers import own_kernels
 
 pytest.register_assert_rewrite("helpers")
 
@@ -59,8 +60,10 @@ def golden(name: str) -> Any:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_compiled_steps(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What the user of this machine has compiled is not what the tests are about."""
+    """What the user of this machine has compiled is not what the tests are about. The kernels are compiled here, and
+    said to be, and not in the middle of a test."""
     os.environ["LLAMA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    own_kernels.loaded()
 
 
 def train_tokenizer() -> bytes:

@@ -166,3 +166,17 @@ def build(
     llama = Llama.build(str(tiny), tokenizer_path, COLUMNS, rows, device="cpu", compile=compile, dtype=dtype)
     llama.tokenizer.eos_id = -1  # random weights may choose it
     return llama
+
+
+def near(found: Any, expected: Any) -> None:
+    """Assert that both are the same, with numbers of float32 that were summed in another order."""
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=2e-4, rel=1e-3)
+    elif isinstance(expected, dict):
+        near(list(found.items()), list(expected.items()))
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected):
+            near(ours, theirs)
+    else:
+        assert found == expected

@@ -17,6 +17,7 @@ from ..layers.products import AMX
 from ..model import RMSNorm, Transformer
 from ..runtime import device_kind
 from .compiled import Recorded, make_graph
+from .cpu_step import CpuStep, make_step
 
 LOGITS_BYTES = 64 * 2**20  # bytes of a prompt's logits that exist at once, at most
 CHUNK = 512  # columns of prompts in one pass, at least; the passes keep the memory of long prompts small
@@ -74,6 +75,8 @@ class Engine:
         `wanted` of `make_graph`."""
         self.model = model
         self._compile = compile
+        self.graph: Any = None
+        self._few_rows: Optional[CpuStep] = None  # comes before the graph, for steps and small passes
         self._make_graph(compile)
         self._explained: Callable[[], AbstractContextManager[None]] = nullcontext
         keep_pages()
@@ -91,7 +94,11 @@ class Engine:
 
     def _make_graph(self, compile: Optional[bool]) -> None:
         """Make the graph for the model as it is now."""
-        self.graph = make_graph(self.model, compile) if isinstance(self.model, Transformer) else None
+        self.graph, self._few_rows = None, None
+        if isinstance(self.model, Transformer):
+            self._few_rows = make_step(self.model, self._compile)
+            if self._few_rows is None or not self._few_rows.takes(self.model.params.max_batch_size):
+                self.graph = make_graph(self.model, compile)
         self._made_for = self._form()
 
     def _form(self) -> tuple[torch.device, torch.dtype, list[float]]:
@@ -158,12 +165,19 @@ class Engine:
         which are good until the next call."""
         span = max(positions) + 1
         with self._explained(), runtime.current(self.device), self._fast_products(len(positions)):
+            if (step := self._step_of(len(positions))) is not None:
+                return step(tokens, positions, range(len(positions)))
             if self._ready is not None:
                 return self._ready(tokens, positions)
             same = len(set(positions)) == 1
             start_pos = positions[0] if same else runtime.to_device(positions, self.device)
             hidden = self.model.hidden_states(tokens[:, None], start_pos, span=span)
             return self.model.output(hidden[:, -1]).float()
+
+    def _step_of(self, rows: int) -> Optional[CpuStep]:
+        """The form that runs so many tokens, of one slot or of several, in one go, if there is one."""
+        step = self._few_rows if self.as_built else None
+        return step if step is not None and step.takes(rows) else None
 
     @property
     def looks_ahead(self) -> bool:
@@ -202,8 +216,14 @@ class Engine:
         -> float32 logits (B, S, vocab_size). What refused drafts leave in the cache is overwritten before
         any query reaches it.
         """
-        span = max(positions) + len(tokens[0])
+        S = len(tokens[0])
+        span = max(positions) + S
         with self._explained(), runtime.current(self.device):
+            if (step := self._step_of(len(tokens) * S)) is not None:
+                rows = range(len(tokens)) if slots is None else slots
+                at = [position + i for position in positions for i in range(S)]
+                every = torch.tensor(tokens).flatten()
+                return step(every, at, [slot for slot in rows for _ in range(S)]).unflatten(0, (-1, S))
             batch = runtime.to_device(tokens, self.device)
             start_pos = positions[0] if len(set(positions)) == 1 else runtime.to_device(positions, self.device)
             owned = None if slots is None else runtime.to_device(slots, self.device)
@@ -219,6 +239,9 @@ class Engine:
     def run_each(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """Run tokens in one pass, (N,), each at its position (above 0) in its slot; some of a slot follow one another.
         -> float32 logits (N, vocab_size)"""
+        if (step := self._step_of(len(tokens))) is not None:
+            with self._explained():
+                return step(torch.tensor(tokens), positions, slots)
         if len(set(slots)) == 1:
             return self.verify([tokens], positions[:1], slots[:1])[0]
         with self._explained(), runtime.current(self.device):
@@ -290,8 +313,9 @@ class Engine:
         if self.as_built:
             self.model.keep_fused()
         self._ready = self.graph if self.as_built else None
-        if self._ready is not None:
-            self._ready.refresh()
+        for step in (self._ready, self._few_rows):
+            if step is not None and self.as_built:
+                step.refresh()
 
     def take(self, user: object) -> bool:
         """From now on the cache is this user's, in its turns. -> whether it is as this user's steps left it"""

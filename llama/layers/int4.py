@@ -18,7 +18,7 @@ from ..runtime import device_kind
 from . import proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import STORED_ROWS, Quantized, refuse_gradients
-from .rounding import dequantized, pairs, to_int4, unpair
+from .rounding import TILE, dequantized, pairs, to_int4, unpair
 
 # For more rows of activations, the packed product (170 GFLOP/s on two cores) loses to dequantized blocks.
 FEW_ROWS = 64
@@ -84,6 +84,10 @@ class Int4(Quantized):
             self.scales_and_zeros = nn.Parameter(both, requires_grad=False)
             return before
         return []
+
+    def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
+        in_order = self.packed and packed_layout() == (2 * TILE, (slice(0, TILE, 1), slice(TILE, 2 * TILE, 1)))
+        return (self.weight, self.group_columns, self.scales_and_zeros) if in_order else None
 
     def _packed_weight(self) -> Optional[torch.Tensor]:
         """The form for torch's own product, which a CPU has for bfloat16 and groups of 32 or more; else None."""

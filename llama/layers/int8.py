@@ -97,6 +97,10 @@ class Int8(Quantized):
             return [before]
         return []
 
+    def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
+        in_tiles = self.weight.dtype == torch.uint8
+        return (self.weight, self.in_tiles, self.scales) if in_tiles else None
+
     def shared(self, x: torch.Tensor) -> Optional[Digits]:
         flat = x.reshape(-1, x.shape[-1])
         return in_digits(flat) if self.packed and len(flat) <= BLOCK_ROWS else None
@@ -219,12 +223,12 @@ def onednn_is_fast() -> bool:
     times = []
     for form in (weight, torch.ops.onednn.qlinear_prepack(weight, None)):
         runs = []
-        for _ in range(3):
-            began = time.perf_counter()
+        for _ in range(5):
+            began = time.thread_time()  # other processes may hold this one up
             int8_product(digits, form, scales)
-            runs.append(time.perf_counter() - began)
+            runs.append(time.thread_time() - began)
         times.append(min(runs))
-    return times[1] < 10 * times[0]
+    return times[1] < min(10 * times[0], 0.002)  # seconds: where other processes hold up both, their ratio says nothing
 
 
 class Int8ColumnParallelLinear(Int8, ColumnParallelLinear):

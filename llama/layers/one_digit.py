@@ -97,6 +97,9 @@ class OneDigit(Quantized):
         self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         self.packed, self.rows = True, rows
 
+    def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
+        return (self.weight, self.group_columns, None) if self.packed else None
+
     def plain(self) -> dict[str, torch.Tensor]:
         if not self.packed:
             return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}

@@ -30,11 +30,11 @@ def loaded() -> bool:
 @cache
 def _brought_in() -> bool:
     try:
-        cpp.load(SOURCE, "products with 8-bit activations")
-        if not hasattr(torch.ops.llama_cpu, "product"):
+        cpp.load(SOURCE, "kernels for this processor")
+        if not hasattr(torch.ops.llama_cpu, "step"):
             raise RuntimeError("torch does not take the operators of the compiled file")
     except Exception as error:  # no compiler, a full disk, a file that is refused
-        say(f"Products with 8-bit activations run in plain torch, which is slow: {reason(error)}")
+        say(f"Decode steps and products with 8-bit activations run in plain torch, which is slow: {reason(error)}")
         return False
     torch.library.register_fake("llama_cpu::round_groups", _fake_groups)
     torch.library.register_fake("llama_cpu::product", _fake_product)
@@ -46,7 +46,8 @@ def _fake_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tenso
     return x.new_empty(rows, columns, dtype=torch.int8), x.new_empty(rows, columns // group, dtype=torch.float32)
 
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of activations; a kernel gets the place in this list
+FORMS = ("plain", "w8a8", "w4a8", "int8", "int4")  # how matrices lie; a kernel gets the place in this list
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations; a kernel gets the place in this list
 
 
 def _fake_product(

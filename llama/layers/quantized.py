@@ -77,6 +77,11 @@ class Quantized(nn.Module):
         """Pack for this device and activations in `dtype`. Returns the stored tensors that were replaced."""
         raise NotImplementedError
 
+    def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
+        """What `cpu_step.h` multiplies with: the weight, the columns of a group, and the scales if they lie apart.
+        None: the weight does not lie as that file knows it."""
+        return None
+
     def extra_repr(self) -> str:
         """The part of `repr` that torch asks for."""
         return self.kind

@@ -27,6 +27,7 @@ inline uint32_t as_bits(float number) {
 
 struct BFloat16 {
     uint16_t bits;
+    BFloat16() = default;
     explicit operator float() const { return as_float((uint32_t)bits << 16); }
     explicit BFloat16(float number) {
         uint32_t n = as_bits(number);

@@ -1,0 +1,127 @@
+"""`Transformer.step` on a CPU as one operator: `layers/cpu_step.h` runs all layers for a few rows, without a return to
+Python.
+
+It reads the model's tensors where they lie and calls no module, so it is used only while the model is as it was built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Optional, cast
+
+import torch
+
+from .. import runtime
+from ..layers import own_kernels
+from ..layers.parallel import ColumnParallelLinear, RowParallelLinear
+from ..layers.products import AMX
+from ..layers.quantized import Quantized
+from ..model import RMSNorm, Transformer, TransformerBlock
+
+MOST_ROWS = 16  # of cpu_step.h
+PLAIN_ROWS = 4  # most rows for plain weights on a processor that multiplies tiles (AMX); for more, torch's are faster
+
+
+def make_step(model: Transformer, wanted: Optional[bool]) -> Optional[CpuStep]:
+    """The step for a model in one process on a CPU; None if it must run otherwise. wanted: False if it shall."""
+    on_cpu = runtime.device_kind(model.norm.weight) == "cpu" and model.output.group is None
+    if wanted is False or not on_cpu or runtime.cpp_compiler() is None or not own_kernels.loaded():
+        return None
+    return CpuStep(model)
+
+
+class CpuStep:
+    """The step of a model, for up to `MOST_ROWS` rows."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look up the weights and caches, which may have been replaced since the last call."""
+        for attention in self.model.attentions():
+            attention.fit_cache(self.model.norm.weight)  # autocast may have left it in another dtype
+        self._plan: Optional[_Plan] = None
+        with suppress(_UnknownForm):
+            self._plan = _Plan(self.model)
+
+    def takes(self, rows: int) -> bool:
+        """Whether it runs so many rows of the model as it was at the last `refresh`."""
+        if self._plan is None:
+            return False
+        return rows <= (PLAIN_ROWS if AMX and self._plan.has_plain else MOST_ROWS)
+
+    def __call__(self, tokens: torch.Tensor, positions: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
+        """tokens int64 (N,), each at its position of its slot -> logits float32 (N, vocab_size). Tokens of one slot see
+        each other as far as they stand before."""
+        assert self._plan is not None
+        places = torch.tensor([list(positions), list(slots)])
+        logits = torch.ops.llama_cpu.step(self._plan.tensor, tokens.contiguous().view(1, -1), places[:1], places[1:])
+        return cast(torch.Tensor, logits)
+
+
+class _UnknownForm(Exception):
+    """A tensor of the model is of a kind, or lies in memory in a way, that cpu_step.h does not know."""
+
+
+class _Plan:
+    """What cpu_step.h must know of a model: its sizes, and where its tensors lie. They stay there while this lives."""
+
+    def __init__(self, model: Transformer) -> None:
+        """Raises _UnknownForm."""
+        self.dtype = model.norm.weight.dtype
+        self.has_plain = type(model.output) is ColumnParallelLinear
+        self._kept: list[torch.Tensor] = []
+        self._numbers: list[int] = []
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise _UnknownForm
+        args, table, cache = model.params, torch.view_as_real(model.freqs_cis), next(model.attentions()).cache_k
+        slot, key, head, _ = cache.stride()
+        self._numbers += [own_kernels.TYPES.index(self.dtype), args.dim, args.n_heads, args.kv_heads, args.head_size]
+        self._numbers += [len(model.tok_embeddings.weight), len(cache), min(cache.shape[1], len(table))]
+        self._add(model.tok_embeddings.weight)
+        self._add(table, torch.float32)
+        self._numbers += [slot, head, key, len(model.layers)]
+        for layer in cast(Iterable[TransformerBlock], model.layers):
+            attention, ffn = layer.attention, layer.feed_forward
+            self._add_norm(layer.attention_norm)
+            for matrix in (attention.wq, attention.wk, attention.wv, attention.wo):
+                self._add_matrix(matrix)
+            for each in (attention.cache_k, attention.cache_v):
+                self._add(each, strides=cache.stride())
+            self._add_norm(layer.ffn_norm)
+            for matrix in (ffn.w1, ffn.w3, ffn.w2):
+                self._add_matrix(matrix)
+        self._add_norm(model.norm)
+        self._add_matrix(model.output)
+        self.tensor = torch.tensor([self._numbers])
+
+    def _add(
+        self, tensor: torch.Tensor, dtype: Optional[torch.dtype] = None, strides: Optional[tuple[int, ...]] = None
+    ) -> None:
+        """Its address. strides: those that it must have, if it is not contiguous."""
+        in_place = tensor.is_contiguous() if strides is None else tensor.stride() == strides
+        if tensor.dtype != (dtype or self.dtype) or not in_place or runtime.device_kind(tensor) != "cpu":
+            raise _UnknownForm
+        self._kept.append(tensor.detach())
+        self._numbers.append(tensor.data_ptr())
+
+    def _add_norm(self, norm: RMSNorm) -> None:
+        self._add(norm.weight)
+        self._numbers.append(int(torch.tensor(norm.eps, dtype=torch.float32).view(torch.int32)))
+
+    def _add_matrix(self, layer: Any) -> None:
+        if type(layer) in (ColumnParallelLinear, RowParallelLinear):
+            kind, weight, group, scales = "plain", layer.weight, layer.in_features, None
+        elif isinstance(layer, Quantized) and (form := layer.for_step()) is not None:
+            kind, (weight, group, scales) = layer.kind, form
+        else:
+            raise _UnknownForm
+        self._numbers.append(own_kernels.FORMS.index(kind))
+        self._add(weight, self.dtype if kind == "plain" else torch.uint8)
+        self._numbers += [layer.out_features, layer.in_features, group]
+        if scales is None:
+            self._numbers.append(0)
+        else:
+            self._add(scales, torch.bfloat16 if kind == "int4" else torch.float32)

@@ -1,0 +1,154 @@
+// Numbers and vectors for `cpu_products.h` and `cpu_step.h`: AVX-512 with VNNI, AVX2, or plain C++, as the compiler is told
+// to use them.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "tensors.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t AHEAD = 4096;  // bytes ahead of a reader that memory is asked for: by itself it is read at half the speed
+
+// Vectors of V numbers. `dot` adds four products to each: those of bytes without a sign and of bytes with one.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr int V = 16, M = 6;  // M: most rows of activations that share what was loaded
+using Ints = __m512i;
+using Floats = __m512;
+inline Ints load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Ints repeat(int32_t n) { return _mm512_set1_epi32(n); }
+inline Floats repeat(float n) { return _mm512_set1_ps(n); }
+inline Ints lower(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline Ints upper(Ints v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+inline Ints dot(Ints sum, Ints w, Ints x) { return _mm512_dpbusd_epi32(sum, w, x); }
+inline Ints dot_halves(Ints sum, Ints w, Ints x) { return dot(sum, w, x); }
+constexpr int OFFSET = 128;  // what `dot` counts each weight of 8 bits too high
+inline Floats from_ints(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Floats from_bfloat16(const uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+template <bool UPPER>  // V weights of 4 bits, in the lower or the upper halves of bytes
+inline Floats from_halves(const uint8_t* p) {
+    const Floats numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    Ints v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    return _mm512_permutexvar_ps(UPPER ? _mm512_srli_epi32(v, 4) : v, numbers);  // looks at the lowest 4 bits
+}
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
+inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int V = 8, M = 2;
+using Ints = __m256i;
+using Floats = __m256;
+inline Ints load(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Ints repeat(int32_t n) { return _mm256_set1_epi32(n); }
+inline Floats repeat(float n) { return _mm256_set1_ps(n); }
+inline Ints lower(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline Ints upper(Ints v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
+#if defined(__AVXVNNI__)
+inline Ints dot(Ints sum, Ints w, Ints x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+inline Ints dot_halves(Ints sum, Ints w, Ints x) { return dot(sum, w, x); }
+constexpr int OFFSET = 128;
+#else
+inline Ints add_fours(Ints sum, Ints pairs) { return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
+// Pairs are added in 16 bits, in which 2 x 127 x 127 has room, but 2 x 255 x 127 has not.
+inline Ints dot(Ints sum, Ints w, Ints x) {
+    Ints n = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    return add_fours(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(n, x)));
+}
+inline Ints dot_halves(Ints sum, Ints w, Ints x) { return add_fours(sum, _mm256_maddubs_epi16(w, x)); }
+constexpr int OFFSET = 0;
+#endif
+inline Floats from_ints(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Floats from_bfloat16(const uint8_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+template <bool UPPER>
+inline Floats from_halves(const uint8_t* p) {
+    Ints v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    Ints half = UPPER ? _mm256_srli_epi32(v, 4) : _mm256_and_si256(v, _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(half, _mm256_set1_epi32(8)));
+}
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+inline float total(Floats v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+#else
+constexpr int V = 8, M = 2;
+struct Ints { int32_t at[V]; };
+struct Floats { float at[V]; };
+template <typename To, typename Make>
+inline To each(Make make) {
+    To made;
+    for (int i = 0; i < V; i++) made.at[i] = make(i);
+    return made;
+}
+inline Ints load(const uint8_t* p) { Ints v; std::memcpy(&v, p, sizeof v); return v; }
+inline Ints repeat(int32_t n) { return each<Ints>([=](int) { return n; }); }
+inline Floats repeat(float n) { return each<Floats>([=](int) { return n; }); }
+inline Ints lower(const Ints& v) { return each<Ints>([&](int i) { return v.at[i] & 0x0f0f0f0f; }); }
+inline Ints upper(const Ints& v) { return each<Ints>([&](int i) { return (v.at[i] >> 4) & 0x0f0f0f0f; }); }
+inline Ints dot(const Ints& sum, const Ints& w, const Ints& x) {
+    const auto* a = (const uint8_t*)&w;
+    const auto* b = (const int8_t*)&x;
+    return each<Ints>([&](int i) {
+        int32_t four = 0;
+        for (int j = 4 * i; j < 4 * i + 4; j++) four += a[j] * b[j];
+        return sum.at[i] + four;
+    });
+}
+inline Ints dot_halves(const Ints& sum, const Ints& w, const Ints& x) { return dot(sum, w, x); }
+constexpr int OFFSET = 128;
+inline Floats from_ints(const Ints& v) { return each<Floats>([&](int i) { return (float)v.at[i]; }); }
+inline Floats from_bfloat16(const uint8_t* p) {
+    return each<Floats>([=](int i) {
+        uint16_t half;
+        std::memcpy(&half, p + 2 * i, 2);
+        return as_float((uint32_t)half << 16);
+    });
+}
+template <bool UPPER>
+inline Floats from_halves(const uint8_t* p) {
+    return each<Floats>([=](int i) { return (float)((UPPER ? p[i] >> 4 : p[i] & 15) - 8); });
+}
+inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+    return each<Floats>([&](int i) { return std::fmaf(a.at[i], b.at[i], c.at[i]); });
+}
+inline Floats times(const Floats& a, const Floats& b) { return each<Floats>([&](int i) { return a.at[i] * b.at[i]; }); }
+inline Floats load_floats(const float* p) { return each<Floats>([=](int i) { return p[i]; }); }
+inline float total(const Floats& v) {
+    float sum = 0;
+    for (float number : v.at) sum += number;
+    return sum;
+}
+inline void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
+inline void prefetch(const uint8_t*) {}
+#endif
+inline Floats load_floats(const BFloat16* p) { return from_bfloat16((const uint8_t*)p); }
+
+// sum + the products of 2 V numbers, two to each place.
+template <typename T>
+inline Floats add_products(const Floats& sum, const T* a, const T* b) {
+    return fma(load_floats(a + V), load_floats(b + V), fma(load_floats(a), load_floats(b), sum));
+}
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+inline Floats add_products(const Floats& sum, const BFloat16* a, const BFloat16* b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+}  // namespace
