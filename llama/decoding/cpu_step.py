@@ -43,8 +43,9 @@ class CpuStep:
         for attention in self.model.attentions():
             attention.fit_cache(self.model.norm.weight)  # autocast may have left it in another dtype
         self._plan: Optional[_Plan] = None
-        with suppress(_UnknownForm):
-            self._plan = _Plan(self.model)
+        if self.model.as_built:
+            with suppress(_UnknownForm):
+                self._plan = _Plan(self.model)
 
     def takes(self, rows: int) -> bool:
         """Whether it runs so many rows of the model as it was at the last `refresh`."""
@@ -74,7 +75,7 @@ class _Plan:
         self.has_plain = type(model.output) is ColumnParallelLinear
         self._kept: list[torch.Tensor] = []
         self._numbers: list[int] = []
-        if self.dtype not in (torch.float32, torch.bfloat16):
+        if self.dtype not in (torch.float32, torch.bfloat16) or not len(model.layers):
             raise _UnknownForm
         args, table, cache = model.params, torch.view_as_real(model.freqs_cis), next(model.attentions()).cache_k
         slot, key, head, _ = cache.stride()
