@@ -6,6 +6,7 @@ It reads the model's tensors where they lie and calls no module, so it is used o
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Optional, cast
@@ -19,7 +20,7 @@ from ..layers.products import AMX
 from ..layers.quantized import Quantized
 from ..model import RMSNorm, Transformer, TransformerBlock
 
-MOST_ROWS = 16  # of cpu_step.h
+MOST_ROWS = 32  # of cpu_step.h
 PLAIN_ROWS = 4  # most rows for plain weights on a processor that multiplies tiles (AMX); for more, torch's are faster
 
 
@@ -110,7 +111,7 @@ class _Plan:
 
     def _add_norm(self, norm: RMSNorm) -> None:
         self._add(norm.weight)
-        self._numbers.append(int(torch.tensor(norm.eps, dtype=torch.float32).view(torch.int32)))
+        self._numbers += struct.unpack("i", struct.pack("f", norm.eps))
 
     def _add_matrix(self, layer: Any) -> None:
         if type(layer) in (ColumnParallelLinear, RowParallelLinear):

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 16;
+constexpr int64_t MOST_ROWS = 32;
 
 // How a matrix lies in memory; `FORMS` of own_kernels.py.
 enum Form : int64_t {
