@@ -569,7 +569,8 @@ def test_with_our_own_server(page: Page) -> None:
     pytest.importorskip("starlette")
     serving = pytest.importorskip("serving")
     llama = Llama.build(device="cpu")
-    dialog: Any = [{"role": "user", "content": "Who are you?"}]
+    asked = "Tell me a story about a dog."
+    dialog: Any = [{"role": "user", "content": asked}]
     whole, cut = (
         llama.chat_completion([dialog], temperature=0, max_gen_len=n)[0]["generation"]["content"] for n in (24, 8)
     )
@@ -578,7 +579,7 @@ def test_with_our_own_server(page: Page) -> None:
         page.until(lambda: page.text("#model") == "demo")
         page.run("localStorage['llama.options'] = JSON.stringify({ temperature: 0, max_tokens: 8 })")
         page.reload()
-        assert page.ask("Who are you?") == cut.strip()
+        assert page.ask(asked) == cut.strip()
         assert " of 512 tokens" in page.text("#context")
         assert page.text(".assistant .note").startswith("Cut at its longest · 8 tokens")
         page.run("chosen.max_tokens = 16")

@@ -55,7 +55,7 @@ def everyones(dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
 def sums(ranks: int) -> list[Any]:
     """Whether sums are those in rank order, which `sum_in_order` gives over gloo too; whether they are near to exact
     ones; and their digests."""
-    group = parallel.model_parallel_group() if ranks == 4 else pairs()
+    group = parallel.world() if ranks == 4 else pairs()
     mine, found, digest = dist.get_rank(group), [], []
     sizes = [(1,), (7,), (1, 1, 4096), (3, 4097), (5, 0), (2, 3, 200_001)]
     for dtype in shared_memory.SUMMED:
@@ -90,7 +90,7 @@ def test_sums(ranks: int, pool: Pool) -> None:
 
 def whole_numbers() -> list[bool]:
     """Those that overflow wrap around, as torch's do; infinities and NaN go their way."""
-    group, big = parallel.model_parallel_group(), 2**62
+    group, big = parallel.world(), 2**62
     special = [[float("inf"), float("nan"), 3e38, -0.0], [1.0, 1.0, 3e38, -0.0]][dist.get_rank() % 2]
     with shared(group):
         wrapped = parallel.all_reduce(torch.tensor([big + 1]), group).tolist() == [4]
@@ -105,7 +105,7 @@ def test_numbers_at_their_bounds(pool: Pool) -> None:
 
 
 def gathers() -> list[bool]:
-    group, rank, outcomes = parallel.model_parallel_group(), dist.get_rank(), []
+    group, rank, outcomes = parallel.world(), dist.get_rank(), []
     shapes = [(1,), (5,), (1, 6), (3, 2), (2, 1, 2, 3), (1, 300_000), (7, 99_999), (2, 0)]
     for shape in shapes:
         for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8):
@@ -125,7 +125,7 @@ def test_gathers(pool: Pool) -> None:
 
 
 def one_graph() -> list[bool]:
-    group, outcomes = parallel.model_parallel_group(), []
+    group, outcomes = parallel.world(), []
     with shared(group), torch.inference_mode(), warnings.catch_warnings():
         for backend in ("aot_eager", "inductor"):
             torch._dynamo.reset()
@@ -145,7 +145,7 @@ def test_in_a_graph(pool: Pool) -> None:
 
 def several_groups() -> list[Any]:
     """Three groups of which two have this rank, in turns and without a barrier between."""
-    four, two, rank = parallel.model_parallel_group(), pairs(), dist.get_rank()
+    four, two, rank = parallel.world(), pairs(), dist.get_rank()
     found = []
     with shared(four, two):
         for turn in range(200):
@@ -183,7 +183,7 @@ def test_messages_that_differ(pool: Pool) -> None:
 
 def late(seconds: float) -> list[Any]:
     """Whether the sum is right, and how often this process let its core go meanwhile."""
-    group, rank = parallel.model_parallel_group(), dist.get_rank()
+    group, rank = parallel.world(), dist.get_rank()
     with shared(group):
         parallel.all_reduce(torch.ones(1), group)
         if rank == 2:
@@ -202,7 +202,7 @@ def test_a_late_rank(pool: Pool) -> None:
 
 def forked() -> list[Any]:
     """A child of each rank has no part in the group, and the group goes on when the child ends as a program does."""
-    group = parallel.model_parallel_group()
+    group = parallel.world()
     with shared(group):
         if (child := os.fork()) == 0:
             told = ""
@@ -221,7 +221,7 @@ def test_forked_processes(pool: Pool) -> None:
 
 def open_files() -> list[int]:
     """Maps of such memory, and open files, within a block and after it."""
-    group = parallel.model_parallel_group()
+    group = parallel.world()
     found = []
     for _ in range(3):
         before = len(os.listdir("/proc/self/fd"))
@@ -237,7 +237,7 @@ def test_nothing_is_left(pool: Pool) -> None:
 
 def unable(what: str) -> list[Any]:
     """One rank lacks something; nobody waits for it, and gloo's sums are right."""
-    group, odd = parallel.model_parallel_group(), dist.get_rank() == (0 if what == "memory" else 2)
+    group, odd = parallel.world(), dist.get_rank() == (0 if what == "memory" else 2)
     parallel._forget_groups()
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -309,7 +309,7 @@ import os, signal, sys, time, torch
 from llama import runtime
 from llama.layers import parallel
 runtime.start("cpu")
-group = parallel.model_parallel_group()
+group = parallel.world()
 parallel.share_memory(group, torch.device("cpu"))
 assert parallel._rooms
 for turn in range(5):
@@ -357,7 +357,7 @@ for turn in range(2):
     dist.init_process_group("gloo")
     mpu.initialize_model_parallel(2)
     runtime.start("cpu")
-    group = parallel.model_parallel_group()
+    group = parallel.world()
     parallel.share_memory(group, torch.device("cpu"))
     assert parallel.all_reduce(torch.ones(5), group).tolist() == [2] * 5
     names.append((group.group_name, parallel.room_of(group).item()))
