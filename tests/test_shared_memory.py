@@ -253,6 +253,8 @@ def unable(what: str) -> list[Any]:
             patch.setattr(shared_memory, "machine", lambda: "another")
         elif odd and what == "system":
             patch.setattr(sys, "platform", "darwin")
+        elif odd and what == "container":
+            patch.setattr(shared_memory, "os", NoProc())
         elif odd and what == "proc":
             patch.setattr(shared_memory.os, "open", lambda *_: os.memfd_create("other"))
         elif odd and what == "sums":
@@ -268,6 +270,11 @@ def unable(what: str) -> list[Any]:
     return outcome
 
 
+class NoProc:
+    def stat(self, path: str) -> None:
+        raise FileNotFoundError(path)
+
+
 def wrong(*arguments: Any, check: Any = shared_memory.check) -> None:
     check(*arguments)
     raise RuntimeError("a sum over shared memory was wrong")
@@ -280,6 +287,7 @@ def wrong(*arguments: Any, check: Any = shared_memory.check) -> None:
         ("memory", "[Errno 27] File too large (on rank 0)"),
         ("machine", None),
         ("system", None),
+        ("container", None),
         ("proc", "the first process's file is another one (on rank 2)"),
         ("sums", "a sum over shared memory was wrong (on rank 2)"),
     ],
