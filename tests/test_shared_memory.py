@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -233,6 +234,18 @@ def open_files() -> list[int]:
 
 def test_nothing_is_left(pool: Pool) -> None:
     assert pool.run(open_files) == [[1, 0, 0] * 3] * 4
+
+
+def test_a_part_that_cannot_be_had_leaves_no_file_open() -> None:
+    shared_memory.load()
+    with subprocess.Popen(["true"]) as child:
+        gone = child.pid
+    with shared_memory.made(3, 0) as memory:
+        before = os.listdir("/proc/self/fd")
+        for processes in ([os.getpid(), os.getppid(), gone], [os.getpid(), os.getppid(), -1]):
+            with pytest.raises(RuntimeError, match="does not tell when a process ends"):
+                torch.ops.llama_shared.join(torch.tensor(processes), 0, memory.descriptor, 1)
+        assert os.listdir("/proc/self/fd") == before
 
 
 def unable(what: str) -> list[Any]:
