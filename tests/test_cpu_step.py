@@ -177,6 +177,48 @@ def test_weights_that_were_replaced_and_forms_that_are_unknown(odd: Path, tokeni
 
 
 @torch.inference_mode()
+def test_tensors_of_other_shapes_are_not_read(odd: Path, tokenizer_path: str) -> None:
+    """The operator would read, or write, behind their ends."""
+    ours, _ = engines(odd, tokenizer_path, None, "float32")
+    model = ours.model
+    layer, attention = model.layers[1], model.layers[1].attention
+    owners = (model.tok_embeddings, model.norm, layer.ffn_norm, attention.wq, attention.wo, layer.feed_forward.w1)
+    for owner in (*owners, layer.feed_forward.w2, model.output):
+        before = owner.weight
+        owner.weight = torch.nn.Parameter(before[..., :-8].clone(), requires_grad=False)
+        ours.refresh()
+        assert ours._step_of(1) is None, owner
+        owner.weight = before
+    for name, shorter in (("cache_v", slice(0, 1)), ("freqs_cis", (slice(None), slice(0, 8)))):
+        of = attention if name == "cache_v" else model
+        before = getattr(of, name)
+        setattr(of, name, before[shorter].clone())
+        ours.refresh()
+        assert ours._step_of(1) is None, name
+        setattr(of, name, before)
+    layer.feed_forward.w1.out_features += 1
+    ours.refresh()
+    assert ours._step_of(1) is None
+    layer.feed_forward.w1.out_features -= 1
+    ours.refresh()
+    assert ours._step_of(1) is not None
+
+
+@torch.inference_mode()
+def test_any_default_device(odd: Path, tokenizer_path: str) -> None:
+    ours, _ = engines(odd, tokenizer_path, None, "float32")
+    expected = ours.decode(torch.tensor([5]), [0]).clone()
+    with torch.device("meta"):
+        ours.refresh()
+        for found in (
+            ours.decode(torch.tensor([5], device="cpu"), [0]),
+            ours.run_each([5], [0], [0]),
+            ours.verify([[5]], [0])[0],
+        ):
+            assert torch.equal(found, expected)
+
+
+@torch.inference_mode()
 def test_what_does_not_fit_is_refused_before_anything_is_written(odd: Path, tokenizer_path: str) -> None:
     ours, _ = engines(odd, tokenizer_path, None, "float32")
     step = ours._step_of(1)

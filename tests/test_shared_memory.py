@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -235,6 +236,18 @@ def test_nothing_is_left(pool: Pool) -> None:
     assert pool.run(open_files) == [[1, 0, 0] * 3] * 4
 
 
+def test_a_part_that_cannot_be_had_leaves_no_file_open() -> None:
+    shared_memory.load()
+    with subprocess.Popen(["true"]) as child:
+        gone = child.pid
+    with shared_memory.made(3, 0) as memory:
+        before = os.listdir("/proc/self/fd")
+        for processes in ([os.getpid(), os.getppid(), gone], [os.getpid(), os.getppid(), -1]):
+            with pytest.raises(RuntimeError, match="does not tell when a process ends"):
+                torch.ops.llama_shared.join(torch.tensor(processes), 0, memory.descriptor, 1)
+        assert os.listdir("/proc/self/fd") == before
+
+
 def unable(what: str) -> list[Any]:
     """One rank lacks something; nobody waits for it, and gloo's sums are right."""
     group, odd = parallel.world(), dist.get_rank() == (0 if what == "memory" else 2)
@@ -253,6 +266,8 @@ def unable(what: str) -> list[Any]:
             patch.setattr(shared_memory, "machine", lambda: "another")
         elif odd and what == "system":
             patch.setattr(sys, "platform", "darwin")
+        elif odd and what == "container":
+            patch.setattr(shared_memory, "os", NoProc())
         elif odd and what == "proc":
             patch.setattr(shared_memory.os, "open", lambda *_: os.memfd_create("other"))
         elif odd and what == "sums":
@@ -268,6 +283,11 @@ def unable(what: str) -> list[Any]:
     return outcome
 
 
+class NoProc:
+    def stat(self, path: str) -> None:
+        raise FileNotFoundError(path)
+
+
 def wrong(*arguments: Any, check: Any = shared_memory.check) -> None:
     check(*arguments)
     raise RuntimeError("a sum over shared memory was wrong")
@@ -280,6 +300,7 @@ def wrong(*arguments: Any, check: Any = shared_memory.check) -> None:
         ("memory", "[Errno 27] File too large (on rank 0)"),
         ("machine", None),
         ("system", None),
+        ("container", None),
         ("proc", "the first process's file is another one (on rank 2)"),
         ("sums", "a sum over shared memory was wrong (on rank 2)"),
     ],

@@ -213,7 +213,7 @@ class Packaged:
 
     def __call__(self, tokens: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """`Transformer.step`: tokens int64 (B,), their positions -> logits float32 (B, V)."""
-        at = torch.tensor(positions)
+        at = torch.tensor(positions, device="cpu")
         columns = self._columns[: max(2, max(positions) + 1)]
         runner = self._runners[len(positions) > 1]
         (logits,) = runner.run([*self._tensors, tokens, at, columns, rotations(self.model), *self._room])

@@ -58,13 +58,13 @@ class CpuStep:
         """tokens int64 (N,), each at its position of its slot -> logits float32 (N, vocab_size). Tokens of one slot see
         each other as far as they stand before."""
         assert self._plan is not None
-        places = torch.tensor([list(positions), list(slots)])
+        places = torch.tensor([list(positions), list(slots)], device="cpu")  # whatever the default is
         logits = torch.ops.llama_cpu.step(self._plan.tensor, tokens.contiguous().view(1, -1), places[:1], places[1:])
         return cast(torch.Tensor, logits)
 
 
 class _UnknownForm(Exception):
-    """A tensor of the model is of a kind, or lies in memory in a way, that cpu_step.h does not know."""
+    """A tensor of the model is of a kind or shape, or lies in memory in a way, that cpu_step.h does not know."""
 
 
 class _Plan:
@@ -79,41 +79,58 @@ class _Plan:
         if self.dtype not in (torch.float32, torch.bfloat16) or not len(model.layers):
             raise _UnknownForm
         args, table, cache = model.params, torch.view_as_real(model.freqs_cis), next(model.attentions()).cache_k
-        slot, key, head, _ = cache.stride()
-        self._numbers += [own_kernels.TYPES.index(self.dtype), args.dim, args.n_heads, args.kv_heads, args.head_size]
+        dim, queries, keys = args.dim, args.n_heads * args.head_size, args.kv_heads * args.head_size
+        slot, key, head, one = cache.stride()
+        if one != 1 or cache.shape[2:] != (args.kv_heads, args.head_size):
+            raise _UnknownForm
+        self._numbers += [own_kernels.TYPES.index(self.dtype), dim, args.n_heads, args.kv_heads, args.head_size]
         self._numbers += [len(model.tok_embeddings.weight), len(cache), min(cache.shape[1], len(table))]
-        self._add(model.tok_embeddings.weight)
-        self._add(table, torch.float32)
+        self._add(model.tok_embeddings.weight, (len(model.tok_embeddings.weight), dim))
+        self._add(table, (len(table), args.head_size // 2, 2), torch.float32)
         self._numbers += [slot, head, key, len(model.layers)]
         for layer in cast(Iterable[TransformerBlock], model.layers):
             attention, ffn = layer.attention, layer.feed_forward
-            self._add_norm(layer.attention_norm)
-            for matrix in (attention.wq, attention.wk, attention.wv, attention.wo):
-                self._add_matrix(matrix)
+            self._add_norm(layer.attention_norm, dim)
+            for matrix, rows in ((attention.wq, queries), (attention.wk, keys), (attention.wv, keys)):
+                self._add_matrix(matrix, rows, dim)
+            self._add_matrix(attention.wo, dim, queries)
             for each in (attention.cache_k, attention.cache_v):
-                self._add(each, strides=cache.stride())
-            self._add_norm(layer.ffn_norm)
-            for matrix in (ffn.w1, ffn.w3, ffn.w2):
-                self._add_matrix(matrix)
-        self._add_norm(model.norm)
-        self._add_matrix(model.output)
-        self.tensor = torch.tensor([self._numbers])
+                self._add(each, cache.shape, strides=cache.stride())
+            self._add_norm(layer.ffn_norm, dim)
+            for matrix in (ffn.w1, ffn.w3):
+                self._add_matrix(matrix, args.ffn_width, dim)
+            self._add_matrix(ffn.w2, dim, args.ffn_width)
+        self._add_norm(model.norm, dim)
+        self._add_matrix(model.output, model.output.out_features, dim)
+        self.tensor = torch.tensor([self._numbers], device="cpu")
 
     def _add(
-        self, tensor: torch.Tensor, dtype: Optional[torch.dtype] = None, strides: Optional[tuple[int, ...]] = None
+        self,
+        tensor: torch.Tensor,
+        shape: tuple[int, ...],
+        dtype: Optional[torch.dtype] = None,
+        strides: Optional[tuple[int, ...]] = None,
     ) -> None:
-        """Its address. strides: those that it must have, if it is not contiguous."""
+        """Its address. shape, strides: those that it must have, as cpu_step.h reads it; strides only if it is not
+        contiguous."""
         in_place = tensor.is_contiguous() if strides is None else tensor.stride() == strides
-        if tensor.dtype != (dtype or self.dtype) or not in_place or runtime.device_kind(tensor) != "cpu":
+        if (
+            tensor.shape != shape
+            or tensor.dtype != (dtype or self.dtype)
+            or not in_place
+            or runtime.device_kind(tensor) != "cpu"
+        ):
             raise _UnknownForm
         self._kept.append(tensor.detach())
         self._numbers.append(tensor.data_ptr())
 
-    def _add_norm(self, norm: RMSNorm) -> None:
-        self._add(norm.weight)
+    def _add_norm(self, norm: RMSNorm, dim: int) -> None:
+        self._add(norm.weight, (dim,))
         self._numbers += struct.unpack("i", struct.pack("f", norm.eps))
 
-    def _add_matrix(self, layer: Any) -> None:
+    def _add_matrix(self, layer: Any, rows: int, columns: int) -> None:
+        if (layer.out_features, layer.in_features) != (rows, columns):
+            raise _UnknownForm
         if type(layer) in (ColumnParallelLinear, RowParallelLinear):
             kind, weight, group, scales = "plain", layer.weight, layer.in_features, None
         elif isinstance(layer, Quantized) and (form := layer.for_step()) is not None:
@@ -121,9 +138,12 @@ class _Plan:
         else:
             raise _UnknownForm
         self._numbers.append(own_kernels.FORMS.index(kind))
-        self._add(weight, self.dtype if kind == "plain" else torch.uint8)
-        self._numbers += [layer.out_features, layer.in_features, group]
+        if kind == "plain":
+            self._add(weight, (rows, columns))
+        else:
+            self._add(weight, weight.shape, torch.uint8)  # as the layer has packed it
+        self._numbers += [rows, columns, group]
         if scales is None:
             self._numbers.append(0)
         else:
-            self._add(scales, torch.bfloat16 if kind == "int4" else torch.float32)
+            self._add(scales, scales.shape, torch.bfloat16 if kind == "int4" else torch.float32)

@@ -222,7 +222,7 @@ class Engine:
             if (step := self._step_of(len(tokens) * S)) is not None:
                 rows = range(len(tokens)) if slots is None else slots
                 at = [position + i for position in positions for i in range(S)]
-                every = torch.tensor(tokens).flatten()
+                every = torch.tensor(tokens, device="cpu").flatten()
                 return step(every, at, [slot for slot in rows for _ in range(S)]).unflatten(0, (-1, S))
             batch = runtime.to_device(tokens, self.device)
             start_pos = positions[0] if len(set(positions)) == 1 else runtime.to_device(positions, self.device)
@@ -241,7 +241,7 @@ class Engine:
         -> float32 logits (N, vocab_size)"""
         if (step := self._step_of(len(tokens))) is not None:
             with self._explained():
-                return step(torch.tensor(tokens), positions, slots)
+                return step(torch.tensor(tokens, device="cpu"), positions, slots)
         if len(set(slots)) == 1:
             return self.verify([tokens], positions[:1], slots[:1])[0]
         with self._explained(), runtime.current(self.device):

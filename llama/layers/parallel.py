@@ -126,12 +126,12 @@ def share_memory(group: Group, device: torch.device) -> None:
 
     Call it on all ranks alike: all share it, or none, and then gloo carries their messages.
     """
-    if group is None or device_kind(device) != "cpu":
+    if group is None:  # this process may act alone beside a group that goes on
         return
     if _roomless.get("") is not world():  # the caller has left that one, and groups of the new one have the same names
         _leave_rooms()
         _roomless[""] = world()
-    if group.group_name in (*_rooms, *_roomless):
+    if device_kind(device) != "cpu" or group.group_name in (*_rooms, *_roomless):
         return
     _roomless[group.group_name] = None
     if "cpu:gloo" not in dist.get_backend_config(group):

@@ -89,7 +89,7 @@ class Room {
 
     // ids: of the ranks' processes, this one's among them. limit: seconds that it waits for a rank that lives.
     Room(const int64_t* ids, int ranks, int rank, int memory, int64_t limit)
-        : ranks(ranks), rank(rank), process(getpid()), limit(limit) {
+        : Room(ranks, rank, limit) {  // from here on the destructor runs, whatever is thrown
         struct stat status;
         Tensor::check(rank >= 0 && rank < ranks && !fstat(memory, &status));
         bytes = status.st_size;
@@ -169,6 +169,8 @@ class Room {
     }
 
    private:
+    Room(int ranks, int rank, int64_t limit) : ranks(ranks), rank(rank), process(getpid()), limit(limit) {}
+
     pid_t process;
     std::chrono::seconds limit;
     int64_t bytes, piece;

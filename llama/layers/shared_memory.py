@@ -30,7 +30,10 @@ def place() -> Optional[str]:
     """What processes have in common that can share memory: a machine, and its ids of processes. None if they cannot."""
     if sys.platform != "linux":
         return None
-    return f"{machine()} {os.stat('/proc/self/ns/pid').st_ino}"
+    try:
+        return f"{machine()} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no /proc, through which the others would open the memory
+        return None
 
 
 @cache
@@ -83,7 +86,7 @@ def join(memories: Sequence[Memory], rank: int, limit: float) -> torch.Tensor:
     try:
         if os.fstat(descriptor).st_ino != first.inode:
             raise RuntimeError("the first process's file is another one")
-        processes = torch.tensor([memory.process for memory in memories])
+        processes = torch.tensor([memory.process for memory in memories], device="cpu")
         return torch.ops.llama_shared.join(processes, rank, descriptor, int(limit))
     finally:
         os.close(descriptor)
@@ -91,7 +94,7 @@ def join(memories: Sequence[Memory], rank: int, limit: float) -> torch.Tensor:
 
 def check(room: torch.Tensor, ranks: int, rank: int) -> None:
     """RuntimeError if a sum, or a gather, over all ranks is wrong."""
-    numbers = torch.arange(1000)
+    numbers = torch.arange(1000, device="cpu")
     total = torch.ops.llama_shared.sum(numbers + rank, room)
     everyones = torch.ops.llama_shared.gather(numbers[:3] + rank, room, ranks)
     if not torch.equal(total, ranks * numbers + sum(range(ranks))) or everyones[::3].tolist() != [*range(ranks)]:
