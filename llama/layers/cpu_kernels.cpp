@@ -54,7 +54,7 @@ void product(StableIValue* stack, uint64_t, uint64_t) {
     Product p{x, unit.numbers<float>(), sums.data(), columns, group, groups, weight.numbers<uint8_t>(), bytes};
     auto all = [&](auto* to) { bits == 4 ? multiply_all<true>(p, count, outputs, to) : multiply_all<false>(p, count, outputs, to); };
     if (type == BFLOAT16) all(y.numbers<BFloat16>());
-    else if (type == FLOAT16) all(y.numbers<_Float16>());
+    else if (type == FLOAT16) all(y.numbers<Float16>());
     else all(y.numbers<float>());
     stack[0] = y.given();
 }
@@ -76,7 +76,7 @@ void round_groups(StableIValue* stack, uint64_t, uint64_t) {
     auto all = [&](auto* from) { round_all(from, count * groups, group, numbers.numbers<int8_t>(), unit.numbers<float>()); };
     int64_t type = type_of(x.dtype());
     if (type == BFLOAT16) all(x.numbers<BFloat16>());
-    else if (type == FLOAT16) all(x.numbers<_Float16>());
+    else if (type == FLOAT16) all(x.numbers<Float16>());
     else all(x.numbers<float>());
     stack[0] = numbers.given();
     stack[1] = unit.given();

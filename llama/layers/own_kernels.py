@@ -34,7 +34,8 @@ def _brought_in() -> bool:
         if not hasattr(torch.ops.llama_cpu, "step"):
             raise RuntimeError("torch does not take the operators of the compiled file")
     except Exception as error:  # no compiler, a full disk, a file that is refused
-        say(f"Decode steps and products with 8-bit activations run in plain torch, which is slow: {reason(error)}")
+        told = "Decode steps, and products with 8-bit activations, run in plain torch, which is slower"
+        say(f"{told}: {reason(error)}; CXX may name another C++ compiler")
         return False
     torch.library.register_fake("llama_cpu::round_groups", _fake_groups)
     torch.library.register_fake("llama_cpu::product", _fake_product)

@@ -56,7 +56,7 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t
 // Numbers of 16 bits are added as float32, and whole ones without a sign, so that they may overflow.
 template <typename T> struct Sum { using type = T; };
 template <> struct Sum<BFloat16> { using type = float; };
-template <> struct Sum<_Float16> { using type = float; };
+template <> struct Sum<Float16> { using type = float; };
 
 // Written so, the compiler makes vectors of it.
 template <typename From, typename To> inline void set(To& to, From from) { to = (To)from; }
@@ -288,7 +288,7 @@ void sum_into(const Tensor& x, const Tensor& y, const Tensor& number) {
     auto all = [&](auto* from) { room->sum(from, y.numbers<std::remove_reference_t<decltype(*from)>>(), count); };
     int32_t dtype = x.dtype();
     if (dtype == aoti_torch_dtype_bfloat16()) all(x.numbers<BFloat16>());
-    else if (dtype == aoti_torch_dtype_float16()) all(x.numbers<_Float16>());
+    else if (dtype == aoti_torch_dtype_float16()) all(x.numbers<Float16>());
     else if (dtype == aoti_torch_dtype_float32()) all(x.numbers<float>());
     else if (dtype == aoti_torch_dtype_float64()) all(x.numbers<double>());
     else if (dtype == aoti_torch_dtype_int64()) all(x.numbers<uint64_t>());

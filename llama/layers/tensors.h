@@ -35,6 +35,35 @@ struct BFloat16 {
     }
 };
 
+#ifdef __FLT16_MAX__
+using Float16 = _Float16;
+#else  // GCC before 12, for one
+struct Float16 {
+    uint16_t bits;
+    Float16() = default;
+    explicit operator float() const {
+        uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7fff;
+        if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+        // The exponent is moved by a product, which is right for subnormal numbers too.
+        float size = as_float(rest << 13) * as_float((254 - 15) << 23);
+        return as_float(sign | as_bits(size));
+    }
+    explicit Float16(float number) {
+        uint32_t sign = as_bits(number) & 0x80000000, size = as_bits(number) ^ sign;
+        if (size > 0x7f800000) {
+            bits = 0x7e00;
+        } else if (size >= 0x477ff000) {  // would be rounded up to 65536
+            bits = 0x7c00;
+        } else if (size < 0x38800000) {  // below the normal numbers: steps of 2^-24, which are those of a float from 0.5 on
+            bits = (uint16_t)(as_bits(as_float(size) + 0.5f) - 0x3f000000);
+        } else {
+            bits = (uint16_t)((size - ((127 - 15) << 23) + 0xfff + (size >> 13 & 1)) >> 13);
+        }
+        bits |= (uint16_t)(sign >> 16);
+    }
+};
+#endif
+
 // A tensor, which ends here.
 class Tensor {
    public:
