@@ -15,6 +15,8 @@ from questions import a, questions
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 END_OF_STORY = "<|endoftext|>"
+IGNORED = -100  # the target that cross_entropy passes over
+NAME = re.compile(r"(?:named|called) ([A-Z][a-z]+)")
 
 # fmt: off
 SYSTEM_PROMPTS = (
@@ -75,9 +77,14 @@ ONSETS = ("b", "c", "d", "f", "g", "l", "m", "n", "p", "r", "s", "st", "t", "th"
 # fmt: on
 
 
+def stories_of(path: Path) -> list[str]:
+    """The stories of a file. What follows the last mark is cut off by the sample."""
+    return [story.strip() for story in path.read_text(encoding="utf-8").split(END_OF_STORY)[:-1]]
+
+
 def read_stories(path: Path) -> tuple[list[str], list[str]]:
-    """The stories to train on, and every twentieth, held out. What follows the last mark is cut off by the sample."""
-    stories = [story.strip() for story in path.read_text(encoding="utf-8").split(END_OF_STORY)[:-1]]
+    """The stories to train on, and every twentieth, held out."""
+    stories = stories_of(path)
     if len(stories) < 20:
         raise ValueError(f"{path} holds {len(stories)} stories between {END_OF_STORY} marks; at least 20 are needed")
     return [s for i, s in enumerate(stories) if i % 20], stories[::20]
@@ -119,7 +126,7 @@ class Lexicon:
         things = Counter(thing for story in stories for thing in ends.findall(story))
         self.things = {thing for thing, n in things.items() if n >= 3 and not thing.endswith("s")} - NO_THINGS
         self.sorted_words, self.sorted_things = sorted(self.words | self.things), sorted(self.things)
-        names = {name for story in stories for name in re.findall(r"(?:named|called) ([A-Z][a-z]{2,})", story)}
+        names = {name for story in stories for name in NAME.findall(story) if len(name) > 2}
         self.names = sorted(names.union(NAMES))
 
 
@@ -217,7 +224,7 @@ class Mixture:
             return pick(ASK_WORDS).format(", ".join(some)), ""
         if draw < 0.6 and (things := self.some_things(story)):
             return pick(ASK_THINGS).format(things), ""
-        if draw < 0.7 and (name := re.search(r"(?:named|called) ([A-Z][a-z]+)", story)):
+        if draw < 0.7 and (name := NAME.search(story)):
             return pick(ASK_NAME).format(name[1]), ""
         if draw < 0.8:
             return pick(ASK_ANYTHING), ""

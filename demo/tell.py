@@ -20,11 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import END_OF_STORY, Lexicon, read_stories
+from data import END_OF_STORY, IGNORED, NAME, Lexicon, read_stories
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-IGNORED = -100  # the target that cross_entropy passes over
 LONGEST = 416  # tokens of a heading and a story
 BATCH_TOKENS = 8192
 EPOCHS = 8  # at most
@@ -43,7 +42,7 @@ class Headings:
         """Some words of a story, and its first name."""
         words = sorted(self.lexicon.words.intersection(re.findall(r"[a-z]+", story)))
         some = self.rng.sample(words, min(len(words), self.rng.randint(1, 3)))
-        name = re.search(r"(?:named|called) ([A-Z][a-z]+)", story)
+        name = NAME.search(story)
         return self.line(some, name[1] if name and self.rng.random() < 0.8 else "")
 
     def new(self) -> str:

@@ -1,7 +1,7 @@
 """Trains the demo model. Run by hand, with the library installed; needs torch 2.9 for its Muon.
 
     python demo/tell.py --text tinystories-2MiB.txt --teacher HuggingFaceTB/SmolLM2-135M-Instruct --out told.txt
-    python demo/train.py --text tinystories-2MiB.txt --told told.txt --out DIR --minutes 4
+    python demo/train.py --text tinystories-2MiB.txt --told told.txt --out DIR --minutes 4.2
 
 DIR gets a checkpoint in Meta's format, rewritten whenever the held-out stories are predicted better than before. The
 learning rate follows the clock: it is nothing when the minutes are over.
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import END_OF_STORY, Lexicon, documents, read_stories, train_tokenizer
+from data import IGNORED, Lexicon, documents, read_stories, stories_of, train_tokenizer
 from measure import score
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from llama.model import ModelArgs, Transformer
 
 SHAPE: dict[str, Any] = {"dim": 192, "n_layers": 4, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
 CONTEXT = 512
-IGNORED = -100  # the target that cross_entropy passes over
 VOCAB_SIZE = 2048
 CHAT_SHARE = 0.65  # of the stories, in each epoch, are told in a dialog
 WARMUP = 200  # steps
@@ -128,8 +127,8 @@ class Training:
         stories, self.held_out = read_stories(given.text)
         self.proto = given.tokenizer_path.read_bytes() if given.tokenizer_path else train_tokenizer(stories, VOCAB_SIZE)
         self.tokenizer = SentencePieceProcessor(model_proto=self.proto)
-        told = given.told.read_text(encoding="utf-8").split(END_OF_STORY)[:-1] if given.told else []
-        lexicon, every = Lexicon(stories), stories * given.times + [story.strip() for story in told]
+        told = stories_of(given.told) if given.told else []
+        lexicon, every = Lexicon(stories), stories * given.times + told
         self.epochs = Epochs(every, lexicon, self.proto, given.batch_tokens, self.device, given.seed)
         self.model = new_model(given.batch_tokens // 32)
         self.model.allocate(self.device, torch.bfloat16)  # under autocast, that is what its cache is handed
