@@ -20,9 +20,10 @@ from test_quantization import layer_of, numbers, weights
 
 from llama import Llama, runtime
 from llama.decoding import compiled, compiler
-from llama.layers import int8, own_kernels
+from llama.layers import int8, own_kernels, tiles
 from llama.layers.one_digit import Digits, OneDigit, in_digits, multiplied
 from llama.layers.rounding import to_groups
+from llama.layers.tiles import InTiles
 
 compiles = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
 
@@ -114,21 +115,29 @@ def test_shared_digits_and_other_dtypes() -> None:
 
 @compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_where_onednn_is_slow(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without AMX, oneDNN took 50 ms for a row of 768 x 768. The tiles give the bits of the plain product."""
-    monkeypatch.setattr(int8, "onednn_is_exact", lambda: True)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_exact_products_in_tiles(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations in digits give the product with the numbers that are stored, whose sums nobody rounds to 8 bits; a
+    row's bits do not depend on how many there are."""
     monkeypatch.setattr(int8, "onednn_is_fast", lambda: False)
-    weight = weights(100, outliers=True)
-    plain = layer_of(weight, "int8", dtype)
-    monkeypatch.setattr(int8, "PLAIN", 0)
-    packed = layer_of(weight, "int8", dtype)
-    assert (plain.weight.dtype, packed.weight.dtype) == (torch.int8, torch.uint8)
-    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in packed.state_dict().items())
-    for count in (1, 5, int8.FEW_ROWS + 1):
-        x = torch.randn(count, 256).to(dtype)
-        assert torch.equal(packed(x), plain(x))
-    before = packed(x)
-    assert torch.equal(packed.to(torch.float16).to(dtype)(x), before)
+    monkeypatch.setattr(tiles, "unpacking_is_fast", lambda bits: False)
+    for rows, columns, group in ((100, 256, 64), (33, 96, 32), (7, 48, 16)):
+        layer = layer_of(weights(rows, columns, outliers=True), kind, dtype, group)
+        assert isinstance(layer, InTiles)
+        assert layer.in_tiles
+        x = torch.randn(70, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x[3], x[4, :2], x[5, 0] = 0, 1e-33, 300
+        y = layer(x)
+        exact = x.double() @ numbers(layer).t()
+        bound = x.double().norm(dim=1, keepdim=True) * numbers(layer).norm(dim=1)
+        few = 2**-8 if dtype == torch.bfloat16 else 2**-21  # an output is rounded to 8 bits, or digits to 23
+        assert ((y - exact).abs() <= few * bound).all()
+        for count in (1, 2, 3, 5, 7):
+            assert torch.equal(layer(x[:count]), y[:count])
+        x[1, 2] = torch.inf
+        assert not layer(x)[1].isfinite().any()
+        assert torch.equal(layer(x)[2:], y[2:])
+        assert torch.equal(layer.to(torch.float16).to(dtype)(x[2:]), y[2:])
 
 
 @compiles

@@ -22,7 +22,6 @@ import torch
 
 from .. import runtime
 from ..layers import proven
-from ..layers.one_digit import OneDigit, W8A8ColumnParallelLinear
 from ..layers.parallel import (
     ColumnParallelLinear,
     all_agree,
@@ -34,6 +33,7 @@ from ..layers.parallel import (
 )
 from ..layers.proven import STEP_TOLERANCE, vectors_are_near
 from ..layers.quantized import Quantized
+from ..layers.tiles import InTiles
 from ..model import RMSNorm, Transformer
 from ..system.printable import reason
 from ..system.progress import bar, say
@@ -97,10 +97,11 @@ def _packaged(model: Transformer, wanted: bool) -> Optional[Packaged]:
 
 
 def takes_a_package(model: Transformer) -> bool:
-    """Whether the matrices are plain, or packed for `cpu_kernels.cpp`, whose operators a package can call."""
-    quantized = [module for module in model.modules() if isinstance(module, Quantized)]
-    ours = (ColumnParallelLinear, W8A8ColumnParallelLinear)
-    return type(model.output) in ours and all(isinstance(layer, OneDigit) and layer.packed for layer in quantized)
+    """Whether the matrices are plain, or in the tiles of `cpu_kernels.cpp`, whose operators a package can call."""
+    ours = all(
+        isinstance(layer, InTiles) and layer.in_tiles for layer in model.modules() if isinstance(layer, Quantized)
+    )
+    return ours and (type(model.output) is ColumnParallelLinear or isinstance(model.output, Quantized))
 
 
 def code_key(model: Transformer) -> str:

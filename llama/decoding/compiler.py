@@ -147,19 +147,17 @@ def _quantize(model: Any, request: dict[str, Any]) -> None:
     import torch
 
     from ..layers import own_kernels
-    from ..layers.one_digit import OneDigit
     from ..layers.quantization import quantize_layers
     from ..layers.rounding import Quantization
+    from ..layers.tiles import InTiles
 
     if not own_kernels.loaded():
         raise RuntimeError("the products with 8-bit activations could not be loaded")
     quantize_layers(model, Quantization(**request["quantization"]))
     shapes = {name: shape for name, shape, _, _ in request["tensors"]}
     for name, layer in model.named_modules():
-        if isinstance(layer, OneDigit):
-            layer.hold_packed(
-                torch.empty(shapes[f"{name}.weight"], dtype=torch.uint8, device="meta"), len(layer.weight)
-            )
+        if isinstance(layer, InTiles):
+            layer.hold_tiles(torch.empty(shapes[f"{name}.weight"], dtype=torch.uint8, device="meta"))
 
 
 def _step_of(model: Any) -> Any:

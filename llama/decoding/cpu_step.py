@@ -146,4 +146,4 @@ class _Plan:
         if scales is None:
             self._numbers.append(0)
         else:
-            self._add(scales, scales.shape, torch.bfloat16 if kind == "int4" else torch.float32)
+            self._add(scales, scales.shape, torch.float32)

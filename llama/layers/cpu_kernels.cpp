@@ -1,5 +1,6 @@
 // Operators for CPUs: products with 8-bit activations, and the decode step. Compiled for the processor that it runs on
 // (-march=native).
+#include <type_traits>
 #include <vector>
 
 #include "cpu_step.h"
@@ -16,17 +17,49 @@ int64_t type_of(int32_t dtype) {
     return FLOAT32;
 }
 
-template <bool HALVES, typename T>
-void multiply_all(const Product& p, int64_t count, int64_t outputs, T* y) {
-#pragma omp parallel for schedule(static) if (tiles_of(outputs) * R * p.columns * count > SHARE)
-    for (int64_t tile = 0; tile < tiles_of(outputs); tile++) {
+// Results become numbers of type T. Written so, the compiler makes vectors of it.
+template <typename T>
+void put(const float* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; i++) to[i] = (T)from[i];
+}
+inline void put(const float* from, int64_t count, BFloat16* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) to[i].bits = BFloat16(from[i]).bits;
+}
+
+// Calls `use` with a pointer to numbers of the tensor's type.
+template <typename Use>
+void with_numbers(const Tensor& x, Use use) {
+    int64_t type = type_of(x.dtype());
+    if (type == BFLOAT16) use(x.numbers<BFloat16>());
+    else if (type == FLOAT16) use(x.numbers<Float16>());
+    else use(x.numbers<float>());
+}
+
+Tiles tiles_of(const Tensor& weight, int64_t outputs, int64_t columns, int64_t group, int64_t bits) {
+    Tensor::check((bits == 8 || bits == 4) && group > 0 && group % 8 == 0 && columns % group == 0);
+    Tiles tiles(weight.numbers<uint8_t>(), outputs, columns, columns / group, bits == 4);
+    Tensor::check(weight.is(aoti_torch_dtype_uint8(), tiles_of(outputs), tiles.bytes));
+    return tiles;
+}
+
+const float* scales_of(const Tensor& scales, int64_t outputs) {
+    bool some = scales.size(1) > 0;
+    Tensor::check(scales.is(aoti_torch_dtype_float32(), 1, some ? outputs : 0));
+    return some ? scales.numbers<float>() : nullptr;
+}
+
+// Rows times all tiles -> (rows, outputs). scales: of the outputs, or null.
+template <int D, typename T>
+void multiply_all(const Rows& all, const Tiles& tiles, const float* scales, int64_t count, T* y) {
+#pragma omp parallel for schedule(static) if (tiles.outputs * all.columns * count > SHARE)
+    for (int64_t tile = 0; tile < tiles_of(tiles.outputs); tile++) {
+        Line lines[M];
         for (int64_t first = 0; first < count; first += M) {
-            Line lines[M];
-            int64_t rows = std::min<int64_t>(M, count - first);
-            multiply_tile<HALVES>(p, tile, first, rows, lines);
-            for (int64_t m = 0; m < rows; m++)
-                for (int64_t i = tile * R; i < std::min(outputs, (tile + 1) * R); i++)
-                    y[(first + m) * outputs + i] = (T)lines[m][i - tile * R];
+            int64_t some = std::min<int64_t>(M, count - first);
+            multiply_tile<D>(all, tiles, tile, first, some, lines);
+            if (scales) scale_rows(scales + tile * R, tiles.height(tile), some, lines);
+            for (int64_t m = 0; m < some; m++) put(lines[m], tiles.height(tile), y + (first + m) * tiles.outputs + tile * R);
         }
     }
 }
@@ -36,26 +69,93 @@ void product(StableIValue* stack, uint64_t, uint64_t) {
     Tensor numbers(stack[0]), unit(stack[1]), weight(stack[2]);
     auto outputs = (int64_t)stack[3], bits = (int64_t)stack[4], type = (int64_t)stack[5];
     int64_t count = numbers.size(0), columns = numbers.size(1), groups = std::max<int64_t>(1, unit.size(1));
-    int64_t group = columns / groups;
-    int64_t bytes = tile_bytes(columns, groups, bits);
-    Tensor::check((bits == 8 || bits == 4) && group % 8 == 0 && groups * group == columns &&
-                  numbers.is(aoti_torch_dtype_int8(), count, columns) && unit.is(aoti_torch_dtype_float32(), count, groups) &&
-                  weight.is(aoti_torch_dtype_uint8(), tiles_of(outputs), bytes));
+    Tiles tiles = tiles_of(weight, outputs, columns, columns / groups, bits);
+    Tensor::check(numbers.is(aoti_torch_dtype_int8(), count, columns) && unit.is(aoti_torch_dtype_float32(), count, groups));
     int32_t dtypes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
     Tensor::check(type >= 0 && type < 3);
     Tensor y({count, outputs}, dtypes[type]);
-    const auto* x = numbers.numbers<int8_t>();
-    std::vector<int32_t> sums(count * groups);
-    for (int64_t i = 0; i < count * groups; i++) {
-        int32_t sum = 0;
-        for (int64_t j = 0; j < group; j++) sum += x[i * group + j];
-        sums[i] = sum;
+    std::vector<int32_t> starts(count * groups);
+    std::vector<float> sums(count * groups);
+    Rows all{numbers.numbers<int8_t>(), unit.numbers<float>(), starts.data(), sums.data(), columns, columns / groups, groups, 1};
+    for (int64_t m = 0; m < count; m++) begin(all, m, tiles.halves, starts.data(), sums.data());
+    with_numbers(y, [&](auto* to) { multiply_all<1>(all, tiles, nullptr, count, to); });
+    stack[0] = y.given();
+}
+
+template <typename T>
+void multiply_digits(const T* x, int64_t count, int64_t columns, int64_t group, const Tiles& tiles, const float* scales, T* y) {
+    constexpr int D = digits_of<T>;
+    int64_t groups = columns / group;
+    std::vector<int8_t> numbers(count * D * columns);
+    std::vector<float> unit(count), sums(count * groups);
+    std::vector<int32_t> starts(count * D * groups);
+    Rows all{numbers.data(), unit.data(), starts.data(), sums.data(), columns, group, groups, D};
+#pragma omp parallel for schedule(static) if (count * columns > SHARE)
+    for (int64_t m = 0; m < count; m++) {
+        to_digits<D>(x + m * columns, columns, &numbers[m * D * columns], &unit[m]);
+        begin(all, m, tiles.halves, starts.data(), sums.data());
     }
-    Product p{x, unit.numbers<float>(), sums.data(), columns, group, groups, weight.numbers<uint8_t>(), bytes};
-    auto all = [&](auto* to) { bits == 4 ? multiply_all<true>(p, count, outputs, to) : multiply_all<false>(p, count, outputs, to); };
-    if (type == BFLOAT16) all(y.numbers<BFloat16>());
-    else if (type == FLOAT16) all(y.numbers<Float16>());
-    else all(y.numbers<float>());
+    multiply_all<D>(all, tiles, scales, count, y);
+}
+
+// x (rows, columns), weight uint8 (tiles, bytes), scales float32 (1, outputs) or (1, 0), outputs, bits, group -> (rows, outputs)
+// of x's type: the product with x as it is, in digits.
+void exact_product(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor x(stack[0]), weight(stack[1]), scales(stack[2]);
+    auto outputs = (int64_t)stack[3], bits = (int64_t)stack[4], group = (int64_t)stack[5];
+    int64_t count = x.size(0), columns = x.size(1);
+    Tiles tiles = tiles_of(weight, outputs, columns, group, bits);
+    Tensor::check(x.is(x.dtype(), count, columns));
+    Tensor y({count, outputs}, x.dtype());
+    with_numbers(x, [&](auto* from) {
+        using T = std::remove_reference_t<decltype(*from)>;
+        multiply_digits(from, count, columns, group, tiles, scales_of(scales, outputs), y.numbers<T>());
+    });
+    stack[0] = y.given();
+}
+
+// A tile becomes columns of the transposed matrix, `stride` numbers apart.
+template <bool HALVES>
+void unpack(const Tiles& tiles, int64_t tile, int64_t columns, int64_t group, const float* scales, BFloat16* to, int64_t stride) {
+    const uint8_t* w = tiles.data + tile * tiles.bytes;
+    int64_t height = tiles.height(tile);
+    float scale[R], zero[R] = {};
+    for (int64_t g = 0; g < columns / group; g++) {
+        const uint8_t* numbers = w;
+        w += group / (HALVES ? 2 : 1) * R;
+        for (int64_t i = 0; i < R; i++) scale[i] = (float)((const BFloat16*)w)[i];
+        if (scales) for (int64_t i = 0; i < height; i++) scale[i] = scales[tile * R + i];
+        if (HALVES) for (int64_t i = 0; i < R; i++) zero[i] = (float)((const BFloat16*)w)[R + i];
+        w += (HALVES ? 4 : 2) * R;
+        for (int64_t c = 0; c < group; c++, to += stride) {
+            // Four columns are the bytes of 32 bits, or with the next four the halves of these bytes.
+            uint32_t fours[R];
+            std::memcpy(fours, numbers + c / (HALVES ? 8 : 4) * 4 * R, sizeof fours);
+            int64_t shift = c % 4 * 8 + (HALVES && c % 8 >= 4 ? 4 : 0);
+            BFloat16 line[R];
+#pragma omp simd
+            for (int64_t i = 0; i < R; i++) {
+                auto n = (float)((int32_t)(fours[i] >> shift & (HALVES ? 15 : 255)) - (HALVES ? 8 : 128));
+                line[i].bits = BFloat16(HALVES ? std::fmaf(n, scale[i], zero[i]) : n * scale[i]).bits;
+            }
+            std::memcpy(to, line, height * sizeof *line);
+        }
+    }
+}
+
+// weight uint8 (tiles, bytes), scales float32 (1, outputs) or (1, 0), outputs, bits, group, columns -> bfloat16 (columns, outputs),
+// the transposed matrix.
+void unpacked(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor weight(stack[0]), scales(stack[1]);
+    auto outputs = (int64_t)stack[2], bits = (int64_t)stack[3], group = (int64_t)stack[4], columns = (int64_t)stack[5];
+    Tiles tiles = tiles_of(weight, outputs, columns, group, bits);
+    const float* of_rows = scales_of(scales, outputs);
+    Tensor y({columns, outputs}, aoti_torch_dtype_bfloat16());
+    auto* to = y.numbers<BFloat16>();
+#pragma omp parallel for schedule(static) if (outputs * columns > SHARE)
+    for (int64_t tile = 0; tile < tiles_of(outputs); tile++)
+        tiles.halves ? unpack<true>(tiles, tile, columns, group, of_rows, to + tile * R, outputs)
+                     : unpack<false>(tiles, tile, columns, group, of_rows, to + tile * R, outputs);
     stack[0] = y.given();
 }
 
@@ -73,11 +173,7 @@ void round_groups(StableIValue* stack, uint64_t, uint64_t) {
     int64_t count = x.size(0), columns = x.size(1), groups = columns / group;
     Tensor::check(x.is(x.dtype(), count, groups * group));
     Tensor numbers({count, columns}, aoti_torch_dtype_int8()), unit({count, groups}, aoti_torch_dtype_float32());
-    auto all = [&](auto* from) { round_all(from, count * groups, group, numbers.numbers<int8_t>(), unit.numbers<float>()); };
-    int64_t type = type_of(x.dtype());
-    if (type == BFLOAT16) all(x.numbers<BFloat16>());
-    else if (type == FLOAT16) all(x.numbers<Float16>());
-    else all(x.numbers<float>());
+    with_numbers(x, [&](auto* from) { round_all(from, count * groups, group, numbers.numbers<int8_t>(), unit.numbers<float>()); });
     stack[0] = numbers.given();
     stack[1] = unit.given();
 }
@@ -109,11 +205,17 @@ struct Operators {
             !aoti_torch_library_def(names, "round_groups(Tensor x, int group) -> (Tensor, Tensor)") &&
             !aoti_torch_library_def(
                 names, "product(Tensor numbers, Tensor unit, Tensor weight, int outputs, int bits, int type) -> Tensor") &&
+            !aoti_torch_library_def(
+                names, "exact_product(Tensor x, Tensor weight, Tensor scales, int outputs, int bits, int group) -> Tensor") &&
+            !aoti_torch_library_def(
+                names, "unpacked(Tensor weight, Tensor scales, int outputs, int bits, int group, int columns) -> Tensor") &&
             !aoti_torch_library_def(names, "step(Tensor plan, Tensor tokens, Tensor positions, Tensor slots) -> Tensor") &&
             !aoti_torch_library_init_impl("llama_cpu", "CPU", __FILE__, __LINE__, &functions);
         if (!named) return;
         aoti_torch_library_impl(functions, "round_groups", &round_groups);
         aoti_torch_library_impl(functions, "product", &product);
+        aoti_torch_library_impl(functions, "exact_product", &exact_product);
+        aoti_torch_library_impl(functions, "unpacked", &unpacked);
         aoti_torch_library_impl(functions, "step", &step);
     }
 } operators;

@@ -17,20 +17,31 @@ using Line = float[R];                 // the results of a tile with one row of 
 
 inline int64_t tiles_of(int64_t rows) { return (rows + R - 1) / R; }
 
-inline int64_t tile_bytes(int64_t columns, int64_t groups, int64_t bits) {
-    return R * (columns * bits / 8 + groups * (bits == 4 ? 4 : 2));
-}
-
 constexpr int W = R / V;  // vectors that hold a number for each row of a tile
 
-struct Product {
-    const int8_t* x;      // (rows of activations, columns)
-    const float* unit;    // (rows of activations, groups)
-    const int32_t* sums;  // the same, of x
+// Rows of activations in whole numbers, and what their products with a matrix begin with. A row has `digits` rows of numbers:
+// one, rounded group by group (w8a8, w4a8), or several, the highest first, which keep it exact (int8, int4).
+struct Rows {
+    const int8_t* numbers;  // (rows, digits, columns)
+    const float* unit;      // one digit: (rows, groups); several: (rows,)
+    const int32_t* starts;  // (rows, digits, groups): what makes good that `dot` takes weights without a sign
+    const float* sums;      // (rows, groups): of the numbers of a group, in units where groups have some; only for 4 bits
     int64_t columns, group, groups;
-    const uint8_t* weight;  // tiles
-    int64_t tile_bytes;
+    int digits;
 };
+
+// A matrix in tiles.
+struct Tiles {
+    const uint8_t* data;
+    int64_t outputs, bytes;  // rows of the matrix; bytes of a tile
+    bool halves;             // 4 bits
+
+    Tiles(const uint8_t* data, int64_t outputs, int64_t columns, int64_t groups, bool halves)
+        : data(data), outputs(outputs), bytes(R * (columns / (halves ? 2 : 1) + groups * (halves ? 4 : 2))), halves(halves) {}
+    int64_t height(int64_t tile) const { return std::min(R, outputs - tile * R); }
+};
+
+constexpr float BASE = 254;  // of the digits
 
 inline int32_t four(const int8_t* x) {
     int32_t n;
@@ -39,38 +50,39 @@ inline int32_t four(const int8_t* x) {
 }
 
 // One tile times `rows` rows of activations from `first` on.
-template <bool HALVES, int rows>
-void multiply(const Product& p, int64_t tile, int64_t first, Line* lines) {
-    const uint8_t* w = p.weight + tile * p.tile_bytes;
-    const int8_t* x = p.x + first * p.columns;
-    const float* unit = p.unit + first * p.groups;
-    const int32_t* sums = p.sums + first * p.groups;
+template <bool HALVES, int D, int rows>
+void multiply(const Rows& all, const uint8_t* w, int64_t first, Line* lines) {
+    const int8_t* x = all.numbers + first * D * all.columns;
+    const int32_t* starts = all.starts + first * D * all.groups;
+    const float *unit = all.unit + first * (D == 1 ? all.groups : 1), *sums = all.sums + first * all.groups;
     Floats total[rows][W];
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < W; v++) total[m][v] = repeat(0.0f);
-    for (int64_t g = 0; g < p.groups; g++) {
-        Ints sum[rows][W];
+    for (int64_t g = 0; g < all.groups; g++) {
+        Ints sum[rows * D][W];
 #pragma GCC unroll 8
-        for (int m = 0; m < rows; m++)
+        for (int m = 0; m < rows * D; m++)
 #pragma GCC unroll 4
-            for (int v = 0; v < W; v++) sum[m][v] = repeat(-(HALVES ? 8 : OFFSET) * sums[m * p.groups + g]);
-        for (int64_t c = 0; c < p.group; c += HALVES ? 8 : 4) {
-            const int8_t* at = x + g * p.group + c;
+            for (int v = 0; v < W; v++) sum[m][v] = repeat(starts[m * all.groups + g]);
+        for (int64_t c = 0; c < all.group; c += HALVES ? 8 : 4) {
+            const int8_t* at = x + g * all.group + c;
+            Ints some[W];
 #pragma GCC unroll 4
             for (int v = 0; v < W; v++) {
-                Ints some = load(w + 4 * V * v);
+                some[v] = load(w + 4 * V * v);
                 if (rows == 1) prefetch(w + 4 * V * v + AHEAD);
+            }
 #pragma GCC unroll 8
-                for (int m = 0; m < rows; m++) {
-                    if (HALVES) {
-                        sum[m][v] = dot_halves(sum[m][v], lower(some), repeat(four(at + m * p.columns)));
-                        sum[m][v] = dot_halves(sum[m][v], upper(some), repeat(four(at + m * p.columns + 4)));
-                    } else {
-                        sum[m][v] = dot(sum[m][v], some, repeat(four(at + m * p.columns)));
-                    }
-                }
+            for (int m = 0; m < rows * D; m++) {
+                Ints numbers = repeat(four(at + m * all.columns));
+#pragma GCC unroll 4
+                for (int v = 0; v < W; v++) sum[m][v] = HALVES ? dot_halves(sum[m][v], lower(some[v]), numbers) : dot(sum[m][v], some[v], numbers);
+                if (!HALVES) continue;
+                numbers = repeat(four(at + m * all.columns + 4));
+#pragma GCC unroll 4
+                for (int v = 0; v < W; v++) sum[m][v] = dot_halves(sum[m][v], upper(some[v]), numbers);
             }
             w += 4 * R;
         }
@@ -80,23 +92,35 @@ void multiply(const Product& p, int64_t tile, int64_t first, Line* lines) {
             if (rows == 1) prefetch(w + (HALVES ? 4 : 2) * V * v + AHEAD);
 #pragma GCC unroll 8
             for (int m = 0; m < rows; m++) {
-                float one = unit[m * p.groups + g];
-                total[m][v] = fma(from_ints(sum[m][v]), times(scale, repeat(one)), total[m][v]);
-                if (HALVES)
-                    total[m][v] = fma(repeat((float)sums[m * p.groups + g] * one), from_bfloat16(w + 2 * R + 2 * V * v), total[m][v]);
+                Floats number = from_ints(sum[m * D][v]);
+#pragma GCC unroll 4
+                for (int d = 1; d < D; d++) number = fma(number, repeat(BASE), from_ints(sum[m * D + d][v]));
+                total[m][v] = fma(number, D == 1 ? times(scale, repeat(unit[m * all.groups + g])) : scale, total[m][v]);
+                if (HALVES) total[m][v] = fma(repeat(sums[m * all.groups + g]), from_bfloat16(w + 2 * R + 2 * V * v), total[m][v]);
             }
         }
         w += (HALVES ? 4 : 2) * R;
     }
     for (int m = 0; m < rows; m++)
-        for (int v = 0; v < W; v++) store(lines[m] + V * v, total[m][v]);
+        for (int v = 0; v < W; v++) store(lines[m] + V * v, D == 1 ? total[m][v] : times(total[m][v], repeat(unit[m])));
 }
 
-// The same for up to M rows.
-template <bool HALVES, int rows = M>
-void multiply_tile(const Product& p, int64_t tile, int64_t first, int64_t count, Line* lines) {
-    if (count == rows) multiply<HALVES, rows>(p, tile, first, lines);
-    else if constexpr (rows > 1) multiply_tile<HALVES, rows - 1>(p, tile, first, count, lines);
+// The same for up to `rows` rows.
+template <bool HALVES, int D, int rows>
+void multiply_some(const Rows& all, const uint8_t* w, int64_t first, int64_t count, Line* lines) {
+    if (count == rows) multiply<HALVES, D, rows>(all, w, first, lines);
+    else if constexpr (rows > 1) multiply_some<HALVES, D, rows - 1>(all, w, first, count, lines);
+}
+
+// The same for `count` rows.
+template <int D>
+void multiply_tile(const Rows& all, const Tiles& tiles, int64_t tile, int64_t first, int64_t count, Line* lines) {
+    constexpr int most = M < D ? 1 : M / D;
+    const uint8_t* w = tiles.data + tile * tiles.bytes;
+    for (; count > 0; first += most, count -= most, lines += most) {
+        int64_t some = std::min<int64_t>(most, count);
+        tiles.halves ? multiply_some<true, D, most>(all, w, first, some, lines) : multiply_some<false, D, most>(all, w, first, some, lines);
+    }
 }
 
 // The largest size of a number, at least 1e-30; infinity and NaN stay.
@@ -117,6 +141,46 @@ void round_group(const T* x, int64_t columns, int8_t* numbers, float* unit) {
     }
     float steps = 1 / largest * 127;  // as torch divides a number by a tensor
     for (int64_t i = 0; i < columns; i++) numbers[i] = (int8_t)(int32_t)std::nearbyintf((float)x[i] * steps);
+}
+
+inline void scale_rows(const float* scales, int64_t height, int64_t count, Line* lines) {
+    for (int64_t m = 0; m < count; m++)
+        for (int64_t i = 0; i < height; i++) lines[m][i] *= scales[i];
+}
+
+template <typename T>
+constexpr int digits_of = sizeof(T) == 4 ? 3 : 2;  // that keep it exact
+
+// A row becomes `count` rows of digits, as `in_digits` of int8.py makes them, times `unit`.
+template <int count, typename T>
+void to_digits(const T* x, int64_t columns, int8_t* digits, float* unit) {
+    float largest = largest_of(x, columns);
+    *unit = largest * (float)(count == 3 ? 1.0 / (127 * 254 * 254) : 1.0 / (127 * 254));
+    float steps = 1 / largest * 127;
+    for (int64_t i = 0; i < columns; i++) {
+        float rest = (float)x[i] * steps;
+        for (int d = 0; d < count; d++) {
+            float digit = std::nearbyintf(rest);
+            digits[d * columns + i] = (int8_t)(int32_t)digit;
+            rest = (rest - digit) * BASE;
+        }
+    }
+}
+
+// `starts` and `sums` of a row whose numbers and units are there.
+inline void begin(const Rows& all, int64_t row, bool halves, int32_t* starts, float* sums) {
+    starts += row * all.digits * all.groups, sums += row * all.groups;
+    for (int64_t g = 0; g < all.groups; g++) {
+        float joined = 0;
+        for (int d = 0; d < all.digits; d++) {
+            const int8_t* numbers = all.numbers + (row * all.digits + d) * all.columns + g * all.group;
+            int32_t sum = 0;
+            for (int64_t i = 0; i < all.group; i++) sum += numbers[i];
+            starts[d * all.groups + g] = -(halves ? 8 : OFFSET) * sum;
+            joined = joined * BASE + (float)sum;
+        }
+        sums[g] = all.digits == 1 ? joined * all.unit[row * all.groups + g] : joined;
+    }
 }
 
 }  // namespace

@@ -20,15 +20,18 @@ enum Form : int64_t {
     PLAIN,     // numbers of type T, row by row
     GROUPS_8,  // tiles of 8 bits, activations in groups (w8a8)
     GROUPS_4,  // tiles of 4 bits, activations in groups (w4a8)
-    ROWS_8,    // tiles of 8 bits, scales of whole rows, activations in several digits (int8)
-    TORCHS_4   // torch's own form for CPUs with AVX-512 (int4); see `multiply_torchs`
+    DIGITS_8,  // tiles of 8 bits, scales of whole rows apart, activations in several digits (int8)
+    DIGITS_4   // tiles of 4 bits, activations in several digits (int4)
 };
 
 struct Matrix {
     Form form;
     const uint8_t* data;
     int64_t rows, columns, group;
-    const void* scales;  // ROWS_8: float32 (rows,); TORCHS_4: bfloat16 (columns / group, rows, 2), scales and zeros
+    const float* scales;  // DIGITS_8: of its rows
+
+    bool in_digits() const { return form == DIGITS_8 || form == DIGITS_4; }
+    bool halves() const { return form == GROUPS_4 || form == DIGITS_4; }
 };
 
 struct Norm {
@@ -87,7 +90,7 @@ struct Model {
         auto form = (Form)next();
         auto* data = (const uint8_t*)place();
         int64_t rows = next(), columns = next(), group = next();
-        return {form, data, rows, columns, group, place()};
+        return {form, data, rows, columns, group, (const float*)place()};
     }
 };
 
@@ -168,94 +171,38 @@ void multiply_plain_tile(const T* w, int64_t tile_rows, const T* x, int64_t coun
     }
 }
 
-// A tile in torch's form times `rows` rows of activations: blocks of 2 R rows, column after column, the first R rows in the
-// lower halves of R bytes and the others in the upper ones. sums: of x over each group.
-template <bool UPPER, int rows>
-void multiply_torchs(const Matrix& matrix, int64_t tile, const float* x, const float* sums, Line* lines) {
-    int64_t groups = matrix.columns / matrix.group;
-    const uint8_t* w = matrix.data + tile / 2 * R * matrix.columns;
-    Floats total[rows][W];
-    for (int m = 0; m < rows; m++)
-        for (int v = 0; v < W; v++) total[m][v] = repeat(0.0f);
-    for (int64_t g = 0; g < groups; g++) {
-        Floats sum[rows][W];
-        for (int m = 0; m < rows; m++)
-            for (int v = 0; v < W; v++) sum[m][v] = repeat(0.0f);
-        for (int64_t c = g * matrix.group; c < (g + 1) * matrix.group; c++, w += R) {
-            if (!UPPER) prefetch(w + AHEAD);
-#pragma GCC unroll 4
-            for (int v = 0; v < W; v++) {
-                Floats some = from_halves<UPPER>(w + V * v);
-#pragma GCC unroll 8
-                for (int m = 0; m < rows; m++) sum[m][v] = fma(repeat(x[m * matrix.columns + c]), some, sum[m][v]);
-            }
-        }
-        const auto* both = (const BFloat16*)matrix.scales + (g * matrix.rows + tile * R) * 2;
-        float scales[R], zeros[R];
-        for (int64_t i = 0; i < R; i++) scales[i] = (float)both[2 * i], zeros[i] = (float)both[2 * i + 1];
-        for (int m = 0; m < rows; m++)
-            for (int v = 0; v < W; v++) {
-                Floats all = fma(sum[m][v], load_floats(scales + V * v), total[m][v]);
-                total[m][v] = fma(repeat(sums[m * groups + g]), load_floats(zeros + V * v), all);
-            }
-    }
-    for (int m = 0; m < rows; m++)
-        for (int v = 0; v < W; v++) store(lines[m] + V * v, total[m][v]);
-}
-
-constexpr int64_t SHARING = 8;  // most rows for which weights are unpacked once
-
-// The same for up to `rows` rows.
-template <int rows = SHARING>
-void multiply_torchs_tile(const Matrix& matrix, int64_t tile, const float* x, const float* sums, int64_t count, Line* lines) {
-    if (count == rows)
-        tile % 2 ? multiply_torchs<true, rows>(matrix, tile, x, sums, lines) : multiply_torchs<false, rows>(matrix, tile, x, sums, lines);
-    else if constexpr (rows > 1)
-        multiply_torchs_tile<rows - 1>(matrix, tile, x, sums, count, lines);
-}
-
 // Activations in the form that matrices multiply.
 template <typename T>
 struct Activations {
-    static constexpr int DIGITS = sizeof(T) == 4 ? 3 : 2;  // of int8.py
-    static constexpr float BASE = 254;
-    int64_t rows, columns = 0, groups = 1;
-    const float* floats = nullptr;
+    static constexpr int DIGITS = digits_of<T>;
     std::vector<T> plain;
     std::vector<int8_t> numbers;
-    std::vector<float> unit, ones;
-    std::vector<int32_t> sums;
+    std::vector<float> unit, sums;
+    std::vector<int32_t> starts;
+    int64_t count;
+    Rows rows{};
 
     // Memory that runs out within the region of threads would end the process, so all that is needed is made before.
-    Activations(int64_t rows, int64_t most_columns)
-        : rows(rows), plain(rows * most_columns), numbers(rows * DIGITS * most_columns), unit(rows * (most_columns / 8 + DIGITS)), ones(unit.size(), 1.0f),
-          sums(unit.size()) {}
+    Activations(int64_t count, int64_t most_columns)
+        : plain(count * most_columns), numbers(count * DIGITS * most_columns), unit(count * (most_columns / 8 + 1)), sums(unit.size()),
+          starts(unit.size() * DIGITS), count(count) {}
 
     // For this matrix, and others of its form and width.
     void take(const Matrix& matrix, const float* x) {
-        floats = x, columns = matrix.columns, groups = columns / matrix.group;
-        if (matrix.form == PLAIN) {
-            for (int64_t i = 0; i < rows * columns; i++) plain[i] = (T)x[i];
-            return;
-        }
-        if (matrix.form == TORCHS_4) {
-            for (int64_t i = 0; i < rows * groups; i++) {
-                unit[i] = 0;
-                for (int64_t j = 0; j < matrix.group; j++) unit[i] += x[i * matrix.group + j];
+        int64_t columns = matrix.columns, group = matrix.group;
+        int digits = matrix.in_digits() ? DIGITS : 1;
+        rows = {numbers.data(), unit.data(), starts.data(), sums.data(), columns, group, columns / group, digits};
+        for (int64_t m = 0; m < count; m++) {
+            const float* row = x + m * columns;
+            if (matrix.form == PLAIN) {
+                for (int64_t i = 0; i < columns; i++) plain[m * columns + i] = (T)row[i];
+                continue;
             }
-            return;
-        }
-        int64_t parts = rows * (matrix.form == ROWS_8 ? DIGITS : groups);
-        if (matrix.form == ROWS_8) {
-            for (int64_t m = 0; m < rows; m++) to_digits(x + m * columns, numbers.data() + m * DIGITS * columns, &unit[m]);
-        } else {
-            for (int64_t i = 0; i < parts; i++)
-                round_group(x + i * matrix.group, matrix.group, numbers.data() + i * matrix.group, &unit[i]);
-        }
-        for (int64_t i = 0; i < parts; i++) {
-            int32_t sum = 0;
-            for (int64_t j = 0; j < matrix.group; j++) sum += numbers[i * matrix.group + j];
-            sums[i] = sum;
+            if (digits > 1) to_digits<DIGITS>(row, columns, &numbers[m * DIGITS * columns], &unit[m]);
+            else
+                for (int64_t g = 0; g < rows.groups; g++)
+                    round_group(row + g * group, group, &numbers[m * columns + g * group], &unit[m * rows.groups + g]);
+            begin(rows, m, matrix.halves(), starts.data(), sums.data());
         }
     }
 
@@ -263,51 +210,15 @@ struct Activations {
     void multiply(const Matrix& matrix, int64_t tile, Line* lines) const {
         if (matrix.form == PLAIN) {
             int64_t height = std::min(R, matrix.rows - tile * R);
-            for (int64_t m = 0; m < rows; m += 4)
-                multiply_plain_tile((const T*)matrix.data + tile * R * columns, height, plain.data() + m * columns,
-                                    std::min<int64_t>(4, rows - m), columns, lines + m);
+            for (int64_t m = 0; m < count; m += 4)
+                multiply_plain_tile((const T*)matrix.data + tile * R * rows.columns, height, plain.data() + m * rows.columns,
+                                    std::min<int64_t>(4, count - m), rows.columns, lines + m);
             return;
         }
-        if (matrix.form == TORCHS_4) {
-            for (int64_t m = 0; m < rows; m += SHARING)
-                multiply_torchs_tile(matrix, tile, floats + m * columns, unit.data() + m * groups, std::min(SHARING, rows - m),
-                                     lines + m);
-            return;
-        }
-        bool halves = matrix.form == GROUPS_4, digits = matrix.form == ROWS_8;
-        int64_t bytes = tile_bytes(columns, groups, halves ? 4 : 8), count = digits ? rows * DIGITS : rows;
-        Product p{numbers.data(), digits ? ones.data() : unit.data(), sums.data(), columns, matrix.group, groups, matrix.data, bytes};
-        for (int64_t m = 0; m < count; m += M) {
-            int64_t some = std::min<int64_t>(M, count - m);
-            halves ? multiply_tile<true>(p, tile, m, some, lines + m) : multiply_tile<false>(p, tile, m, some, lines + m);
-        }
-        if (digits) join((const float*)matrix.scales + tile * R, std::min(R, matrix.rows - tile * R), lines);
-    }
-
-   private:
-    // `in_digits` of int8.py, for one row.
-    void to_digits(const float* from, int8_t* to, float* step) const {
-        float largest = largest_of(from, columns);
-        *step = largest * (DIGITS == 3 ? 1 / (127 * BASE * BASE) : 1 / (127 * BASE));
-        float steps = 1 / largest * 127;
-        for (int64_t i = 0; i < columns; i++) {
-            float rest = from[i] * steps;
-            for (int d = 0; d < DIGITS; d++) {
-                float digit = std::nearbyintf(rest);
-                to[d * columns + i] = (int8_t)(int32_t)digit;
-                rest = (rest - digit) * BASE;
-            }
-        }
-    }
-
-    // Rows of digits become rows of numbers.
-    void join(const float* scales, int64_t height, Line* lines) const {
-        for (int64_t m = 0; m < rows; m++)
-            for (int64_t i = 0; i < height; i++) {
-                float sum = lines[m * DIGITS][i] * scales[i];
-                for (int d = 1; d < DIGITS; d++) sum = lines[m * DIGITS + d][i] * scales[i] + sum * BASE;
-                lines[m][i] = sum * unit[m];
-            }
+        Tiles tiles(matrix.data, matrix.rows, rows.columns, rows.groups, matrix.halves());
+        if (rows.digits == 1) multiply_tile<1>(rows, tiles, tile, 0, count, lines);
+        else multiply_tile<DIGITS>(rows, tiles, tile, 0, count, lines);
+        if (matrix.form == DIGITS_8) scale_rows(matrix.scales + tile * R, tiles.height(tile), count, lines);
     }
 };
 
@@ -322,7 +233,7 @@ class Worker {
 
     Worker(const Model& model, const Asked& asked, Shared& shared, float* logits)
         : model(model), asked(asked), shared(shared), logits(logits), h(asked.rows * model.dim), x(h.size()), turned(model.size),
-          scores(model.positions), lines(asked.rows * Activations<T>::DIGITS * R), more_lines(lines.size()),
+          scores(model.positions), lines(asked.rows * R), more_lines(lines.size()),
           activations(asked.rows, model.most_columns()) {}
 
     void run(int64_t number, int64_t count) {

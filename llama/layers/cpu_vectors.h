@@ -32,12 +32,6 @@ inline Floats from_ints(Ints v) { return _mm512_cvtepi32_ps(v); }
 inline Floats from_bfloat16(const uint8_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
-template <bool UPPER>  // V weights of 4 bits, in the lower or the upper halves of bytes
-inline Floats from_halves(const uint8_t* p) {
-    const Floats numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    Ints v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-    return _mm512_permutexvar_ps(UPPER ? _mm512_srli_epi32(v, 4) : v, numbers);  // looks at the lowest 4 bits
-}
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
@@ -70,12 +64,6 @@ constexpr int OFFSET = 0;
 inline Floats from_ints(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Floats from_bfloat16(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
-}
-template <bool UPPER>
-inline Floats from_halves(const uint8_t* p) {
-    Ints v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-    Ints half = UPPER ? _mm256_srli_epi32(v, 4) : _mm256_and_si256(v, _mm256_set1_epi32(15));
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(half, _mm256_set1_epi32(8)));
 }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
@@ -120,10 +108,6 @@ inline Floats from_bfloat16(const uint8_t* p) {
         std::memcpy(&half, p + 2 * i, 2);
         return as_float((uint32_t)half << 16);
     });
-}
-template <bool UPPER>
-inline Floats from_halves(const uint8_t* p) {
-    return each<Floats>([=](int i) { return (float)((UPPER ? p[i] >> 4 : p[i] & 15) - 8); });
 }
 inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return each<Floats>([&](int i) { return std::fmaf(a.at[i], b.at[i], c.at[i]); });

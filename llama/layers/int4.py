@@ -1,13 +1,11 @@
-"""int4 layers. A CPU multiplies few rows of activations with torch's packed form; for many, it unpacks that form in
-blocks.
+"""int4 layers. A CPU multiplies few rows of activations, in digits as int8 has, with weights in tiles, which it unpacks
+for many; or with torch's packed form, where the tiles' operators cannot be compiled.
 
-One prompt is decoded at twice the speed of bfloat16 (docs/SPEED.md). Plain ATen, because torchao's int4 has no form for
-CPUs.
+One prompt is decoded at more than twice the speed of bfloat16 (docs/SPEED.md).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Optional
 
 import torch
@@ -15,24 +13,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..runtime import device_kind
-from . import proven
+from . import own_kernels, proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
-from .quantized import STORED_ROWS, Quantized, refuse_gradients
-from .rounding import TILE, dequantized, pairs, to_int4, unpair
-
-# For more rows of activations, the packed product (170 GFLOP/s on two cores) loses to dequantized blocks.
-FEW_ROWS = 64
-DEQUANTIZED = 2**21  # numbers that are unpacked at a time; with fewer, calls cost more than the cache saves
+from .quantized import STORED_ROWS, refuse_gradients
+from .rounding import dequantized, pairs, to_int4, unpair
+from .tiles import InTiles, to_tiles
 
 
-class Int4(Quantized):
+class Int4(InTiles):
     """(n - 8) * scale + zero, with a scale and a zero for each group of a row. See `Quantized` for the methods."""
 
     kind = "int4"
-    weight: nn.Parameter  # uint8 (rows, columns / 2), or torch's packed form
+    bits = 4
+    weight: nn.Parameter  # uint8 (rows, columns / 2), or tiles, uint8 (tiles, bytes), or torch's packed form
     scales: Optional[nn.Parameter]  # bfloat16 (rows, columns / group); None if packed
     zeros: Optional[nn.Parameter]  # the same
-    scales_and_zeros: nn.Parameter  # bfloat16 (columns / group, rows, 2); only if packed
+    scales_and_zeros: nn.Parameter  # bfloat16 (columns / group, rows, 2); only in torch's form
     group_columns: int
 
     @property
@@ -63,18 +59,25 @@ class Int4(Quantized):
             assert self.scales is not None
             assert self.zeros is not None
             return {"weight": self.weight, "scales": self.scales, "zeros": self.zeros}
+        if self.in_tiles:
+            weight, (scales, zeros) = self.from_tiles()
+            return {"weight": weight, "scales": scales, "zeros": zeros}
         scales, zeros = self.scales_and_zeros.permute(2, 1, 0).contiguous()
         # The product with a unit matrix shows the numbers, whatever the packed layout is.
         ones = torch.zeros_like(self.scales_and_zeros)
         ones[..., 0] = 1
         unit = torch.eye(self.columns, dtype=torch.bfloat16, device=self.device)
-        shown = [self._few(some, ones).t() for some in unit.split(64)]
+        shown = [self._torchs(some, ones).t() for some in unit.split(64)]
         return {"weight": pairs(torch.cat(shown, 1).add_(8).to(torch.uint8)), "scales": scales, "zeros": zeros}
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
         assert self.scales is not None
         assert self.zeros is not None
         before = [self.weight.detach(), self.scales.detach(), self.zeros.detach()]
+        self.in_tiles = False
+        if device_kind(self.device) == "cpu" and own_kernels.loaded():
+            self.hold_tiles(to_tiles(*before))
+            return before
         packed = None if dtype == torch.float32 else self._packed_weight()
         self.packed = packed is not None
         if packed is not None:
@@ -84,10 +87,6 @@ class Int4(Quantized):
             self.scales_and_zeros = nn.Parameter(both, requires_grad=False)
             return before
         return []
-
-    def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
-        in_order = self.packed and packed_layout() == (2 * TILE, (slice(0, TILE, 1), slice(TILE, 2 * TILE, 1)))
-        return (self.weight, self.group_columns, self.scales_and_zeros) if in_order else None
 
     def _packed_weight(self) -> Optional[torch.Tensor]:
         """The form for torch's own product, which a CPU has for bfloat16 and groups of 32 or more; else None."""
@@ -104,13 +103,13 @@ class Int4(Quantized):
         flat = x.reshape(-1, x.shape[-1])  # (M, columns)
         if not self.packed:
             y = self._generic(flat)
-        elif len(flat) <= FEW_ROWS or packed_layout() is None:
-            y = self._few(flat.bfloat16(), self.scales_and_zeros).to(x.dtype)
+        elif self.in_tiles:
+            y = self.exact_product(flat)
         else:
-            y = self._many(flat.bfloat16()).to(x.dtype)
+            y = self._torchs(flat.bfloat16(), self.scales_and_zeros).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
-    def _few(self, x: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
+    def _torchs(self, x: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
         return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.weight, self.group_columns, scales_and_zeros)
 
     def _generic(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,67 +123,6 @@ class Int4(Quantized):
         step = max(1, 2**22 // self.columns) if device_kind(x) == "cpu" else len(self.weight)
         parts = zip(self.weight.split(step), self.scales.split(step), self.zeros.split(step))
         return torch.cat([F.linear(x, dequantized(*part, x.dtype)) for part in parts], dim=-1)
-
-    def _many(self, x: torch.Tensor) -> torch.Tensor:
-        """x bfloat16 (M, columns) -> (M, rows). The packed form is dequantized in pieces that fit a cache: (n - 8) *
-        scale; the zeros are rows of their own, which multiply the sums of x over each group."""
-        layout = packed_layout()
-        assert layout is not None
-        height, halves = layout
-        group, groups = self.group_columns, self.columns // self.group_columns
-        x = torch.cat((x, x.unflatten(1, (groups, group)).sum(-1)), dim=1)
-        packed = self.weight.view(-1, groups, group, height // 2)  # two rows of a block of `height` in each byte
-        scales, zeros = self.scales_and_zeros.detach().unbind(-1)
-        # (blocks, groups, 1, height)
-        scales = scales.unflatten(1, (-1, height)).transpose(0, 1).contiguous()[:, :, None]
-        blocks = min(max(1, 2048 // height), len(packed))
-        piece = max(1, DEQUANTIZED // (blocks * height * group))
-        y = x.new_empty(len(x), len(packed) * height)
-        whole = x.new_empty(x.shape[1], blocks * height)
-        for i in range(0, len(packed), blocks):
-            some = slice(i, i + blocks)
-            columns = slice(i * height, (i + blocks) * height)
-            weight = whole[:, : y[:, columns].shape[1]]
-            weight[self.columns :] = zeros[:, columns]
-            target = weight[: self.columns].view(groups, group, -1, height).permute(2, 0, 1, 3)
-            for j in range(0, groups, piece):
-                part = slice(j, j + piece)
-                numbers = packed[some, part]
-                for rows, half in zip(halves, (numbers & 15, numbers >> 4)):
-                    centred = half.view(torch.int8).sub_(8).to(x.dtype)
-                    torch.mul(centred, scales[some, part, :, rows], out=target[:, part, :, rows])
-            y[:, columns] = x @ weight
-        return y
-
-
-@lru_cache
-def packed_layout() -> Optional[tuple[int, tuple[slice, slice]]]:
-    """How torch packs int4 on this CPU, found out by packing known numbers: the height of a block of rows, and its rows
-    that lie in the lower and in the upper halves of the bytes. None if the layout is another one."""
-    rows, columns = 256, 32
-    number = torch.arange(rows)[:, None].expand(rows, columns)
-    digits = [torch._convert_weight_to_int4pack_for_cpu(d.int().contiguous(), 1) for d in (number % 16, number // 16)]
-    for height in (64, 32, 16):
-        first, second = (d.view(rows // height, columns, -1) for d in digits)
-        found = [(first & 15).int() + 16 * (second & 15), (first >> 4).int() + 16 * (second >> 4)]
-        halves = []
-        for half in found:
-            order = half[0, 0].tolist()
-            rows_of_half = slice(order[0], order[-1] + 1, max(1, order[1] - order[0]))
-            expected = half[0, 0] + height * torch.arange(rows // height)[:, None, None]
-            if order == list(range(height))[rows_of_half] and torch.equal(half, expected.expand_as(half).int()):
-                halves.append(rows_of_half)
-        if len(halves) == 2:
-            columns_too = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
-            packed = torch._convert_weight_to_int4pack_for_cpu(columns_too, 1).view(rows // height, columns, -1)
-            back = torch.empty(rows // height, columns, height, dtype=torch.int32)
-            back[:, :, halves[0]], back[:, :, halves[1]] = packed & 15, packed >> 4
-            return (
-                (height, (halves[0], halves[1]))
-                if torch.equal(back.transpose(1, 2).flatten(0, 1), columns_too)
-                else None
-            )
-    return None
 
 
 class Int4ColumnParallelLinear(Int4, ColumnParallelLinear):

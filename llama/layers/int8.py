@@ -1,14 +1,13 @@
-"""int8 layers. oneDNN multiplies int8 with int8 only, and exactly, so on a CPU activations are first written as int8
-digits.
+"""int8 layers. CPUs multiply int8 with int8 fast, and exactly, so there activations are first written as int8 digits.
+Weights lie in tiles, or as oneDNN packs them, whichever is faster.
 
-One prompt is decoded at 1.5 times the speed of bfloat16 (docs/SPEED.md). Plain ATen, because torchao's int8 reads 1
-to 10 billion weights a second on a CPU, where this reads 25 on two cores.
+One prompt is decoded at 1.5 times the speed of bfloat16 (docs/SPEED.md). torchao's int8 reads 1 to 10 billion weights a
+second on a CPU, where this reads 25 on two cores.
 """
 
 from __future__ import annotations
 
-import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -18,15 +17,14 @@ from torch import nn
 from ..runtime import device_kind
 from . import kernels, own_kernels, proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
-from .quantized import PIECE, STORED_ROWS, Quantized, refuse_gradients
+from .quantized import PIECE, STORED_ROWS, refuse_gradients
 from .rounding import to_int8
-from .tiles import from_tiles, to_tiles
+from .tiles import SIDE, InTiles, least_time, to_tiles
 
 FEW_ROWS = 64  # rows of activations; for more, reading the weights once for all digits no longer pays
 BASE = 254  # base of the activations' digits: each is off by at most half a step; the next one carries the remainder
 BLOCK_ROWS = 2048  # rows of activations that the product takes at a time, because their digits take twice their memory
 PLAIN = 2**21  # most numbers of a matrix that oneDNN need not pack
-UNTILED = 2**17  # most numbers of one that is not put into tiles, where oneDNN is slow
 
 
 class Digits(NamedTuple):
@@ -55,10 +53,11 @@ def in_digits(x: torch.Tensor) -> Digits:
     return Digits(numbers, unit)
 
 
-class Int8(Quantized):
+class Int8(InTiles):
     """n * scale, with one scale for each row. See `Quantized` for the methods."""
 
     kind = "int8"
+    bits = 8
     weight: nn.Parameter  # int8 (rows, columns), or oneDNN's packed form, or tiles, uint8 (tiles, bytes)
     scales: nn.Parameter  # float32 (rows,)
 
@@ -74,42 +73,39 @@ class Int8(Quantized):
 
     def plain(self) -> dict[str, torch.Tensor]:
         weight = self.weight.detach()
-        if weight.dtype == torch.uint8:
-            weight, _ = from_tiles(weight, len(self.scales), 8, self.in_tiles, 1)
+        if self.in_tiles:
+            weight, _ = self.from_tiles()
         elif weight.is_mkldnn:
             weight = weight.to_dense().t().contiguous()
         return {"weight": weight, "scales": self.scales}
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
         before = self.weight.detach()
-        self.packed = device_kind(before) == "cpu" and onednn_is_exact()
-        if not self.packed or before.numel() <= min(PLAIN, UNTILED):
-            return []
-        if onednn_is_fast():
-            if before.numel() <= PLAIN:
-                return []
-            self.weight = nn.Parameter(torch.ops.onednn.qlinear_prepack(before, None), requires_grad=False)
+        self.in_tiles = False
+        on_cpu = device_kind(before) == "cpu"
+        takes_onednn = on_cpu and onednn_is_exact()
+        if on_cpu and before.shape[1] % 8 == 0 and own_kernels.loaded() and not (takes_onednn and onednn_is_fast()):
+            ones = torch.ones(len(before), 1, dtype=torch.bfloat16)  # the scales of whole rows stay as they are
+            self.hold_tiles(to_tiles(before, ones))
             return [before]
-        if before.shape[1] % 8 == 0 and own_kernels.loaded():
-            self.in_tiles = before.shape[1]
-            ones = torch.ones(len(before), 1, dtype=torch.bfloat16)  # the scales are multiplied later, as ever
-            self.weight = nn.Parameter(to_tiles(before, ones), requires_grad=False)
+        self.packed = takes_onednn
+        if takes_onednn and before.numel() > PLAIN and onednn_is_fast():
+            self.weight = nn.Parameter(torch.ops.onednn.qlinear_prepack(before, None), requires_grad=False)
             return [before]
         return []
 
-    def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
-        in_tiles = self.weight.dtype == torch.uint8
-        return (self.weight, self.in_tiles, self.scales) if in_tiles else None
-
     def shared(self, x: torch.Tensor) -> Optional[Digits]:
         flat = x.reshape(-1, x.shape[-1])
-        return in_digits(flat) if self.packed and len(flat) <= BLOCK_ROWS else None
+        takes_digits = self.packed and not self.in_tiles
+        return in_digits(flat) if takes_digits and len(flat) <= BLOCK_ROWS else None
 
     def product(self, x: torch.Tensor, shared: Optional[Digits] = None, any_order: bool = False) -> torch.Tensor:
         refuse_gradients(x)
         flat = x.reshape(-1, x.shape[-1])  # (M, columns)
         if not self.packed:
             y = self._generic(flat)
+        elif self.in_tiles:
+            y = self.exact_product(flat)
         elif len(flat) <= BLOCK_ROWS:
             y = self._of_digits(shared or in_digits(flat), x.dtype)
         else:
@@ -141,15 +137,7 @@ def int8_product(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tenso
     count, M, columns = digits.shape
     if not weight.is_mkldnn:
         flat = digits.view(-1, columns)
-        if weight.dtype == torch.uint8:
-            ones = torch.ones(len(flat), 1)
-            whole = torch.ops.llama_cpu.product(
-                flat, ones, weight, len(scales), 8, own_kernels.TYPES.index(torch.float32)
-            )
-        else:
-            whole = (
-                torch._int_mm(weight, flat.t()).t().contiguous() if M <= FEW_ROWS else torch._int_mm(flat, weight.t())
-            )
+        whole = torch._int_mm(weight, flat.t()).t().contiguous() if M <= FEW_ROWS else torch._int_mm(flat, weight.t())
         y, *lower = (whole * scales).view(count, M, -1).unbind()
     elif M <= FEW_ROWS:  # one product of all digits reads the weights once
         y, *lower = _qlinear(digits, weight, scales).unbind()
@@ -216,19 +204,23 @@ def onednn_is_exact() -> bool:
 
 @lru_cache
 def onednn_is_fast() -> bool:
-    """Whether oneDNN's packed int8 is not slower here than its plain one: on processors that multiply bytes of one sign
-    with bytes of another only, it takes 200 times as long (measured: 50 ms for a row of 768 x 768)."""
-    weight, scales = torch.ones(512, 512, dtype=torch.int8), torch.ones(512)
-    digits = torch.ones(2, 1, 512, dtype=torch.int8)
-    times = []
-    for form in (weight, torch.ops.onednn.qlinear_prepack(weight, None)):
-        runs = []
-        for _ in range(5):
-            began = time.thread_time()  # other processes may hold this one up
-            int8_product(digits, form, scales)
-            runs.append(time.thread_time() - began)
-        times.append(min(runs))
-    return times[1] < min(10 * times[0], 0.002)  # seconds: where other processes hold up both, their ratio says nothing
+    """Whether oneDNN's packed int8 is faster here than tiles, or without them than its plain form. On processors that
+    multiply bytes of one sign with bytes of another only, it takes 200 times as long (measured: 50 ms for a row of 768
+    x 768)."""
+    weight, scales, x = torch.ones(SIDE, SIDE, dtype=torch.int8), torch.ones(SIDE), torch.ones(16, SIDE).bfloat16()
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    tiles = own_kernels.loaded() and to_tiles(weight, torch.ones(SIDE, 1, dtype=torch.bfloat16))
+
+    def otherwise(x: torch.Tensor) -> torch.Tensor:
+        if tiles is False:
+            return int8_product(in_digits(x).numbers, weight, scales)
+        return torch.ops.llama_cpu.exact_product(x, tiles, scales.view(1, -1), SIDE, 8, SIDE)
+
+    def of_onednn(x: torch.Tensor) -> torch.Tensor:
+        return int8_product(in_digits(x).numbers, packed, scales)
+
+    # For an answer, and for several.
+    return all(least_time(partial(of_onednn, x[:n])) < least_time(partial(otherwise, x[:n])) for n in (1, len(x)))
 
 
 class Int8ColumnParallelLinear(Int8, ColumnParallelLinear):

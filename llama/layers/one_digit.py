@@ -27,9 +27,9 @@ from ..runtime import device_kind
 from . import own_kernels
 from .int4 import Int4
 from .parallel import ColumnParallelLinear, RowParallelLinear
-from .quantized import Quantized, refuse_gradients
+from .quantized import refuse_gradients
 from .rounding import to_groups, unpair
-from .tiles import from_tiles, to_tiles
+from .tiles import InTiles, to_tiles
 
 LEAST = 1e-30  # smallest size of a group's largest activation
 
@@ -69,20 +69,18 @@ def _fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return (a.double() * b.double() + c.double()).float()
 
 
-class OneDigit(Quantized):
+class OneDigit(InTiles):
     """The base of both kinds. See `Quantized` for the methods."""
 
-    bits: int
     group_columns: int
-    rows: int  # rows of this rank's matrix, while it is packed
-    weight: nn.Parameter  # the stored form, or the tiles of cpu_kernels.cpp, uint8 (tiles, bytes)
+    weight: nn.Parameter  # the stored form, or tiles, uint8 (tiles, bytes)
 
     def pack(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        self.packed = False
+        self.packed = self.in_tiles = False
         if device_kind(self.device) != "cpu" or not own_kernels.loaded():
             return []
         before = [tensor.detach() for tensor in self.plain().values()]
-        self.hold_packed(to_tiles(*before), len(before[0]))
+        self.hold_tiles(to_tiles(*before))
         return before
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -90,22 +88,11 @@ class OneDigit(Quantized):
         self.quantization.check_device(fn(torch.empty(0, dtype=torch.bfloat16, device=self.device)).device)
         return super()._apply(fn, recurse)
 
-    def hold_packed(self, weight: torch.Tensor, rows: int) -> None:
-        """Take a weight that is packed already. rows: those of this rank's matrix."""
-        for name in list(self._parameters):
-            self._parameters[name] = None
-        self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        self.packed, self.rows = True, rows
-
-    def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
-        return (self.weight, self.group_columns, None) if self.packed else None
-
     def plain(self) -> dict[str, torch.Tensor]:
         if not self.packed:
             return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
-        names = ("scales",) if self.bits == 8 else ("scales", "zeros")
-        weight, of_groups = from_tiles(self.weight.detach(), self.rows, self.bits, self.group_columns, len(names))
-        return {"weight": weight, **dict(zip(names, of_groups))}
+        weight, of_groups = self.from_tiles()
+        return {"weight": weight, **dict(zip(("scales", "zeros"), of_groups))}
 
     def shared(self, x: torch.Tensor) -> Digits:
         flat = x.reshape(-1, x.shape[-1])

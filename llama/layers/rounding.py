@@ -20,7 +20,7 @@ EXACT = ("int8", "int4")  # the kinds that keep activations as they are; they ru
 ALSO_CALLED = {"8": "int8", "4": "int4"}  # in text or as a number
 GROUP_SIZE = 32  # with groups of 64 a 1.1B model is read 15 % faster, at 1.6 times the loss of quality
 LEAST_GROUP = 16
-TILE = 32  # rows of a tile of w8a8 and w4a8, as CPUs read them; the last tile is filled up. As in cpu_kernels.cpp
+TILE = 32  # rows of a tile, as CPUs read weights; the last tile is filled up. R of cpu_products.h
 REFINEMENTS = 6
 
 
@@ -89,7 +89,7 @@ class Quantization:
         group, kind = self.group(in_features), self.kind_of(in_features, is_output)
         if group is None or kind == "int8":
             return rows * (columns + 4)
-        rows = rows if kind == "int4" else -(-rows // TILE) * TILE
+        rows = -(-rows // TILE) * TILE
         return rows * (columns + 2 * columns // group if kind == "w8a8" else columns // 2 + 2 * 2 * columns // group)
 
 

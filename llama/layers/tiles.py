@@ -1,11 +1,113 @@
-"""Weights in the tiles that `cpu_kernels.cpp` reads in order, and back. That file says how a tile is made."""
+"""Weights in the tiles that `cpu_kernels.cpp` reads in order, and back: `cpu_products.h` says how a tile is made. And
+the base of the layers that multiply with them."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, Optional, cast
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from . import own_kernels
+from .quantized import STORED_ROWS, Quantized
 from .rounding import TILE, pairs, unpair
+
+FEW_ROWS = STORED_ROWS  # of activations; for more, it pays to unpack the weights to bfloat16
+UNPACKED = 2**20  # numbers that are unpacked at a time, so that they stay in a cache
+SIDE = 1024  # rows and columns of the matrix that ways are tried with
+
+
+class InTiles(Quantized):
+    """The base of layers whose weights a CPU may read in tiles. See `Quantized` for the methods."""
+
+    bits: int
+    group_columns: Optional[int] = None  # None: whole rows, whose scales lie apart
+    in_tiles = False
+    rows: int  # rows, and columns of a group, of this rank's matrix; only if it is in tiles
+    columns_of_group: int
+
+    def hold_tiles(self, weight: torch.Tensor) -> None:
+        """Take a weight that is in tiles, uint8 (tiles, bytes), in place of the stored one."""
+        self.rows, columns = cast(torch.Tensor, self.weight).shape
+        self.columns_of_group = self.group_columns or columns
+        kept = None if self.group_columns else self._parameters["scales"]
+        for name in list(self._parameters):
+            self._parameters[name] = None
+        self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        if kept is not None:
+            self._parameters["scales"] = kept
+        self.packed = self.in_tiles = True
+
+    def for_step(self) -> Optional[tuple[torch.Tensor, int, Optional[torch.Tensor]]]:
+        return (self._tiles(), self.columns_of_group, self._parameters.get("scales")) if self.in_tiles else None
+
+    def from_tiles(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The weight, and the tensors that the tiles have for each group."""
+        return from_tiles(self._tiles(), self.rows, self.bits, self.columns_of_group, 1 if self.bits == 8 else 2)
+
+    def exact_product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (M, columns) -> (M, rows), where x is not rounded to 8 bits."""
+        scales = self._parameters.get("scales")
+        of_rows = x.new_empty(1, 0, dtype=torch.float32) if scales is None else scales.view(1, -1)
+        given = self._tiles(), of_rows, self.rows, self.bits, self.columns_of_group
+        many = not torch.compiler.is_compiling() and len(x) > FEW_ROWS
+        if many and x.dtype == torch.bfloat16 and unpacking_is_fast(self.bits):
+            return _unpacked_product(x, *given)
+        known = x if x.dtype in own_kernels.TYPES else x.float()
+        y: torch.Tensor = torch.ops.llama_cpu.exact_product(known.contiguous(), *given)
+        return y.to(x.dtype)
+
+    def _tiles(self) -> torch.Tensor:
+        return cast(torch.Tensor, self.weight).detach()
+
+
+def _unpacked_product(
+    x: torch.Tensor, tiles: torch.Tensor, scales: torch.Tensor, rows: int, bits: int, group: int
+) -> torch.Tensor:
+    """x bfloat16 (M, columns) times the matrix in bfloat16, of which some tiles at a time are unpacked."""
+    columns = x.shape[1]
+    y = x.new_empty(len(x), rows)
+    step = max(1, UNPACKED // (TILE * columns))
+    for i in range(0, len(tiles), step):
+        some = slice(i * TILE, min(rows, (i + step) * TILE))
+        of_some, count = scales[:, some].contiguous(), some.stop - some.start
+        weight = torch.ops.llama_cpu.unpacked(tiles[i : i + step], of_some, count, bits, group, columns)
+        torch.mm(x, weight, out=y[:, some])
+    return y
+
+
+@lru_cache
+def unpacking_is_fast(bits: int) -> bool:
+    """Whether many rows are multiplied faster with weights unpacked to bfloat16, as on processors that multiply
+    bfloat16; others take several times as long as for the digits. Where both are alike, 8 bits keep their digits, and 4
+    bits, which multiply digits more slowly, are unpacked: so it is the same in every run."""
+    group = SIDE if bits == 8 else TILE
+    numbers = torch.ones(SIDE, SIDE * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    of_groups = torch.ones(SIDE, SIDE // group, dtype=torch.bfloat16)
+    tiles = to_tiles(numbers, of_groups) if bits == 8 else to_tiles(numbers, of_groups, of_groups)
+    given = tiles, torch.empty(1, 0), SIDE, bits, group
+    x = torch.ones(2 * FEW_ROWS, SIDE).bfloat16()
+    ways = _unpacked_product, torch.ops.llama_cpu.exact_product
+    unpacked, digits = (least_time(partial(way, x, *given)) for way in ways)
+    return unpacked < (0.7 if bits == 8 else 1.4) * digits
+
+
+def least_time(run: Callable[[], Any], repeats: int = 5) -> float:
+    """The least seconds of one thread's own time, since other processes may hold it up."""
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(repeats):
+            began = time.thread_time()
+            run()
+            times.append(time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times)
 
 
 def to_tiles(weight: torch.Tensor, *of_groups: torch.Tensor) -> torch.Tensor:
