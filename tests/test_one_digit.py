@@ -141,11 +141,19 @@ def test_exact_products_in_tiles(kind: str, dtype: torch.dtype, monkeypatch: pyt
 
 
 @compiles
+@pytest.mark.parametrize(
+    ("kind", "operator"), [("w4a8", "product"), ("int4", "exact_product"), ("int8", "exact_product")]
+)
 def test_a_package_calls_the_kernels(
-    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    operator: str,
+    tiny: Path,
+    tokenizer_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(int8, "onednn_is_fast", lambda: False)
     made: list[Any] = []
-    kind = "w4a8"
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: made.append(program))
     model = Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu", quantize=kind, compile=False).model
     assert compiled.takes_a_package(model)
@@ -156,7 +164,7 @@ def test_a_package_calls_the_kernels(
         "threads": torch.get_num_threads(),
     }
     compiler.make(request, Path("nowhere"))
-    called = [node for node in made[0].graph.nodes if str(node.target).startswith("llama_cpu.product")]
+    called = [node for node in made[0].graph.nodes if str(node.target).startswith(f"llama_cpu.{operator}")]
     assert len(called) == 7 * model.n_layers + 1
     monkeypatch.setattr(own_kernels, "loaded", lambda: False)
     Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu", quantize=kind, compile=True)

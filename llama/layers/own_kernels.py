@@ -39,7 +39,7 @@ def _brought_in() -> bool:
         return False
     torch.library.register_fake("llama_cpu::round_groups", _fake_groups)
     torch.library.register_fake("llama_cpu::product", _fake_product)
-    torch.library.register_fake("llama_cpu::exact_product", lambda x, w, s, outputs, *_: x.new_empty(len(x), outputs))
+    torch.library.register_fake("llama_cpu::exact_product", _fake_exact)
     return True
 
 
@@ -56,3 +56,9 @@ def _fake_product(
     numbers: torch.Tensor, unit: torch.Tensor, weight: torch.Tensor, outputs: int, bits: int, type: int
 ) -> torch.Tensor:
     return unit.new_empty(numbers.shape[0], outputs, dtype=TYPES[type])
+
+
+def _fake_exact(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, outputs: int, bits: int, group: int
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], outputs)
