@@ -21,6 +21,7 @@ from torch import nn
 
 from .as_built import Originals, Watch
 from .cache_use import CacheUse
+from .layers import own_kernels
 from .layers.parallel import (
     ColumnParallelLinear,
     Make,
@@ -236,6 +237,8 @@ def attend(
         seen = None if mask is None else mask[:, None]
         if device_kind(q) == "cuda":
             return _attend_on_gpu(q, k, v, seen, causal)
+        if causal and own_kernels.attends(q, k):
+            return cast(torch.Tensor, torch.ops.llama_cpu.attend(q, k.transpose(1, 2), v.transpose(1, 2))).flatten(2)
         q = q.transpose(1, 2)
         causal = causal and S == T and seen is None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=K != H)

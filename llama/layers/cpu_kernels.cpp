@@ -3,6 +3,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu_attention.h"
 #include "cpu_step.h"
 #include "tensors.h"
 
@@ -178,6 +179,28 @@ void round_groups(StableIValue* stack, uint64_t, uint64_t) {
     stack[1] = unit.given();
 }
 
+// q (B, S, H, D), the queries of the last S positions; k, v (B, T, K, D), all bfloat16, with the numbers of a head side by side
+// -> (B, S, H, D): each query sees the keys up to its own position.
+void attend(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor q(stack[0]), k(stack[1]), v(stack[2]);
+    int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), size = q.size(3), keys = k.size(1), kv_heads = k.size(2);
+    using Sizes = std::vector<int64_t>;
+    Sizes of_keys{batch, keys, kv_heads, size};
+    for (auto* each : {&q, &k, &v}) Tensor::check(each->dtype() == aoti_torch_dtype_bfloat16() && each->stride(3) == 1);
+    Tensor::check(q.sizes().size() == 4 && k.sizes() == of_keys && v.sizes() == of_keys && queries <= keys && kv_heads > 0 &&
+                  heads % kv_heads == 0 && size > 0 && size % 16 == 0 && q.stride(1) % 2 == 0 && q.stride(2) % 2 == 0);
+    Tensor out(Sizes{batch, queries, heads, size}, aoti_torch_dtype_bfloat16());
+    auto strides = [](const Tensor& of) { return Strides{of.stride(0), of.stride(1), of.stride(2)}; };
+    Prompt p{nullptr, nullptr, nullptr, strides(q), strides(k), strides(v), queries, keys, heads, kv_heads, size, nullptr};
+    std::vector<uint32_t> room(kv_heads * p.room());
+    for (int64_t row = 0; row < batch; row++) {
+        p.q = q.numbers<BFloat16>() + row * p.of_q.row, p.k = k.numbers<BFloat16>() + row * p.of_k.row;
+        p.v = v.numbers<BFloat16>() + row * p.of_v.row, p.out = out.numbers<BFloat16>() + row * queries * heads * size;
+        attend_prompt(p, room.data());
+    }
+    stack[0] = out.given();
+}
+
 // plan int64 (1, numbers): the model, as `Model` reads it; tokens, positions, slots int64 (1, rows) -> float32 (rows, vocabulary)
 void step(StableIValue* stack, uint64_t, uint64_t) {
     Tensor plan(stack[0]), tokens(stack[1]), positions(stack[2]), slots(stack[3]);
@@ -209,6 +232,7 @@ struct Operators {
                 names, "exact_product(Tensor x, Tensor weight, Tensor scales, int outputs, int bits, int group) -> Tensor") &&
             !aoti_torch_library_def(
                 names, "unpacked(Tensor weight, Tensor scales, int outputs, int bits, int group, int columns) -> Tensor") &&
+            !aoti_torch_library_def(names, "attend(Tensor q, Tensor k, Tensor v) -> Tensor") &&
             !aoti_torch_library_def(names, "step(Tensor plan, Tensor tokens, Tensor positions, Tensor slots) -> Tensor") &&
             !aoti_torch_library_init_impl("llama_cpu", "CPU", __FILE__, __LINE__, &functions);
         if (!named) return;
@@ -216,6 +240,7 @@ struct Operators {
         aoti_torch_library_impl(functions, "product", &product);
         aoti_torch_library_impl(functions, "exact_product", &exact_product);
         aoti_torch_library_impl(functions, "unpacked", &unpacked);
+        aoti_torch_library_impl(functions, "attend", &attend);
         aoti_torch_library_impl(functions, "step", &step);
     }
 } operators;

@@ -100,21 +100,6 @@ struct Asked {
     const int64_t *tokens, *positions, *slots;
 };
 
-// e^x, off by two units in the last place (the polynomial of Cephes). Loops over it become vectors.
-inline float exponential(float x) {
-    x = std::min(std::max(x, -104.0f), 89.0f);  // in this order NaN stays
-    float n = std::nearbyintf(x * 1.44269504f);
-    float r = std::fmaf(n, 2.12194440e-4f, std::fmaf(n, -0.693359375f, x));
-    float p = std::fmaf(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = std::fmaf(p, r, 8.3334519073e-3f);
-    p = std::fmaf(p, r, 4.1665795894e-2f);
-    p = std::fmaf(p, r, 1.6666665459e-1f);
-    p = std::fmaf(p, r, 5.0000001201e-1f);
-    p = std::fmaf(p * r, r, r) + 1;
-    int32_t all = (int32_t)n, half = all / 2;  // 2^n itself may be too large or too small for a float
-    return p * as_float((uint32_t)(half + 127) << 23) * as_float((uint32_t)(all - half + 127) << 23);
-}
-
 template <typename T>
 inline float rounded(float number) {
     return (float)(T)number;

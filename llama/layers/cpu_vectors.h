@@ -122,6 +122,26 @@ inline float total(const Floats& v) {
 inline void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
 inline void prefetch(const uint8_t*) {}
 #endif
+
+// sum + the products of pairs of bfloat16, one pair in each place.
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+inline Floats add_pairs(Floats sum, Ints a, Ints b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+inline Floats upper_half(Ints v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000))); }
+inline Floats lower_half(Ints v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+#elif defined(__AVX2__) && defined(__FMA__)
+inline Floats upper_half(Ints v) { return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff0000))); }
+inline Floats lower_half(Ints v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
+#else
+inline Floats upper_half(const Ints& v) { return each<Floats>([&](int i) { return as_float((uint32_t)v.at[i] & 0xffff0000); }); }
+inline Floats lower_half(const Ints& v) { return each<Floats>([&](int i) { return as_float((uint32_t)v.at[i] << 16); }); }
+#endif
+#if !(defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__))
+inline Floats add_pairs(const Floats& sum, const Ints& a, const Ints& b) {
+    return fma(upper_half(a), upper_half(b), fma(lower_half(a), lower_half(b), sum));
+}
+#endif
+
 inline Floats load_floats(const BFloat16* p) { return from_bfloat16((const uint8_t*)p); }
 
 // sum + the products of 2 V numbers, two to each place.
@@ -134,5 +154,20 @@ inline Floats add_products(const Floats& sum, const BFloat16* a, const BFloat16*
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
 }
 #endif
+
+// e^x, off by two units in the last place (the polynomial of Cephes). Loops over it become vectors.
+inline float exponential(float x) {
+    x = std::min(std::max(x, -104.0f), 89.0f);  // in this order NaN stays
+    float n = std::nearbyintf(x * 1.44269504f);
+    float r = std::fmaf(n, 2.12194440e-4f, std::fmaf(n, -0.693359375f, x));
+    float p = std::fmaf(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = std::fmaf(p, r, 8.3334519073e-3f);
+    p = std::fmaf(p, r, 4.1665795894e-2f);
+    p = std::fmaf(p, r, 1.6666665459e-1f);
+    p = std::fmaf(p, r, 5.0000001201e-1f);
+    p = std::fmaf(p * r, r, r) + 1;
+    int32_t all = (int32_t)n, half = all / 2;  // 2^n itself may be too large or too small for a float
+    return p * as_float((uint32_t)(half + 127) << 23) * as_float((uint32_t)(all - half + 127) << 23);
+}
 
 }  // namespace

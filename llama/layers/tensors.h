@@ -94,6 +94,11 @@ class Tensor {
         check(!aoti_torch_get_size(handle, dimension, &size));
         return size;
     }
+    int64_t stride(int64_t dimension) const {
+        int64_t stride;
+        check(!aoti_torch_get_stride(handle, dimension, &stride));
+        return stride;
+    }
     std::vector<int64_t> sizes() const {
         int64_t dimensions;
         check(!aoti_torch_get_dim(handle, &dimensions));
