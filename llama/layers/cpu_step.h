@@ -142,9 +142,11 @@ void multiply_plain(const T* w, const T* x, int64_t columns, Line* lines, int64_
         }
 }
 
+constexpr int SHARING = 8;  // most rows of activations for which plain weights are read once
+
 // A tile of plain weights, of up to R rows, times up to `rows` rows of activations. One row of weights at a time is read
 // fastest; for several rows of activations, two of them share what was loaded.
-template <typename T, int rows = 4>
+template <typename T, int rows = SHARING>
 void multiply_plain_tile(const T* w, int64_t tile_rows, const T* x, int64_t count, int64_t columns, Line* lines) {
     if (count == rows) {
         constexpr int height = rows == 1 ? 1 : 2;
@@ -195,9 +197,9 @@ struct Activations {
     void multiply(const Matrix& matrix, int64_t tile, Line* lines) const {
         if (matrix.form == PLAIN) {
             int64_t height = std::min(R, matrix.rows - tile * R);
-            for (int64_t m = 0; m < count; m += 4)
+            for (int64_t m = 0; m < count; m += SHARING)
                 multiply_plain_tile((const T*)matrix.data + tile * R * rows.columns, height, plain.data() + m * rows.columns,
-                                    std::min<int64_t>(4, count - m), rows.columns, lines + m);
+                                    std::min<int64_t>(SHARING, count - m), rows.columns, lines + m);
             return;
         }
         Tiles tiles(matrix.data, matrix.rows, rows.columns, rows.groups, matrix.halves());
