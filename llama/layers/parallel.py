@@ -106,6 +106,15 @@ def room_of(group: Group) -> Optional[torch.Tensor]:
     return None if group is None else _rooms.get(group.group_name)
 
 
+def messages_of(group: Group) -> Optional[tuple[int, int]]:
+    """What a step in C++ needs to sum and gather with the group's processes: their room, and the address of `Messages`.
+    Zeros for one process; None if they share no memory."""
+    if group is None:
+        return 0, 0
+    room = room_of(group)
+    return None if room is None else (int(room), int(torch.ops.llama_shared.messages(room)))
+
+
 @contextmanager
 def sharing(group: Group, room: torch.Tensor) -> Iterator[None]:
     """A block in which the group's messages go over this room: a step that is compiled has it as an input."""
