@@ -3,6 +3,7 @@ agree on, and how it ends if one is gone."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from workers import Pool
 from llama import Llama
 from llama.decoding import cpu_step, engine
 from llama.decoding.engine import Engine
-from llama.layers import int8, own_kernels, parallel
+from llama.layers import int8, own_kernels, parallel, shared_memory
 from llama.layers.int4 import packed_layout
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
@@ -100,6 +101,18 @@ def test_numbers_are_those_of_the_step_op_by_op(
         alone._engine.decode(torch.arange(12, 12 + ROWS), [position - 1 for position in at])
         expected = alone._engine.decode(torch.arange(17, 17 + ROWS), at)
     assert apart(torch.tensor(logits), expected) < (0.05 if limit > 0.01 or kind == "int8" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "number"),
+    [
+        ("cpu_step.h", "constexpr int64_t MOST_ROWS = (.*);", cpu_step.MOST_ROWS),
+        ("shared_memory.cpp", r"struct alignas\((.*)\) Line", shared_memory.LINE),
+    ],
+)
+def test_numbers_that_stand_in_two_languages(source: str, line: str, number: int) -> None:
+    text = Path(shared_memory.__file__).with_name(source).read_text()
+    assert re.findall(line, text) == [str(number)]
 
 
 def first_logits(folder: str, tokenizer_path: str) -> list[list[float]]:
