@@ -228,18 +228,21 @@ def test_a_rank_that_runs_another_step(tiny: Path, tokenizer_path: str, pool: Po
 
 
 def no_graph(folder: str, tokenizer_path: str) -> list[bool]:
-    """Whether a graph is made with compile=True, for as many rows as the step takes and for one more."""
-    outcomes = []
+    """Whether a graph is made with compile=True, for as many rows as the step takes, for one more, and where rank 2 has
+    no kernels."""
+    outcomes, most = [], cpu_step.MOST_ROWS
     with in_tiles(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "make_graph", lambda *_: True)
-        for rows in (cpu_step.MOST_ROWS, cpu_step.MOST_ROWS + 1):
+        for rows, kernels in ((most, True), (most + 1, True), (most, torch.distributed.get_rank() != 2)):
+            if not kernels:
+                patch.setattr(own_kernels, "loaded", lambda: False)
             llama = Llama.build(folder, tokenizer_path, COLUMNS, rows, 4, device="cpu", compile=True, quiet=True)
             outcomes.append(bool(llama._engine.graph))
     return outcomes
 
 
 def test_no_graph_is_made_where_it_would_not_run(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
-    assert pool.run(no_graph, str(tiny), tokenizer_path) == [[False, True]] * 4
+    assert pool.run(no_graph, str(tiny), tokenizer_path) == [[False, True, True]] * 4
 
 
 def generated(folder: str, tokenizer_path: str, ranks: Optional[int], compile: Optional[bool]) -> list[Any]:
