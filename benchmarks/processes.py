@@ -76,7 +76,10 @@ def model(tokenizer_path: str, shape: str = "134M", ranks: int = 2, repeats: int
     """The first token of a prompt, and a step of one row."""
     folder = random_checkpoint(shape, Path(tempfile.gettempdir()) / f"llama-{shape}")
     into_page_cache(folder)
-    ways = {"one process": (1, "plain"), "shared memory": (ranks, "plain"), "gloo": (ranks, "gloo")}
+    ways = {
+        "one process": (1, "plain"), "shared memory": (ranks, "plain"), "bound": (ranks, "bound"),
+        "bound, operator by operator": (ranks, "by operator"), "gloo": (ranks, "gloo"),
+    }  # fmt: skip
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for turn in range(repeats):
         for name in list(ways)[:: -1 if turn % 2 else 1]:
@@ -94,7 +97,8 @@ def time_model(folder: str, tokenizer_path: str, how: str) -> None:
     """What one of the processes does."""
     if how == "gloo":
         generation.share_memory = lambda group, device: None  # type: ignore[assignment]
-    llama = Llama.build(folder, tokenizer_path, 1024, 1, device="cpu", quiet=True)
+    options = {"compile": False if how == "by operator" else None, "bind": how in ("bound", "by operator")}
+    llama = Llama.build(folder, tokenizer_path, 1024, 1, device="cpu", quiet=True, **options)  # type: ignore[arg-type]
     prompt = [[1, *(i * 7919 % 31000 + 3 for i in range(PROMPT - 1))]]
     bench.timed_run(llama, prompt, 4)
     runs = [bench.timed_run(llama, prompt, NEW)[:2] for _ in range(3)]

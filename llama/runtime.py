@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from .system.checks import whole
 from .system.interrupts import held_back
 from .system.launch import ALONE
 from .system.launch import Launch as Launch
-from .system.printable import counted, shortened
+from .system.printable import counted, reason, shortened
 from .system.progress import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,7 +160,7 @@ def start(
         _make_groups(size)
     if launch.world_size > 1:
         if bind:
-            _bind(launch)
+            _bind(launch, place)
         _share_cores(chosen, launch)
         if launch.store is None:
             _quieten(launch.rank)
@@ -400,13 +400,20 @@ def _check_bind(bind: bool, device: torch.device, launch: Launch) -> None:
         raise ValueError(f"bind=True needs a core for each of {count} processes, but they may use {there}; start fewer")
 
 
-def _bind(launch: Launch) -> None:
-    """Bind this process to its share of the cores, which stays until `shutdown`."""
+def _bind(launch: Launch, place: _Place) -> None:
+    """Bind this process to its share of the cores, which stays until `shutdown`. A collective. ValueError on all
+    processes if the system refuses one."""
     if _started.cores:
         return
-    _started.cores = cores.usable()
-    parts = cores.shares(_started.cores, launch.local_world_size)
-    cores.bind(parts[launch.local_rank])
+    before, problem = cores.usable(), None
+    parts = cores.shares(before, launch.local_world_size)
+    try:
+        cores.bind(parts[launch.local_rank])
+        _started.cores = before
+    except OSError as error:
+        told = f"this system does not bind it to the cores {cores.ranges(parts[launch.local_rank])}"
+        problem = ValueError(f"bind=True, but {told}: {reason(error)}; leave bind out")
+    _compare_places(replace(place, problem=str(problem or "")), problem)
     say(f"Bound {cores.in_words(parts)}")
 
 

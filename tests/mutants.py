@@ -47,7 +47,7 @@ TESTS = {
     "compiler": "packages", "completion": "streams options", "console": "terminal screen",
     "conversation": "terminal screen",
     "convert": "convert gguf quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
-    "cores": "cores", "cpp": "one_digit", "decoding/invariant": "invariant",
+    "cores": "cores", "cpp": "one_digit", "cpu_step": "cpu_step shared_step", "decoding/invariant": "invariant",
     "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued",
     "evaluate": "evaluation", "faults": "verify", "fetching": "hub", "fingerprint": "peers", "folders": "arguments",
     "gguf_header": "gguf", "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf", "gpu_step": "emulated_cuda",

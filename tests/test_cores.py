@@ -92,6 +92,8 @@ def test_all_threads_are_bound_until_shutdown(forks: Forks) -> None:
          "process 0 may use the cores 0-1, and process 1 of the same machine 0-2: what started them has bound them"),
         ("start = runtime.start\nruntime.start = lambda device, bind: start(device, bind=os.environ['RANK'] == '0')",
          "bind is True on process 0, but False on process 1; they must agree"),
+        ("bind = cores.bind\ncores.bind = lambda some: bind({10**4} if os.environ['RANK'] == '1' else some)",
+         "[Errno 22] Invalid argument; leave bind out (on process 1)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_bound(before: str, words: str, forks: Forks) -> None:

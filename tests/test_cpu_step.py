@@ -190,10 +190,10 @@ def test_tensors_of_other_shapes_are_not_read(odd: Path, tokenizer_path: str) ->
         ours.refresh()
         assert ours._step_of(1) is None, name
         setattr(of, name, before)
-    layer.feed_forward.w1.out_features += 1
+    layer.feed_forward.w1.output_size_per_partition += 1
     ours.refresh()
     assert ours._step_of(1) is None
-    layer.feed_forward.w1.out_features -= 1
+    layer.feed_forward.w1.output_size_per_partition -= 1
     ours.refresh()
     assert ours._step_of(1) is not None
 

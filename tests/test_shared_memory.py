@@ -270,6 +270,8 @@ def unable(what: str) -> list[Any]:
             patch.setattr(shared_memory, "os", NoProc())
         elif odd and what == "proc":
             patch.setattr(shared_memory.os, "open", lambda *_: os.memfd_create("other"))
+        elif odd and what == "limit":
+            patch.setattr(parallel, "_patience", lambda group: group.no_such_name)
         elif odd and what == "sums":
             patch.setattr(shared_memory, "check", wrong)
         parallel.share_memory(group, CPU)
@@ -302,6 +304,7 @@ def wrong(*arguments: Any, check: Any = shared_memory.check) -> None:
         ("system", None),
         ("container", None),
         ("proc", "the first process's file is another one (on rank 2)"),
+        ("limit", "'torch._C._distributed_c10d.ProcessGroup' object has no attribute 'no_such_name' (on rank 2)"),
         ("sums", "a sum over shared memory was wrong (on rank 2)"),
     ],
 )

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import Any, Optional, cast
 
 import torch
 
 from .. import runtime
 from ..layers import own_kernels
-from ..layers.parallel import ColumnParallelLinear, RowParallelLinear
+from ..layers.parallel import ColumnParallelLinear, RowParallelLinear, all_agree, group_size, messages_of
 from ..layers.products import AMX
 from ..layers.quantized import Quantized
 from ..model import RMSNorm, Transformer, TransformerBlock
@@ -25,28 +24,41 @@ PLAIN_ROWS = 4  # most rows for plain weights on a processor that multiplies til
 
 
 def make_step(model: Transformer, wanted: Optional[bool]) -> Optional[CpuStep]:
-    """The step for a model in one process on a CPU; None if it must run otherwise. wanted: False if it shall."""
-    on_cpu = runtime.device_kind(model.norm.weight) == "cpu" and model.output.group is None
-    if wanted is False or not on_cpu or runtime.cpp_compiler() is None or not own_kernels.loaded():
+    """The step for a model on a CPU; None if it must run otherwise. wanted: as for `make_graph`: False if it must; with
+    True call it on all ranks alike."""
+    if wanted is False or runtime.device_kind(model.norm.weight) != "cpu":
         return None
-    return CpuStep(model)
+    step = CpuStep(model)
+    if wanted:
+        step.refresh()  # what it cannot run is compiled on all ranks, or on none
+    return step
 
 
 class CpuStep:
-    """The step of a model, for up to `MOST_ROWS` rows."""
+    """The step of a model, for up to `MOST_ROWS` rows. All ranks run it, or none: their messages are not those of the
+    step operator by operator."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self.refresh()
+        self._plan = self._made_plan()
 
     def refresh(self) -> None:
-        """Look up the weights and caches, which may have been replaced since the last call."""
+        """Look up the weights and caches, which may have been replaced since the last call. A collective: call it
+        before the first step."""
+        plan = self._made_plan()
+        agreed = all_agree(plan is not None, self.model.output.group)
+        self._plan = plan if agreed else None
+
+    def _made_plan(self) -> Optional[_Plan]:
+        """None if this rank cannot run the step."""
+        if not self.model.as_built or runtime.cpp_compiler() is None or not own_kernels.loaded():
+            return None
         for attention in self.model.attentions():
             attention.fit_cache(self.model.norm.weight)  # autocast may have left it in another dtype
-        self._plan: Optional[_Plan] = None
-        if self.model.as_built:
-            with suppress(_UnknownForm):
-                self._plan = _Plan(self.model)
+        try:
+            return _Plan(self.model)
+        except _UnknownForm:
+            return None
 
     def takes(self, rows: int) -> bool:
         """Whether it runs so many rows of the model as it was at the last `refresh`."""
@@ -60,7 +72,7 @@ class CpuStep:
         assert self._plan is not None
         places = torch.tensor([list(positions), list(slots)], device="cpu")  # whatever the default is
         logits = torch.ops.llama_cpu.step(self._plan.tensor, tokens.contiguous().view(1, -1), places[:1], places[1:])
-        return cast(torch.Tensor, logits)
+        return cast(torch.Tensor, logits[:, : self.model.vocab_size])  # the ranks' even parts may be more
 
 
 class _UnknownForm(Exception):
@@ -68,7 +80,8 @@ class _UnknownForm(Exception):
 
 
 class _Plan:
-    """What cpu_step.h must know of a model: its sizes, and where its tensors lie. They stay there while this lives."""
+    """What cpu_step.h must know of this rank's part of a model: its sizes, and where its tensors lie. They stay there
+    while this lives."""
 
     def __init__(self, model: Transformer) -> None:
         """Raises _UnknownForm."""
@@ -76,16 +89,22 @@ class _Plan:
         self.has_plain = type(model.output) is ColumnParallelLinear
         self._kept: list[torch.Tensor] = []
         self._numbers: list[int] = []
+        ranks, messages = group_size(model.output.group), messages_of(model.output.group)
+        if messages is None:
+            raise _UnknownForm
+        self._numbers += [ranks, *messages]
         if self.dtype not in (torch.float32, torch.bfloat16) or not len(model.layers):
             raise _UnknownForm
-        args, table, cache = model.params, torch.view_as_real(model.freqs_cis), next(model.attentions()).cache_k
-        dim, queries, keys = args.dim, args.n_heads * args.head_size, args.kv_heads * args.head_size
+        args, table, attention = model.params, torch.view_as_real(model.freqs_cis), next(model.attentions())
+        dim, heads, kv_heads = args.dim, attention.n_local_heads, attention.n_local_kv_heads
+        queries, keys, width = heads * args.head_size, kv_heads * args.head_size, args.ffn_width // ranks
+        cache = attention.cache_k
         slot, key, head, one = cache.stride()
-        if one != 1 or cache.shape[2:] != (args.kv_heads, args.head_size):
+        if one != 1 or cache.shape[2:] != (kv_heads, args.head_size):
             raise _UnknownForm
-        self._numbers += [own_kernels.TYPES.index(self.dtype), dim, args.n_heads, args.kv_heads, args.head_size]
+        self._numbers += [own_kernels.TYPES.index(self.dtype), dim, heads, kv_heads, args.head_size]
         self._numbers += [len(model.tok_embeddings.weight), len(cache), min(cache.shape[1], len(table))]
-        self._add(model.tok_embeddings.weight, (len(model.tok_embeddings.weight), dim))
+        self._add(model.tok_embeddings.weight, (len(model.tok_embeddings.weight), dim // ranks))
         self._add(table, (len(table), args.head_size // 2, 2), torch.float32)
         self._numbers += [slot, head, key, len(model.layers)]
         for layer in cast(Iterable[TransformerBlock], model.layers):
@@ -98,10 +117,10 @@ class _Plan:
                 self._add(each, cache.shape, strides=cache.stride())
             self._add_norm(layer.ffn_norm, dim)
             for matrix in (ffn.w1, ffn.w3):
-                self._add_matrix(matrix, args.ffn_width, dim)
-            self._add_matrix(ffn.w2, dim, args.ffn_width)
+                self._add_matrix(matrix, width, dim)
+            self._add_matrix(ffn.w2, dim, width)
         self._add_norm(model.norm, dim)
-        self._add_matrix(model.output, model.output.out_features, dim)
+        self._add_matrix(model.output, model.output.output_size_per_partition, dim)
         self.tensor = torch.tensor([self._numbers], device="cpu")
 
     def _add(
@@ -129,10 +148,15 @@ class _Plan:
         self._numbers += struct.unpack("i", struct.pack("f", norm.eps))
 
     def _add_matrix(self, layer: Any, rows: int, columns: int) -> None:
-        if (layer.out_features, layer.in_features) != (rows, columns):
+        """rows, columns: of this rank's part."""
+        here = (
+            getattr(layer, "output_size_per_partition", layer.out_features),
+            getattr(layer, "input_size_per_partition", layer.in_features),
+        )
+        if here != (rows, columns):
             raise _UnknownForm
         if type(layer) in (ColumnParallelLinear, RowParallelLinear):
-            kind, weight, group, scales = "plain", layer.weight, layer.in_features, None
+            kind, weight, group, scales = "plain", layer.weight, columns, None
         elif isinstance(layer, Quantized) and (form := layer.for_step()) is not None:
             kind, (weight, group, scales) = layer.kind, form
         else:

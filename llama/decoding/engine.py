@@ -305,7 +305,7 @@ class Engine:
         return self._use.turn(self._made_for[0])
 
     def refresh(self) -> None:
-        """Look at what the model has become, so that the next call runs with that."""
+        """Look at what the model has become, so that the next call runs with that. Call it on all ranks alike."""
         form = self._form()
         if form != self._made_for:
             self._make_graph(self._compile if form[:2] != self._made_for[:2] else None)
@@ -313,9 +313,10 @@ class Engine:
         if self.as_built:
             self.model.keep_fused()
         self._ready = self.graph if self.as_built else None
-        for step in (self._ready, self._few_rows):
-            if step is not None and self.as_built:
-                step.refresh()
+        if self._ready is not None:
+            self._ready.refresh()
+        if self._few_rows is not None:
+            self._few_rows.refresh()
 
     def take(self, user: object) -> bool:
         """From now on the cache is this user's, in its turns. -> whether it is as this user's steps left it"""

@@ -364,6 +364,7 @@ class Leader:
 def follow(scheduler: Scheduler, do: Callable[..., Any]) -> None:
     """Run the first process's steps until it ends. do: runs a method of `Llama`, by its name."""
     copy, everyone = _Copy(scheduler), patient_group()
+    scheduler.engine.refresh()  # as `Leader` does
     while True:
         message = from_first_process(None, everyone)
         first = message[0] if message else None

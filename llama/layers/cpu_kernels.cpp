@@ -201,7 +201,8 @@ void attend(StableIValue* stack, uint64_t, uint64_t) {
     stack[0] = out.given();
 }
 
-// plan int64 (1, numbers): the model, as `Model` reads it; tokens, positions, slots int64 (1, rows) -> float32 (rows, vocabulary)
+// plan int64 (1, numbers): the model, as `Model` reads it; tokens, positions, slots int64 (1, rows) -> float32 (rows, rows of the
+// output of all processes)
 void step(StableIValue* stack, uint64_t, uint64_t) {
     Tensor plan(stack[0]), tokens(stack[1]), positions(stack[2]), slots(stack[3]);
     int64_t rows = tokens.size(1);
@@ -213,7 +214,7 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
         return std::all_of(numbers, numbers + rows, [=](int64_t n) { return n >= 0 && n < end; });
     };
     Tensor::check(below(asked.tokens, model.vocabulary) && below(asked.positions, model.positions) && below(asked.slots, model.slots));
-    Tensor logits({rows, model.output.rows}, aoti_torch_dtype_float32());
+    Tensor logits({rows, model.output.rows * model.ranks}, aoti_torch_dtype_float32());
     model.type == BFLOAT16 ? step<BFloat16>(model, asked, logits.numbers<float>()) : step<float>(model, asked, logits.numbers<float>());
     stack[0] = logits.given();
 }

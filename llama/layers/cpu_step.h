@@ -4,12 +4,17 @@
 // the threads start once. A phase (a product, or attention) is shared out among them, and what one computed the others read
 // after the next barrier; all that is small, such as norms, each computes for itself. Numbers are rounded to the model's type
 // T where `model.py` rounds them, and a row's numbers depend neither on the other rows nor on the number of threads.
+//
+// Several processes may share the model, each with its part of every matrix and of the heads. They run the same step at the same
+// time; one thread of each sums and gathers with the others.
 #pragma once
 #include <omp.h>
 
+#include <exception>
 #include <vector>
 
 #include "cpu_products.h"
+#include "messages.h"
 
 namespace {
 
@@ -48,7 +53,11 @@ struct Layer {
 };
 
 // A model's sizes, and the addresses of its tensors, in the order in which `decoding/cpu_step.py` writes them down.
+// Of what the processes share it has this one's part: heads, kv_heads, and the rows and columns of matrices. The whole embeddings
+// have `dim` columns.
 struct Model {
+    int64_t ranks, room;       // how many processes share the model, and where they speak
+    const Messages* messages;  // none for one process
     int64_t type, dim, heads, kv_heads, size, vocabulary, slots, positions;
     const void* embeddings;
     const float* rotations;                        // (positions, size / 2, 2)
@@ -64,6 +73,7 @@ struct Model {
     }
 
     explicit Model(const int64_t* plan) : at(plan) {
+        ranks = next(), room = next(), messages = (const Messages*)place();
         for (auto* number : {&type, &dim, &heads, &kv_heads, &size, &vocabulary, &slots, &positions}) *number = next();
         embeddings = place(), rotations = (const float*)place();
         for (auto* number : {&slot_stride, &head_stride, &key_stride}) *number = next();
@@ -215,7 +225,8 @@ class Worker {
    public:
     // What the threads write for each other.
     struct Shared {
-        std::vector<float> qkv, attended, gate, delta;
+        std::vector<float> qkv, attended, gate, delta, logits;
+        std::exception_ptr failure;  // of a message
     };
 
     Worker(const Model& model, const Asked& asked, Shared& shared, float* logits)
@@ -225,10 +236,7 @@ class Worker {
 
     void run(int64_t number, int64_t count) {
         self = number, threads = count;
-        for (int64_t m = 0; m < asked.rows; m++) {
-            const T* row = (const T*)model.embeddings + asked.tokens[m] * model.dim;
-            for (int64_t i = 0; i < model.dim; i++) h[m * model.dim + i] = (float)row[i];
-        }
+        if (!embed()) return;
         for (const Layer& layer : model.layers) {
             normalize(layer.attention_norm, layer.wq);
             multiply({&layer.wq, &layer.wk, &layer.wv}, shared.qkv.data());
@@ -239,18 +247,18 @@ class Worker {
             wait();
             activations.take(layer.wo, shared.attended.data());
             multiply({&layer.wo}, shared.delta.data());
-            wait();
-            add();
+            if (!add()) return;
             normalize(layer.ffn_norm, layer.w1);
             multiply_gated(layer.w1, layer.w3, shared.gate.data());
             wait();
             activations.take(layer.w2, shared.gate.data());
             multiply({&layer.w2}, shared.delta.data());
-            wait();
-            add();
+            if (!add()) return;
         }
         normalize(model.norm, model.output);
-        multiply({&model.output}, logits);
+        multiply({&model.output}, model.ranks > 1 ? shared.logits.data() : logits);
+        if (model.ranks > 1)
+            meet([&] { model.messages->gather(model.room, shared.logits.data(), logits, asked.rows, model.output.rows); });
     }
 
    private:
@@ -268,6 +276,39 @@ class Worker {
 #pragma omp barrier
     }
 
+    // Wait for the other threads; then one speaks with the other processes, if there are any, and the others wait for it. -> whether
+    // it could. What is thrown must not leave the region of threads here.
+    template <typename Speak>
+    bool meet(Speak speak) {
+        wait();
+        if (model.ranks == 1) return true;
+        if (self == 0) {
+            try {
+                speak();
+            } catch (...) {
+                shared.failure = std::current_exception();
+            }
+        }
+        wait();
+        return !shared.failure;
+    }
+
+    // h = the tokens' embeddings, of which each process has some columns
+    bool embed() {
+        int64_t width = model.dim / model.ranks;
+        for (int64_t m = 0; m < asked.rows; m++) {
+            const T* row = (const T*)model.embeddings + asked.tokens[m] * width;
+            for (int64_t i = 0; i < width; i++) x[m * width + i] = (float)row[i];
+        }
+        if (model.ranks == 1) {
+            h.swap(x);
+            return true;
+        }
+        if (!meet([&] { model.messages->gather(model.room, x.data(), shared.delta.data(), asked.rows, width); })) return false;
+        std::copy(shared.delta.begin(), shared.delta.end(), h.begin());
+        return true;
+    }
+
     // x = h / rms(h) * weight
     void normalize(const Norm& norm, const Matrix& next) {
         for (int64_t m = 0; m < asked.rows; m++) {
@@ -279,8 +320,11 @@ class Worker {
         activations.take(next, x.data());
     }
 
-    void add() {
-        for (size_t i = 0; i < h.size(); i++) h[i] = rounded<T>(h[i] + shared.delta[i]);
+    // h += the sum of what each process has of `delta`, which `all_reduce` rounds once
+    bool add() {
+        if (!meet([&] { model.messages->sum(model.room, shared.delta.data(), (int64_t)shared.delta.size()); })) return false;
+        for (size_t i = 0; i < h.size(); i++) h[i] = rounded<T>(h[i] + rounded<T>(shared.delta[i]));
+        return true;
     }
 
     // This thread's tiles of matrices that lie side by side in y.
@@ -393,13 +437,14 @@ class Worker {
     }
 };
 
-// -> logits (rows, vocabulary)
+// -> logits (rows, rows of the output of all processes)
 template <typename T>
 void step(const Model& model, const Asked& asked, float* logits) {
     int64_t rows = asked.rows, width = model.layers.empty() ? 0 : model.layers[0].w1.rows;
     typename Worker<T>::Shared shared{
         std::vector<float>(rows * (model.heads + 2 * model.kv_heads) * model.size), std::vector<float>(rows * model.heads * model.size),
-        std::vector<float>(rows * width), std::vector<float>(rows * model.dim)};
+        std::vector<float>(rows * width), std::vector<float>(rows * model.dim),
+        std::vector<float>(model.ranks > 1 ? rows * model.output.rows : 0), nullptr};
     int64_t useful = 1 + rows * model.dim * width / SHARE;  // threads that a small model keeps busy
     int64_t count = std::min<int64_t>(omp_get_max_threads(), useful);
     std::vector<Worker<T>> workers;
@@ -410,6 +455,7 @@ void step(const Model& model, const Asked& asked, float* logits) {
         int64_t there = omp_get_num_threads();  // the system may give fewer
         workers[omp_get_thread_num()].run(omp_get_thread_num(), there);
     }
+    if (shared.failure) std::rethrow_exception(shared.failure);
 }
 
 }  // namespace

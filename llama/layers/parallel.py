@@ -106,6 +106,15 @@ def room_of(group: Group) -> Optional[torch.Tensor]:
     return None if group is None else _rooms.get(group.group_name)
 
 
+def messages_of(group: Group) -> Optional[tuple[int, int]]:
+    """What a step in C++ needs to sum and gather with the group's processes: their room, and the address of `Messages`.
+    Zeros for one process; None if they share no memory."""
+    if group is None:
+        return 0, 0
+    room = room_of(group)
+    return None if room is None else (int(room), int(torch.ops.llama_shared.messages(room)))
+
+
 @contextmanager
 def sharing(group: Group, room: torch.Tensor) -> Iterator[None]:
     """A block in which the group's messages go over this room: a step that is compiled has it as an input."""
@@ -118,7 +127,8 @@ def sharing(group: Group, room: torch.Tensor) -> Iterator[None]:
 
 
 _rooms: dict[str, torch.Tensor] = {}  # name of a group -> this process's part in its shared memory
-_roomless: dict[str, Any] = {}  # names of groups whose messages all go over gloo; and "": the world of all groups
+_roomless: set[str] = set()  # names of groups whose messages all go over gloo
+_world_of_rooms: Group = None  # the world of all these groups
 
 
 def share_memory(group: Group, device: torch.device) -> None:
@@ -126,28 +136,28 @@ def share_memory(group: Group, device: torch.device) -> None:
 
     Call it on all ranks alike: all share it, or none, and then gloo carries their messages.
     """
+    global _world_of_rooms
     if group is None:  # this process may act alone beside a group that goes on
         return
-    if _roomless.get("") is not world():  # the caller has left that one, and groups of the new one have the same names
+    if _world_of_rooms is not world():  # the caller has left that one, and groups of the new one have the same names
         _leave_rooms()
-        _roomless[""] = world()
+        _world_of_rooms = world()
     if device_kind(device) != "cpu" or group.group_name in (*_rooms, *_roomless):
         return
-    _roomless[group.group_name] = None
+    _roomless.add(group.group_name)
     if "cpu:gloo" not in dist.get_backend_config(group):
         return
     ranks, rank = group_size(group), group_rank(group)
     places = gather_objects(shared_memory.place(), group)
     if None in places or len(set(places)) > 1:
         return
-    limit = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     joined: list[torch.Tensor] = []
     with torch.inference_mode(False), ExitStack() as stack:
         try:
             _on_all(lambda: None if rank else shared_memory.load(), group)  # the others find what it has compiled
             _on_all(shared_memory.load, group)
             memories = _on_all(lambda: stack.enter_context(shared_memory.made(ranks, rank)), group)
-            _on_all(lambda: joined.append(shared_memory.join(memories, rank, limit)), group)
+            _on_all(lambda: joined.append(shared_memory.join(memories, rank, _patience(group))), group)
             _on_all(lambda: shared_memory.check(joined[0], ranks, rank), group)
         except _Unable as error:
             say(f"Sums over several processes go over gloo, which is slow: {error}")
@@ -155,10 +165,17 @@ def share_memory(group: Group, device: torch.device) -> None:
                 torch.ops.llama_shared.leave(room)
             return
     _rooms[group.group_name] = joined[0]
-    del _roomless[group.group_name]
+    _roomless.remove(group.group_name)
+
+
+def _patience(group: dist.ProcessGroup) -> float:
+    """The group's time limit in seconds; torch has only a private name for it."""
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def _leave_rooms() -> None:
+    global _world_of_rooms
+    _world_of_rooms = None
     for room in _rooms.values():
         torch.ops.llama_shared.leave(room)
     _rooms.clear()

@@ -22,6 +22,7 @@
 #include <string>
 #include <type_traits>
 
+#include "messages.h"
 #include "tensors.h"
 
 namespace {
@@ -250,13 +251,16 @@ class Room {
 std::vector<std::shared_ptr<Room>> rooms;
 std::mutex guard;
 
-std::shared_ptr<Room> room_of(const Tensor& number) {
+std::shared_ptr<Room> room_of(int64_t number) {
     std::lock_guard<std::mutex> guarded(guard);
+    Tensor::check((size_t)number < rooms.size());
+    if (!rooms[number]) throw std::runtime_error("connection closed by peer: this group has ended");
+    return rooms[number];
+}
+
+std::shared_ptr<Room> room_of(const Tensor& number) {
     Tensor::check(number.dtype() == aoti_torch_dtype_int64());
-    auto at = (size_t)*number.numbers<int64_t>();
-    Tensor::check(at < rooms.size());
-    if (!rooms[at]) throw std::runtime_error("connection closed by peer: this group has ended");
-    return rooms[at];
+    return room_of(*number.numbers<int64_t>());
 }
 
 // processes int64 (ranks,), rank, memory, limit -> room int64 ()
@@ -323,6 +327,20 @@ void gather(StableIValue* stack, uint64_t, uint64_t) {
     stack[0] = y.given();
 }
 
+const Messages over_rooms{
+    [](int64_t room, float* x, int64_t count) { room_of(room)->sum(x, x, count); },
+    [](int64_t room, const float* x, float* y, int64_t rows, int64_t width) {
+        room_of(room)->gather((const char*)x, (char*)y, rows, width * (int64_t)sizeof(float));
+    }};
+
+// room -> the address of what an operator of another library calls
+void messages(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor number(stack[0]), address({}, aoti_torch_dtype_int64());
+    room_of(number);
+    *address.numbers<int64_t>() = (int64_t)&over_rooms;
+    stack[0] = address.given();
+}
+
 // As in cpu_kernels.cpp: nothing is thrown here, and the handles stay.
 struct Operators {
     TorchLibraryHandle names = nullptr, functions = nullptr;
@@ -333,6 +351,7 @@ struct Operators {
                      !aoti_torch_library_def(names, "sum(Tensor x, Tensor room) -> Tensor") &&
                      !aoti_torch_library_def(names, "sum_(Tensor(a!) x, Tensor room) -> ()") &&
                      !aoti_torch_library_def(names, "gather(Tensor x, Tensor room, int ranks) -> Tensor") &&
+                     !aoti_torch_library_def(names, "messages(Tensor room) -> Tensor") &&
                      !aoti_torch_library_init_impl("llama_shared", "CPU", __FILE__, __LINE__, &functions);
         if (!named) return;
         aoti_torch_library_impl(functions, "join", &join);
@@ -340,6 +359,7 @@ struct Operators {
         aoti_torch_library_impl(functions, "sum", &sum);
         aoti_torch_library_impl(functions, "sum_", &sum_in_place);
         aoti_torch_library_impl(functions, "gather", &gather);
+        aoti_torch_library_impl(functions, "messages", &messages);
     }
 } operators;
 
