@@ -166,6 +166,9 @@ def test_weights_that_were_replaced_and_forms_that_are_unknown(odd: Path, tokeni
     assert torch.equal(ours.decode(torch.tensor([5]), [0]), plain.decode(torch.tensor([5]), [0]))
     plain.model.layers = torch.nn.ModuleList([torch.nn.Identity()])  # not as it was built: nothing is looked for in it
     assert Engine(plain.model, None)._step_of(1) is None
+    ours.model.output = torch.nn.Linear(96, 400)  # it knows of no group
+    ours.refresh()
+    assert ours._step_of(1) is None
     half = Llama.build(str(odd), tokenizer_path, COLUMNS, ROWS, device="cpu", dtype="float16")._engine
     assert half._step_of(1) is None
 

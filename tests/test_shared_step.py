@@ -223,6 +223,25 @@ def test_a_rank_that_runs_another_step(tiny: Path, tokenizer_path: str, pool: Po
         assert "met with different messages" in told or ("rank" in told and "has ended" in told)
 
 
+def left(folder: str, tokenizer_path: str) -> list[Any]:
+    """What a step says whose group shares no memory any more; and whether the next one runs, over gloo."""
+    with in_tiles(), torch.inference_mode():
+        ours = build(folder, tokenizer_path, 4)
+        expected = ours.decode(torch.tensor([5]), [0]).clone()
+        parallel._leave_rooms()
+        with pytest.raises(RuntimeError) as raised:
+            ours.decode(torch.tensor([5]), [0])
+        ours.refresh()
+        assert ours._step_of(1) is None
+        found = ours.decode(torch.tensor([5]), [0])
+        return [str(raised.value).splitlines()[0], apart(found, expected) < 1e-5]
+
+
+def test_a_group_that_shares_memory_no_more(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    told = [["connection closed by peer: this group has ended", True]] * 4
+    assert pool.run(left, str(tiny), tokenizer_path) == told
+
+
 def no_graph(folder: str, tokenizer_path: str) -> list[bool]:
     """Whether a graph is made with compile=True, for as many rows as the step takes, for one more, and where rank 2 has
     no kernels."""

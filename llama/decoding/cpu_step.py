@@ -24,8 +24,8 @@ PLAIN_ROWS = 4  # most rows for plain weights on a processor that multiplies til
 
 
 def make_step(model: Transformer, wanted: Optional[bool]) -> Optional[CpuStep]:
-    """The step for a model on a CPU; None if it must run otherwise. wanted: as for `make_graph`: False if it must; with
-    True call it on all ranks alike."""
+    """The step for a model on a CPU. None on other devices, and if `wanted`, which is that of `make_graph`, is False;
+    if it is True, call it on all ranks alike."""
     if wanted is False or runtime.device_kind(model.norm.weight) != "cpu":
         return None
     step = CpuStep(model)
@@ -39,14 +39,14 @@ class CpuStep:
     step operator by operator."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model = model
+        self.model, self._group = model, model.output.group
         self._plan = self._made_plan()
 
     def refresh(self) -> None:
         """Look up the weights and caches, which may have been replaced since the last call. A collective: call it
         before the first step."""
         plan = self._made_plan()
-        agreed = all_agree(plan is not None, self.model.output.group)
+        agreed = all_agree(plan is not None, self._group)
         self._plan = plan if agreed else None
 
     def _made_plan(self) -> Optional[_Plan]:
@@ -89,7 +89,8 @@ class _Plan:
         self.has_plain = type(model.output) is ColumnParallelLinear
         self._kept: list[torch.Tensor] = []
         self._numbers: list[int] = []
-        ranks, messages = group_size(model.output.group), messages_of(model.output.group)
+        group = model.output.group
+        ranks, messages = group_size(group), messages_of(group)
         if messages is None:
             raise _UnknownForm
         self._numbers += [ranks, *messages]
