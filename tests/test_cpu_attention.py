@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++
 def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the operator run on every processor."""
     monkeypatch.setattr(own_kernels, "AMX", False)
+    monkeypatch.setattr(own_kernels, "VECTORS", True)
 
 
 def sees(queries: int, keys: int) -> torch.Tensor:
