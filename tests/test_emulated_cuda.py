@@ -441,6 +441,18 @@ def test_a_capture_on_another_device_is_found_out(
     assert "The decode step is not recorded, and runs as it is: it gives other numbers" in capsys.readouterr().out
 
 
+def test_draws_of_steps_ahead_are_given_back_to_the_gpu_of_the_model(tiny: Path, tokenizer_path: str) -> None:
+    def seeded(llama: Llama) -> Any:
+        torch.manual_seed(3)
+        return left_early(llama, TEXTS[:4])
+
+    expected = seeded(build(tiny, tokenizer_path, device="cpu", compile=False))
+    generators = torch.Generator(), torch.default_generator
+    with emulated(devices=2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "default_generators", generators)
+        assert seeded(build(tiny, tokenizer_path, device="emulated:1")) == expected
+
+
 def test_a_model_that_is_let_go_leaves_its_memory(tiny: Path, tokenizer_path: str, machine: Machine) -> None:
     """A reference cycle kept it until the next collection, and a second build then found the memory taken."""
     gc.collect()

@@ -22,12 +22,12 @@ import torch
 from conftest import TEXT, random_weights, write_checkpoint
 from sentencepiece import SentencePieceTrainer
 
-from llama import Llama, model
+from llama import Llama, model, rotary
 from llama.commands import jobs
 from llama.commands.console import given_text
 from llama.commands.convert import convert
 from llama.system.files import MappedFiles, Number, contents, listed, read_file, read_json, user_path
-from llama.weights import huggingface, meta
+from llama.weights import gguf, huggingface, meta, peft, rope
 
 NAN, INF = float("nan"), float("inf")
 WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
@@ -176,12 +176,23 @@ BOUNDS = {
     "norm_eps": (1e-12, 1.0, False), "rope_theta": (1.0, 1e12, False), "head_dim": (2, 2**16, False),
 }  # fmt: skip
 OTHER_BOUNDS = {**BOUNDS, "vocab_size": (1, 2**24, True), "ffn_dim": (1, 2**24, True)}
+GGUF_BOUNDS = {**OTHER_BOUNDS, "vocab_size": (1, 2**24, False), "norm_eps": (1e-12, 1.0, True)}
+ROTARY_BOUNDS = {
+    "factor": (1.0, 1e4, True), "original_max_position_embeddings": (1, 2**31 - 1, True),
+    "positions": (1, 2**31 - 1, False), "attention_factor": (1e-3, 1e3, False), "beta_fast": (1e-3, 1e6, True),
+    "beta_slow": (1e-3, 1e6, True), "mscale": (0.0, 1e3, False), "mscale_all_dim": (0.0, 1e3, False),
+    "low_freq_factor": (1e-3, 1e6, False), "high_freq_factor": (1e-3, 1e6, False),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("field", "number", "bounds"),
     [*[(field, number, BOUNDS[field]) for field, number in meta.PARAMS.items()],
-     *[(field, number, OTHER_BOUNDS[field]) for _, field, number in huggingface._CONFIG]],
+     *[(field, number, OTHER_BOUNDS[field]) for _, field, number in huggingface._CONFIG],
+     *[(field, number, GGUF_BOUNDS[field]) for _, field, number in gguf._METADATA],
+     *[(field, number, ROTARY_BOUNDS[field]) for field, number in rotary.NUMBERS.items()],
+     ("max_position_embeddings", rope.POSITIONS, (1, 2**31 - 1, True)),
+     ("r", peft.RANK, (1, 2**20, True)), ("lora_alpha", peft.ALPHA, (-1e9, 1e9, True))],
 )  # fmt: skip
 def test_numbers_of_a_model_at_their_bounds(field: str, number: Number, bounds: tuple[float, float, bool]) -> None:
     """Each bound is a good value, and the next one beyond is told with both."""

@@ -395,6 +395,14 @@ def test_what_is_near() -> None:
     assert not vectors_are_near(exact.clone().index_fill_(0, torch.tensor([5]), INF), exact, 0.1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_number_may_be_four_steps_of_itself_and_four_of_the_spread_away(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps
+    ones, bound = torch.ones(4096), proven.KERNEL_TOLERANCE[dtype]
+    assert is_near(ones + 8 * step, ones, bound)
+    assert not is_near(ones + 9 * step, ones, bound)
+
+
 @pytest.mark.parametrize("compare", [is_near, vectors_are_near])
 def test_what_is_infinite_or_large_is_near_to_its_like_alone(compare: Any) -> None:
     """A bound of infinity once made every number near: from an infinite number, or from the square of a large one."""

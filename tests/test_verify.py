@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,12 +18,13 @@ import pytest
 import torch
 from conftest import random_weights, shared, write_checkpoint
 from helpers import command
+from tqdm import tqdm
 
 from llama import Llama, ModelArgs, Transformer
 from llama.commands import cli
 from llama.loading import DEMO
 from llama.tokenizer import Tokenizer
-from llama.verification import child, faults, itself, repairs, spread
+from llama.verification import checksums, child, faults, itself, repairs, spread
 from llama.verification.checksums import check_checksums, record
 from llama.verification.checkup import Asked, files_of, verify
 from llama.verification.known import check_perplexities, check_published, recognise
@@ -286,6 +288,13 @@ def test_a_text_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None
     assert "becomes 'One day, a boy named Tom" in told
 
 
+def test_the_bound_of_a_divergence_is_within_it() -> None:
+    p, q = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    bound = itself.divergence(p, q)
+    assert itself.compare("step by step", "told", p, q, bound).verdict == PASS
+    assert itself.compare("step by step", "told", p, q, math.nextafter(bound, 0)).verdict == FAIL
+
+
 def test_the_demo_model_is_known() -> None:
     """If this fails for a new demo model, `published.json` needs its digests and texts."""
     llama = Llama.build(max_seq_len=128, device="cpu")
@@ -348,6 +357,20 @@ def test_files_and_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(ValueError, match="there is no folder and no file"):
         cli.run(["verify", str(tmp_path / "none")])
     assert capsys.readouterr().out == ""
+
+
+def test_the_bar_counts_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What takes less than a second shows none."""
+    bars: list[Any] = []
+    monkeypatch.setattr(checksums, "bar", lambda **options: bars.append(tqdm(disable=False, **options)) or bars[-1])
+    folder = with_checklist(copied(tmp_path / "a"))
+    files = [path for path in folder.iterdir() if path.name != "checklist.chk"]
+    assert check_checksums(folder, files).verdict == PASS
+    assert [each.n for each in bars] == [sum(path.stat().st_size for path in files)] * 2
+    assert re.match(r"Checksums: 100%.*\b[\d.]+M/[\d.]+M .*B/s\]", str(bars[1]))
+    assert capsys.readouterr().err == ""
 
 
 def test_the_tokenizer_above(tmp_path: Path) -> None:
