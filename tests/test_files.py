@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import math
 import mmap
@@ -14,6 +15,7 @@ import socket
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +440,25 @@ def test_pages_that_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(target, expected)
         assert pieces == rows
         assert source.numel() < len(whole) or not whole.any()
+
+
+def test_what_lies_in_a_file(tmp_path: Path) -> None:
+    """From the first byte to the last; the next one's memory may be another's."""
+    path = tmp_path / "zeros"
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    files = MappedFiles([path])
+    whole = torch.from_file(str(path), shared=False, size=mmap.PAGESIZE, dtype=torch.uint8)
+    if not files.ranges:
+        pytest.skip("the system does not say what is mapped")
+
+    def at(place: int) -> torch.Tensor:
+        return torch.frombuffer((ctypes.c_uint8 * 1).from_address(whole.data_ptr() + place), dtype=torch.uint8)
+
+    path.write_bytes(b"another length")
+    for place, inside in ((-1, False), (0, True), (mmap.PAGESIZE - 1, True), (mmap.PAGESIZE, False)):
+        assert files.holds(at(place)) == inside
+        with pytest.raises(ValueError, match="was written to after it was loaded") if inside else nullcontext():
+            files.check_unchanged([at(place)])
 
 
 def test_files_that_are_written_to_under_a_model(tmp_path: Path, tokenizer_path: str) -> None:

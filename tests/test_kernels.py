@@ -370,6 +370,13 @@ def test_they_compile(tmp_path: Path) -> None:
         assert row["wide_loads"] or row["kernel"] == "_rotate_and_store"
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_cpu_runs_the_plain_forms(gated: bool) -> None:
+    x, weight = numbers(3, 16, dtype=torch.bfloat16), numbers(8, 16, dtype=torch.bfloat16, seed=1)
+    assert torch.equal(proven.product(x, weight, gated=gated), kernels.product(x, weight, gated=gated))
+    assert not proven.product.refused
+
+
 def test_under_inference_mode(form: Any) -> None:
     with torch.inference_mode():
         x, weight = numbers(1, 32, dtype=torch.bfloat16), numbers(4, 32, dtype=torch.bfloat16)

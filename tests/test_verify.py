@@ -244,8 +244,9 @@ def outcome(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_a_good_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Everything, as a user asks for it; in one process. --record then makes a later change visible."""
     folder = as_hf(tmp_path / "good", source=shared("models/stories260K"))
+    capsys.readouterr()
     status, out = outcome(capsys, str(folder), "--processes", "1", "--device", "cpu", "--record", "--json")
-    told = json.loads(out.splitlines()[-1])  # after what `convert` has printed
+    told = json.loads(out)
     assert (status, told["verdict"]) == (0, "pass")
     verdicts = {check["name"]: check["verdict"] for check in told["checks"]}
     absent = {"checksums", "compiled step", "several processes"}
@@ -255,6 +256,9 @@ def test_a_good_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     flip(folder / "model.safetensors", 1_000_000)
     status, out = outcome(capsys, str(folder), "--quick")
     assert status == 1
+    first, *others = out.splitlines()
+    assert first == str(folder)
+    assert first not in others
     assert re.search(r"checksums +FAIL +model.safetensors has md5 .*, and checklist.chk", out)
     assert "1 failed" in out
     assert "checksums: The file was damaged in a download, on the disk or in memory." in out
