@@ -66,22 +66,23 @@ TESTS = {
     "masks": "constraints", "meta": "checkpoint files", "metas_way": "own_parts", "metrics": "server",
     "model": "model own_parts golden", "openmp": "threads", "own_kernels": "one_digit", "pace": "scheduler",
     "parallel": "collectives model checkpoint", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
-    "pipes": "terminal printable", "places": "gguf hub", "proven": "kernels emulated_cuda", "quantized": "quantization",
-    "repairs": "verify", "replies": "server", "requests": "generation options", "results": "verify", "rope": "rotary",
+    "pipes": "terminal printable peers::test_streams_as_the_shell_leaves_them", "places": "gguf hub",
+    "proven": "kernels emulated_cuda", "quantized": "quantization", "repairs": "verify",
+    "replies": "server", "requests": "generation options", "results": "verify", "rope": "rotary",
     "rounding": "quantization", "rows": "scheduler streams", "sampling": "sampling streams", "sandbox": "chat_formats",
     "saved": "session remote", "scheduler": "scheduler streams threads evaluation", "scoring": "evaluation",
     "sealed": "packages", "sentencepieces": "tokenizer_json", "serve": "server", "serving": "server",
     "settings": "sampling options", "shared_memory": "shared_memory", "spread": "verify",
-    "staging": "loading", "stepper": "server", "texts": "verify",
-    "tiles": "one_digit", "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels",
-    "verifying": "drafting draft_model", "writers": "convert gguf",
+    "staging": "loading", "stepper": "server", "texts": "verify", "tiles": "one_digit",
+    "tokenizer": "tokenizer added_tokens", "tokenizer_files": "added_tokens tokenizer_json",
+    "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert gguf",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no
 # result.
 SPEED = {
-    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "LOGITS_BYTES", "ONE",
-    "PASS", "PIECE", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL", "STAGED_BYTES", "SUM_BYTES", "TOKENS",
-    "TRIES", "UNTILED",
+    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "FORCED",
+    "LOGITS_BYTES", "ONE", "PASS", "PIECE", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL", "STAGED_BYTES",
+    "SUM_BYTES", "TOKENS", "TRIES", "UNTILED",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

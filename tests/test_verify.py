@@ -427,6 +427,24 @@ def test_the_hubs_hashes(tmp_path: Path) -> None:
     assert "config.json has git " in check_checksums(model, [model / "config.json"]).told
 
 
+def spread_of(folder: Path, n_layers: int, name: str, change: Callable[[torch.Tensor], object]) -> Result:
+    """What is said of random weights, of which one is changed."""
+    params = {"dim": 64, "n_layers": n_layers, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
+    weights = random_weights(params)
+    change(weights[name])
+    checkpoint = open_checkpoint(write_checkpoint(folder, weights, shards=2, params=params))
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**params, vocab_size=400, max_batch_size=1, max_seq_len=1))
+    return spread.check_weights(checkpoint, model)[-1]
+
+
+def test_the_spreads_of_two_layers_are_not_compared(tmp_path: Path) -> None:
+    """Nothing tells which of them is unusual."""
+    for layers, verdict in ((2, PASS), (3, FAIL)):
+        result = spread_of(tmp_path / f"{layers}", layers, "layers.0.feed_forward.w2.weight", lambda w: w.mul_(40))
+        assert result.verdict == verdict
+
+
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
@@ -442,14 +460,7 @@ def test_the_hubs_hashes(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_spread(name: str, change: Callable[[torch.Tensor], object], told: str | None, tmp_path: Path) -> None:
-    params = {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
-    weights = random_weights(params)
-    change(weights[name])
-    folder = write_checkpoint(tmp_path / "made", weights, shards=2, params=params)
-    checkpoint = open_checkpoint(folder)
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(**params, vocab_size=400, max_batch_size=1, max_seq_len=1))
-    result = spread.check_weights(checkpoint, model)[-1]
+    result = spread_of(tmp_path / "made", 3, name, change)
     if told is None:
         assert result.verdict == PASS
         assert "199 rows of unused ids" in result.told
