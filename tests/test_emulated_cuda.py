@@ -257,6 +257,17 @@ def test_ids_are_fetched_behind_what_is_queued(tiny: Path, tokenizer_path: str, 
     assert engine.fetch(numbers) == [[1, 2], [3, 4, 5]]
 
 
+def test_a_step_that_was_queued_ahead_is_not_run_again(
+    tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = build(tiny, tokenizer_path)
+    llama.tokenizer.eos_id = -1
+    decode, runs = llama._engine.decode, []
+    monkeypatch.setattr(llama._engine, "decode", lambda *step: runs.append(step) or decode(*step))
+    llama.generate([[1, 5, 6], [1, 7]], 20, 0)
+    assert 19 <= len(runs) <= 20  # the first ids come from the prompts; one step may be queued in vain
+
+
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_launches(quantize: Optional[str], tiny: Path, tokenizer_path: str, machine: Machine) -> None:
     """Nine launches a layer, of which attention takes two; around them the embedding, a norm, the output and its
