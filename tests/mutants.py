@@ -41,9 +41,11 @@ SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 TESTS = {
     "agreement": "generation", "app": "server", "archive": "files checkpoint", "as_built": "own_parts",
     "bodies": "server", "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
-    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens", "checks": "options sampling",
-    "checksums": "verify", "checkup": "verify", "child": "verify", "children": "followers",
-    "choosing": "scheduler streams sampling emulated_cuda", "cli": "terminal", "client": "remote",
+    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens "
+                  "quantization::test_what_is_refused",
+    "checks": "options sampling", "checksums": "verify", "checkup": "verify", "child": "verify",
+    "children": "followers", "choosing": "scheduler streams sampling emulated_cuda", "cli": "terminal",
+    "client": "remote",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal screen",
@@ -52,7 +54,8 @@ TESTS = {
     "cores": "cores", "cpp": "one_digit", "decoding/invariant": "invariant",
     "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued",
     "evaluate": "evaluation", "faults": "verify", "fetching": "hub", "fingerprint": "peers", "folders": "arguments",
-    "gguf_header": "gguf", "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf", "gpu_step": "emulated_cuda",
+    "generation": "generation golden", "gguf_header": "gguf", "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf",
+    "gpu_step": "emulated_cuda",
     "harness": "evaluation", "held": "scheduler", "help": "arguments",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds",
     "info": "terminal convert memory::test_info_counts_each_process_itself "
