@@ -84,7 +84,7 @@ TESTS = {
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no
 # result.
 SPEED = {
-    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "FORCED",
+    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPIED", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "FORCED",
     "LOGITS_BYTES", "ONE", "PASS", "PIECE", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL", "STAGED_BYTES",
     "SUM_BYTES", "TOKENS", "TRIES", "UNTILED",
 }  # fmt: skip
