@@ -161,7 +161,6 @@ class Limited(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: Any, filename: Any) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         _Counting().visit(tree)
-        tree.set_environment(self)
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

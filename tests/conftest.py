@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,11 @@ def golden(name: str) -> Any:
 @pytest.fixture(autouse=True, scope="session")
 def no_compiled_steps(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the user of this machine has compiled is not what the tests are about. The kernels are compiled here, and
-    said to be, and not in the middle of a test."""
-    os.environ["LLAMA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    said to be, and not in the middle of a test; or taken from the folder that KERNELS names."""
+    cache = tmp_path_factory.mktemp("cache")
+    for made in Path(os.environ.get("KERNELS", cache)).glob("*.kernels"):
+        shutil.copy(made, cache)
+    os.environ["LLAMA_CACHE"] = str(cache)
     own_kernels.loaded()
 
 

@@ -4,8 +4,9 @@ does nothing.
     python tests/mutants.py --mutants 12 --seed 1 drafting rounding sampling
 
 Without names, of all files. A copy of the checkout is changed, not the checkout. The test files that belong to a file
-must pass on it unchanged; then they run on each mutant until the first that fails, which notices it, as does whatever
-takes long. The numbers in SPEED are left as they are.
+must pass unchanged, else its mutants are not run; they run on each mutant, the quickest first, until one fails, which
+notices it, as does whatever takes long. The mutants come in the order of the draw, so that the first n are a draw too.
+The numbers in SPEED are left as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,9 +41,11 @@ SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 TESTS = {
     "agreement": "generation", "app": "server", "archive": "files checkpoint", "as_built": "own_parts",
     "bodies": "server", "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
-    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens", "checks": "options sampling",
-    "checksums": "verify", "checkup": "verify", "child": "verify", "children": "followers",
-    "choosing": "scheduler streams sampling", "cli": "terminal", "client": "remote",
+    "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens "
+                  "quantization::test_what_is_refused",
+    "checks": "options sampling", "checksums": "verify", "checkup": "verify", "child": "verify",
+    "children": "followers", "choosing": "scheduler streams sampling emulated_cuda", "cli": "terminal",
+    "client": "remote",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out",
     "compiler": "packages", "completion": "streams options", "console": "terminal screen",
@@ -49,10 +53,14 @@ TESTS = {
     "convert": "convert gguf quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
     "cores": "cores", "cpp": "one_digit", "cpu_step": "cpu_step shared_step", "decoding/invariant": "invariant",
     "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued",
-    "evaluate": "evaluation", "faults": "verify", "fetching": "hub", "fingerprint": "peers", "folders": "arguments",
-    "gguf_header": "gguf", "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf", "gpu_step": "emulated_cuda",
+    "evaluate": "evaluation", "faults": "verify", "fetching": "hub", "files": "files server::test_what_is_refused",
+    "fingerprint": "peers", "folders": "arguments",
+    "generation": "generation golden", "gguf_header": "gguf", "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf",
+    "gpu_step": "emulated_cuda",
     "harness": "evaluation", "held": "scheduler", "help": "arguments",
-    "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds", "info": "terminal convert",
+    "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds",
+    "info": "terminal convert memory::test_info_counts_each_process_itself "
+            "adapter::test_folders_that_are_mixed_up",
     "int4": "quantization", "int8": "quantization one_digit", "interrupts": "followers", "itself": "verify",
     "jobs": "terminal", "keyboard": "terminal screen", "known": "verify", "launch": "runtime",
     "layers/invariant": "invariant", "leading": "leading followers", "lm_eval_model": "evaluation",
@@ -60,24 +68,27 @@ TESTS = {
     "markdown": "screen screen::test_signs screen::test_lines screen::test_what_may_still_grow "
                 "screen::test_it_ends_as_if_it_had_come_at_once",
     "masks": "constraints", "meta": "checkpoint files", "metas_way": "own_parts", "metrics": "server",
-    "model": "model own_parts golden", "openmp": "threads", "own_kernels": "one_digit", "pace": "scheduler",
-    "parallel": "collectives", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
-    "pipes": "terminal printable", "places": "gguf hub", "proven": "kernels", "quantized": "quantization",
-    "repairs": "verify", "replies": "server", "requests": "generation options", "results": "verify", "rope": "rotary",
+    "model": "model own_parts golden", "openmp": "threads", "own_kernels": "one_digit cpu_attention",
+    "pace": "scheduler",
+    "parallel": "collectives model checkpoint", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
+    "pipes": "terminal printable peers::test_streams_as_the_shell_leaves_them", "places": "gguf hub",
+    "proven": "kernels emulated_cuda",
+    "quantization": "quantization emulated_cuda::test_launches", "quantized": "quantization", "repairs": "verify",
+    "replies": "server", "requests": "generation options", "results": "verify", "rope": "rotary",
     "rounding": "quantization", "rows": "scheduler streams", "sampling": "sampling streams", "sandbox": "chat_formats",
-    "saved": "session remote", "scheduler": "scheduler streams threads evaluation", "scoring": "evaluation",
-    "sealed": "packages", "sentencepieces": "tokenizer_json", "serve": "server", "serving": "server",
-    "settings": "sampling options", "shared_memory": "shared_memory", "spread": "verify",
-    "staging": "loading", "stepper": "server", "texts": "verify",
-    "tiles": "one_digit", "tokenizer_files": "added_tokens tokenizer_json", "triton_kernels": "kernels",
-    "verifying": "drafting draft_model", "writers": "convert gguf",
+    "saved": "session remote", "scheduler": "scheduler streams threads evaluation forcing emulated_cuda",
+    "scoring": "evaluation", "sealed": "packages", "sentencepieces": "tokenizer_json", "serve": "server",
+    "serving": "server", "settings": "sampling options", "shared_memory": "shared_memory", "spread": "verify",
+    "staging": "loading", "stepper": "server", "texts": "verify", "tiles": "quantization one_digit",
+    "tokenizer": "tokenizer added_tokens", "tokenizer_files": "added_tokens tokenizer_json",
+    "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert gguf",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time. Another value makes it slower or less certain, but changes no
 # result.
 SPEED = {
-    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPY_BYTES", "DEQUANTIZED", "END_BYTES", "LOGITS_BYTES", "PASS",
-    "PIECE",
-    "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "STAGED_BYTES", "SUM_BYTES", "TRIES", "UNTILED",
+    "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPIED", "COPY_BYTES", "END_BYTES", "FORCED", "LOGITS_BYTES",
+    "MANY_QUERIES", "ONE", "PASS", "PIECE", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL", "SIDE",
+    "STAGED_BYTES", "SUM_BYTES", "TOKENS", "TRIES", "UNPACKED",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -170,6 +181,7 @@ def changes(node: ast.AST, in_function: bool = False) -> Iterator[Change]:
 def work(folder: Path, arguments: list[str], out: Path) -> None:
     """A child, which has torch already: run pytest on the copy, in a session of its own."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it, and tests send it
     os.chdir(folder)
     sys.path[:0] = [str(folder)]
     os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", LLAMA_SHARED=SHARED)
@@ -199,11 +211,21 @@ def verdict(folder: Path, arguments: list[str], seconds: Optional[float] = None)
     return "survived" if child.exitcode == 0 else f"noticed: {failed[0] if failed else told[-300:]}"
 
 
+def unchanged(folder: Path, test: str) -> Optional[float]:
+    """The seconds of a test file before anything is changed; None, and a line, if it fails."""
+    began = time.monotonic()
+    if (result := verdict(folder, [test])) == "survived":
+        return time.monotonic() - began
+    print(f"{test} fails before anything is changed: {result}", flush=True)
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="of files of llama/, without .py")
     parser.add_argument("--mutants", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--skip", type=int, default=0, help="so many of the draw, which were run before")
     args = parser.parse_args()
     if wrong := missing():
         sys.exit("what TESTS or SPEED names is not there: " + ", ".join(wrong))
@@ -211,35 +233,44 @@ def main() -> None:
     names = args.names or list(paths)
     texts = {name: paths[name].read_text(encoding="utf-8") for name in names}
     places = [(name, i) for name, source in texts.items() for i, _ in enumerate(changes(ast.parse(source)))]
-    drawn = sorted(random.Random(args.seed).sample(places, min(args.mutants, len(places))))
+    drawn = random.Random(args.seed).sample(places, min(args.mutants, len(places)))[args.skip :]
     outcomes, survivors = Counter[str](), []
-    limits: dict[str, float] = {}
+    times: dict[str, Optional[float]] = {}  # of each test file, see `unchanged`
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".scratch", "__pycache__"))
+        plain = {name: ast.unparse(ast.parse(path.read_text(encoding="utf-8"))) for name, path in paths.items()}
+        for name, path in paths.items():
+            (folder / path.relative_to(ROOT)).write_text(plain[name], encoding="utf-8")
+        code = "from llama.layers import own_kernels; own_kernels.loaded()"  # compiled once for all runs of pytest
+        kernels = str(folder.parent / "kernels")
+        environment = {**os.environ, "PYTHONPATH": "", "LLAMA_CACHE": kernels}
+        subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
         for name, number in drawn:
-            path = folder / paths[name].relative_to(ROOT)
-            tests = tests_of(name)
-            if name not in limits:
-                path.write_text(ast.unparse(ast.parse(texts[name])), encoding="utf-8")
-                began = time.monotonic()
-                if (result := verdict(folder, tests)) != "survived":
-                    sys.exit(f"{' '.join(tests)} must pass before anything is changed: {result}")
-                limits[name] = 60 + 3 * (time.monotonic() - began)
+            os.environ["KERNELS"] = kernels * (name != "cpp")  # which compiles them
+            path, tests = folder / paths[name].relative_to(ROOT), tests_of(name)
+            for test in tests:
+                if test not in times:
+                    times[test] = unchanged(folder, test)
             tree = ast.parse(texts[name])
             node, after, change = list(changes(tree))[number]
             told = f"{name}.py:{getattr(node, 'lineno', 0)} {ast.unparse(node)} -> {after}"
-            change()
-            path.write_text(ast.unparse(tree), encoding="utf-8")
-            result = verdict(folder, tests, limits[name])
-            path.write_text(texts[name], encoding="utf-8")
+            seconds = [times[test] for test in tests]
+            if None in seconds:
+                result = "not run"
+            else:
+                change()
+                path.write_text(ast.unparse(tree), encoding="utf-8")
+                quickest = sorted(tests, key=lambda test: times[test] or 0)
+                result = verdict(folder, quickest, 60 + 3 * sum(filter(None, seconds)))
+                path.write_text(plain[name], encoding="utf-8")
             print(f"{told}: {result}", flush=True)
             outcomes[result.partition(":")[0]] += 1
             survivors += [told] * (result == "survived")
     print(
         json.dumps({"mutants": len(drawn), "seed": args.seed, **outcomes, "survivors": survivors}, ensure_ascii=False)
     )
-    sys.exit(bool(survivors))
+    sys.exit(bool(survivors or outcomes["not run"]))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from workers import Pool
 
 from llama import Llama, ModelArgs, Tokenizer
+from llama.commands import cli
 from llama.commands.convert import convert, hf_tokenizer, meta_params
 from llama.model import feed_forward_width
 from llama.weights.checkpoint import open_checkpoint
@@ -440,3 +441,12 @@ def test_the_command(tiny: Path, tmp_path: Path, tokenizer_path: str) -> None:
     assert result.returncode == 1
     assert "params.json is missing" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_only_a_hugging_face_folder_misses_its_tokenizer(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = f"no tokenizer.model in {tiny} or above it: copy one into {tmp_path / 'hf'}, or pass --tokenizer_path\n"
+    for to, told in (("meta", ""), ("hf", advice)):
+        cli.run(["convert", str(tiny), str(tmp_path / to), "--to", to])
+        assert capsys.readouterr() == (f"{tmp_path / to} is written\n", told)

@@ -220,11 +220,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(odd: Path, toke
     ours, _ = engines(odd, tokenizer_path, None, "float32")
     step = ours._step_of(1)
     assert step is not None
-    assert ours._step_of(cpu_step.MOST_ROWS + 1) is None
-    for token, position, slot in ((400, 0, 0), (-1, 0, 0), (5, COLUMNS, 0), (5, -1, 0), (5, 0, ROWS)):
+    most = cpu_step.MOST_ROWS
+    assert ours._step_of(most + 1) is None
+    for tokens, positions, slots in (
+        *(([400], [0], [0]), ([-1], [0], [0]), ([5], [COLUMNS], [0]), ([5], [-1], [0]), ([5], [0], [ROWS])),
+        (range(most + 1), range(most + 1), [0] * (most + 1)),
+    ):
         with pytest.raises(RuntimeError, match="do not fit together"):
-            step(torch.tensor([token]), [position], [slot])
+            step(torch.tensor(tokens), positions, slots)
     assert not any(attention.cache_k.any() for attention in ours.model.attentions())
+    assert step(torch.tensor(range(most)), range(most), [0] * most).isfinite().all()
 
 
 def test_no_graph_is_made_where_it_would_not_run(

@@ -257,6 +257,17 @@ def test_ids_are_fetched_behind_what_is_queued(tiny: Path, tokenizer_path: str, 
     assert engine.fetch(numbers) == [[1, 2], [3, 4, 5]]
 
 
+def test_a_step_that_was_queued_ahead_is_not_run_again(
+    tiny: Path, tokenizer_path: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = build(tiny, tokenizer_path)
+    llama.tokenizer.eos_id = -1
+    decode, runs = llama._engine.decode, []
+    monkeypatch.setattr(llama._engine, "decode", lambda *step: runs.append(step) or decode(*step))
+    llama.generate([[1, 5, 6], [1, 7]], 20, 0)
+    assert 19 <= len(runs) <= 20  # the first ids come from the prompts; one step may be queued in vain
+
+
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_launches(quantize: Optional[str], tiny: Path, tokenizer_path: str, machine: Machine) -> None:
     """Nine launches a layer, of which attention takes two; around them the embedding, a norm, the output and its
@@ -439,6 +450,18 @@ def test_a_capture_on_another_device_is_found_out(
         assert llama.text_completion(TEXTS[:2], 0, 1, 20) == expected
         assert machine.captured
     assert "The decode step is not recorded, and runs as it is: it gives other numbers" in capsys.readouterr().out
+
+
+def test_draws_of_steps_ahead_are_given_back_to_the_gpu_of_the_model(tiny: Path, tokenizer_path: str) -> None:
+    def seeded(llama: Llama) -> Any:
+        torch.manual_seed(3)
+        return left_early(llama, TEXTS[:4])
+
+    expected = seeded(build(tiny, tokenizer_path, device="cpu", compile=False))
+    generators = torch.Generator(), torch.default_generator
+    with emulated(devices=2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "default_generators", generators)
+        assert seeded(build(tiny, tokenizer_path, device="emulated:1")) == expected
 
 
 def test_a_model_that_is_let_go_leaves_its_memory(tiny: Path, tokenizer_path: str, machine: Machine) -> None:

@@ -185,6 +185,8 @@ def test_a_vocabulary_without_bos(llama: Llama, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(llama.tokenizer, "bos_id", -1)
     with pytest.raises(ValueError, match="the vocabulary has no BOS"):
         perplexity(llama, TEXT, "lm-eval")
+    monkeypatch.setattr(llama.tokenizer, "bos_id", 0)
+    assert perplexity(llama, TEXT, "joined-32")["tokens"] > 32
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

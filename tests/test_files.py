@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import math
 import mmap
@@ -14,6 +15,7 @@ import socket
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ import torch
 from conftest import TEXT, random_weights, write_checkpoint
 from sentencepiece import SentencePieceTrainer
 
-from llama import Llama, model
+from llama import Llama, model, rotary
 from llama.commands import jobs
 from llama.commands.console import given_text
 from llama.commands.convert import convert
 from llama.system.files import MappedFiles, Number, contents, listed, read_file, read_json, user_path
-from llama.weights import huggingface, meta
+from llama.weights import gguf, huggingface, meta, peft, rope
 
 NAN, INF = float("nan"), float("inf")
 WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
@@ -176,12 +178,23 @@ BOUNDS = {
     "norm_eps": (1e-12, 1.0, False), "rope_theta": (1.0, 1e12, False), "head_dim": (2, 2**16, False),
 }  # fmt: skip
 OTHER_BOUNDS = {**BOUNDS, "vocab_size": (1, 2**24, True), "ffn_dim": (1, 2**24, True)}
+GGUF_BOUNDS = {**OTHER_BOUNDS, "vocab_size": (1, 2**24, False), "norm_eps": (1e-12, 1.0, True)}
+ROTARY_BOUNDS = {
+    "factor": (1.0, 1e4, True), "original_max_position_embeddings": (1, 2**31 - 1, True),
+    "positions": (1, 2**31 - 1, False), "attention_factor": (1e-3, 1e3, False), "beta_fast": (1e-3, 1e6, True),
+    "beta_slow": (1e-3, 1e6, True), "mscale": (0.0, 1e3, False), "mscale_all_dim": (0.0, 1e3, False),
+    "low_freq_factor": (1e-3, 1e6, False), "high_freq_factor": (1e-3, 1e6, False),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("field", "number", "bounds"),
     [*[(field, number, BOUNDS[field]) for field, number in meta.PARAMS.items()],
-     *[(field, number, OTHER_BOUNDS[field]) for _, field, number in huggingface._CONFIG]],
+     *[(field, number, OTHER_BOUNDS[field]) for _, field, number in huggingface._CONFIG],
+     *[(field, number, GGUF_BOUNDS[field]) for _, field, number in gguf._METADATA],
+     *[(field, number, ROTARY_BOUNDS[field]) for field, number in rotary.NUMBERS.items()],
+     ("max_position_embeddings", rope.POSITIONS, (1, 2**31 - 1, True)),
+     ("r", peft.RANK, (1, 2**20, True)), ("lora_alpha", peft.ALPHA, (-1e9, 1e9, True))],
 )  # fmt: skip
 def test_numbers_of_a_model_at_their_bounds(field: str, number: Number, bounds: tuple[float, float, bool]) -> None:
     """Each bound is a good value, and the next one beyond is told with both."""
@@ -427,6 +440,25 @@ def test_pages_that_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(target, expected)
         assert pieces == rows
         assert source.numel() < len(whole) or not whole.any()
+
+
+def test_what_lies_in_a_file(tmp_path: Path) -> None:
+    """From the first byte to the last; the next one's memory may be another's."""
+    path = tmp_path / "zeros"
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    files = MappedFiles([path])
+    whole = torch.from_file(str(path), shared=False, size=mmap.PAGESIZE, dtype=torch.uint8)
+    if not files.ranges:
+        pytest.skip("the system does not say what is mapped")
+
+    def at(place: int) -> torch.Tensor:
+        return torch.frombuffer((ctypes.c_uint8 * 1).from_address(whole.data_ptr() + place), dtype=torch.uint8)
+
+    path.write_bytes(b"another length")
+    for place, inside in ((-1, False), (0, True), (mmap.PAGESIZE - 1, True), (mmap.PAGESIZE, False)):
+        assert files.holds(at(place)) == inside
+        with pytest.raises(ValueError, match="was written to after it was loaded") if inside else nullcontext():
+            files.check_unchanged([at(place)])
 
 
 def test_files_that_are_written_to_under_a_model(tmp_path: Path, tokenizer_path: str) -> None:

@@ -184,6 +184,26 @@ def test_weights_that_change(tiny: Path, tokenizer_path: str) -> None:
     assert row.counts.tolist() == torch.bincount(torch.tensor(ids), minlength=len(row.counts)).tolist()
 
 
+def test_what_was_read_with_other_weights_is_read_anew(tiny: Path, tokenizer_path: str) -> None:
+    """Found out in a pass over forced ids; or known before, since the cache was used past the stream."""
+
+    def scores(use: Any) -> list[Any]:
+        llama = Llama.build(str(tiny), tokenizer_path, 128, 2, device="cpu")
+        prompt = [llama.tokenizer.encode("Tim", bos=True, eos=False)]
+        steps = iter(llama.steps(prompt, 0, constraint=TALE, logprobs=True))
+        told = [next(steps)]
+        for block in llama.model.layers:
+            block.attention.wv.weight.data.mul_(-1)
+        use(llama)
+        told += steps
+        return [(step.token, step.logprob) for step in told]
+
+    found = scores(lambda llama: llama.text_completion(["Lily"], 0, max_gen_len=1))
+    expected = scores(lambda llama: llama.model(torch.tensor([[1, 5]]), 0))
+    assert [token for token, _ in found] == [token for token, _ in expected]
+    assert [p for _, p in found if p] == pytest.approx([p for _, p in expected if p], abs=1e-4)
+
+
 def test_what_is_not_forced(llama: Llama) -> None:
     """An id that has a bias, that ends the row, or behind which nothing could be chosen; and none before there is an
     id."""

@@ -13,6 +13,7 @@ from workers import Pool
 from llama import Llama
 from llama.chat import UNSAFE_ERROR, DialogError
 from llama.decoding.calls import Call
+from llama.layers import agreement
 
 RAGGED = [[1, 20, 30], [1, 50, 60, 70, 80, 90, 100, 110, 120], [1, 7, 8, 9, 10]]
 
@@ -412,3 +413,11 @@ def test_rope_theta_is_read(tmp_path: Path, tokenizer_path: str, llama: Llama) -
     assert code.generate(prompts, 10, temperature=0, logprobs=True) != llama.generate(
         prompts, 10, temperature=0, logprobs=True
     )
+
+
+def test_a_long_text_is_shown_from_where_processes_differ() -> None:
+    long = "the same words " * 20
+    cat, dog = ({"prompts": f"{long}a {animal}. {long}"} for animal in ("cat", "dog"))
+    message = agreement._difference({0: (cat, "has called generate"), 3: (dog, "has called generate")})
+    assert "prompts is …ame words a cat. the" in message
+    assert "on process 0, but …ame words a dog. the" in message

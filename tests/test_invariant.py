@@ -61,6 +61,17 @@ def test_on_emulated_cuda(tiny: Path, tokenizer_path: str) -> None:
         assert not machine.violations
 
 
+def test_more_prompts_than_a_pass_on_a_gpu_has_tokens(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama.decoding.invariant.ON_GPU", 2)
+    prompts = [[1, 5, 6], [1, 7], [1, 8, 9, 10]]
+    with emulated(triton=ByRow()):
+        llama = build(tiny, tokenizer_path, 3, "bfloat16", device="emulated")
+        each = [llama.generate([prompt], 3, 0)[0] for prompt in prompts]
+        assert llama.generate(prompts, 3, 0)[0] == [ids for (ids,) in each]
+
+
 def mixed(folder: str, tokenizer_path: str, dtype: str, quantize: Optional[str]) -> Any:
     """On each of the processes that share the model, which make the same calls."""
     models = [build(Path(folder), tokenizer_path, rows, dtype, quantize) for rows in (4, 1)]
@@ -86,6 +97,32 @@ def test_rows_of_products(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     for some in (2, 3, 17, 40, 64):
         assert torch.equal(products(rows[:some], weight), each[:some])
         assert torch.equal(products(rows[-some:], weight), each[-some:])
+
+
+def test_only_sizes_of_blocks_that_give_the_same_bits_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = torch.nn.functional.linear, []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return torch.cat([plain(row[None], weight) for row in x]) + (len(x) not in (4, 16, 64))
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    products, x, weight = Products(), torch.randn(100, 8), torch.randn(3, 8)
+    for rows, sizes in ((1, [4]), (3, [4]), (5, [16]), (100, [64, 16, 16, 4])):
+        expected = torch.cat([plain(row[None], weight) for row in x[:rows]])
+        for _ in range(2):  # the sizes are proven in the first
+            seen.clear()
+            assert torch.equal(products(x[:rows], weight), expected)
+        assert seen == sizes
+
+
+def test_rows_that_depend_on_their_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, weight: plain(x, weight) + torch.arange(len(x))[:, None]
+    )
+    with pytest.raises(ValueError, match="cannot be kept here: on cpu products in torch.float32 depend on where a row"):
+        Products()(torch.randn(1, 8), torch.randn(3, 8))
 
 
 def test_silu_of_rows() -> None:

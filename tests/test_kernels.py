@@ -370,6 +370,13 @@ def test_they_compile(tmp_path: Path) -> None:
         assert row["wide_loads"] or row["kernel"] == "_rotate_and_store"
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_cpu_runs_the_plain_forms(gated: bool) -> None:
+    x, weight = numbers(3, 16, dtype=torch.bfloat16), numbers(8, 16, dtype=torch.bfloat16, seed=1)
+    assert torch.equal(proven.product(x, weight, gated=gated), kernels.product(x, weight, gated=gated))
+    assert not proven.product.refused
+
+
 def test_under_inference_mode(form: Any) -> None:
     with torch.inference_mode():
         x, weight = numbers(1, 32, dtype=torch.bfloat16), numbers(4, 32, dtype=torch.bfloat16)
@@ -393,6 +400,14 @@ def test_what_is_near() -> None:
     assert vectors_are_near(exact, exact, 0.1)
     assert not vectors_are_near(exact.nan_to_num(), exact, 0.1)
     assert not vectors_are_near(exact.clone().index_fill_(0, torch.tensor([5]), INF), exact, 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_number_may_be_four_steps_of_itself_and_four_of_the_spread_away(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps
+    ones, bound = torch.ones(4096), proven.KERNEL_TOLERANCE[dtype]
+    assert is_near(ones + 8 * step, ones, bound)
+    assert not is_near(ones + 9 * step, ones, bound)
 
 
 @pytest.mark.parametrize("compare", [is_near, vectors_are_near])

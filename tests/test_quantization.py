@@ -530,6 +530,11 @@ def test_the_command(tiny: Path, tmp_path: Path, tokenizer_path: str) -> None:
     assert "is already int4" in result.stderr
 
 
+@pytest.mark.skipif(not getattr(torch.cpu, "_is_vnni_supported", bool)(), reason="needs VNNI")
+def test_onednn_multiplies_int8_where_it_is_exact() -> None:
+    assert int8.onednn_is_exact()
+
+
 @pytest.mark.skipif(not int8.onednn_is_exact(), reason="oneDNN packs no int8 here")
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_packed_matrices_generate(

@@ -181,6 +181,18 @@ def test_two_processes_on_one_gpu(pool: Pool) -> None:
     assert message == "process 0 computes on cuda, but process 2 on cpu; pass the same device= to both"
 
 
+def start_of_size(*sizes: int) -> str:
+    try:
+        return str(runtime.start("cpu", sizes[dist.get_rank()]))
+    except ValueError as error:
+        return str(error)
+
+
+def test_processes_of_different_parts(pool: Pool) -> None:
+    (message,) = set(pool.run(start_of_size, 4, 4, 2, 4))
+    assert message == "model_parallel_size is 4 on process 0, but 2 on process 2; they must agree"
+
+
 def time_limits() -> list[float]:
     groups = (dist.group.WORLD, mpu.get_model_parallel_group(), mpu.get_data_parallel_group())
     backends: list[Any] = [group._get_backend(torch.device("cpu")) for group in groups]  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,12 +18,13 @@ import pytest
 import torch
 from conftest import random_weights, shared, write_checkpoint
 from helpers import command
+from tqdm import tqdm
 
 from llama import Llama, ModelArgs, Transformer
 from llama.commands import cli
 from llama.loading import DEMO
 from llama.tokenizer import Tokenizer
-from llama.verification import child, faults, itself, repairs, spread
+from llama.verification import checksums, child, faults, itself, repairs, spread
 from llama.verification.checksums import check_checksums, record
 from llama.verification.checkup import Asked, files_of, verify
 from llama.verification.known import check_perplexities, check_published, recognise
@@ -242,8 +244,9 @@ def outcome(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_a_good_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Everything, as a user asks for it; in one process. --record then makes a later change visible."""
     folder = as_hf(tmp_path / "good", source=shared("models/stories260K"))
+    capsys.readouterr()
     status, out = outcome(capsys, str(folder), "--processes", "1", "--device", "cpu", "--record", "--json")
-    told = json.loads(out.splitlines()[-1])  # after what `convert` has printed
+    told = json.loads(out)
     assert (status, told["verdict"]) == (0, "pass")
     verdicts = {check["name"]: check["verdict"] for check in told["checks"]}
     absent = {"checksums", "compiled step", "several processes"}
@@ -253,6 +256,9 @@ def test_a_good_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     flip(folder / "model.safetensors", 1_000_000)
     status, out = outcome(capsys, str(folder), "--quick")
     assert status == 1
+    first, *others = out.splitlines()
+    assert first == str(folder)
+    assert first not in others
     assert re.search(r"checksums +FAIL +model.safetensors has md5 .*, and checklist.chk", out)
     assert "1 failed" in out
     assert "checksums: The file was damaged in a download, on the disk or in memory." in out
@@ -284,6 +290,13 @@ def test_a_text_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None
     told = until_failure(DEMO, "tokenizer", quick=True)
     assert told.startswith("'One day, a boy named Tim")
     assert "becomes 'One day, a boy named Tom" in told
+
+
+def test_the_bound_of_a_divergence_is_within_it() -> None:
+    p, q = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    bound = itself.divergence(p, q)
+    assert itself.compare("step by step", "told", p, q, bound).verdict == PASS
+    assert itself.compare("step by step", "told", p, q, math.nextafter(bound, 0)).verdict == FAIL
 
 
 def test_the_demo_model_is_known() -> None:
@@ -350,6 +363,20 @@ def test_files_and_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
 
 
+def test_the_bar_counts_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What takes less than a second shows none."""
+    bars: list[Any] = []
+    monkeypatch.setattr(checksums, "bar", lambda **options: bars.append(tqdm(disable=False, **options)) or bars[-1])
+    folder = with_checklist(copied(tmp_path / "a"))
+    files = [path for path in folder.iterdir() if path.name != "checklist.chk"]
+    assert check_checksums(folder, files).verdict == PASS
+    assert [each.n for each in bars] == [sum(path.stat().st_size for path in files)] * 2
+    assert re.match(r"Checksums: 100%.*\b[\d.]+M/[\d.]+M .*B/s\]", str(bars[1]))
+    assert capsys.readouterr().err == ""
+
+
 def test_the_tokenizer_above(tmp_path: Path) -> None:
     """Meta's download puts the tokenizer of all models, and its checksum, above their folders. The rest of such a list,
     and other lists there, are about other files."""
@@ -400,6 +427,24 @@ def test_the_hubs_hashes(tmp_path: Path) -> None:
     assert "config.json has git " in check_checksums(model, [model / "config.json"]).told
 
 
+def spread_of(folder: Path, n_layers: int, name: str, change: Callable[[torch.Tensor], object]) -> Result:
+    """What is said of random weights, of which one is changed."""
+    params = {"dim": 64, "n_layers": n_layers, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
+    weights = random_weights(params)
+    change(weights[name])
+    checkpoint = open_checkpoint(write_checkpoint(folder, weights, shards=2, params=params))
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**params, vocab_size=400, max_batch_size=1, max_seq_len=1))
+    return spread.check_weights(checkpoint, model)[-1]
+
+
+def test_the_spreads_of_two_layers_are_not_compared(tmp_path: Path) -> None:
+    """Nothing tells which of them is unusual."""
+    for layers, verdict in ((2, PASS), (3, FAIL)):
+        result = spread_of(tmp_path / f"{layers}", layers, "layers.0.feed_forward.w2.weight", lambda w: w.mul_(40))
+        assert result.verdict == verdict
+
+
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
@@ -415,14 +460,7 @@ def test_the_hubs_hashes(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_spread(name: str, change: Callable[[torch.Tensor], object], told: str | None, tmp_path: Path) -> None:
-    params = {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32, "norm_eps": 1e-5}
-    weights = random_weights(params)
-    change(weights[name])
-    folder = write_checkpoint(tmp_path / "made", weights, shards=2, params=params)
-    checkpoint = open_checkpoint(folder)
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(**params, vocab_size=400, max_batch_size=1, max_seq_len=1))
-    result = spread.check_weights(checkpoint, model)[-1]
+    result = spread_of(tmp_path / "made", 3, name, change)
     if told is None:
         assert result.verdict == PASS
         assert "199 rows of unused ids" in result.told

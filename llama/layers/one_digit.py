@@ -54,7 +54,7 @@ def multiplied(
 ) -> torch.Tensor:
     """digits of x (M, columns), whole numbers of weights int8 (rows, columns), scales and zeros (rows, groups) ->
     float32 (M, rows). See the formula above."""
-    y = scales.new_zeros(len(digits.numbers), len(numbers), dtype=torch.float32)
+    y = scales.new_zeros(len(digits.numbers), len(numbers))
     group = numbers.shape[1] // scales.shape[1]
     for g, (x, w) in enumerate(zip(digits.numbers.float().split(group, 1), numbers.split(group, 1))):
         unit = digits.unit[:, g, None]
