@@ -133,31 +133,37 @@ void unpack(const Tiles& tiles, int64_t tile, int64_t columns, int64_t group, co
             uint32_t fours[R];
             std::memcpy(fours, numbers + c / (HALVES ? 8 : 4) * 4 * R, sizeof fours);
             int64_t shift = c % 4 * 8 + (HALVES && c % 8 >= 4 ? 4 : 0);
-            BFloat16 line[R];
+            alignas(64) BFloat16 line[R];
 #pragma omp simd
             for (int64_t i = 0; i < R; i++) {
                 auto n = (float)((int32_t)(fours[i] >> shift & (HALVES ? 15 : 255)) - (HALVES ? 8 : 128));
                 line[i].bits = BFloat16(HALVES ? std::fmaf(n, scale[i], zero[i]) : n * scale[i]).bits;
             }
-            std::memcpy(to, line, height * sizeof *line);
+            if (height == R && (uintptr_t)to % sizeof line == 0) stream(line, to);
+            else std::memcpy(to, line, height * sizeof *line);
         }
     }
 }
 
-// weight uint8 (tiles, bytes), scales float32 (1, outputs) or (1, 0), outputs, bits, group, columns -> bfloat16 (columns, outputs),
-// the transposed matrix.
-void unpacked(StableIValue* stack, uint64_t, uint64_t) {
-    Tensor weight(stack[0]), scales(stack[1]);
-    auto outputs = (int64_t)stack[2], bits = (int64_t)stack[3], group = (int64_t)stack[4], columns = (int64_t)stack[5];
+// to bfloat16 (columns, outputs), weight uint8 (tiles, bytes), scales float32 (1, outputs) or (1, 0), bits, group: the transposed
+// matrix enters `to`, which the caller keeps for the next one, since new memory takes longer than the unpacking. It is written past
+// the caches: where two cores have read the last one, each line that stays in a cache would be fetched from there first.
+void unpack_into(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor to(stack[0]), weight(stack[1]), scales(stack[2]);
+    auto bits = (int64_t)stack[3], group = (int64_t)stack[4];
+    int64_t columns = to.size(0), outputs = to.size(1);
+    Tensor::check(to.is(aoti_torch_dtype_bfloat16(), columns, outputs));
     Tiles tiles = tiles_of(weight, outputs, columns, group, bits);
     const float* of_rows = scales_of(scales, outputs);
-    Tensor y({columns, outputs}, aoti_torch_dtype_bfloat16());
-    auto* to = y.numbers<BFloat16>();
-#pragma omp parallel for schedule(static) if (outputs * columns > SHARE)
-    for (int64_t tile = 0; tile < tiles_of(outputs); tile++)
-        tiles.halves ? unpack<true>(tiles, tile, columns, group, of_rows, to + tile * R, outputs)
-                     : unpack<false>(tiles, tile, columns, group, of_rows, to + tile * R, outputs);
-    stack[0] = y.given();
+    auto* numbers = to.numbers<BFloat16>();
+#pragma omp parallel if (outputs * columns > SHARE)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t tile = 0; tile < tiles_of(outputs); tile++)
+            tiles.halves ? unpack<true>(tiles, tile, columns, group, of_rows, numbers + tile * R, outputs)
+                         : unpack<false>(tiles, tile, columns, group, of_rows, numbers + tile * R, outputs);
+        streamed();
+    }
 }
 
 template <typename T>
@@ -232,7 +238,7 @@ struct Operators {
             !aoti_torch_library_def(
                 names, "exact_product(Tensor x, Tensor weight, Tensor scales, int outputs, int bits, int group) -> Tensor") &&
             !aoti_torch_library_def(
-                names, "unpacked(Tensor weight, Tensor scales, int outputs, int bits, int group, int columns) -> Tensor") &&
+                names, "unpack_(Tensor(a!) to, Tensor weight, Tensor scales, int bits, int group) -> ()") &&
             !aoti_torch_library_def(names, "attend(Tensor q, Tensor k, Tensor v) -> Tensor") &&
             !aoti_torch_library_def(names, "step(Tensor plan, Tensor tokens, Tensor positions, Tensor slots) -> Tensor") &&
             !aoti_torch_library_init_impl("llama_cpu", "CPU", __FILE__, __LINE__, &functions);
@@ -240,7 +246,7 @@ struct Operators {
         aoti_torch_library_impl(functions, "round_groups", &round_groups);
         aoti_torch_library_impl(functions, "product", &product);
         aoti_torch_library_impl(functions, "exact_product", &exact_product);
-        aoti_torch_library_impl(functions, "unpacked", &unpacked);
+        aoti_torch_library_impl(functions, "unpack_", &unpack_into);
         aoti_torch_library_impl(functions, "attend", &attend);
         aoti_torch_library_impl(functions, "step", &step);
     }

@@ -123,6 +123,20 @@ inline void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
 inline void prefetch(const uint8_t*) {}
 #endif
 
+// 64 bytes, written past the caches; `streamed`: those of this thread are there for the others.
+#if defined(__AVX512F__)
+inline void stream(const void* from, void* to) { _mm512_stream_si512((__m512i*)to, _mm512_load_si512(from)); }
+inline void streamed() { _mm_sfence(); }
+#elif defined(__AVX2__)
+inline void stream(const void* from, void* to) {
+    for (int i = 0; i < 2; i++) _mm256_stream_si256((__m256i*)to + i, _mm256_load_si256((const __m256i*)from + i));
+}
+inline void streamed() { _mm_sfence(); }
+#else
+inline void stream(const void* from, void* to) { std::memcpy(to, from, 64); }
+inline void streamed() {}
+#endif
+
 // sum + the products of pairs of bfloat16, one pair in each place.
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
 inline Floats add_pairs(Floats sum, Ints a, Ints b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }

@@ -3,6 +3,7 @@ the base of the layers that multiply with them."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -16,7 +17,7 @@ from . import own_kernels
 from .quantized import STORED_ROWS, Quantized
 from .rounding import TILE, pairs, unpair
 
-FEW_ROWS = STORED_ROWS  # of activations; for more, it pays to unpack the weights to bfloat16
+FEW_ROWS = {4: STORED_ROWS, 8: 256}  # of activations, by bits; for more, it may pay to unpack the weights to bfloat16
 UNPACKED = 2**20  # numbers that are unpacked at a time, so that they stay in a cache
 SIDE = 1024  # rows and columns of the matrix that ways are tried with
 
@@ -54,7 +55,7 @@ class InTiles(Quantized):
         scales = self._parameters.get("scales")
         of_rows = x.new_empty(1, 0, dtype=torch.float32) if scales is None else scales.view(1, -1)
         given = self._tiles(), of_rows, self.rows, self.bits, self.columns_of_group
-        many = not torch.compiler.is_compiling() and len(x) > FEW_ROWS
+        many = not torch.compiler.is_compiling() and len(x) > FEW_ROWS[self.bits]
         if many and x.dtype == torch.bfloat16 and unpacking_is_fast(self.bits):
             return _unpacked_product(x, *given)
         known = x if x.dtype in own_kernels.TYPES else x.float()
@@ -74,26 +75,38 @@ def _unpacked_product(
     step = max(1, UNPACKED // (TILE * columns))
     for i in range(0, len(tiles), step):
         some = slice(i * TILE, min(rows, (i + step) * TILE))
-        of_some, count = scales[:, some].contiguous(), some.stop - some.start
-        weight = torch.ops.llama_cpu.unpacked(tiles[i : i + step], of_some, count, bits, group, columns)
+        weight = _room(columns, some.stop - some.start)
+        torch.ops.llama_cpu.unpack_(weight, tiles[i : i + step], scales[:, some].contiguous(), bits, group)
         torch.mm(x, weight, out=y[:, some])
     return y
 
 
+_rooms = threading.local()
+
+
+def _room(rows: int, columns: int) -> torch.Tensor:
+    """bfloat16 (rows, columns) without numbers, in memory that this thread keeps for the next one."""
+    kept: Optional[torch.Tensor] = getattr(_rooms, "numbers", None)
+    if kept is None or len(kept) < rows * columns:
+        with torch.inference_mode(False):
+            kept = _rooms.numbers = torch.empty(max(UNPACKED, rows * columns), dtype=torch.bfloat16, device="cpu")
+    return kept[: rows * columns].view(rows, columns)
+
+
 @lru_cache
 def unpacking_is_fast(bits: int) -> bool:
-    """Whether many rows are multiplied faster with weights unpacked to bfloat16, as on processors that multiply
-    bfloat16; others take several times as long as for the digits. Where both are alike, 8 bits keep their digits, and 4
-    bits, which multiply digits more slowly, are unpacked: then no noise decides, and every run has the same numbers."""
+    """Whether more than FEW_ROWS are multiplied faster with weights unpacked to bfloat16, as on processors that
+    multiply bfloat16; others take several times as long as for the digits. Where both are alike they are unpacked:
+    then no noise decides, and every run has the same numbers."""
     group = SIDE if bits == 8 else TILE
     numbers = torch.ones(SIDE, SIDE * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
     of_groups = torch.ones(SIDE, SIDE // group, dtype=torch.bfloat16)
     tiles = to_tiles(numbers, of_groups) if bits == 8 else to_tiles(numbers, of_groups, of_groups)
     given = tiles, torch.empty(1, 0), SIDE, bits, group
-    x = torch.ones(2 * FEW_ROWS, SIDE).bfloat16()
+    x = torch.ones(2 * FEW_ROWS[bits], SIDE).bfloat16()
     ways = _unpacked_product, torch.ops.llama_cpu.exact_product
     unpacked, digits = (least_time(partial(way, x, *given)) for way in ways)
-    return unpacked < (0.5 if bits == 8 else 2.2) * digits
+    return unpacked < 2 * digits
 
 
 def least_time(run: Callable[[], Any], repeats: int = 9) -> float:
