@@ -220,6 +220,35 @@ def test_refined_rounding_is_never_worse(group: int) -> None:
         assert errors(torch.full((2, 64), constant), 6).sum().sqrt() <= 0.05 * abs(constant)
 
 
+@pytest.mark.parametrize("group", [16, 32, 64, 256])
+def test_rounding_in_one_operator(group: int) -> None:
+    """Its sums have another order than torch's: the numbers are the same but where two are as good."""
+    if not own_kernels.loaded():
+        pytest.skip("it needs a C++ compiler")
+    for weight in (weights(outliers=True), 1e-3 * weights(5), torch.zeros(2, 256), torch.full((2, 256), -3e-4)):
+        for refinements in (0, rounding.REFINEMENTS):
+            ours = torch.ops.llama_cpu.round_int4(weight, group, refinements)
+            theirs = to_int4(weight, group, refinements)
+            assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in theirs]
+            errors = [
+                (rounding.dequantized(rounding.pairs(n), *of_groups, torch.float32) - weight).double().square().sum()
+                for n, *of_groups in (ours, theirs)
+            ]
+            assert errors[0] <= 1.001 * errors[1]
+            assert all((a == b).float().mean() > 0.98 for a, b in zip(ours, theirs))
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        weight = weights(2)
+        weight[1, 3] = bad
+        n, *of_groups = torch.ops.llama_cpu.round_int4(weight, group, rounding.REFINEMENTS)
+        back = rounding.dequantized(rounding.pairs(n), *of_groups, torch.float32)
+        assert not back[1, :group].isfinite().any()
+        assert back[0].isfinite().all()
+        assert back[1, group:].isfinite().all()
+    for group in (0, 257, 24):
+        with pytest.raises(RuntimeError, match="do not fit together"):
+            torch.ops.llama_cpu.round_int4(weight, group, 6)
+
+
 def test_plain_int4_rounding_is_within_half_a_step() -> None:
     weight = weights(outliers=True)
     n, scales, zeros = to_int4(weight, 64, 0)

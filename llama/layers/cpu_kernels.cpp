@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu_attention.h"
+#include "cpu_rounding.h"
 #include "cpu_step.h"
 #include "tensors.h"
 
@@ -185,6 +186,27 @@ void round_groups(StableIValue* stack, uint64_t, uint64_t) {
     stack[1] = unit.given();
 }
 
+// weight float32 (rows, columns), group, refinements -> numbers 0 ... 15 uint8 (rows, columns), scales and zeros bfloat16 (rows,
+// columns / group)
+void round_int4(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor weight(stack[0]);
+    auto group = (int64_t)stack[1], refinements = (int64_t)stack[2];
+    Tensor::check(group > 0 && group <= MOST_GROUP && group % V == 0);
+    int64_t rows = weight.size(0), columns = weight.size(1), groups = columns / group;
+    Tensor::check(weight.is(aoti_torch_dtype_float32(), rows, groups * group));
+    Tensor numbers({rows, columns}, aoti_torch_dtype_uint8()), scales({rows, groups}, aoti_torch_dtype_bfloat16());
+    Tensor zeros({rows, groups}, aoti_torch_dtype_bfloat16());
+    const auto* w = weight.numbers<float>();
+    auto *n = numbers.numbers<uint8_t>();
+    auto *scale = scales.numbers<BFloat16>(), *zero = zeros.numbers<BFloat16>();
+#pragma omp parallel for schedule(static) if (rows * columns > SHARE / 16)
+    for (int64_t i = 0; i < rows * groups; i += TOGETHER)
+        round_to_int4(w + i * group, std::min(TOGETHER, rows * groups - i), group, refinements, n + i * group, scale + i, zero + i);
+    stack[0] = numbers.given();
+    stack[1] = scales.given();
+    stack[2] = zeros.given();
+}
+
 // q (B, S, H, D), the queries of the last S positions; k, v (B, T, K, D), all bfloat16, with the numbers of a head side by side
 // -> (B, S, H, D): each query sees the keys up to its own position.
 void attend(StableIValue* stack, uint64_t, uint64_t) {
@@ -239,6 +261,7 @@ struct Operators {
                 names, "exact_product(Tensor x, Tensor weight, Tensor scales, int outputs, int bits, int group) -> Tensor") &&
             !aoti_torch_library_def(
                 names, "unpack_(Tensor(a!) to, Tensor weight, Tensor scales, int bits, int group) -> ()") &&
+            !aoti_torch_library_def(names, "round_int4(Tensor weight, int group, int refinements) -> (Tensor, Tensor, Tensor)") &&
             !aoti_torch_library_def(names, "attend(Tensor q, Tensor k, Tensor v) -> Tensor") &&
             !aoti_torch_library_def(names, "step(Tensor plan, Tensor tokens, Tensor positions, Tensor slots) -> Tensor") &&
             !aoti_torch_library_init_impl("llama_cpu", "CPU", __FILE__, __LINE__, &functions);
@@ -247,6 +270,7 @@ struct Operators {
         aoti_torch_library_impl(functions, "product", &product);
         aoti_torch_library_impl(functions, "exact_product", &exact_product);
         aoti_torch_library_impl(functions, "unpack_", &unpack_into);
+        aoti_torch_library_impl(functions, "round_int4", &round_int4);
         aoti_torch_library_impl(functions, "attend", &attend);
         aoti_torch_library_impl(functions, "step", &step);
     }

@@ -16,7 +16,7 @@ from ..runtime import device_kind
 from . import own_kernels, proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import STORED_ROWS, refuse_gradients
-from .rounding import dequantized, pairs, to_int4, unpair
+from .rounding import REFINEMENTS, dequantized, pairs, to_int4, unpair
 from .tiles import InTiles, to_tiles
 
 
@@ -49,8 +49,12 @@ class Int4(InTiles):
             "zeros": torch.empty(shape, dtype=torch.bfloat16, device=device),
         }
 
-    def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-        numbers, scales, zeros = to_int4(block, self.group_columns)
+    def round(self, block: torch.Tensor, maxima: Optional[torch.Tensor], into: dict[str, torch.Tensor]) -> None:
+        if device_kind(block) == "cpu" and own_kernels.loaded():
+            given = block.contiguous(), self.group_columns, REFINEMENTS
+            numbers, scales, zeros = torch.ops.llama_cpu.round_int4(*given)  # a tenth of the time
+        else:
+            numbers, scales, zeros = to_int4(block, self.group_columns)
         for name, made in (("weight", pairs(numbers)), ("scales", scales), ("zeros", zeros)):
             into[name].copy_(made)
 

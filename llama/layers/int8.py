@@ -18,7 +18,7 @@ from ..runtime import device_kind
 from . import kernels, own_kernels, proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
 from .quantized import PIECE, STORED_ROWS, refuse_gradients
-from .rounding import to_int8
+from .rounding import row_maxima, to_int8
 from .tiles import SIDE, InTiles, least_time, to_tiles
 
 FEW_ROWS = 64  # rows of activations; for more, reading the weights once for all digits no longer pays
@@ -67,8 +67,8 @@ class Int8(InTiles):
             "scales": torch.empty(rows, dtype=torch.float32, device=device),
         }
 
-    def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-        for name, numbers in zip(("weight", "scales"), to_int8(block, maxima)):
+    def round(self, block: torch.Tensor, maxima: Optional[torch.Tensor], into: dict[str, torch.Tensor]) -> None:
+        for name, numbers in zip(("weight", "scales"), to_int8(block, row_maxima(block) if maxima is None else maxima)):
             into[name].copy_(numbers)
 
     def plain(self) -> dict[str, torch.Tensor]:

@@ -130,7 +130,7 @@ class W8A8(OneDigit):
             "scales": torch.empty(rows, columns // group, dtype=torch.bfloat16, device=device),
         }
 
-    def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
+    def round(self, block: torch.Tensor, maxima: Optional[torch.Tensor], into: dict[str, torch.Tensor]) -> None:
         for name, numbers in zip(("weight", "scales"), to_groups(block, self.group_columns)):
             into[name].copy_(numbers)
 

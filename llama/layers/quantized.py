@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..runtime import device_kind
-from .rounding import Quantization, row_maxima
+from .rounding import Quantization
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
 # Most rows of activations that a GPU multiplies with the stored weights; for more it dequantizes the matrix first.
@@ -59,14 +59,13 @@ class Quantized(nn.Module):
         rows."""
         made = self.empty(len(weight), weight.shape[1], device)
         for rows, block in blocks(weight, device):
-            self.round(
-                block, row_maxima(block) if maxima is None else maxima[rows], {n: t[rows] for n, t in made.items()}
-            )
+            into = {name: tensor[rows] for name, tensor in made.items()}
+            self.round(block, None if maxima is None else maxima[rows], into)
         return made
 
-    def round(self, block: torch.Tensor, maxima: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
+    def round(self, block: torch.Tensor, maxima: Optional[torch.Tensor], into: dict[str, torch.Tensor]) -> None:
         """Round rows of the layer, float32, into the same rows of its tensors. maxima: float32 (rows,), of the full
-        rows."""
+        rows; None if these are full."""
         raise NotImplementedError
 
     def plain(self) -> dict[str, torch.Tensor]:

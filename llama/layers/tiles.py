@@ -19,7 +19,7 @@ from .rounding import TILE, pairs, unpair
 
 FEW_ROWS = {4: STORED_ROWS, 8: 256}  # of activations, by bits; for more, it may pay to unpack the weights to bfloat16
 UNPACKED = 2**20  # numbers that are unpacked at a time, so that they stay in a cache
-SIDE = 1024  # rows and columns of the matrix that ways are tried with
+SIDE = 512  # rows and columns of the matrix that ways are tried with
 
 
 class InTiles(Quantized):
