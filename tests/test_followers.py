@@ -227,6 +227,7 @@ def test_a_process_that_dies(built: Built) -> None:
     llama, stream = built.llama, built.llama.stream_text(TEXTS[:1], 0, max_gen_len=LENGTH)
     next(stream)
     os.kill(pid_of(llama), signal.SIGKILL)
+    wait_for_end(pid_of(llama))
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"process 1 was killed by SIGKILL.*build it again"):
             llama.score(TEXTS)
