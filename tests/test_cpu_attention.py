@@ -34,6 +34,7 @@ def sees(queries: int, keys: int) -> torch.Tensor:
     [(1, 16, 16, 2, 2, 16), (2, 37, 37, 4, 2, 64), (1, 33, 300, 4, 1, 128), (3, 100, 517, 6, 2, 48),
      (1, 256, 512, 1, 1, 32)],
 )  # fmt: skip
+@torch.inference_mode()
 def test_numbers(batch: int, queries: int, keys: int, heads: int, kv_heads: int, size: int) -> None:
     """Keys and values lie in a cache with more columns, whose other numbers are never read."""
     random = torch.Generator().manual_seed(0)
@@ -83,10 +84,18 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match="do not fit together"):
             torch.ops.llama_cpu.attend(q, k, v)
+
+
+def test_gradients_are_left_to_torch() -> None:
+    """Those of `torch.autograd.forward_ad`, which need no grad mode, were lost in silence."""
+    x = torch.randn(1, 20, 2, 16).bfloat16()
     needs = x.clone().requires_grad_()
-    assert not own_kernels.attends(needs, x.transpose(1, 2))
     attend(needs, x, x, None, causal=True).sum().backward()
     assert needs.grad is not None
+    with torch.no_grad():
+        assert not own_kernels.attends(x, x.transpose(1, 2))
+    with torch.inference_mode():
+        assert own_kernels.attends(x, x.transpose(1, 2))
 
 
 @torch.inference_mode()

@@ -43,7 +43,7 @@ def attends(q: torch.Tensor, k: torch.Tensor) -> bool:
         and VECTORS
         and not AMX
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and q.requires_grad)
+        and torch.is_inference_mode_enabled()  # it has no gradients, forward ones neither
         and loaded()
     )
 
