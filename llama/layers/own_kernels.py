@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from ..runtime import device_kind
 from ..system.printable import reason
@@ -43,7 +44,8 @@ def attends(q: torch.Tensor, k: torch.Tensor) -> bool:
         and VECTORS
         and not AMX
         and not torch.compiler.is_compiling()
-        and torch.is_inference_mode_enabled()  # it has no gradients, forward ones neither
+        and not (torch.is_grad_enabled() and q.requires_grad)
+        and forward_ad._current_level < 0  # no forward gradients either, which would be lost in silence
         and loaded()
     )
 
