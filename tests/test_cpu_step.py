@@ -75,28 +75,35 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def stepped(ours: Engine, plain: Engine, steps: int) -> tuple[list[float], torch.Tensor]:
+    """How far `ours` is from `plain` in each step's logits, for one row and for several at their own positions, and in
+    what they leave in the cache; and its last logits."""
+    far = []
+    for rows in (1, ROWS):
+        positions = read(ours, prompts(rows))
+        assert read(plain, prompts(rows)) == positions
+        for step in range(steps):
+            tokens = torch.arange(7, 7 + rows) + 5 * step
+            at = [position + step for position in positions]
+            found, expected = ours.decode(tokens, at), plain.decode(tokens, at)
+            assert (found.dtype, found.shape) == (torch.float32, expected.shape)
+            far.append(apart(found, expected))
+        for mine, theirs in zip(ours.model.attentions(), plain.model.attentions()):
+            far.append(apart(mine.cache_k.float(), theirs.cache_k.float()))
+            far.append(apart(mine.cache_v.float(), theirs.cache_v.float()))
+    return far, found
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_numbers_are_those_of_the_step_op_by_op(
     folder: Path, tokenizer_path: str, kind: Optional[str], dtype: str
 ) -> None:
-    """For one row and for several at their own positions, over steps, with what they leave in the cache. Where
-    activations have 8 bits, one that lies between two of them may go to the other."""
-    ours, plain = engines(folder, tokenizer_path, kind, dtype)
+    """Where activations have 8 bits, one that lies between two of them may go to the other."""
     limit = 0.05 if dtype == "bfloat16" or kind in ("w8a8", "w4a8") else 1e-5
-    for rows in (1, ROWS):
-        positions = read(ours, prompts(rows))
-        assert read(plain, prompts(rows)) == positions
-        for step in range(4):
-            tokens = torch.arange(7, 7 + rows) + 5 * step
-            at = [position + step for position in positions]
-            found, expected = ours.decode(tokens, at), plain.decode(tokens, at)
-            assert found.dtype == torch.float32
-            assert apart(found, expected) < limit
-        for mine, theirs in zip(ours.model.attentions(), plain.model.attentions()):
-            assert apart(mine.cache_k.float(), theirs.cache_k.float()) < limit
-            assert apart(mine.cache_v.float(), theirs.cache_v.float()) < limit
+    far, _ = stepped(*engines(folder, tokenizer_path, kind, dtype), 4)
+    assert all(each < limit for each in far)
 
 
 @torch.inference_mode()

@@ -152,7 +152,7 @@ def _quantize(model: Any, request: dict[str, Any]) -> None:
     from ..layers.tiles import InTiles
 
     if not own_kernels.loaded():
-        raise RuntimeError("the products with 8-bit activations could not be loaded")
+        raise RuntimeError("the products with tiles could not be loaded")
     quantize_layers(model, Quantization(**request["quantization"]))
     shapes = {name: shape for name, shape, _, _ in request["tensors"]}
     for name, layer in model.named_modules():
