@@ -228,25 +228,77 @@ def test_rounding_in_one_operator(group: int) -> None:
     for weight in (weights(outliers=True), 1e-3 * weights(5), torch.zeros(2, 256), torch.full((2, 256), -3e-4)):
         for refinements in (0, rounding.REFINEMENTS):
             ours = torch.ops.llama_cpu.round_int4(weight, group, refinements)
-            theirs = to_int4(weight, group, refinements)
+            n, *of_groups = to_int4(weight, group, refinements)
+            theirs = rounding.pairs(n), *of_groups
             assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in theirs]
             errors = [
-                (rounding.dequantized(rounding.pairs(n), *of_groups, torch.float32) - weight).double().square().sum()
-                for n, *of_groups in (ours, theirs)
+                (rounding.dequantized(*made, torch.float32) - weight).double().square().sum() for made in (ours, theirs)
             ]
             assert errors[0] <= 1.001 * errors[1]
             assert all((a == b).float().mean() > 0.98 for a, b in zip(ours, theirs))
     for bad in (torch.inf, -torch.inf, torch.nan):
         weight = weights(2)
         weight[1, 3] = bad
-        n, *of_groups = torch.ops.llama_cpu.round_int4(weight, group, rounding.REFINEMENTS)
-        back = rounding.dequantized(rounding.pairs(n), *of_groups, torch.float32)
+        back = rounding.dequantized(*torch.ops.llama_cpu.round_int4(weight, group, rounding.REFINEMENTS), torch.float32)
         assert not back[1, :group].isfinite().any()
         assert back[0].isfinite().all()
         assert back[1, group:].isfinite().all()
     for group in (0, 257, 24):
         with pytest.raises(RuntimeError, match="do not fit together"):
             torch.ops.llama_cpu.round_int4(weight, group, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_operators_round_to_8_bits_as_torch_does(dtype: torch.dtype) -> None:
+    """To the bit: whole rows, rows of which only a part is here, groups, and rows that lie apart in memory."""
+    if not own_kernels.loaded():
+        pytest.skip("it needs a C++ compiler")
+    cpu = torch.ops.llama_cpu
+    weight = weights(outliers=True).to(dtype)
+    weight[3], weight[4], weight[5, 0], weight[6] = 0, 1e-7, torch.inf, torch.nan
+    whole, part = weight.float(), slice(64, 192)
+    maxima = rounding.row_maxima(weight)
+    for ours, theirs in (
+        (cpu.round_int8(weight, torch.empty(1, 0)), rounding.to_int8(whole, maxima)),
+        (cpu.round_int8(weight[:, part], maxima[None]), rounding.to_int8(whole[:, part], maxima)),
+        (cpu.round_w8a8(weight, 32), rounding.to_groups(whole, 32)),
+        (cpu.round_w8a8(weight[:, part], 16), rounding.to_groups(whole[:, part].contiguous(), 16)),
+    ):
+        n, scales = ours
+        assert torch.equal(n[:5], theirs[0][:5])
+        assert torch.equal(n[7:], theirs[0][7:])
+        assert scales.dtype == theirs[1].dtype
+        assert torch.allclose(scales, theirs[1], rtol=0, atol=0, equal_nan=True)
+    same = zip(cpu.round_int4(weight[:3, part], 32, 6), cpu.round_int4(weight[:3, part].contiguous(), 32, 6))
+    assert all(torch.equal(a, b) for a, b in same)
+    for wrong in (lambda: cpu.round_int8(weight, maxima[None, 1:]), lambda: cpu.round_w8a8(weight, 48)):
+        with pytest.raises(RuntimeError, match="do not fit together"):
+            wrong()
+
+
+def test_tiles_by_hand() -> None:
+    """33 rows make two tiles. A tile has, for each group, four columns of every row in turn, then the rows' scales and
+    zeros. In 4 bits, the next four columns are the upper halves."""
+    if not own_kernels.loaded():
+        pytest.skip("it needs a C++ compiler")
+    weight = torch.arange(33 * 16).view(33, 16) % 251 - 125
+    scales = torch.arange(33 * 2).view(33, 2).bfloat16()
+    made = tiles.to_tiles(weight.to(torch.int8), scales).view(2, 2, -1)  # (tile, group, bytes)
+    assert made.shape[2] == 2 * 32 * 4 + 2 * 32
+    assert (made[0, 1, 4 * 5 : 4 * 6].int() - 128).tolist() == weight[5, 8:12].tolist()
+    assert (made[0, 1, 128 + 4 * 5 : 128 + 4 * 6].int() - 128).tolist() == weight[5, 12:16].tolist()
+    assert (made[1, 0, :4].int() - 128).tolist() == weight[32, :4].tolist()
+    assert (made[1, 0, 4:128] == 128).all()  # rows that fill up the last tile
+    assert torch.equal(made[0, :, 256:].contiguous().view(torch.bfloat16), scales[:32].t())
+    n, zeros = weight.remainder(16).to(torch.uint8), -scales
+    made = tiles.to_tiles(rounding.pairs(n), scales, zeros).view(2, 2, -1)
+    assert made.shape[2] == 32 * 4 + 2 * 2 * 32
+    assert torch.equal(made[0, 1, 4 * 5 : 4 * 6], n[5, 8:12] | n[5, 12:16] << 4)
+    assert torch.equal(
+        made[1, 1, 128:].contiguous().view(torch.bfloat16)[::32], torch.stack((scales[32, 1], zeros[32, 1]))
+    )
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        tiles.to_tiles(rounding.pairs(n), scales, zeros[1:])
 
 
 def test_plain_int4_rounding_is_within_half_a_step() -> None:

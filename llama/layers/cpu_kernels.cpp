@@ -1,11 +1,13 @@
 // Operators for CPUs: products with 8-bit activations, and the decode step. Compiled for the processor that it runs on
 // (-march=native).
+#include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "cpu_attention.h"
 #include "cpu_rounding.h"
 #include "cpu_step.h"
+#include "cpu_tiles.h"
 #include "tensors.h"
 
 namespace {
@@ -116,36 +118,6 @@ void exact_product(StableIValue* stack, uint64_t, uint64_t) {
     stack[0] = y.given();
 }
 
-// A tile becomes columns of the transposed matrix, `stride` numbers apart.
-template <bool HALVES>
-void unpack(const Tiles& tiles, int64_t tile, int64_t columns, int64_t group, const float* scales, BFloat16* to, int64_t stride) {
-    const uint8_t* w = tiles.data + tile * tiles.bytes;
-    int64_t height = tiles.height(tile);
-    float scale[R], zero[R] = {};
-    for (int64_t g = 0; g < columns / group; g++) {
-        const uint8_t* numbers = w;
-        w += group / (HALVES ? 2 : 1) * R;
-        for (int64_t i = 0; i < R; i++) scale[i] = (float)((const BFloat16*)w)[i];
-        if (scales) for (int64_t i = 0; i < height; i++) scale[i] = scales[tile * R + i];
-        if (HALVES) for (int64_t i = 0; i < R; i++) zero[i] = (float)((const BFloat16*)w)[R + i];
-        w += (HALVES ? 4 : 2) * R;
-        for (int64_t c = 0; c < group; c++, to += stride) {
-            // Four columns are the bytes of 32 bits, or with the next four the halves of these bytes.
-            uint32_t fours[R];
-            std::memcpy(fours, numbers + c / (HALVES ? 8 : 4) * 4 * R, sizeof fours);
-            int64_t shift = c % 4 * 8 + (HALVES && c % 8 >= 4 ? 4 : 0);
-            alignas(64) BFloat16 line[R];
-#pragma omp simd
-            for (int64_t i = 0; i < R; i++) {
-                auto n = (float)((int32_t)(fours[i] >> shift & (HALVES ? 15 : 255)) - (HALVES ? 8 : 128));
-                line[i].bits = BFloat16(HALVES ? std::fmaf(n, scale[i], zero[i]) : n * scale[i]).bits;
-            }
-            if (height == R && (uintptr_t)to % sizeof line == 0) stream(line, to);
-            else std::memcpy(to, line, height * sizeof *line);
-        }
-    }
-}
-
 // to bfloat16 (columns, outputs), weight uint8 (tiles, bytes), scales float32 (1, outputs) or (1, 0), bits, group: the transposed
 // matrix enters `to`, which the caller keeps for the next one, since new memory takes longer than the unpacking. It is written past
 // the caches: where two cores have read the last one, each line that stays in a cache would be fetched from there first.
@@ -186,25 +158,96 @@ void round_groups(StableIValue* stack, uint64_t, uint64_t) {
     stack[1] = unit.given();
 }
 
-// weight float32 (rows, columns), group, refinements -> numbers 0 ... 15 uint8 (rows, columns), scales and zeros bfloat16 (rows,
-// columns / group)
+// The rows of a matrix, which may lie apart, to `use` one by one, by all threads.
+template <typename Use>
+void with_rows(const Tensor& matrix, Use use) {
+    int64_t rows = matrix.size(0), columns = matrix.size(1), apart = matrix.stride(0);
+    Tensor::check(matrix.sizes().size() == 2 && (matrix.stride(1) == 1 || columns == 1));
+    with_numbers(matrix, [&](auto* numbers) {
+#pragma omp parallel for schedule(static) if (rows * columns > SHARE / 16)
+        for (int64_t row = 0; row < rows; row++) use(row, numbers + row * apart);
+    });
+}
+
+// weight (rows, columns), group, refinements -> numbers 0 ... 15, two in a byte, uint8 (rows, columns / 2), scales and zeros
+// bfloat16 (rows, columns / group)
 void round_int4(StableIValue* stack, uint64_t, uint64_t) {
     Tensor weight(stack[0]);
     auto group = (int64_t)stack[1], refinements = (int64_t)stack[2];
-    Tensor::check(group > 0 && group <= MOST_GROUP && group % V == 0);
-    int64_t rows = weight.size(0), columns = weight.size(1), groups = columns / group;
-    Tensor::check(weight.is(aoti_torch_dtype_float32(), rows, groups * group));
-    Tensor numbers({rows, columns}, aoti_torch_dtype_uint8()), scales({rows, groups}, aoti_torch_dtype_bfloat16());
+    int64_t rows = weight.size(0), columns = weight.size(1);
+    Tensor::check(group > 0 && group <= MOST_GROUP && group % V == 0 && columns % group == 0);
+    int64_t groups = columns / group;
+    Tensor pairs({rows, columns / 2}, aoti_torch_dtype_uint8()), scales({rows, groups}, aoti_torch_dtype_bfloat16());
     Tensor zeros({rows, groups}, aoti_torch_dtype_bfloat16());
-    const auto* w = weight.numbers<float>();
-    auto *n = numbers.numbers<uint8_t>();
+    auto* n = pairs.numbers<uint8_t>();
     auto *scale = scales.numbers<BFloat16>(), *zero = zeros.numbers<BFloat16>();
-#pragma omp parallel for schedule(static) if (rows * columns > SHARE / 16)
-    for (int64_t i = 0; i < rows * groups; i += TOGETHER)
-        round_to_int4(w + i * group, std::min(TOGETHER, rows * groups - i), group, refinements, n + i * group, scale + i, zero + i);
-    stack[0] = numbers.given();
+    with_rows(weight, [=](int64_t row, const auto* w) {
+        round_to_int4(w, groups, group, refinements, n + row * columns / 2, scale + row * groups, zero + row * groups);
+    });
+    stack[0] = pairs.given();
     stack[1] = scales.given();
     stack[2] = zeros.given();
+}
+
+// weight (rows, columns), maxima float32 (1, rows): the largest sizes of its full rows -> int8 of the same shape, float32 (rows,)
+void round_int8(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor weight(stack[0]), maxima(stack[1]);
+    int64_t rows = weight.size(0), columns = weight.size(1);
+    const float* given = scales_of(maxima, rows);
+    Tensor numbers({rows, columns}, aoti_torch_dtype_int8()), scales({rows}, aoti_torch_dtype_float32());
+    auto* n = numbers.numbers<int8_t>();
+    auto* scale = scales.numbers<float>();
+    with_rows(weight, [=](int64_t row, const auto* w) {
+        scale[row] = std::max((given ? given[row] : largest_of(w, columns, 0)) / 127, std::numeric_limits<float>::min());
+        round_to_int8(w, columns, scale[row], n + row * columns);
+    });
+    stack[0] = numbers.given();
+    stack[1] = scales.given();
+}
+
+// weight (rows, columns), group -> int8 of the same shape, bfloat16 (rows, columns / group)
+void round_w8a8(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor weight(stack[0]);
+    auto group = (int64_t)stack[1];
+    int64_t rows = weight.size(0), columns = weight.size(1);
+    Tensor::check(group > 0 && columns % group == 0);
+    int64_t groups = columns / group;
+    Tensor numbers({rows, columns}, aoti_torch_dtype_int8()), scales({rows, groups}, aoti_torch_dtype_bfloat16());
+    auto* n = numbers.numbers<int8_t>();
+    auto* scale = scales.numbers<BFloat16>();
+    with_rows(weight, [=](int64_t row, const auto* w) {
+        for (int64_t g = 0; g < groups; g++) {
+            BFloat16& its = scale[row * groups + g];
+            its = BFloat16(std::max(largest_of(w + g * group, group, 0) / 127, 0x1p-100f));
+            round_to_int8(w + g * group, group, (float)its, n + row * columns + g * group);
+        }
+    });
+    stack[0] = numbers.given();
+    stack[1] = scales.given();
+}
+
+// weight int8 (rows, columns), or uint8 (rows, columns / 2); scales, and for the latter zeros, bfloat16 (rows, groups), else (0, 0)
+// -> uint8 (tiles, bytes)
+void to_tiles(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor weight(stack[0]), scales(stack[1]), zeros(stack[2]);
+    bool halves = weight.dtype() == aoti_torch_dtype_uint8();
+    int64_t rows = weight.size(0), bytes = weight.size(1), groups = scales.size(1);
+    Tensor::check(groups > 0 && bytes % (4 * groups) == 0 && scales.is(aoti_torch_dtype_bfloat16(), rows, groups));
+    Tensor::check(weight.is(halves ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int8(), rows, bytes));
+    Tensor::check(!halves || zeros.is(aoti_torch_dtype_bfloat16(), rows, groups));
+    Tiles tiles(nullptr, rows, bytes * (halves ? 2 : 1), groups, halves);
+    Tensor made({tiles_of(rows), tiles.bytes}, aoti_torch_dtype_uint8());
+    const auto* from = weight.numbers<uint8_t>();
+    const auto *scale = scales.numbers<BFloat16>(), *zero = halves ? zeros.numbers<BFloat16>() : nullptr;
+    auto* to = made.numbers<uint8_t>();
+#pragma omp parallel for schedule(static) if (rows * bytes > SHARE)
+    for (int64_t tile = 0; tile < tiles_of(rows); tile++) {
+        int64_t first = tile * R * groups;
+        const BFloat16* of_groups[] = {scale + first, zero ? zero + first : nullptr};
+        auto fill = halves ? fill_tile<true> : fill_tile<false>;
+        fill(from + tile * R * bytes, of_groups, tiles.height(tile), groups, bytes / groups / 4, to + tile * tiles.bytes);
+    }
+    stack[0] = made.given();
 }
 
 // q (B, S, H, D), the queries of the last S positions; k, v (B, T, K, D), all bfloat16, with the numbers of a head side by side
@@ -261,7 +304,10 @@ struct Operators {
                 names, "exact_product(Tensor x, Tensor weight, Tensor scales, int outputs, int bits, int group) -> Tensor") &&
             !aoti_torch_library_def(
                 names, "unpack_(Tensor(a!) to, Tensor weight, Tensor scales, int bits, int group) -> ()") &&
+            !aoti_torch_library_def(names, "round_int8(Tensor weight, Tensor maxima) -> (Tensor, Tensor)") &&
+            !aoti_torch_library_def(names, "round_w8a8(Tensor weight, int group) -> (Tensor, Tensor)") &&
             !aoti_torch_library_def(names, "round_int4(Tensor weight, int group, int refinements) -> (Tensor, Tensor, Tensor)") &&
+            !aoti_torch_library_def(names, "to_tiles(Tensor weight, Tensor scales, Tensor zeros) -> Tensor") &&
             !aoti_torch_library_def(names, "attend(Tensor q, Tensor k, Tensor v) -> Tensor") &&
             !aoti_torch_library_def(names, "step(Tensor plan, Tensor tokens, Tensor positions, Tensor slots) -> Tensor") &&
             !aoti_torch_library_init_impl("llama_cpu", "CPU", __FILE__, __LINE__, &functions);
@@ -270,7 +316,10 @@ struct Operators {
         aoti_torch_library_impl(functions, "product", &product);
         aoti_torch_library_impl(functions, "exact_product", &exact_product);
         aoti_torch_library_impl(functions, "unpack_", &unpack_into);
+        aoti_torch_library_impl(functions, "round_int8", &round_int8);
+        aoti_torch_library_impl(functions, "round_w8a8", &round_w8a8);
         aoti_torch_library_impl(functions, "round_int4", &round_int4);
+        aoti_torch_library_impl(functions, "to_tiles", &to_tiles);
         aoti_torch_library_impl(functions, "attend", &attend);
         aoti_torch_library_impl(functions, "step", &step);
     }

@@ -123,10 +123,10 @@ void multiply_tile(const Rows& all, const Tiles& tiles, int64_t tile, int64_t fi
     }
 }
 
-// The largest size of a number, at least 1e-30; infinity and NaN stay.
+// The largest size of a number, at least `least`; infinity and NaN stay.
 template <typename T>
-float largest_of(const T* x, int64_t count) {
-    uint32_t top = as_bits(1e-30f);  // bits of sizes are in the sizes' order, and those of NaN are above all
+float largest_of(const T* x, int64_t count, float least = 1e-30f) {
+    uint32_t top = as_bits(least);  // bits of sizes are in the sizes' order, and those of NaN are above all
     for (int64_t i = 0; i < count; i++) top = std::max(top, as_bits((float)x[i]) & 0x7fffffff);
     return as_float(top);
 }

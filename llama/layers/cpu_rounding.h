@@ -1,5 +1,5 @@
-// Groups of weights in 4 bits, as `to_int4` of rounding.py says it, which is torch's form of the same: there each of its dozen
-// passes goes through memory.
+// Weights in 4 and 8 bits, as rounding.py says it, which is torch's form of the same: there each of its passes goes through
+// memory, and starts all threads anew.
 #pragma once
 #include "cpu_vectors.h"
 
@@ -54,26 +54,41 @@ struct Group {
         zero = stored(mean - scale * middle);
     }
 
-    void end(int64_t count, uint8_t* numbers, BFloat16* scale_out, BFloat16* zero_out) {
+    void end(int64_t count, uint8_t* pairs, BFloat16* scale_out, BFloat16* zero_out) {
         scale = best_scale, zero = best_zero;
         if (!std::isfinite(mean)) scale = zero = NAN;  // infinity and NaN go into all numbers of the group
         *scale_out = BFloat16(scale), *zero_out = BFloat16(zero);
         round(count);
-        for (int64_t i = 0; i < count; i++) numbers[i] = (uint8_t)((int32_t)n[i] + 8);
+        for (int64_t i = 0; i < count; i += 2) pairs[i / 2] = (uint8_t)(((int32_t)n[i] + 8) << 4 | ((int32_t)n[i + 1] + 8));
     }
 };
 
 constexpr int64_t TOGETHER = 4;  // groups that take turns: each waits long for its own sums
 
-// w (groups, count) -> numbers 0 ... 15, scales and zeros (groups,); up to TOGETHER groups
-inline void round_to_int4(const float* w, int64_t groups, int64_t count, int64_t refinements, uint8_t* numbers, BFloat16* scales, BFloat16* zeros) {
+// w (groups, count) -> numbers 0 ... 15, two in a byte, scales and zeros (groups,)
+template <typename T>
+void round_to_int4(const T* w, int64_t groups, int64_t count, int64_t refinements, uint8_t* pairs, BFloat16* scales, BFloat16* zeros) {
+    float floats[TOGETHER][MOST_GROUP];
     Group all[TOGETHER];
-    for (int64_t g = 0; g < groups; g++) all[g].begin(w + g * count, count);
-    for (int64_t step = 0; step <= refinements; step++) {
-        for (int64_t g = 0; g < groups; g++) all[g].round(count);
-        for (int64_t g = 0; g < groups; g++) all[g].refine(count);
+    for (int64_t first = 0; first < groups; first += TOGETHER) {
+        int64_t some = std::min(TOGETHER, groups - first);
+        for (int64_t g = 0; g < some; g++) {
+            for (int64_t i = 0; i < count; i++) floats[g][i] = (float)w[(first + g) * count + i];
+            all[g].begin(floats[g], count);
+        }
+        for (int64_t step = 0; step <= refinements; step++) {
+            for (int64_t g = 0; g < some; g++) all[g].round(count);
+            for (int64_t g = 0; g < some; g++) all[g].refine(count);
+        }
+        for (int64_t g = 0; g < some; g++) all[g].end(count, pairs + (first + g) * count / 2, scales + first + g, zeros + first + g);
     }
-    for (int64_t g = 0; g < groups; g++) all[g].end(count, numbers + g * count, scales + g, zeros + g);
+}
+
+template <typename T>
+void round_to_int8(const T* w, int64_t count, float scale, int8_t* numbers) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++)
+        numbers[i] = (int8_t)(int32_t)std::min(std::max(std::nearbyintf((float)w[i] / scale), -127.0f), 127.0f);
 }
 
 }  // namespace

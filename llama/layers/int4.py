@@ -49,12 +49,12 @@ class Int4(InTiles):
             "zeros": torch.empty(shape, dtype=torch.bfloat16, device=device),
         }
 
+    def rounded(self, weight: torch.Tensor, maxima: Optional[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        made: tuple[torch.Tensor, ...] = torch.ops.llama_cpu.round_int4(weight, self.group_columns, REFINEMENTS)
+        return made
+
     def round(self, block: torch.Tensor, maxima: Optional[torch.Tensor], into: dict[str, torch.Tensor]) -> None:
-        if device_kind(block) == "cpu" and own_kernels.loaded():
-            given = block.contiguous(), self.group_columns, REFINEMENTS
-            numbers, scales, zeros = torch.ops.llama_cpu.round_int4(*given)  # a tenth of the time
-        else:
-            numbers, scales, zeros = to_int4(block, self.group_columns)
+        numbers, scales, zeros = to_int4(block, self.group_columns)
         for name, made in (("weight", pairs(numbers)), ("scales", scales), ("zeros", zeros)):
             into[name].copy_(made)
 

@@ -67,6 +67,11 @@ class Int8(InTiles):
             "scales": torch.empty(rows, dtype=torch.float32, device=device),
         }
 
+    def rounded(self, weight: torch.Tensor, maxima: Optional[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        of_rows = weight.new_empty(1, 0, dtype=torch.float32) if maxima is None else maxima.view(1, -1)
+        made: tuple[torch.Tensor, ...] = torch.ops.llama_cpu.round_int8(weight, of_rows)
+        return made
+
     def round(self, block: torch.Tensor, maxima: Optional[torch.Tensor], into: dict[str, torch.Tensor]) -> None:
         for name, numbers in zip(("weight", "scales"), to_int8(block, row_maxima(block) if maxima is None else maxima)):
             into[name].copy_(numbers)

@@ -130,6 +130,10 @@ class W8A8(OneDigit):
             "scales": torch.empty(rows, columns // group, dtype=torch.bfloat16, device=device),
         }
 
+    def rounded(self, weight: torch.Tensor, maxima: Optional[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        made: tuple[torch.Tensor, ...] = torch.ops.llama_cpu.round_w8a8(weight, self.group_columns)
+        return made
+
     def round(self, block: torch.Tensor, maxima: Optional[torch.Tensor], into: dict[str, torch.Tensor]) -> None:
         for name, numbers in zip(("weight", "scales"), to_groups(block, self.group_columns)):
             into[name].copy_(numbers)

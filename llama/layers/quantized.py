@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..runtime import device_kind
+from . import own_kernels
 from .rounding import Quantization
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
@@ -57,11 +58,19 @@ class Quantized(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The stored form, on a device, of `weight` (rows, columns). maxima: as in `round`; None if `weight` has full
         rows."""
+        if device_kind(device) == device_kind(weight) == "cpu" and own_kernels.loaded():
+            known = weight if weight.dtype in own_kernels.TYPES else weight.float()
+            return dict(zip(self.shard_dims, self.rounded(known, maxima)))
         made = self.empty(len(weight), weight.shape[1], device)
         for rows, block in blocks(weight, device):
             into = {name: tensor[rows] for name, tensor in made.items()}
             self.round(block, None if maxima is None else maxima[rows], into)
         return made
+
+    def rounded(self, weight: torch.Tensor, maxima: Optional[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The tensors of the stored form, of `weight` (rows, columns) on a CPU, from an operator of `own_kernels`: in a
+        tenth of the time. maxima: as in `round`."""
+        raise NotImplementedError
 
     def round(self, block: torch.Tensor, maxima: Optional[torch.Tensor], into: dict[str, torch.Tensor]) -> None:
         """Round rows of the layer, float32, into the same rows of its tensors. maxima: float32 (rows,), of the full

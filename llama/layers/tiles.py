@@ -10,12 +10,11 @@ from functools import lru_cache, partial
 from typing import Any, Optional, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import own_kernels
 from .quantized import STORED_ROWS, Quantized
-from .rounding import TILE, pairs, unpair
+from .rounding import TILE, pairs
 
 FEW_ROWS = {4: STORED_ROWS, 8: 256}  # of activations, by bits; for more, it may pay to unpack the weights to bfloat16
 UNPACKED = 2**20  # numbers that are unpacked at a time, so that they stay in a cache
@@ -123,19 +122,11 @@ def least_time(run: Callable[[], Any], repeats: int = 9) -> float:
     return min(times)
 
 
-def to_tiles(weight: torch.Tensor, *of_groups: torch.Tensor) -> torch.Tensor:
-    """weight int8 (rows, columns), or uint8 (rows, columns / 2) as int4 is stored; scales, and zeros if there are any,
-    bfloat16 (rows, groups) -> uint8 (tiles, bytes). The weights go four at a time, as one number of 32 bits."""
-    weight, *padded = (F.pad(t, (0, 0, 0, -len(weight) % TILE)) for t in (weight, *of_groups))
-    tiles, groups = len(weight) // TILE, padded[0].shape[1]
-    if weight.dtype == torch.int8:
-        fours = (weight.view(torch.uint8) ^ 128).view(torch.int32)
-    else:
-        left, right = unpair(weight).view(torch.int32).unflatten(1, (-1, 2)).unbind(-1)
-        fours = left | right << 4
-    parts = [fours.view(tiles, TILE, groups, -1).permute(0, 2, 3, 1).flatten(2).view(torch.uint8)]
-    parts += [t.view(tiles, TILE, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in padded]
-    return torch.cat(parts, dim=2).flatten(1)
+def to_tiles(weight: torch.Tensor, scales: torch.Tensor, zeros: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """weight int8 (rows, columns), or uint8 (rows, columns / 2) as int4 is stored; scales, and zeros if it is int4,
+    bfloat16 (rows, groups) -> uint8 (tiles, bytes), by an operator of `own_kernels`."""
+    made: torch.Tensor = torch.ops.llama_cpu.to_tiles(weight, scales, scales if zeros is None else zeros)
+    return made
 
 
 def from_tiles(
