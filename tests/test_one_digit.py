@@ -120,7 +120,7 @@ def test_exact_products_in_tiles(kind: str, dtype: torch.dtype, monkeypatch: pyt
     """Activations in digits give the product with the numbers that are stored, whose sums nobody rounds to 8 bits; a
     row's bits do not depend on how many there are."""
     monkeypatch.setattr(int8, "onednn_is_fast", lambda: False)
-    monkeypatch.setattr(tiles, "unpacking_is_fast", lambda bits: False)
+    monkeypatch.setattr(tiles, "for_many", lambda bits: torch.ops.llama_cpu.exact_product)
     for rows, columns, group in ((100, 256, 64), (33, 96, 32), (7, 48, 16)):
         layer = layer_of(weights(rows, columns, outliers=True), kind, dtype, group)
         assert isinstance(layer, InTiles)

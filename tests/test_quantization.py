@@ -163,25 +163,46 @@ def test_int4_products(group: int, count: int, dtype: torch.dtype, either_way: s
     assert torch.equal(layer(x.view(1, count, 256))[0], y)
 
 
-@pytest.mark.parametrize("unpacked", [True, False])
+@pytest.mark.parametrize("way", ["bfloat16_product", "torch.mm", "exact_product"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_many_rows(kind: str, unpacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of weights that are unpacked to bfloat16, several blocks, of which the last is smaller and no whole tile; or in
-    digits."""
+def test_many_rows(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights that become bfloat16, for torch in several blocks, of which the last is smaller and no whole tile;
+    or in digits. Our own ways give a row the same bits beside any other rows."""
+    if not own_kernels.loaded():
+        pytest.skip("it needs a C++ compiler")
+    product = tiles._unpacked_product if way == "torch.mm" else getattr(torch.ops.llama_cpu, way)
     monkeypatch.setattr(int8, "onednn_is_fast", lambda: False)
-    monkeypatch.setattr(tiles, "unpacking_is_fast", lambda bits: unpacked)
+    monkeypatch.setattr(tiles, "for_many", lambda bits: product)
     monkeypatch.setattr(tiles, "UNPACKED", 2**16)
     layer = layer_of(weights(2100, 448), kind)
     x = torch.randn(tiles.FEW_ROWS[8 if kind == "int8" else 4] + 1, 448).bfloat16()
     y = layer(x)
     assert_near(y, x, numbers(layer), 2**-8)
-    assert torch.equal(layer(x[:-1]), y[:-1]) != unpacked or not own_kernels.loaded()
+    if way != "torch.mm":
+        assert torch.equal(layer(torch.cat((x[5:6], x)))[0], y[5])
+        assert torch.equal(layer(x.flip(0)), y.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"), [((1, 0.6, 0.6), 0), ((1, 0.4, 0.3), 1), ((1, 0.6, 0.4), 2), ((1, 0.4, 0.1), 2)]
+)
+def test_another_way_must_be_twice_as_fast(
+    seconds: tuple[float, ...], chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not own_kernels.loaded():
+        pytest.skip("it needs a C++ compiler")
+    ways = torch.ops.llama_cpu.bfloat16_product, tiles._unpacked_product, torch.ops.llama_cpu.exact_product
+    monkeypatch.setattr(tiles, "least_time", lambda run: seconds[ways.index(run.func)])
+    assert tiles.for_many.__wrapped__(4) is ways[chosen]
 
 
 def test_which_way_is_fast() -> None:
     """It is found out with one thread; what was set before comes back."""
+    if not own_kernels.loaded():
+        pytest.skip("it needs a C++ compiler")
     threads = torch.get_num_threads()
-    assert [tiles.unpacking_is_fast.__wrapped__(bits) in (True, False) for bits in (8, 4)] == [True, True]
+    ways = tiles._unpacked_product, torch.ops.llama_cpu.bfloat16_product, torch.ops.llama_cpu.exact_product
+    assert all(tiles.for_many.__wrapped__(bits) in ways for bits in (8, 4))
     assert torch.get_num_threads() == threads
 
 

@@ -1,10 +1,12 @@
 // Operators for CPUs: products with 8-bit activations, and the decode step. Compiled for the processor that it runs on
 // (-march=native).
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "cpu_attention.h"
+#include "cpu_pairs.h"
 #include "cpu_rounding.h"
 #include "cpu_step.h"
 #include "cpu_tiles.h"
@@ -137,6 +139,42 @@ void unpack_into(StableIValue* stack, uint64_t, uint64_t) {
                          : unpack<false>(tiles, tile, columns, group, of_rows, numbers + tile * R, outputs);
         streamed();
     }
+}
+
+// x bfloat16 (rows, columns), weight uint8 (tiles, bytes), scales float32 (1, outputs) or (1, 0), outputs, bits, group -> bfloat16
+// (rows, outputs), with each weight rounded to bfloat16
+void bfloat16_product(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor x(stack[0]), weight(stack[1]), scales(stack[2]);
+    auto outputs = (int64_t)stack[3], bits = (int64_t)stack[4], group = (int64_t)stack[5];
+    int64_t count = x.size(0), columns = x.size(1);
+    Tensor::check(x.is(aoti_torch_dtype_bfloat16(), count, columns));
+    Tiles tiles = tiles_of(weight, outputs, columns, group, bits);
+    const float* of_rows = scales_of(scales, outputs);
+    Tensor y({count, outputs}, aoti_torch_dtype_bfloat16());
+    const auto* from = x.numbers<BFloat16>();
+    auto* to = y.numbers<BFloat16>();
+    int64_t blocks = (count + SHARED - 1) / SHARED, pairs = columns / 2;
+    auto rows_of = [=](int64_t block) { return std::min<int64_t>(SHARED, count - block * SHARED); };
+    std::unique_ptr<uint32_t[]> all(new uint32_t[blocks * pairs * SHARED]);
+#pragma omp parallel if (outputs * columns * count > SHARE)
+    {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++)
+            pair_rows(from + block * SHARED * columns, rows_of(block), columns, &all[block * pairs * SHARED]);
+        std::unique_ptr<uint32_t[]> w(new uint32_t[pairs * R]);
+        Line lines[SHARED];
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles_of(outputs); tile++) {
+            tiles.halves ? unpack_pairs<true>(tiles, tile, columns, group, of_rows, w.get())
+                         : unpack_pairs<false>(tiles, tile, columns, group, of_rows, w.get());
+            for (int64_t block = 0; block < blocks; block++) {
+                multiply_some_pairs<SHARED>(&all[block * pairs * SHARED], w.get(), pairs, rows_of(block), lines);
+                for (int64_t m = 0; m < rows_of(block); m++)
+                    put(lines[m], tiles.height(tile), to + (block * SHARED + m) * outputs + tile * R);
+            }
+        }
+    }
+    stack[0] = y.given();
 }
 
 template <typename T>
@@ -303,6 +341,8 @@ struct Operators {
             !aoti_torch_library_def(
                 names, "exact_product(Tensor x, Tensor weight, Tensor scales, int outputs, int bits, int group) -> Tensor") &&
             !aoti_torch_library_def(
+                names, "bfloat16_product(Tensor x, Tensor weight, Tensor scales, int outputs, int bits, int group) -> Tensor") &&
+            !aoti_torch_library_def(
                 names, "unpack_(Tensor(a!) to, Tensor weight, Tensor scales, int bits, int group) -> ()") &&
             !aoti_torch_library_def(names, "round_int8(Tensor weight, Tensor maxima) -> (Tensor, Tensor)") &&
             !aoti_torch_library_def(names, "round_w8a8(Tensor weight, int group) -> (Tensor, Tensor)") &&
@@ -315,6 +355,7 @@ struct Operators {
         aoti_torch_library_impl(functions, "round_groups", &round_groups);
         aoti_torch_library_impl(functions, "product", &product);
         aoti_torch_library_impl(functions, "exact_product", &exact_product);
+        aoti_torch_library_impl(functions, "bfloat16_product", &bfloat16_product);
         aoti_torch_library_impl(functions, "unpack_", &unpack_into);
         aoti_torch_library_impl(functions, "round_int8", &round_int8);
         aoti_torch_library_impl(functions, "round_w8a8", &round_w8a8);

@@ -37,34 +37,43 @@ void fill_tile(const uint8_t* rows, const BFloat16* const* of_groups, int64_t he
     }
 }
 
-// A tile becomes columns of the transposed matrix, `stride` numbers apart.
-template <bool HALVES>
-void unpack(const Tiles& tiles, int64_t tile, int64_t columns, int64_t group, const float* scales, BFloat16* to, int64_t stride) {
+// Calls `use` with each column of a tile, and with `number(i, later)`: row i's weight in that column as bfloat16, or, where `later`
+// is 8, in the next column, if this one is even.
+template <bool HALVES, typename Use>
+void for_columns(const Tiles& tiles, int64_t tile, int64_t columns, int64_t group, const float* scales, Use use) {
     const uint8_t* w = tiles.data + tile * tiles.bytes;
-    int64_t height = tiles.height(tile);
     float scale[R], zero[R] = {};
-    for (int64_t g = 0; g < columns / group; g++) {
+    for (int64_t first = 0; first < columns; first += group) {
         const uint8_t* numbers = w;
         w += group / (HALVES ? 2 : 1) * R;
         for (int64_t i = 0; i < R; i++) scale[i] = (float)((const BFloat16*)w)[i];
-        if (scales) for (int64_t i = 0; i < height; i++) scale[i] = scales[tile * R + i];
+        if (scales) for (int64_t i = 0; i < tiles.height(tile); i++) scale[i] = scales[tile * R + i];
         if (HALVES) for (int64_t i = 0; i < R; i++) zero[i] = (float)((const BFloat16*)w)[R + i];
         w += (HALVES ? 4 : 2) * R;
-        for (int64_t c = 0; c < group; c++, to += stride) {
+        for (int64_t c = 0; c < group; c++) {
             // Four columns are the bytes of 32 bits, or with the next four the halves of these bytes.
             uint32_t fours[R];
             std::memcpy(fours, numbers + c / (HALVES ? 8 : 4) * 4 * R, sizeof fours);
             int64_t shift = c % 4 * 8 + (HALVES && c % 8 >= 4 ? 4 : 0);
-            alignas(64) BFloat16 line[R];
-#pragma omp simd
-            for (int64_t i = 0; i < R; i++) {
-                auto n = (float)((int32_t)(fours[i] >> shift & (HALVES ? 15 : 255)) - (HALVES ? 8 : 128));
-                line[i].bits = BFloat16(HALVES ? std::fmaf(n, scale[i], zero[i]) : n * scale[i]).bits;
-            }
-            if (height == R && (uintptr_t)to % sizeof line == 0) stream(line, to);
-            else std::memcpy(to, line, height * sizeof *line);
+            use(first + c, [&](int64_t i, int later) {
+                auto n = (float)((int32_t)(fours[i] >> (shift + later) & (HALVES ? 15 : 255)) - (HALVES ? 8 : 128));
+                return BFloat16(HALVES ? std::fmaf(n, scale[i], zero[i]) : n * scale[i]).bits;
+            });
         }
     }
+}
+
+// A tile becomes columns of the transposed matrix, `stride` numbers apart.
+template <bool HALVES>
+void unpack(const Tiles& tiles, int64_t tile, int64_t columns, int64_t group, const float* scales, BFloat16* to, int64_t stride) {
+    int64_t height = tiles.height(tile);
+    for_columns<HALVES>(tiles, tile, columns, group, scales, [&](int64_t c, const auto& number) {
+        alignas(64) BFloat16 line[R];
+#pragma omp simd
+        for (int64_t i = 0; i < R; i++) line[i].bits = number(i, 0);
+        if (height == R && (uintptr_t)(to + c * stride) % sizeof line == 0) stream(line, to + c * stride);
+        else std::memcpy(to + c * stride, line, height * sizeof *line);
+    });
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ from . import own_kernels
 from .quantized import STORED_ROWS, Quantized
 from .rounding import TILE, pairs
 
-FEW_ROWS = {4: STORED_ROWS, 8: 256}  # of activations, by bits; for more, it may pay to unpack the weights to bfloat16
+FEW_ROWS = {4: STORED_ROWS, 8: 256}  # of activations, by bits; for more, it may pay to make bfloat16 of the weights
 UNPACKED = 2**20  # numbers that are unpacked at a time, so that they stay in a cache
 SIDE = 512  # rows and columns of the matrix that ways are tried with
 
@@ -55,8 +55,8 @@ class InTiles(Quantized):
         of_rows = x.new_empty(1, 0, dtype=torch.float32) if scales is None else scales.view(1, -1)
         given = self._tiles(), of_rows, self.rows, self.bits, self.columns_of_group
         many = not torch.compiler.is_compiling() and len(x) > FEW_ROWS[self.bits]
-        if many and x.dtype == torch.bfloat16 and unpacking_is_fast(self.bits):
-            return _unpacked_product(x, *given)
+        if many and x.dtype == torch.bfloat16:
+            return for_many(self.bits)(x.contiguous(), *given)
         known = x if x.dtype in own_kernels.TYPES else x.float()
         y: torch.Tensor = torch.ops.llama_cpu.exact_product(known.contiguous(), *given)
         return y.to(x.dtype)
@@ -93,19 +93,23 @@ def _room(rows: int, columns: int) -> torch.Tensor:
 
 
 @lru_cache
-def unpacking_is_fast(bits: int) -> bool:
-    """Whether more than FEW_ROWS are multiplied faster with weights unpacked to bfloat16, as on processors that
-    multiply bfloat16; others take several times as long as for the digits. Where both are alike they are unpacked:
-    then no noise decides, and every run has the same numbers."""
+def for_many(bits: int) -> Callable[..., torch.Tensor]:
+    """What multiplies more than FEW_ROWS fastest: with weights that become bfloat16, in our own operator, or by torch
+    where the processor multiplies matrices of bfloat16 (AMX); where neither is fast, in digits. Each is preferred to
+    the next unless it takes twice as long: then no noise decides, and every run has the same numbers."""
     group = SIDE if bits == 8 else TILE
     numbers = torch.ones(SIDE, SIDE * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
     of_groups = torch.ones(SIDE, SIDE // group, dtype=torch.bfloat16)
     tiles = to_tiles(numbers, of_groups) if bits == 8 else to_tiles(numbers, of_groups, of_groups)
     given = tiles, torch.empty(1, 0), SIDE, bits, group
     x = torch.ones(2 * FEW_ROWS[bits], SIDE).bfloat16()
-    ways = _unpacked_product, torch.ops.llama_cpu.exact_product
-    unpacked, digits = (least_time(partial(way, x, *given)) for way in ways)
-    return unpacked < 2 * digits
+    cpu = torch.ops.llama_cpu
+    best: Callable[..., torch.Tensor] = cpu.bfloat16_product
+    least = least_time(partial(best, x, *given))
+    for way in (_unpacked_product, cpu.exact_product):
+        if (seconds := least_time(partial(way, x, *given))) < least / 2:
+            best, least = way, seconds
+    return best
 
 
 def least_time(run: Callable[[], Any], repeats: int = 9) -> float:
