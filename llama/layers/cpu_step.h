@@ -126,25 +126,26 @@ float dot(const float* x, const T* w, int64_t count) {
     return all;
 }
 
-// `height` rows of plain weights times `rows` rows of activations.
+// `height` rows of plain weights times `rows` rows of activations. Meanwhile `ahead` is asked for: as much as `each` rows of weights.
 template <typename T, int height, int rows>
-void multiply_plain(const T* w, const T* x, int64_t columns, Line* lines, int64_t first) {
+void multiply_plain(const T* w, const T* x, int64_t columns, Line* lines, int64_t first, const T* ahead, int64_t each) {
     Floats sum[rows][height];
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
         for (int r = 0; r < height; r++) sum[m][r] = repeat(0.0f);
-    const auto* ahead = (const uint8_t*)w + AHEAD;
-    int64_t i = 0;
+    int64_t i = 0, bytes = each * 2 * V * sizeof(T);
     for (; i + 2 * V <= columns; i += 2 * V) {
-        for (int64_t line = 0; line < height * 2 * V * (int64_t)sizeof(T); line += 64) prefetch(ahead + line);
-        ahead += height * 2 * V * sizeof(T);
+        for (int64_t line = 0; line < bytes; line += 64) prefetch((const uint8_t*)ahead + line);
+        ahead += each * 2 * V;
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++)
 #pragma GCC unroll 8
             for (int r = 0; r < height; r++) sum[m][r] = add_products(sum[m][r], w + r * columns + i, x + m * columns + i);
     }
+#pragma GCC unroll 8  // these loops too: else the sums would lie in memory, and not in registers
     for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
         for (int r = 0; r < height; r++) {
             float all = total(sum[m][r]);
             for (int64_t j = i; j < columns; j++) all = std::fmaf((float)x[m * columns + j], (float)w[r * columns + j], all);
@@ -152,20 +153,28 @@ void multiply_plain(const T* w, const T* x, int64_t columns, Line* lines, int64_
         }
 }
 
-constexpr int SHARING = 8;  // most rows of activations for which plain weights are read once
+constexpr int SHARING = 4;               // most rows of activations that share loaded weights
+constexpr int HEIGHT = V == 16 ? 4 : 2;  // rows of weights that share loaded activations; the sums of both fit into registers
 
-// A tile of plain weights, of up to R rows, times up to `rows` rows of activations. One row of weights at a time is read
-// fastest; for several rows of activations, two of them share what was loaded.
-template <typename T, int rows = SHARING>
+// `height` rows of plain weights times all rows of activations.
+template <typename T, int height, int rows = SHARING>
+void multiply_plain_rows(const T* w, const T* x, int64_t count, int64_t columns, Line* lines, int64_t first, const T* ahead, int64_t each) {
+    for (; count >= rows; count -= rows, x += rows * columns, lines += rows, ahead += each * columns)
+        multiply_plain<T, height, rows>(w, x, columns, lines, first, ahead, each);
+    if constexpr (rows > 1)
+        if (count) multiply_plain_rows<T, height, rows - 1>(w, x, count, columns, lines, first, ahead, each);
+}
+
+// A tile of plain weights, of up to R rows, times `count` rows of activations. One row is multiplied fastest with one row of weights
+// at a time. Several take turns with HEIGHT rows of weights, and share the work of bringing in the next ones.
+template <typename T>
 void multiply_plain_tile(const T* w, int64_t tile_rows, const T* x, int64_t count, int64_t columns, Line* lines) {
-    if (count == rows) {
-        constexpr int height = rows == 1 ? 1 : 2;
-        int64_t r = 0;
-        for (; r + height <= tile_rows; r += height) multiply_plain<T, height, rows>(w + r * columns, x, columns, lines, r);
-        for (; r < tile_rows; r++) multiply_plain<T, 1, rows>(w + r * columns, x, columns, lines, r);
-    } else if constexpr (rows > 1) {
-        multiply_plain_tile<T, rows - 1>(w, tile_rows, x, count, columns, lines);
-    }
+    int64_t r = 0, turns = (count + SHARING - 1) / SHARING, each = std::max<int64_t>(1, HEIGHT / turns);
+    if (count > 1)
+        for (; r + HEIGHT <= tile_rows; r += HEIGHT)
+            multiply_plain_rows<T, HEIGHT>(w + r * columns, x, count, columns, lines, r, w + (r + HEIGHT) * columns, each);
+    for (; r < tile_rows; r++)
+        multiply_plain_rows<T, 1>(w + r * columns, x, count, columns, lines, r, w + r * columns + AHEAD / sizeof(T), 1);
 }
 
 // Activations in the form that matrices multiply.
@@ -207,9 +216,7 @@ struct Activations {
     void multiply(const Matrix& matrix, int64_t tile, Line* lines) const {
         if (matrix.form == PLAIN) {
             int64_t height = std::min(R, matrix.rows - tile * R);
-            for (int64_t m = 0; m < count; m += SHARING)
-                multiply_plain_tile((const T*)matrix.data + tile * R * rows.columns, height, plain.data() + m * rows.columns,
-                                    std::min<int64_t>(SHARING, count - m), rows.columns, lines + m);
+            multiply_plain_tile((const T*)matrix.data + tile * R * rows.columns, height, plain.data(), count, rows.columns, lines);
             return;
         }
         Tiles tiles(matrix.data, matrix.rows, rows.columns, rows.groups, matrix.halves());
