@@ -101,7 +101,9 @@ void multiply(const Rows& all, const uint8_t* w, int64_t first, Line* lines) {
         }
         w += (HALVES ? 4 : 2) * R;
     }
+#pragma GCC unroll 8  // these loops too: else the totals would lie in memory, and not in registers
     for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
         for (int v = 0; v < W; v++) store(lines[m] + V * v, D == 1 ? total[m][v] : times(total[m][v], repeat(unit[m])));
 }
 
