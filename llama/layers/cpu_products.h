@@ -72,7 +72,7 @@ void multiply(const Rows& all, const uint8_t* w, int64_t first, Line* lines) {
 #pragma GCC unroll 4
             for (int v = 0; v < W; v++) {
                 some[v] = load(w + 4 * V * v);
-                if (rows == 1) prefetch(w + 4 * V * v + AHEAD);
+                if (first == 0) prefetch(w + 4 * V * v + AHEAD);
             }
 #pragma GCC unroll 8
             for (int m = 0; m < rows * D; m++) {
@@ -89,7 +89,7 @@ void multiply(const Rows& all, const uint8_t* w, int64_t first, Line* lines) {
 #pragma GCC unroll 4
         for (int v = 0; v < W; v++) {
             Floats scale = from_bfloat16(w + 2 * V * v);
-            if (rows == 1) prefetch(w + (HALVES ? 4 : 2) * V * v + AHEAD);
+            if (first == 0) prefetch(w + (HALVES ? 4 : 2) * V * v + AHEAD);
 #pragma GCC unroll 8
             for (int m = 0; m < rows; m++) {
                 Floats number = from_ints(sum[m * D][v]);
