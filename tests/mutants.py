@@ -40,7 +40,10 @@ SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 # file::test.
 TESTS = {
     "agreement": "generation", "app": "server", "archive": "files checkpoint", "as_built": "own_parts",
-    "bodies": "server", "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
+    "bodies": "server", "cache_use": "own_parts threads::test_called_in_the_middle_of_a_step threads::test_two_over_one_model "
+                 "threads::test_a_fork_while_another_thread_steps threads::test_the_model_called_past_a_stream "
+                 "emulated_cuda::test_every_device_and_thread",
+    "calls": "scheduler threads", "chat_template": "chat_formats",
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens "
                   "quantization::test_what_is_refused",
     "checks": "options sampling", "checksums": "verify", "checkup": "verify", "child": "verify",
@@ -52,7 +55,8 @@ TESTS = {
                 "emulated_cuda::test_every_device_and_thread emulated_cuda::test_options_are_not_recorded "
                 "emulated_cuda::test_a_model_that_is_let_go_leaves_its_memory emulated_cuda::test_launches "
                 "packages::test_a_package_is_of_all_that_it_depends_on packages::test_a_full_disk",
-    "compiler": "packages", "completion": "streams options", "console": "terminal screen",
+    "compiler": "packages compiled::test_packaged compiled::test_a_package_for_several_processes",
+    "completion": "streams options", "console": "terminal screen",
     "conversation": "terminal screen",
     "convert": "convert gguf quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
     "cores": "cores", "cpp": "one_digit", "cpu_step": "cpu_step shared_step", "decoding/invariant": "invariant",
@@ -87,7 +91,10 @@ TESTS = {
     "pipes": "terminal printable peers::test_streams_as_the_shell_leaves_them", "places": "gguf hub",
     "proven": "kernels emulated_cuda",
     "quantization": "quantization emulated_cuda::test_launches", "quantized": "quantization", "repairs": "verify",
-    "replies": "server", "requests": "generation options", "results": "verify", "rope": "rotary",
+    "replies": "server",
+    "requests": "generation options streams::test_what_chunks_hold streams::test_scores "
+                "scheduler::test_what_prompts_share_is_read_once",
+    "results": "verify", "rope": "rotary",
     "rounding": "quantization",
     "runtime": "runtime cores packages::test_a_processor_that_torch_does_not_describe packages::test_cache_folder "
                "packages::test_environment_of_the_compiler packages::test_inductors_folder_is_as_safe "

@@ -149,11 +149,13 @@ def refusing(folder: str, tokenizer_path: str, case: str) -> Any:
         elif case == "the model's own call":
             llama.model(torch.tensor([[1, 5]]), 0)
         elif case == "its weights":
-            llama.model.norm.weight.data *= 2
+            weight = llama.model.norm.weight.data
+            kept = weight[0].clone()
+            weight[0] = torch.nextafter(kept, kept + 1)
             try:
                 llama.generate([[1, 5]], 4)
             finally:
-                llama.model.norm.weight.data /= 2
+                weight[0] = kept
 
     def after_a_mistake() -> Any:
         try:
