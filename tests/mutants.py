@@ -40,7 +40,8 @@ SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 # file::test.
 TESTS = {
     "agreement": "generation", "app": "server", "archive": "files checkpoint", "as_built": "own_parts",
-    "bodies": "server", "cache_use": "own_parts threads::test_called_in_the_middle_of_a_step threads::test_two_over_one_model "
+    "bodies": "server",
+    "cache_use": "own_parts threads::test_called_in_the_middle_of_a_step threads::test_two_over_one_model "
                  "threads::test_a_fork_while_another_thread_steps threads::test_the_model_called_past_a_stream "
                  "emulated_cuda::test_every_device_and_thread",
     "calls": "scheduler threads", "chat_template": "chat_formats",
