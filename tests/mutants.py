@@ -85,7 +85,9 @@ TESTS = {
     "metas_way": "own_parts forcing::test_a_seeds_text threads::test_streams_of_a_model_with_hooks",
     "metrics": "server",
     "model": "model own_parts golden rotary::test_logits_are_those_of_transformers cpu_attention "
-             "files::test_attention_shows_every_nan compiled::test_fused_projections",
+             "files::test_attention_shows_every_nan compiled::test_fused_projections "
+             "rotary::test_greedy_ids_are_those_of_transformers rotary::test_a_table_of_somebodys_own "
+             "rotary::test_shapes_that_no_scaling_fits emulated_cuda::test_scenarios_of_kernels",
     "openmp": "threads", "own_kernels": "one_digit cpu_attention",
     "pace": "scheduler",
     "parallel": "collectives model checkpoint", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
