@@ -48,7 +48,8 @@ TESTS = {
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens "
                   "quantization::test_what_is_refused",
     "checks": "options sampling", "checksums": "verify", "checkup": "verify", "child": "verify",
-    "children": "followers", "choosing": "scheduler streams sampling emulated_cuda", "cli": "terminal",
+    "children": "followers", "cli": "terminal",
+    "choosing": "scheduler streams sampling emulated_cuda forcing::test_a_form_that_fails_fails_alone",
     "client": "remote",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out "
@@ -110,6 +111,7 @@ TESTS = {
     "serving": "server", "settings": "sampling options", "shared_memory": "shared_memory", "spread": "verify",
     "staging": "loading", "stepper": "server", "texts": "verify", "tiles": "quantization one_digit",
     "tokenizer": "tokenizer added_tokens", "tokenizer_files": "added_tokens tokenizer_json",
+    "tokenizer_json": "tokenizer_json convert::test_the_tokenizer_is_the_same_in_transformers",
     "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert gguf",
 }  # fmt: skip
 # Sizes of what is read, multiplied or measured at a time; what was measured of others' memory; and limits far above

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -191,6 +192,10 @@ def start_of_size(*sizes: int) -> str:
 def test_processes_of_different_parts(pool: Pool) -> None:
     (message,) = set(pool.run(start_of_size, 4, 4, 2, 4))
     assert message == "model_parallel_size is 4 on process 0, but 2 on process 2; they must agree"
+    (message,) = set(pool.run(start_of_size, 4, 4, 3, 4))
+    assert re.fullmatch(r"model_parallel_size=3 does not fit 4 processes; .* out \(on process 2\)", message)
+    (message,) = set(pool.run(start_of_size, 3, 3, 3, 3))
+    assert message.endswith("or leave model_parallel_size out")
 
 
 def time_limits() -> list[float]:
