@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
@@ -476,8 +475,15 @@ def test_one_row_in_bfloat16_is_multiplied_without_onednn(
     monkeypatch.setattr(engine, "AMX", amx)
     llama = Llama.build(str(tiny), tokenizer_path, 64, 2, device="cpu", dtype=dtype, compile=False)
     used: list[None] = []
-    monkeypatch.setattr(engine, "without_onednn", callback := contextlib.ExitStack())
-    monkeypatch.setattr(contextlib.ExitStack, "__enter__", lambda stack: used.append(None) or callback)
+
+    class Watched:
+        def __enter__(self) -> None:
+            used.append(None)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(engine, "without_onednn", Watched())
     llama.generate([[1, 5 + i] for i in range(rows)], 3, 0)
     assert bool(used) == without
 
