@@ -66,7 +66,8 @@ TESTS = {
               "emulated_cuda::test_a_step_waits_for_nothing_but_its_ids memory::test_running_out_later_is_explained "
               "generation::test_logits_that_are_not_finite own_parts::test_what_is_remembered_goes_with_the_weights "
               "own_parts::test_a_model_is_fast_again cpu_step::test_no_graph_is_made_where_it_would_not_run "
-              "files::test_files_that_are_written_to_under_a_model",
+              "files::test_files_that_are_written_to_under_a_model "
+              "cpu_step::test_weights_that_were_replaced_and_forms_that_are_unknown",
     "evaluate": "evaluation", "faults": "verify", "fetching": "hub", "files": "files server::test_what_is_refused",
     "fingerprint": "peers", "folders": "arguments",
     "generation": "generation golden options streams infilling own_parts::test_overrides_that_metas_code_calls",
