@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,6 +200,27 @@ def test_a_timed_run_is_greedy_and_passes_eos(tiny: Path, tokenizer_path: str) -
     assert first > 0
     assert step is not None
     assert bench.timed_run(llama, rows, 1)[1:] == (None, expected[0][:1])
+
+
+def test_the_times_of_a_run(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the first ids of all rows, and from there to the last ones, by the steps between."""
+    llama = Llama.build(str(tiny), tokenizer_path, 64, 3, device="cpu")
+    clock = iter([1.0, 3.0, 4.0, 8.0])
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert bench.timed_run(llama, bench.make_prompts(3, 7, 400), 3)[:2] == (2.0, 2.5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 400])
+def test_prompts_for_any_vocabulary(size: int) -> None:
+    """BOS, and then ids that vary, also from row to row, and have no other meaning."""
+    rows = bench.make_prompts(3, 50, size)
+    assert [len(row) for row in rows] == [50] * 3
+    assert {i for row in rows for i in row} <= set(range(size))
+    assert {row[0] for row in rows} == {min(1, size - 1)}
+    if size > 4:
+        assert min(i for row in rows for i in row[1:]) >= 3
+        assert len({tuple(row) for row in rows}) == 3
+        assert all(len(set(row)) > 40 for row in rows)
 
 
 def test_rates_count_what_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:

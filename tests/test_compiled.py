@@ -211,6 +211,54 @@ def test_ways_of_a_step(
     assert asked == expected_calls * (backend is not None)
 
 
+def test_what_inductor_has_compiled_it_compiles_again(
+    tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where what it made is kept: without being asked, unless it is asked not to."""
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+
+    def kinds(compile: Optional[bool]) -> list[str]:
+        graph = Llama.build(str(tiny), tokenizer_path, COLUMNS, 1, device="emulated", compile=compile)._engine.graph
+        return [] if graph is None else [way.kind for way in graph._ways]
+
+    with emulated():
+        assert kinds(None) == ["recorded", "plain"]
+        llama = Llama.build(str(tiny), tokenizer_path, COLUMNS, 1, device="emulated", compile=True)
+        llama.generate(PROMPTS[:1], 3, 0)
+        assert kinds(None) == ["compiled", "recorded", "plain"]
+        assert kinds(False) == []
+
+
+@pytest.mark.parametrize(("columns", "recorded"), [(3, False), (4, True)])
+def test_a_cache_of_few_columns_is_not_recorded(
+    columns: int, recorded: bool, tiny: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with emulated():
+        for how in ({}, {"batch_invariant": True, "dtype": "bfloat16"}):
+            llama = Llama.build(str(tiny), tokenizer_path, columns, 1, device="emulated", **how)  # type: ignore[arg-type]
+            assert (llama._engine.graph is not None) == recorded
+        assert "The decode step" not in capsys.readouterr().out
+        if not recorded:
+            Llama.build(str(tiny), tokenizer_path, columns, 1, device="emulated", compile=True)
+            assert "is not compiled: there is no form for emulated:0 and max_seq_len=3" in capsys.readouterr().out
+
+
+def test_which_replays_are_compared(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the plain step: the first three, and the first with each length of the span in bits."""
+    plain, spans = compiled.Recorded._plain, list[int]()
+
+    def watched(self: compiled.Recorded, recording: Any, rows: int) -> Any:
+        spans.append(int(recording.positions[0]) + 1)
+        return plain(self, recording, rows)
+
+    monkeypatch.setattr(compiled.Recorded, "_plain", watched)
+    with emulated():
+        llama = Llama.build(str(tiny), tokenizer_path, COLUMNS, 1, device="emulated")
+        llama.tokenizer.eos_id = -1
+        llama.generate([[1, 5, 6, 7]], 40, 0)
+    assert spans == [5, 6, 7, 8, 16, 32]
+
+
 def test_one_graph_for_each_number_of_rows(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fullgraph=True means no breaks; and no span, position, slot or ragged batch makes it compile again."""
     monkeypatch.setattr(compiled, "LEAST_COLUMNS", 16)

@@ -151,6 +151,16 @@ def test_drafts_and_chats_in_16_bits(tiny: Path, tokenizer_path: str) -> None:
     assert on.cached[0] > 30
 
 
+def test_embeddings(tiny: Path, tokenizer_path: str) -> None:
+    """After any number of blocks, none too."""
+    ours, plain = (
+        build(tiny, tokenizer_path, 2, "float32"),
+        Llama.build(str(tiny), tokenizer_path, 128, 2, device="cpu"),
+    )
+    for layer in (0, 1, 2, -1):
+        torch.testing.assert_close(ours.embed(["the dog"], layer=layer), plain.embed(["the dog"], layer=layer))
+
+
 def test_what_cannot_be_kept_is_refused(tiny: Path, tokenizer_path: str) -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         Llama.build(str(tiny), tokenizer_path, 64, 1, device="cpu", compile=True, batch_invariant=True)

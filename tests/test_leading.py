@@ -116,6 +116,30 @@ class Unsendable(events.OnlyEven):
         raise TypeError("it has a lock")
 
 
+class Failing(events.OnlyEven):
+    def accept(self, token: int) -> None:
+        raise KeyError("my own mistake")
+
+
+def told_of(folder: str, tokenizer_path: str, parallel: int) -> Any:
+    llama = build(folder, tokenizer_path, parallel)
+
+    def work() -> Any:
+        assert llama._leader is not None
+        try:
+            return list(Call(llama._leader, [Request([1, 5], 4, grammar=Failing())], Source(1)))
+        except Exception as error:
+            return type(error), str(error)
+
+    return llama.lead(work)
+
+
+def test_an_error_of_a_grammar(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    """It is the caller's own if the first process has the whole model; what comes from another copy can be sent."""
+    for parallel, kind in ((4, KeyError), (2, RuntimeError)):
+        assert pool.run(told_of, str(tiny), tokenizer_path, parallel)[0] == (kind, "'my own mistake'")
+
+
 NOT_TAKEN_BACK = ("hook", "hook later", "hook, then a vector", "another model")
 
 
@@ -149,11 +173,13 @@ def refusing(folder: str, tokenizer_path: str, case: str) -> Any:
         elif case == "the model's own call":
             llama.model(torch.tensor([[1, 5]]), 0)
         elif case == "its weights":
-            llama.model.norm.weight.data *= 2
+            weight = llama.model.norm.weight.data
+            kept = weight[0].clone()
+            weight[0] = torch.nextafter(kept, kept + 1)
             try:
                 llama.generate([[1, 5]], 4)
             finally:
-                llama.model.norm.weight.data /= 2
+                weight[0] = kept
 
     def after_a_mistake() -> Any:
         try:

@@ -82,6 +82,17 @@ def test_the_temporary_is_what_a_prefill_takes(dtype: str) -> None:
     assert 0.6 * taken < estimated < 1.7 * taken
 
 
+@pytest.mark.parametrize(
+    ("dtype", "processes", "each"),
+    [(torch.bfloat16, 1, 2 * 48 + 96), (torch.float32, 1, 4 * (32 + 60)), (torch.bfloat16, 2, 2 * (24 + 8 + 8) + 48)],
+)
+def test_the_temporary_by_hand(dtype: torch.dtype, processes: int, each: int) -> None:
+    """Of one token: the stream, its norm and a sum (3 x 8), q and the result (2 x 8), k and v (2 x 4), and q in
+    float32, turned (3 x 8); or, where that is more, four streams and three times the feed-forward's width."""
+    args = ModelArgs(8, 1, 2, 1, 400, max_batch_size=2, max_seq_len=3, ffn_dim=20)
+    assert memory.estimate(Placement(args, dtype, processes)).temporary == 2 * 3 * each
+
+
 def write(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

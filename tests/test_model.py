@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PARAMS, random_weights
 
+import llama.model
 from llama import ModelArgs, Transformer
 from llama.model import (
     RMSNorm,
@@ -160,16 +161,22 @@ def test_rotary_by_hand() -> None:
         reshape_for_broadcast(freqs_cis, torch.zeros(1, 3, 1, 2))
 
 
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_attend_equals_the_naive_form(queries: int) -> None:
+def test_attend_equals_the_naive_form(queries: int, masked: bool, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the form of processors that multiply tiles."""
+    monkeypatch.setattr(llama.model, "AMX", amx)
     q, k, v = torch.randn(2, queries, 8, 16), torch.randn(2, 12, 4, 16), torch.randn(2, 12, 4, 16)
     mask = torch.rand(2, queries, 12) < 0.7
     mask[..., 0] = True
+    mask |= torch.tensor(not masked)
     keys, values = repeat_kv(k, 2), repeat_kv(v, 2)
     scores = torch.einsum("bshd,bthd->bhst", q, keys) / 4
     weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
     expected = torch.einsum("bhst,bthd->bshd", weights, values).flatten(2)
-    torch.testing.assert_close(attend(q, k, v, mask, causal=False), expected, atol=1e-5, rtol=1e-5)
+    found = attend(q, k, v, mask if masked else None, causal=False)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_repeat_kv_repeats_each_head_in_a_row() -> None:
@@ -222,6 +229,10 @@ def test_gradients_flow_on_one_process() -> None:
 
 
 def test_prints_as_metas_does() -> None:
+    assert repr(ModelArgs()) == (
+        "ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=None, vocab_size=-1, multiple_of=256, "
+        "ffn_dim_multiplier=None, norm_eps=1e-05, max_batch_size=32, max_seq_len=2048)"
+    )
     args = ModelArgs(vocab_size=32000, norm_eps=1e-6, max_batch_size=4, max_seq_len=128)
     assert repr(args) == (
         "ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=None, vocab_size=32000, multiple_of=256, "
@@ -277,6 +288,9 @@ def test_models_of_metas_release_run_on_these_counts() -> None:
     ("change", "message"),
     [
         ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"n_heads": 64, "n_kv_heads": 64}, "an even head size, not 1"),
+        ({"head_dim": 7}, "an even head size, not 7"),
         ({"n_heads": 7}, r"dim \(64\) must be n_heads \(7\)"),
         ({"n_kv_heads": 3}, r"n_heads \(8\) must be a multiple of n_kv_heads \(3\)"),
     ],

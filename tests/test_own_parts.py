@@ -338,10 +338,10 @@ def test_overrides_that_metas_code_calls(whole: Llama, monkeypatch: pytest.Monke
     assert Mine.calls == 4 + 2  # the longer prompt is read in two steps more
 
     class Logging(Llama):
-        calls: list[set[str]] = []  # noqa: RUF012
+        calls: list[dict[str, Any]] = []  # noqa: RUF012
 
         def generate(self, *args: Any, **options: Any) -> Any:
-            self.calls.append(set(options))
+            self.calls.append(options)
             return super().generate(*args, **options)
 
     logging = Logging(whole.model, whole.tokenizer)
@@ -352,6 +352,9 @@ def test_overrides_that_metas_code_calls(whole: Llama, monkeypatch: pytest.Monke
     assert logging.chat_completion(dialogs, 0, 1, 5) == whole.chat_completion(dialogs, 0, 1, 5)
     assert "echo" in Logging.calls[0]
     assert "echo" not in Logging.calls[1]
+    (ours,), (theirs,) = (model.text_completion(["a dog"], 0) for model in (logging, whole))
+    assert ours["generation"] == theirs["generation"]
+    assert Logging.calls[-1]["max_gen_len"] == whole.model.params.max_seq_len - 1
     with pytest.raises(ValueError, match="generate was replaced by another one, which takes no stop"):
         logging.text_completion(["a"], stop=["b"])
     with pytest.raises(ValueError, match="streams do not go through it"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -191,6 +192,10 @@ def start_of_size(*sizes: int) -> str:
 def test_processes_of_different_parts(pool: Pool) -> None:
     (message,) = set(pool.run(start_of_size, 4, 4, 2, 4))
     assert message == "model_parallel_size is 4 on process 0, but 2 on process 2; they must agree"
+    (message,) = set(pool.run(start_of_size, 4, 4, 3, 4))
+    assert re.fullmatch(r"model_parallel_size=3 does not fit 4 processes; .* out \(on process 2\)", message)
+    (message,) = set(pool.run(start_of_size, 3, 3, 3, 3))
+    assert message.endswith("or leave model_parallel_size out")
 
 
 def time_limits() -> list[float]:
@@ -292,8 +297,14 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.choose_dtype(None, torch.float16, cpu) == torch.float16
     assert runtime.choose_dtype("float32", torch.bfloat16, cpu) == torch.float32
     assert runtime.choose_dtype(torch.float16, torch.bfloat16, cpu) == torch.float16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert runtime.choose_dtype(None, torch.bfloat16, torch.device("cuda")) == torch.float16
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, told=capability: told)
+        assert runtime.choose_dtype(None, torch.bfloat16, torch.device("cuda")) == dtype
+    mps, ones = torch.device("mps"), torch.ones
+    for able, dtype in ((False, torch.float16), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch, "ones", lambda n, device, able=able, **how: ones(n, device="cpu" if able else 3.5))
+        assert runtime.choose_dtype(None, torch.bfloat16, mps) == dtype
+    monkeypatch.undo()
     for name, dtype in (
         ("bf16", torch.bfloat16),
         ("half", torch.float16),
@@ -306,6 +317,18 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
             ValueError, match=r"is not supported; use 'float32', 'bfloat16', 'float16' \(or bf16, fp16, fp32\), or None"
         ):
             runtime.choose_dtype(wrong, torch.bfloat16, cpu)  # type: ignore[arg-type]
+
+
+def test_the_compiler_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("CXX", raising=False)
+    for there, found in ((("clang++", "c++"), "c++"), (("clang++",), "clang++"), ((), None)):
+        monkeypatch.setattr(runtime.shutil, "which", lambda name, there=there: name if name in there else None)
+        assert runtime.cpp_compiler() == found
+    monkeypatch.setenv("CXX", "icpx")
+    assert runtime.cpp_compiler() == "icpx"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert runtime.cpp_compiler() is None
 
 
 def what_is_set(tiny: str, tokenizer_path: str) -> tuple[int, bool, int]:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import events
@@ -22,10 +23,12 @@ from hypothesis import strategies as st
 from workers import Pool
 
 from llama import Llama
+from llama.decoding import scheduler
 from llama.decoding.calls import Call, Source
 from llama.decoding.held import Held, common_prefix
 from llama.decoding.pace import FIRST, LEAST, MOST, Pace
 from llama.decoding.requests import Request, Step
+from llama.decoding.rows import Decision
 from llama.decoding.sampling import Sampling
 
 LONG = [1, *range(20, 100)]
@@ -88,6 +91,7 @@ def test_threads_share_the_steps(llama: Llama, alone: events.Alone) -> None:
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(answer, requests)) == expected
     assert max(most) > 1
+    assert not llama._scheduler._waiters
 
 
 def test_a_stream_that_nobody_reads_goes_on_beside_others(llama: Llama) -> None:
@@ -129,6 +133,27 @@ def test_first_come_first_served(llama: Llama) -> None:
     for thread in threads:
         thread.join(60)
     assert order == ["drawing", "last"]
+
+
+def test_a_call_that_draws_leaves_what_it_does_not_need(llama: Llama) -> None:
+    """It has two slots until its last request has come; another call that waits takes a third."""
+    requests = [Request([1, 30 + i], 9, Sampling(0.8)) for i in range(6)]
+    drawing = iter(Call(llama._scheduler, requests, Source(2)))
+    next(drawing)
+    assert len(ids(Call(llama._scheduler, [Request([1, 5], 3)], Source(1)))) == 3
+    assert len(ids(drawing)) > 40
+
+
+def test_the_id_0_is_like_any_other(llama: Llama) -> None:
+    """It is counted, scored, and shared."""
+    bias = {"logit_bias": {0: 1000.0, 3: 900.0}, "frequency_penalty": 500.0}
+    steps = list(llama.steps([LONG], 0, max_gen_len=4, logprobs=True, draft=False, **bias))
+    assert [step.token for step in steps] == [0, 3, 0, 3]
+    expected = torch.log_softmax(llama.model(torch.tensor([LONG]), 0)[0, -1], -1)[0].item()
+    assert steps[0].logprob == pytest.approx(expected, abs=1e-4)
+    llama.forget()
+    list(llama.steps([LONG], 0, max_gen_len=1, logit_bias={0: 1000.0}))
+    assert cached(llama.steps([[*LONG, 7]], 0, max_gen_len=1)) == [len(LONG)]
 
 
 # Prefixes
@@ -196,6 +221,15 @@ def test_the_slot_that_was_used_longest_ago_is_given_up(llama: Llama, passes: li
     assert cached(llama.steps([prompts[1]], 0, max_gen_len=1)) == [0]
 
 
+@pytest.mark.parametrize(("shared", "kept"), [(40, 82), (41, 41)])
+def test_a_long_prefix_is_kept_beside_one_that_shares_less_than_half(shared: int, kept: int, llama: Llama) -> None:
+    """Else the new prompt takes its place."""
+    llama.forget()
+    llama.generate([[*LONG, 7]], 1, 0)
+    assert cached(llama.steps([[*LONG[:shared], 300]], 0, max_gen_len=1)) == [shared]
+    assert cached(llama.steps([[*LONG, 7, 8]], 0, max_gen_len=1)) == [kept]
+
+
 @given(a=st.lists(st.integers(0, 2)), b=st.lists(st.integers(0, 2)))
 def test_common_prefix(a: list[int], b: list[int]) -> None:
     assert common_prefix(a, b) == sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
@@ -242,6 +276,35 @@ def test_long_prompts_are_read_between_the_steps_of_streams(
     assert [width for _, width in passes if width > 2] == [16, 16, 16, 16, 17]
     llama.forget()
     assert tokens == ids(llama.steps([LONG], 0, max_gen_len=4))
+
+
+@pytest.mark.parametrize(("streams", "calls"), [(True, 1), (False, 2)])
+def test_prompts_that_nobody_elses_stream_waits_for_are_read_whole(
+    streams: bool, calls: int, llama: Llama, passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "piece", 16)
+    requests = [*(Request([1, 300 + i], 3 + 3 * i) for i in range(4)), Request(LONG, 2)]
+    first = iter(Call(llama._scheduler, requests[:4] if calls == 2 else requests, Source(4), streams=streams))
+    next(first)
+    if calls == 2:
+        ids(Call(llama._scheduler, requests[4:], Source(1)))
+    ids(first)
+    assert passes[-1] == (1, len(LONG))
+
+
+def test_the_pace_is_told_what_each_step_did(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many ids of prompts it read, how many rows it ran, and its time; nothing of a pass over guesses."""
+    llama.forget()
+    told: list[tuple[int, int, float]] = []
+    monkeypatch.setattr(llama._scheduler.pace, "saw", lambda *what: told.append(what))
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=itertools.count(5).__next__))
+    list(llama.steps([LONG, [1, 5]], 0, max_gen_len=3, draft=False))
+    assert told == [(2 * len(LONG), 2, 1), (0, 2, 1), (0, 2, 1)]
+    told.clear()
+    verifier = llama._scheduler.verifier
+    monkeypatch.setattr(verifier, "decide", lambda rows: [[Decision(7), Decision(8)] for _ in rows])
+    assert ids(llama.steps([[1, 5, 6]], 0, max_gen_len=5))[1:] == [7, 8, 7, 8]
+    assert told == [(3, 1, 1)]
 
 
 def settled(pace: Pace, seconds: Callable[[int], float]) -> int:
@@ -337,14 +400,17 @@ def test_a_prompt_that_fails_fails_alone(llama: Llama, monkeypatch: pytest.Monke
 def test_weights_that_change_under_a_stream(tiny: Path, tokenizer_path: str) -> None:
     """What they made is read anew with the next call: the rows that run too."""
     llama = Llama.build(str(tiny), tokenizer_path, 128, 4, device="cpu")
-    stream = iter(llama.steps([LONG], 0, max_gen_len=12))
+    call = llama.steps([LONG], 0, max_gen_len=12, logprobs=True)
+    stream = iter(call)
     tokens = [next(stream).token for _ in range(4)]
     llama.model.layers[1].attention.wv.weight.data.mul_(1.5)
     llama.generate([[1, 5]], 1, 0)
-    rest = ids(stream)
+    rest = [(step.token, step.logprob) for step in stream]
+    assert call.cached == [0]
     llama.forget()
     known = [token for token in tokens[:4] if token is not None]
-    assert rest == ids(llama.steps([[*LONG, *known]], 0, max_gen_len=8))
+    for (token, logprob), step in zip(rest, llama.steps([[*LONG, *known]], 0, max_gen_len=8, logprobs=True)):
+        assert (token, logprob) == (step.token, pytest.approx(step.logprob, abs=1e-5))
 
 
 def test_seeding_a_generator_under_a_queued_step(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ pytest.importorskip("uvicorn")
 import fuzz_server  # noqa: E402
 from serving import Served, served  # noqa: E402
 
+from llama.options import Prompts  # noqa: E402
 from llama.server import bodies  # noqa: E402
 from llama.server.serving import LOCAL_NAMES  # noqa: E402
 
@@ -74,6 +75,7 @@ def test_chat(client: Any, llama: Llama) -> None:
         )
     )
     *pieces, last = events
+    assert {event.usage for event in pieces} == {None}
     assert "".join(event.choices[0].delta.content or "" for event in pieces) == ours["generation"]["content"]
     assert [event.choices[0].delta.role for event in pieces] == ["assistant", *[None] * (len(pieces) - 1)]
     assert [event.choices[0].finish_reason for event in pieces] == [*[None] * (len(pieces) - 1), ours["finish_reason"]]
@@ -159,6 +161,18 @@ def test_logprobs_of_a_completion(client: Any, llama: Llama) -> None:
         model="demo", prompt=STORY, max_tokens=9, temperature=0, logprobs=0, stop="little"
     )
     assert "".join(stopped.choices[0].logprobs.tokens) == stopped.choices[0].text == ", there was a "
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_pieces_of_a_completion_are_together_the_whole(echo: bool, client: Any) -> None:
+    given = {"model": "demo", "prompt": STORY, "max_tokens": 9, "temperature": 0, "logprobs": 2, "echo": echo}
+    whole = client.completions.create(**given).choices[0]
+    pieces = [event.choices[0] for event in client.completions.create(**given, stream=True)]
+    assert len(pieces) > 5
+    assert "".join(piece.text for piece in pieces) == whole.text
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        found = [value for piece in pieces for value in getattr(piece.logprobs, name)]
+        assert found == getattr(whole.logprobs, name)
 
 
 def test_logprobs_of_a_chat(client: Any) -> None:
@@ -284,6 +298,45 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("/chat/completions", {}, 404, "no address '/chat/completions' here (did you mean /v1/chat/completions?)"),
     ("/v1/models", {}, 405, "'/v1/models' is not there for POST; use GET or HEAD"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("good", "wrong"),
+    [
+        ({"n": 1}, {"n": 0}), ({"n": 128}, {"n": 129}), ({"stop": ["a"] * 16}, {"stop": ["a"] * 17}),
+        ({"logprobs": 0}, {"logprobs": -1}), ({"logprobs": 20}, {"logprobs": 21}),
+        ({"prompt": ["a"] * 2048}, {"prompt": ["a"] * 2049}), ({"prompt": [[5], "a"]}, {"prompt": [[5], 5]}),
+        ({"n": 2, "best_of": 2}, {"n": 2, "best_of": 1}), ({"tools": []}, {"tools": [{}]}),
+        ({"modalities": ["text"], "user": "me", "suffix": None}, {"modalities": ["audio"]}),
+        ({"stream": True, "stream_options": {"include_usage": False}}, {"stream": True, "stream_options": {"more": 1}}),
+    ],
+)  # fmt: skip
+def test_bodies_at_their_bounds(good: Any, wrong: Any, llama: Llama) -> None:
+    bodies.read_completion(llama, {"prompt": "a", **good})
+    with pytest.raises(bodies.Wrong):
+        bodies.read_completion(llama, {"prompt": "a", **wrong})
+
+
+def test_what_a_body_asks_for(llama: Llama) -> None:
+    def read(**body: Any) -> bodies.Request:
+        return bodies.read_completion(llama, {"prompt": ["a", "b"], "seed": 3, **body})
+
+    api = {"temperature": 1.0, "top_p": 1.0, "max_gen_len": 16, "logprobs": False, "seed": [3, 4]}
+    assert read().asked.options == api
+    assert read(top_k=-1).asked.options == api
+    assert read(n=2, seed=-1).asked.options == {**api, "n": 2, "seed": [2**62 - 1, 1]}
+    asked = read(logprobs=0, stop_token_ids=[7], logit_bias={"5": 1.5}, top_k=4, stream=True, return_token_ids=True)
+    assert asked.asked.options == {**api, "logprobs": True, "stop_ids": [7], "logit_bias": {5: 1.5}, "top_k": 4}
+    assert asked[1:] == (False, 1, True, False, True, 0, True)
+    assert read(logprobs=2).asked.options["logprobs"] == read(logprobs=2).alternatives == 2
+    long = [*range(5, 25)]
+    assert read(prompt=long).asked.prompts() == Prompts([long], [long[-8:]])  # for the space between two words
+    assert read(prompt=long, echo=True).asked.prompts() == Prompts([long])
+    chat = [{"messages": ASKED, name: 9} for name in ("max_tokens", "max_completion_tokens")]
+    for body in (*chat, {**chat[0], **chat[1]}):
+        asked = bodies.read_chat(llama, body)
+        assert (asked.asked.options["max_gen_len"], asked.chat, asked.scored, asked.usage) == (9, True, False, False)
+    assert bodies.read_chat(llama, {"messages": ASKED}).asked.options.get("max_gen_len") is None
 
 
 @pytest.mark.parametrize(("path", "body", "status", "words"), WRONG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from workers import Pool
 from llama import Llama, Tokenizer, completion
 from llama.chat import SPECIAL_TAGS, DialogError, encode_dialog
 from llama.completion import window_starts
+from llama.decoding import engine
 from llama.decoding.sampling import Sampling
 from llama.tokenizer import TextStream
 
@@ -435,6 +437,55 @@ def test_long_prompts_run_in_chunks(llama: Llama, monkeypatch: pytest.MonkeyPatc
     assert parts[0] == whole[0]
     for a, b in zip(parts[1] or [], whole[1] or [], strict=True):
         assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_the_switch_of_onednn() -> None:
+    """The last to leave turns it back to what it was; who keeps it in place waits until all have left."""
+    switch, is_on, seen = engine.WithoutOneDNN(), torch._C._get_mkldnn_enabled, list[Any]()
+
+    def keep() -> None:
+        with switch.kept_out():
+            seen.append(is_on())
+
+    waiting = threading.Thread(target=keep)
+    with switch:
+        with switch:
+            assert not is_on()
+        assert not is_on()
+        waiting.start()
+        waiting.join(0.1)
+        seen.append("left")
+    waiting.join(60)
+    assert seen == ["left", True]
+    torch._C._set_mkldnn_enabled(False)
+    with switch:
+        pass
+    assert not is_on()
+    torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amx", "rows", "without"),
+    [("bfloat16", False, 1, True), ("bfloat16", False, 2, False), ("bfloat16", True, 1, False),
+     ("float32", False, 1, False)],
+)  # fmt: skip
+def test_one_row_in_bfloat16_is_multiplied_without_onednn(
+    dtype: str, amx: bool, rows: int, without: bool, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "AMX", amx)
+    llama = Llama.build(str(tiny), tokenizer_path, 64, 2, device="cpu", dtype=dtype, compile=False)
+    used: list[None] = []
+
+    class Watched:
+        def __enter__(self) -> None:
+            used.append(None)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(engine, "without_onednn", Watched())
+    llama.generate([[1, 5 + i] for i in range(rows)], 3, 0)
+    assert bool(used) == without
 
 
 def test_many_prompts_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional, cast
 
 import pytest
 from conftest import ROOT, shared
@@ -21,7 +21,7 @@ from workers import Pool
 
 from llama import Llama
 from llama.chat import UNSAFE_ERROR
-from llama.commands import console, jobs, keyboard
+from llama.commands import console, conversation, jobs, keyboard
 from llama.commands.conversation import COMMANDS, Conversation
 
 
@@ -54,6 +54,37 @@ def test_replies_are_all_that_stdout_has(llama: Llama, capsys: pytest.CaptureFix
     used = sum(len(turn["ids"]) for turn in conversation.session.turns)
     assert f"context     {used} of 512 tokens ({used / 512:.0%}), 1 turn\n" in err
     assert all(f"\n{name}" in "\n" + err for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("parts", "told", "end"),
+    [
+        ([("", [5]), (" a", [6, 7]), ("b", [])], "3 tokens, 0.5 a second; the first after 2.000 s", None),
+        ([("ab", [5])], "1 tokens, 0.0 a second; the first after 2.000 s", "length"),
+        ([("ab", [5, 6])], "2 tokens, 0.2 a second; the first after 2.000 s", "context"),
+    ],
+)
+def test_the_speed_of_a_reply(
+    parts: list[tuple[str, list[int]]],
+    told: str,
+    end: Optional[str],
+    llama: Llama,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Counted from the first chunk on; and why it ended, if that was a limit."""
+    clock = iter((10.0, 12.0, 16.0))  # when it was asked for, had its first chunk, and ended
+    monkeypatch.setattr(conversation, "time", SimpleNamespace(perf_counter=clock.__next__))
+    talk = Conversation(llama.chat(max_gen_len=8))
+    chunks = [{"text": text, "tokens": ids, "finish_reason": None} for text, ids in parts]
+    chunks[-1]["finish_reason"] = end
+    talk.show(cast(Any, (chunk for chunk in chunks)))
+    talk.do_stats("")
+    out, err = capsys.readouterr()
+    assert out == "ab\n"
+    assert f"last reply  {told}\ncontext     0 of " in err
+    assert ("stopped at max_gen_len=8" in err) == (end == "length")
+    assert ("/drop forgets the oldest turn" in err) == (end == "context")
 
 
 def test_undo_retry_clear(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:

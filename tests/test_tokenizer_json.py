@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import TEXT
 
-from llama import Tokenizer
+from llama import Tokenizer, sentencepieces
 from llama.sentencepieces import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, sentencepiece_model
 from llama.tokenizer_files import open_tokenizer
 from llama.tokenizer_json import hf_tokenizer
@@ -49,6 +49,33 @@ def test_the_ways_to_read_spaces(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert plain.encode(" a", False, False) == tokenizer.encode("a", False, False)
     joined = sentencepiece_model(pieces_of(tokenizer), **IDS, remove_extra_whitespaces=True)
     assert opened(tmp_path / "b.model", joined).encode(" a  b ", False, False) == tokenizer.encode("a b", False, False)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_googles_library_reads_and_writes_the_same(flag: bool) -> None:
+    """Every field by its name; and other fields are passed over."""
+    google = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    marks = [(text, 0.0, NORMAL) for text in ("<none>", "<go>", "<stop>", "<fill>")]
+    more = [("x" * 200, -1.5, NORMAL), ("old", 0.0, UNUSED), *[("<0x41>", 2.0, BYTE)] * flag]
+    ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3 if flag else -1}
+    model = sentencepiece_model([*marks, *more], **ids, add_dummy_prefix=flag, remove_extra_whitespaces=not flag)
+    read = google.ModelProto.FromString(model)
+    kinds = [UNKNOWN, CONTROL, CONTROL, CONTROL if flag else NORMAL]
+    pieces = [*((text, score, kind) for (text, score, _), kind in zip(marks, kinds)), *more]
+    assert [(piece.piece, piece.score, piece.type) for piece in read.pieces] == pieces
+    trainer, normalizer = read.trainer_spec, read.normalizer_spec
+    assert (trainer.model_type, trainer.vocab_size, trainer.byte_fallback) == (trainer.BPE, len(pieces), flag)
+    assert {name: getattr(trainer, name) for name in ids} == ids
+    names = [getattr(trainer, name.replace("id", "piece")) for name in ids]
+    assert names == ["<none>", "<go>", "<stop>", "<fill>" if flag else ""]
+    told = (normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces)
+    assert told == ("identity", flag, not flag)
+    assert not google.ModelProto.FromString(sentencepieces.without_space(model)).normalizer_spec.add_dummy_prefix
+    read.pieces.add(piece="c")
+    read.pieces.add()
+    fixed = bytes([15 << 3 | 1, *bytes(8), 15 << 3 | 5, *bytes(4)])  # numbers of 64 and of 32 bits
+    pieces += [("c", 0.0, NORMAL), ("", 0.0, NORMAL)]
+    assert sentencepieces.pieces_of(fixed + read.SerializeToString()) == pieces
 
 
 def test_named_ids_become_control_pieces(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def _together(call: Call, rows: list[Row], engine: Engine, chooser: Chooser) -> 
                 after = logits[i, first - start :][: len(ids)]
                 row.scores.append(engine.scores(after, to_device(ids, device), row.request.alternatives))
         # Ended rows draw too: draws must not depend on them.
-        forced = [chooser.forced(row)[:1] for row in rows]
+        forced = [chooser.forced(row) for row in rows]
         chosen = chooser.choose(
             logits[:, -1], [chooser.forced_places(*each)[0] for each in zip(rows, forced)] if any(forced) else rows
         )

@@ -366,9 +366,8 @@ class Scheduler:
         """Take the rows out that have ended."""
         for slot, row in enumerate(self._slots):
             if row is not None and row.is_over:
-                # The last column may be overwritten by steps that are filled up.
                 kept = row.proven and not row.apart
-                self.held.set(slot, row.ids[: min(row.columns, self._limit - 1)] if kept else [])
+                self.held.set(slot, row.ids[: row.columns] if kept else [])
                 if not row.proven:
                     self.engine.clear(slot)
                 self._slots[slot] = None
