@@ -72,7 +72,7 @@ TESTS = {
     "pace": "scheduler",
     "parallel": "collectives model checkpoint", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
     "pipes": "terminal printable peers::test_streams_as_the_shell_leaves_them", "places": "gguf hub",
-    "proven": "kernels emulated_cuda",
+    "proven": "proven emulated_cuda",
     "quantization": "quantization emulated_cuda::test_launches", "quantized": "quantization", "repairs": "verify",
     "replies": "server", "requests": "generation options", "results": "verify", "rope": "rotary",
     "rounding": "quantization", "rows": "scheduler streams", "sampling": "sampling streams", "sandbox": "chat_formats",

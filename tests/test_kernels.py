@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from llama import model
-from llama.layers import kernels, proven
-from llama.layers.proven import is_near, vectors_are_near
+from llama.layers import kernels
 from llama.layers.rounding import pairs, row_maxima, to_int4, to_int8, unpair
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -370,13 +369,6 @@ def test_they_compile(tmp_path: Path) -> None:
         assert row["wide_loads"] or row["kernel"] == "_rotate_and_store"
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_cpu_runs_the_plain_forms(gated: bool) -> None:
-    x, weight = numbers(3, 16, dtype=torch.bfloat16), numbers(8, 16, dtype=torch.bfloat16, seed=1)
-    assert torch.equal(proven.product(x, weight, gated=gated), kernels.product(x, weight, gated=gated))
-    assert not proven.product.refused
-
-
 def test_under_inference_mode(form: Any) -> None:
     with torch.inference_mode():
         x, weight = numbers(1, 32, dtype=torch.bfloat16), numbers(4, 32, dtype=torch.bfloat16)
@@ -386,47 +378,3 @@ def test_under_inference_mode(form: Any) -> None:
             numbers(1, 48, dtype=torch.bfloat16), torch.ones(4, 8, 2), torch.tensor([0]), c, c.clone()
         )
         assert form.attend(q, c, c, torch.tensor([0])).shape == (1, 16)
-
-
-def test_what_is_near() -> None:
-    """A kernel's numbers one by one; a step's by vectors, of whose millions of numbers some lie far away."""
-    exact = numbers(64, 4096)
-    noise = numbers(64, 4096, seed=1) * 0.08
-    assert not is_near(exact + noise, exact, 0.1)
-    assert vectors_are_near(exact + noise, exact, 0.1)
-    for wrong in (exact.roll(1, 0), exact.clone().index_fill_(0, torch.tensor([5]), 0.0), exact * 1.3):
-        assert not vectors_are_near(wrong, exact, 0.1)
-    exact[3, 7] = NAN
-    assert vectors_are_near(exact, exact, 0.1)
-    assert not vectors_are_near(exact.nan_to_num(), exact, 0.1)
-    assert not vectors_are_near(exact.clone().index_fill_(0, torch.tensor([5]), INF), exact, 0.1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_number_may_be_four_steps_of_itself_and_four_of_the_spread_away(dtype: torch.dtype) -> None:
-    step = torch.finfo(dtype).eps
-    ones, bound = torch.ones(4096), proven.KERNEL_TOLERANCE[dtype]
-    assert is_near(ones + 8 * step, ones, bound)
-    assert not is_near(ones + 9 * step, ones, bound)
-
-
-@pytest.mark.parametrize("compare", [is_near, vectors_are_near])
-def test_what_is_infinite_or_large_is_near_to_its_like_alone(compare: Any) -> None:
-    """A bound of infinity once made every number near: from an infinite number, or from the square of a large one."""
-    for found, expected, near in (
-        (INF, INF, True), (-INF, INF, False), (5.0, INF, False), (INF, 5.0, False), (NAN, INF, False),
-        (INF, NAN, False),
-        (3e38, 3e38, True), (-3e38, 3e38, False), (5.0, 3e38, False), (3e38, 5.0, False),
-    ):  # fmt: skip
-        others = numbers(1, 8)
-        pair = (torch.cat((others, torch.tensor([[x]])), 1) for x in (found, expected))
-        assert compare(*pair, 0.1) == near, (found, expected)
-
-
-def test_kernels_are_compared_with_what_is_not_rounded() -> None:
-    """Attention in bfloat16 loses more by its plain form than by the kernel, which was refused for that on a GPU."""
-    q, k, v = numbers(2, 8, 64, dtype=torch.bfloat16), *(cache(2, 600, 8, 64, torch.bfloat16, seed) for seed in (1, 2))
-    places = torch.tensor([599, 300])
-    (exact,) = proven.attend.exact((q, k, v, places), {})
-    assert exact.dtype == torch.float32
-    torch.testing.assert_close(exact, kernels.attend(q.double(), k.double(), v.double(), places).float())
