@@ -43,7 +43,7 @@ TESTS = {
     "bodies": "server", "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens "
                   "quantization::test_what_is_refused",
-    "checks": "options sampling", "checksums": "verify", "checkup": "verify", "child": "verify",
+    "checks": "options sampling", "checksums": "verify", "checkup": "verify", "child": "itself",
     "children": "followers", "choosing": "scheduler streams sampling emulated_cuda", "cli": "terminal",
     "client": "remote",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
@@ -61,7 +61,7 @@ TESTS = {
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds",
     "info": "terminal convert memory::test_info_counts_each_process_itself "
             "adapter::test_folders_that_are_mixed_up",
-    "int4": "quantization", "int8": "quantization one_digit", "interrupts": "followers", "itself": "verify",
+    "int4": "quantization", "int8": "quantization one_digit", "interrupts": "followers", "itself": "itself verify",
     "jobs": "terminal", "keyboard": "terminal screen", "known": "verify", "launch": "runtime",
     "layers/invariant": "invariant", "leading": "leading followers", "lm_eval_model": "evaluation",
     "loading": "loading draft_model",
@@ -87,7 +87,7 @@ TESTS = {
 # result.
 SPEED = {
     "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPIED", "COPY_BYTES", "END_BYTES", "FORCED", "LOGITS_BYTES",
-    "MANY_QUERIES", "ONE", "PASS", "PIECE", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL", "SIDE",
+    "MANY_QUERIES", "ONE", "PASS", "PIECE", "PIECE_NUMBERS", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL", "SIDE",
     "STAGED_BYTES", "SUM_BYTES", "TOKENS", "TRIES", "UNPACKED",
 }  # fmt: skip
 OTHER: dict[type, type] = {
