@@ -43,7 +43,7 @@ TESTS = {
     "bodies": "server", "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens "
                   "quantization::test_what_is_refused",
-    "checks": "options sampling", "checksums": "verify", "checkup": "verify", "child": "itself",
+    "checks": "options sampling", "checksums": "checksums verify", "checkup": "verify", "child": "itself",
     "children": "followers", "choosing": "scheduler streams sampling emulated_cuda", "cli": "terminal",
     "client": "remote",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
@@ -78,7 +78,7 @@ TESTS = {
     "rounding": "quantization", "rows": "scheduler streams", "sampling": "sampling streams", "sandbox": "chat_formats",
     "saved": "session remote", "scheduler": "scheduler streams threads evaluation forcing emulated_cuda",
     "scoring": "evaluation", "sealed": "packages", "sentencepieces": "tokenizer_json", "serve": "server",
-    "serving": "server", "settings": "sampling options", "shared_memory": "shared_memory", "spread": "verify",
+    "serving": "server", "settings": "sampling options", "shared_memory": "shared_memory", "spread": "spread verify",
     "staging": "loading", "stepper": "server", "texts": "verify", "tiles": "quantization one_digit",
     "tokenizer": "tokenizer added_tokens", "tokenizer_files": "added_tokens tokenizer_json",
     "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert gguf",
@@ -87,8 +87,8 @@ TESTS = {
 # result.
 SPEED = {
     "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPIED", "COPY_BYTES", "END_BYTES", "FORCED", "LOGITS_BYTES",
-    "MANY_QUERIES", "ONE", "PASS", "PIECE", "PIECE_NUMBERS", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL", "SIDE",
-    "STAGED_BYTES", "SUM_BYTES", "TOKENS", "TRIES", "UNPACKED",
+    "MANY_QUERIES", "ONE", "PASS", "PIECE", "PIECE_NUMBERS", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL",
+    "SIDE", "STAGED_BYTES", "SUM_BYTES", "TOKENS", "TRIES", "UNPACKED",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
