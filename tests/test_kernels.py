@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,6 +367,50 @@ def test_they_compile(tmp_path: Path) -> None:
         assert row["spilled"] == 0
         assert row["I2F"] == 0
         assert row["wide_loads"] or row["kernel"] == "_rotate_and_store"
+
+
+@pytest.mark.parametrize(("capability", "may"), [((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_which_gpus_overlap_kernels(
+    capability: tuple[int, int], may: bool, interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Hopper on. The interpreter on a CPU has neither that nor multiprocessors, and takes those of an H200."""
+    device = torch.device("cpu")
+    assert (interpreted.processor_count(device), interpreted.overlaps(device)) == (132, False)
+    properties = SimpleNamespace(multi_processor_count=108)
+    for function in (interpreted.processor_count, interpreted.overlaps):
+        monkeypatch.setattr(interpreted, function.__name__, function.__wrapped__)
+    monkeypatch.setattr(interpreted, "device_kind", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert interpreted.processor_count(device) == 108
+    options = {"enable_fp_fusion": True, "num_warps": 2, "launch_pdl": may, "OVERLAP": may}
+    assert interpreted.launching(device, 2) == options
+
+
+def test_each_program_waits_and_lets_the_next_kernel_start(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each. Where kernels overlap, a program that did not wait would read what the one before has not written."""
+    waits, starts = [], []
+    monkeypatch.setattr(interpreted, "gdc_wait", lambda: waits.append(1))
+    monkeypatch.setattr(interpreted, "gdc_launch_dependents", lambda: starts.append(len(waits)))
+    monkeypatch.setattr(interpreted, "launching", lambda *_: {"OVERLAP": True})
+    x, long = numbers(1, 64, dtype=torch.float16), numbers(1, 1, 16, dtype=torch.float16)
+    keys = cache(1, 200, 1, 16, torch.float16)
+    n, *groups = to_int4(numbers(4, 64), 32)
+    for programs, run in (
+        (2, lambda: interpreted.add_norm(x.view(2, 32), None, x[0, :32], 1e-5)),
+        (3, lambda: interpreted.rotate_and_store(x[:, :48], torch.ones(4, 8, 2), torch.tensor([0]), keys, keys)),
+        (1, lambda: interpreted.attend(long, keys[:, :64], keys[:, :64], torch.tensor([9]), 1)),
+        (5, lambda: interpreted.attend(long, keys, keys, torch.tensor([199]), 1)),  # four parts, and what adds them up
+        (2, lambda: interpreted.silu_mul(x.view(2, 32))),
+        (1, lambda: interpreted.product(x, x.view(4, 16).repeat(1, 4))),
+        (9, lambda: interpreted.product(x.view(2, 32), numbers(2, 32, dtype=torch.float16))),  # eight, and so on
+        (1, lambda: interpreted.dequantize_int4(pairs(n), *groups, torch.float16)),
+    ):
+        waits.clear(), starts.clear()
+        run()
+        assert len(waits) == len(starts) == programs
 
 
 def test_under_inference_mode(form: Any) -> None:
