@@ -53,7 +53,8 @@ TESTS = {
     "convert": "convert gguf quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
     "cores": "cores", "cpp": "one_digit", "cpu_step": "cpu_step shared_step", "decoding/invariant": "invariant",
     "engine": "streams emulated_cuda::test_ids_are_fetched_behind_what_is_queued",
-    "evaluate": "evaluation", "faults": "repairs verify", "fetching": "hub", "files": "files server::test_what_is_refused",
+    "evaluate": "evaluation", "faults": "repairs verify", "fetching": "hub",
+    "files": "files server::test_what_is_refused",
     "fingerprint": "peers", "folders": "arguments",
     "generation": "generation golden", "gguf_header": "gguf", "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf",
     "gpu_step": "emulated_cuda",
@@ -62,7 +63,7 @@ TESTS = {
     "info": "terminal convert memory::test_info_counts_each_process_itself "
             "adapter::test_folders_that_are_mixed_up",
     "int4": "quantization", "int8": "quantization one_digit", "interrupts": "followers", "itself": "itself verify",
-    "jobs": "terminal", "keyboard": "terminal screen", "known": "verify", "launch": "runtime",
+    "jobs": "terminal", "keyboard": "terminal screen", "known": "known verify", "launch": "runtime",
     "layers/invariant": "invariant", "leading": "leading followers", "lm_eval_model": "evaluation",
     "loading": "loading draft_model",
     "markdown": "screen screen::test_signs screen::test_lines screen::test_what_may_still_grow "
@@ -73,7 +74,8 @@ TESTS = {
     "parallel": "collectives model checkpoint", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
     "pipes": "terminal printable peers::test_streams_as_the_shell_leaves_them", "places": "gguf hub",
     "proven": "proven emulated_cuda",
-    "quantization": "quantization emulated_cuda::test_launches", "quantized": "quantization", "repairs": "repairs verify",
+    "quantization": "quantization emulated_cuda::test_launches", "quantized": "quantization",
+    "repairs": "repairs verify",
     "replies": "server", "requests": "generation options", "results": "verify", "rope": "rotary",
     "rounding": "quantization", "rows": "scheduler streams", "sampling": "sampling streams", "sandbox": "chat_formats",
     "saved": "session remote", "scheduler": "scheduler streams threads evaluation forcing emulated_cuda",
