@@ -43,7 +43,7 @@ TESTS = {
     "bodies": "server", "cache_use": "own_parts", "calls": "scheduler threads", "chat_template": "chat_formats",
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens "
                   "quantization::test_what_is_refused",
-    "checks": "options sampling", "checksums": "checksums verify", "checkup": "verify", "child": "itself",
+    "checks": "options sampling", "checksums": "checksums verify", "checkup": "checkup verify", "child": "itself",
     "children": "followers", "choosing": "scheduler streams sampling emulated_cuda", "cli": "terminal",
     "client": "remote",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
