@@ -89,9 +89,8 @@ TESTS = {
 # result.
 SPEED = {
     "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "COPIED", "COPY_BYTES", "END_BYTES", "FORCED", "LOGITS_BYTES",
-    "MANY_QUERIES", "MOST", "ONE", "PASS", "PIECE", "PIECE_NUMBERS", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED", "SEVERAL",
-    "SIDE", "STAGED_BYTES", "SUM_BYTES", "TOKENS", "TRIES", "UNPACKED",
-    "WARPS",
+    "MANY_QUERIES", "MOST", "ONE", "PASS", "PIECE", "PIECE_NUMBERS", "PLAIN", "READ_BYTES", "REPEATS", "SAMPLED",
+    "SEVERAL", "SIDE", "STAGED_BYTES", "SUM_BYTES", "TOKENS", "TRIES", "UNPACKED", "WARPS",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
