@@ -413,6 +413,38 @@ def test_each_program_waits_and_lets_the_next_kernel_start(
         assert len(waits) == len(starts) == programs
 
 
+def all_results(made: ModuleType, dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
+    """Of every kernel, for shapes that fill no block."""
+    q, keys, values = numbers(2, 6, 48, dtype=dtype), cache(2, 130, 2, 48, dtype, 1), cache(2, 130, 2, 48, dtype, 2)
+    places, written = torch.tensor([129, 70]), [cache(2, 9, 2, 48, dtype, seed) for seed in (3, 4)]
+    found = [
+        *made.add_norm(x := numbers(3, 96, dtype=dtype), x, x[0], 1e-5),
+        made.rotate_and_store(numbers(2, 480, dtype=dtype), numbers(9, 24, 2), torch.tensor([8, 3]), *written),
+        *written, made.attend(q, keys, values, places, 1), made.attend(q, keys, values, places, 132),
+        made.silu_mul(numbers(3, 154, dtype=dtype)),
+    ]  # fmt: skip
+    int4 = to_int4(numbers(10, 96), 32)
+    int8 = to_int8(weight := numbers(10, 96), row_maxima(weight))
+    found.append(made.dequantize_int4(pairs(int4[0]), *int4[1:], dtype))
+    for x, gated in ((x[:1], True), (x, False)):
+        found.append(made.product(x, weight.to(dtype), gated))
+        found.append(made.product_int8(x, *int8, gated))
+        found.append(made.product_int4(x, pairs(int4[0]), *int4[1:], gated))
+    return found
+
+
+def test_programs_write_no_results_of_others(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they run in any order, here from the first to the last: also backwards it must come to the same."""
+    from triton.runtime import interpreter
+
+    builder, expected = interpreter.interpreter_builder, all_results(interpreted)
+    place = builder.set_grid_idx
+    backwards = lambda *at: place(*(n - 1 - i for n, i in zip(builder.grid_dim, at)))  # noqa: E731
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    for found, other in zip(all_results(interpreted), expected):
+        assert torch.equal(found, other)
+
+
 def test_under_inference_mode(form: Any) -> None:
     with torch.inference_mode():
         x, weight = numbers(1, 32, dtype=torch.bfloat16), numbers(4, 32, dtype=torch.bfloat16)
