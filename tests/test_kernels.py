@@ -426,7 +426,8 @@ def all_results(made: ModuleType, dtype: torch.dtype = torch.float16) -> list[to
     int4 = to_int4(numbers(10, 96), 32)
     int8 = to_int8(weight := numbers(10, 96), row_maxima(weight))
     found.append(made.dequantize_int4(pairs(int4[0]), *int4[1:], dtype))
-    for x, gated in ((x[:1], True), (x, False)):
+    for rows, gated in ((1, True), (3, False)):
+        x = numbers(rows, 96, dtype=dtype)
         found.append(made.product(x, weight.to(dtype), gated))
         found.append(made.product_int8(x, *int8, gated))
         found.append(made.product_int4(x, pairs(int4[0]), *int4[1:], gated))
