@@ -248,6 +248,7 @@ TENSORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "negative": (torch._neg_view, "negative or conjugate"),
     "expanded": (lambda t: t[:1].expand(64, 64), r"shape \(64, 64\) whose numbers overlap; save it with contiguous"),
     "overlapping": (lambda t: t.flatten().as_strided((64, 64), (1, 1)), "whose numbers overlap"),
+    "9 dimensions": (lambda t: t.view(*[1] * 7, 64, 64), "it has a tensor with an impossible shape"),
     "0 dimensions": (lambda t: torch.tensor(1.0), r"wq.weight has shape \[\] instead of \[64, 64\]"),
 }
 
@@ -335,6 +336,8 @@ INDEXES: dict[str, tuple[tuple[bytes, bytes], str, str]] = {
     "a part twice": ((b"X\x01\0\0\x003", b"X\x01\0\0\x002"), "", "3' belongs to no tensor"),
     "a part that is not there": ((b"", b""), "data/3", "names a part that is not there, '3'"),
     "a shape beyond the part": ((b"M\x90\x01K@\x86", b"M\x91\x01K@\x86"), "", r"shape \(401, 64\) in a part of 102400"),
+    "fewer steps than dimensions": ((b"K@K\x01\x86", b"K@\x85"), "", "it has a tensor with an impossible shape"),
+    "a negative step": ((b"K@K\x01\x86", b"K@J\xff\xff\xff\xff\x86"), "", "it has a tensor with an impossible shape"),
     "the other byte order": ((b"", b""), "byteorder", "'big' byte order"),
 }
 
