@@ -71,7 +71,7 @@ TESTS = {
     "masks": "constraints", "meta": "checkpoint files", "metas_way": "own_parts", "metrics": "server",
     "model": "model own_parts golden", "openmp": "threads", "own_kernels": "one_digit cpu_attention",
     "pace": "scheduler",
-    "parallel": "collectives model checkpoint", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
+    "parallel": "shared_memory collectives model checkpoint", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
     "pipes": "terminal printable peers::test_streams_as_the_shell_leaves_them", "places": "gguf hub",
     "proven": "proven emulated_cuda",
     "quantization": "quantization emulated_cuda::test_launches", "quantized": "quantization",
