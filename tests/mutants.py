@@ -47,10 +47,10 @@ TESTS = {
     "calls": "scheduler threads", "chat_template": "chat_formats",
     "checkpoint": "checkpoint loading::test_scales_that_no_rounding_makes added_tokens "
                   "quantization::test_what_is_refused",
-    "checks": "options sampling", "checksums": "verify", "checkup": "verify", "child": "verify",
-    "children": "followers", "cli": "terminal",
+    "checks": "options sampling", "checksums": "checksums verify", "checkup": "checkup verify", "child": "itself",
+    "children": "followers",
     "choosing": "scheduler streams sampling emulated_cuda forcing::test_a_form_that_fails_fails_alone",
-    "client": "remote",
+    "cli": "terminal", "client": "remote",
     "compiled": "compiled emulated_cuda::test_a_capture_that_fails_half_way "
                 "emulated_cuda::test_a_graph_that_reads_freed_memory_is_found_out "
                 "emulated_cuda::test_a_compared_step_leaves_what_the_replay_wrote "
@@ -58,8 +58,7 @@ TESTS = {
                 "emulated_cuda::test_a_model_that_is_let_go_leaves_its_memory emulated_cuda::test_launches "
                 "packages::test_a_package_is_of_all_that_it_depends_on packages::test_a_full_disk",
     "compiler": "packages compiled::test_packaged compiled::test_a_package_for_several_processes",
-    "completion": "streams options", "console": "terminal screen",
-    "conversation": "terminal screen",
+    "completion": "streams options", "console": "terminal screen", "conversation": "terminal screen",
     "convert": "convert gguf quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
     "cores": "cores", "cpp": "one_digit", "cpu_step": "cpu_step shared_step", "decoding/invariant": "invariant",
     "engine": "streams scheduler emulated_cuda::test_ids_are_fetched_behind_what_is_queued "
@@ -68,17 +67,15 @@ TESTS = {
               "own_parts::test_a_model_is_fast_again cpu_step::test_no_graph_is_made_where_it_would_not_run "
               "files::test_files_that_are_written_to_under_a_model "
               "cpu_step::test_weights_that_were_replaced_and_forms_that_are_unknown",
-    "evaluate": "evaluation", "faults": "verify", "fetching": "hub", "files": "files server::test_what_is_refused",
-    "fingerprint": "peers", "folders": "arguments",
+    "evaluate": "evaluation", "faults": "repairs verify", "fetching": "hub",
+    "files": "files server::test_what_is_refused", "fingerprint": "peers", "folders": "arguments",
     "generation": "generation golden options streams infilling own_parts::test_overrides_that_metas_code_calls",
-    "gguf_header": "gguf", "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf",
-    "gpu_step": "emulated_cuda",
+    "gguf_header": "gguf", "gguf_rope": "gguf rotary", "gguf_tokenizer": "gguf", "gpu_step": "emulated_cuda",
     "harness": "evaluation", "held": "scheduler", "help": "arguments",
     "huggingface": "huggingface files::test_numbers_of_a_model_at_their_bounds",
-    "info": "terminal convert memory::test_info_counts_each_process_itself "
-            "adapter::test_folders_that_are_mixed_up",
-    "int4": "quantization", "int8": "quantization one_digit", "interrupts": "followers", "itself": "verify",
-    "jobs": "terminal", "keyboard": "terminal screen", "known": "verify", "launch": "runtime",
+    "info": "terminal convert memory::test_info_counts_each_process_itself adapter::test_folders_that_are_mixed_up",
+    "int4": "quantization", "int8": "quantization one_digit", "interrupts": "followers", "itself": "itself verify",
+    "jobs": "terminal", "keyboard": "terminal screen", "known": "known verify", "launch": "runtime",
     "layers/invariant": "invariant", "leading": "leading followers", "lm_eval_model": "evaluation",
     "loading": "loading draft_model",
     "markdown": "screen screen::test_signs screen::test_lines screen::test_what_may_still_grow "
@@ -90,28 +87,25 @@ TESTS = {
              "files::test_attention_shows_every_nan compiled::test_fused_projections "
              "rotary::test_greedy_ids_are_those_of_transformers rotary::test_a_table_of_somebodys_own "
              "rotary::test_shapes_that_no_scaling_fits emulated_cuda::test_scenarios_of_kernels",
-    "openmp": "threads", "own_kernels": "one_digit cpu_attention",
-    "pace": "scheduler",
-    "parallel": "collectives model checkpoint", "patterns": "adapter", "peft": "adapter", "perplexity": "evaluation",
-    "pipes": "terminal printable peers::test_streams_as_the_shell_leaves_them", "places": "gguf hub",
-    "proven": "kernels emulated_cuda",
-    "quantization": "quantization emulated_cuda::test_launches", "quantized": "quantization", "repairs": "verify",
-    "replies": "server",
+    "openmp": "threads", "own_kernels": "one_digit cpu_attention", "pace": "scheduler",
+    "parallel": "shared_memory collectives model checkpoint", "patterns": "adapter", "peft": "adapter",
+    "perplexity": "evaluation", "pipes": "terminal printable peers::test_streams_as_the_shell_leaves_them",
+    "places": "gguf hub", "proven": "proven emulated_cuda", "quantization": "quantization emulated_cuda::test_launches",
+    "quantized": "quantization", "repairs": "repairs verify", "replies": "server",
     "requests": "generation options streams::test_what_chunks_hold streams::test_scores "
                 "scheduler::test_what_prompts_share_is_read_once",
-    "results": "verify", "rope": "rotary",
-    "rounding": "quantization",
+    "results": "verify", "rope": "rotary", "rounding": "quantization", "rows": "scheduler streams",
     "runtime": "runtime cores packages::test_a_processor_that_torch_does_not_describe packages::test_cache_folder "
                "packages::test_environment_of_the_compiler packages::test_inductors_folder_is_as_safe "
                "peers::test_groups_of_the_callers_own followers::test_nothing_else_changes "
                "emulated_cuda::test_ids_are_fetched_behind_what_is_queued "
                "memory::test_processes_of_one_machine_share_its_memory",
-    "rows": "scheduler streams", "sampling": "sampling streams", "sandbox": "chat_formats",
-    "saved": "session remote", "scheduler": "scheduler streams threads evaluation forcing emulated_cuda",
-    "scoring": "evaluation", "sealed": "packages", "sentencepieces": "tokenizer_json", "serve": "server",
-    "serving": "server", "settings": "sampling options", "shared_memory": "shared_memory", "spread": "verify",
-    "staging": "loading", "stepper": "server", "texts": "verify", "tiles": "quantization one_digit",
-    "tokenizer": "tokenizer added_tokens", "tokenizer_files": "added_tokens tokenizer_json",
+    "sampling": "sampling streams", "sandbox": "chat_formats", "saved": "session remote",
+    "scheduler": "scheduler streams threads evaluation forcing emulated_cuda", "scoring": "evaluation",
+    "sealed": "packages", "sentencepieces": "tokenizer_json", "serve": "server", "serving": "server",
+    "settings": "sampling options", "shared_memory": "shared_memory", "spread": "spread verify", "staging": "loading",
+    "stepper": "server", "texts": "verify", "tiles": "quantization one_digit", "tokenizer": "tokenizer added_tokens",
+    "tokenizer_files": "added_tokens tokenizer_json",
     "tokenizer_json": "tokenizer_json convert::test_the_tokenizer_is_the_same_in_transformers",
     "triton_kernels": "kernels", "verifying": "drafting draft_model", "writers": "convert gguf",
 }  # fmt: skip
@@ -120,10 +114,10 @@ TESTS = {
 SPEED = {
     "BLOCKS", "BLOCK_BYTES", "BLOCK_ROWS", "CHUNK", "CODE_BYTES", "COPIED", "COPY_BYTES", "END_BYTES", "FORCED",
     "JSON_BYTES", "KEPT", "KERNEL_BYTES", "LATE", "LEAST_COLUMNS", "LOGITS_BYTES", "LONGEST_REST", "MANY_QUERIES",
-    "MODEL_BYTES", "MOST_BYTES",
-    "MOST_CHARACTERS", "MOST_IDS", "MOST_LINE", "MOST_MEMORY", "MOST_STACK", "NCCL_BYTES", "ONE", "ON_GPU", "PASS",
-    "PERIOD", "PIECE", "PLAIN", "PROGRAMS", "READ_BYTES", "REPEATS", "RETRY", "SAMPLED", "SEVERAL", "SHORTEST_REST",
-    "SIDE", "STAGED_BYTES", "SUM_BYTES", "TOKENS", "TRIES", "UNPACKED", "WORKSPACE_BYTES", "WORTH",
+    "MODEL_BYTES", "MOST", "MOST_BYTES", "MOST_CHARACTERS", "MOST_IDS", "MOST_LINE", "MOST_MEMORY", "MOST_STACK",
+    "NCCL_BYTES", "ONE", "ON_GPU", "PASS", "PERIOD", "PIECE", "PIECE_NUMBERS", "PLAIN", "PROGRAMS", "READ_BYTES",
+    "REPEATS", "RETRY", "SAMPLED", "SEVERAL", "SHORTEST_REST", "SIDE", "STAGED_BYTES", "SUM_BYTES", "TOKENS",
+    "TRIES", "UNPACKED", "WARPS", "WORKSPACE_BYTES", "WORTH",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

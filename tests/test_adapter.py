@@ -327,7 +327,7 @@ def test_on_a_gpu(dtype: str, kind: Optional[str], bases: dict[str, Path], tmp_p
         ({"rank_pattern": {"(k_proj": 2}}, "is no regular expression"),
         ({"alpha_pattern": {"k_proj": None}}, "alpha_pattern: k_proj=None is not"),
         ({"alpha_pattern": [4]}, r"alpha_pattern=\[4\] is no table of numbers"),
-        ({"target_modules": [3]}, r"target_modules=\[3\] is no list of names"),
+        ({"target_modules": ["q_proj", 3]}, r"target_modules=\['q_proj', 3\] is no list of names"),
         ({"target_modules": ["k_proj"]}, "down_proj.lora_A.weight is unexpected"),
         ({"target_modules": None}, "q_proj has no lora_A"),  # PEFT's own choice for a Llama: q_proj and v_proj
         ({"target_modules": "all-linear"}, "gate_proj has no lora_A"),

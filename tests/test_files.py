@@ -28,7 +28,18 @@ from llama import Llama, model, rotary
 from llama.commands import jobs
 from llama.commands.console import given_text
 from llama.commands.convert import convert
-from llama.system.files import MappedFiles, Number, contents, listed, read_file, read_json, user_path
+from llama.system.files import (
+    MappedFiles,
+    Number,
+    contents,
+    is_there,
+    listed,
+    parse_json,
+    read_file,
+    read_json,
+    replace_file,
+    user_path,
+)
 from llama.weights import gguf, huggingface, meta, peft, rope
 
 NAN, INF = float("nan"), float("inf")
@@ -237,6 +248,7 @@ TENSORS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "negative": (torch._neg_view, "negative or conjugate"),
     "expanded": (lambda t: t[:1].expand(64, 64), r"shape \(64, 64\) whose numbers overlap; save it with contiguous"),
     "overlapping": (lambda t: t.flatten().as_strided((64, 64), (1, 1)), "whose numbers overlap"),
+    "9 dimensions": (lambda t: t.view(*[1] * 7, 64, 64), "it has a tensor with an impossible shape"),
     "0 dimensions": (lambda t: torch.tensor(1.0), r"wq.weight has shape \[\] instead of \[64, 64\]"),
 }
 
@@ -324,6 +336,8 @@ INDEXES: dict[str, tuple[tuple[bytes, bytes], str, str]] = {
     "a part twice": ((b"X\x01\0\0\x003", b"X\x01\0\0\x002"), "", "3' belongs to no tensor"),
     "a part that is not there": ((b"", b""), "data/3", "names a part that is not there, '3'"),
     "a shape beyond the part": ((b"M\x90\x01K@\x86", b"M\x91\x01K@\x86"), "", r"shape \(401, 64\) in a part of 102400"),
+    "fewer steps than dimensions": ((b"K@K\x01\x86", b"K@\x85"), "", "it has a tensor with an impossible shape"),
+    "a negative step": ((b"K@K\x01\x86", b"K@J\xff\xff\xff\xff\x86"), "", "it has a tensor with an impossible shape"),
     "the other byte order": ((b"", b""), "byteorder", "'big' byte order"),
 }
 
@@ -604,3 +618,110 @@ def test_an_empty_path_is_told() -> None:
     with pytest.raises(ValueError, match=r"the path is empty; write \. for the current folder"):
         user_path("")
     assert user_path(".") == user_path(Path(".")) == Path(".")
+
+
+def test_paths_in_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/here")
+    assert user_path("~/models") == Path("/here/models")
+    assert user_path(7) == Path("7")  # type: ignore[arg-type]  # as fire reads the name
+    with pytest.raises(ValueError, match="~nobody1/a begins with a home folder that does not exist"):
+        user_path("~nobody1/a")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"[" * 100_000, "it is nested too deep"),
+        (b'{"a": "\xff"}', "it is not UTF-8 at byte 7; save it as UTF-8"),
+        (b"[1, NaN]", "'NaN' is not a finite number"),
+        (b"[-Infinity]", "'-Infinity' is not a finite number"),
+        (b"[1e999]", "'1e999' is not a finite number"),
+        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' stands there twice"),
+    ],
+)
+def test_what_json_must_be(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_json(data)
+    assert parse_json(b'{"a": [1.5, null, -3]}') == {"a": [1.5, None, -3]}
+    assert parse_json(b"[1e999, -Infinity]", finite=False) == [INF, -INF]
+
+
+def test_what_is_no_json_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    assert not is_there(path)
+    with pytest.raises(
+        ValueError, match="a.json is missing; it comes with the checkpoint, and the folder holds nothing"
+    ):
+        read_json(path, "it has some")
+    for data, message in (
+        (b"[1]", "holds a list, not an object; it has some"), (b"{", "is not JSON: Expecting"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, and not the file itself"),
+    ):  # fmt: skip
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"a.json {message}"):
+            read_json(path, "it has some")
+    path.write_bytes(b'{"a": NaN}')
+    assert math.isnan(read_json(path, "it has some")["a"])
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert is_there(path)
+
+
+def test_a_large_file_is_no_pointer(tmp_path: Path) -> None:
+    """Only a small one is looked into."""
+    for size, pointer in ((1023, True), (1024, False)):
+        (tmp_path / "a").write_bytes(b"version https://git-lfs.github.com/".ljust(size))
+        with pytest.raises(ValueError, match="pointer of Git LFS") if pointer else nullcontext():
+            assert len(read_file(tmp_path / "a")) == size
+        with pytest.raises(ValueError, match="pointer of Git LFS") if pointer else nullcontext():
+            MappedFiles([tmp_path / "a"])
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its permissions, and a link its place; nothing is left beside it."""
+    before = os.umask(0o022)
+    try:
+        path, link = tmp_path / "a", tmp_path / "link"
+        replace_file(path, b"new")
+        assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o644)
+        path.chmod(0o606)
+        link.symlink_to("a")
+        modes: list[int] = []
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: modes.append(os.fstat(file).st_mode & 0o777) or fsync(file))
+        replace_file(link, b"newer")
+        assert modes == [0o600]  # until it is written nobody else may read it
+        assert link.is_symlink()
+        assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"newer", 0o606)
+    finally:
+        os.umask(before)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"newest")
+    assert path.read_bytes() == b"newer"
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == ["a", "link"]
+    with pytest.raises(ValueError, match="is no file that could be written over; name another one"):
+        replace_file(tmp_path, b"")
+    with pytest.raises(FileNotFoundError) as missing:
+        replace_file(tmp_path / "none" / "b", b"")
+    assert missing.value.filename == str(tmp_path / "none" / "b")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as the tests may be run by root
+    with pytest.raises(PermissionError) as forbidden:
+        replace_file(path, b"")
+    assert (forbidden.value.errno, forbidden.value.filename, path.read_bytes()) == (13, str(path), b"newer")
+
+
+def test_files_of_two_checkpoints(tmp_path: Path) -> None:
+    """An adapter's beside its base's: each is watched from when it was first seen. One that is removed stays mapped."""
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"12345678")
+    first = MappedFiles([tmp_path / "a"])
+    both = first.joined(MappedFiles([tmp_path / "b"]))
+    assert [path.name for path in both.paths] == ["a", "b"]
+    both.check_unchanged()
+    (tmp_path / "a").unlink()
+    both.check_unchanged()
+    (tmp_path / "b").write_bytes(b"123")
+    with pytest.raises(ValueError, match=r"b was written to after it was loaded \(8 bytes then, 3 now\)"):
+        both.check_unchanged()

@@ -99,6 +99,19 @@ def test_rows_of_products(dtype: torch.dtype, shape: tuple[int, int]) -> None:
         assert torch.equal(products(rows[-some:], weight), each[-some:])
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "w4a8"])
+def test_trials_leave_the_callers_settings_alone(quantize: Optional[str], tiny: Path, tokenizer_path: str) -> None:
+    """They draw from generators of their own, and work where the caller's default device is another."""
+    llama = Llama.build(str(tiny), tokenizer_path, 8, 1, device="cpu", dtype="bfloat16", quantize=quantize)
+    matrix: Any = llama.model.layers[0].feed_forward.w2
+    x = torch.randn(3, matrix.in_features).bfloat16()
+    state = torch.get_rng_state()
+    with torch.device("meta"), torch.inference_mode():
+        found = Products()(x, matrix)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(found, matrix(x), atol=0.05, rtol=0.05)
+
+
 def test_only_sizes_of_blocks_that_give_the_same_bits_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, seen = torch.nn.functional.linear, []
 

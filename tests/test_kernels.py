@@ -10,15 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llama import model
-from llama.layers import kernels, proven
-from llama.layers.proven import is_near, vectors_are_near
+from llama.layers import kernels
 from llama.layers.rounding import pairs, row_maxima, to_int4, to_int8, unpair
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -370,11 +369,81 @@ def test_they_compile(tmp_path: Path) -> None:
         assert row["wide_loads"] or row["kernel"] == "_rotate_and_store"
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_cpu_runs_the_plain_forms(gated: bool) -> None:
-    x, weight = numbers(3, 16, dtype=torch.bfloat16), numbers(8, 16, dtype=torch.bfloat16, seed=1)
-    assert torch.equal(proven.product(x, weight, gated=gated), kernels.product(x, weight, gated=gated))
-    assert not proven.product.refused
+@pytest.mark.parametrize(("capability", "may"), [((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_which_gpus_overlap_kernels(
+    capability: tuple[int, int], may: bool, interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Hopper on. The interpreter on a CPU has neither that nor multiprocessors, and takes those of an H200."""
+    device = torch.device("cpu")
+    assert (interpreted.processor_count(device), interpreted.overlaps(device)) == (132, False)
+    properties = SimpleNamespace(multi_processor_count=108)
+    for function in (interpreted.processor_count, interpreted.overlaps):
+        monkeypatch.setattr(interpreted, function.__name__, function.__wrapped__)
+    monkeypatch.setattr(interpreted, "device_kind", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert interpreted.processor_count(device) == 108
+    options = {"enable_fp_fusion": True, "num_warps": 2, "launch_pdl": may, "OVERLAP": may}
+    assert interpreted.launching(device, 2) == options
+
+
+def test_each_program_waits_and_lets_the_next_kernel_start(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each. Where kernels overlap, a program that did not wait would read what the one before has not written."""
+    waits, starts = [], []
+    monkeypatch.setattr(interpreted, "gdc_wait", lambda: waits.append(1))
+    monkeypatch.setattr(interpreted, "gdc_launch_dependents", lambda: starts.append(len(waits)))
+    monkeypatch.setattr(interpreted, "launching", lambda *_: {"OVERLAP": True})
+    x, long = numbers(1, 64, dtype=torch.float16), numbers(1, 1, 16, dtype=torch.float16)
+    keys = cache(1, 200, 1, 16, torch.float16)
+    n, *groups = to_int4(numbers(4, 64), 32)
+    for programs, run in (
+        (2, lambda: interpreted.add_norm(x.view(2, 32), None, x[0, :32], 1e-5)),
+        (3, lambda: interpreted.rotate_and_store(x[:, :48], torch.ones(4, 8, 2), torch.tensor([0]), keys, keys)),
+        (1, lambda: interpreted.attend(long, keys[:, :64], keys[:, :64], torch.tensor([9]), 1)),
+        (5, lambda: interpreted.attend(long, keys, keys, torch.tensor([199]), 1)),  # four parts, and what adds them up
+        (2, lambda: interpreted.silu_mul(x.view(2, 32))),
+        (1, lambda: interpreted.product(x, x.view(4, 16).repeat(1, 4))),
+        (9, lambda: interpreted.product(x.view(2, 32), numbers(2, 32, dtype=torch.float16))),  # eight, and so on
+        (1, lambda: interpreted.dequantize_int4(pairs(n), *groups, torch.float16)),
+    ):
+        waits.clear(), starts.clear()
+        run()
+        assert len(waits) == len(starts) == programs
+
+
+def all_results(made: ModuleType, dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
+    """Of every kernel, for shapes that fill no block."""
+    q, keys, values = numbers(2, 6, 48, dtype=dtype), cache(2, 130, 2, 48, dtype, 1), cache(2, 130, 2, 48, dtype, 2)
+    places, written = torch.tensor([129, 70]), [cache(2, 9, 2, 48, dtype, seed) for seed in (3, 4)]
+    found = [
+        *made.add_norm(x := numbers(3, 96, dtype=dtype), x, x[0], 1e-5),
+        made.rotate_and_store(numbers(2, 480, dtype=dtype), numbers(9, 24, 2), torch.tensor([8, 3]), *written),
+        *written, made.attend(q, keys, values, places, 1), made.attend(q, keys, values, places, 132),
+        made.silu_mul(numbers(3, 154, dtype=dtype)),
+    ]  # fmt: skip
+    int4 = to_int4(numbers(10, 96), 32)
+    int8 = to_int8(weight := numbers(10, 96), row_maxima(weight))
+    found.append(made.dequantize_int4(pairs(int4[0]), *int4[1:], dtype))
+    for rows, gated in ((1, True), (3, False)):
+        x = numbers(rows, 96, dtype=dtype)
+        found.append(made.product(x, weight.to(dtype), gated))
+        found.append(made.product_int8(x, *int8, gated))
+        found.append(made.product_int4(x, pairs(int4[0]), *int4[1:], gated))
+    return found
+
+
+def test_programs_write_no_results_of_others(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they run in any order, here from the first to the last: also backwards it must come to the same."""
+    from triton.runtime import interpreter
+
+    builder, expected = interpreter.interpreter_builder, all_results(interpreted)
+    place = builder.set_grid_idx
+    backwards = lambda *at: place(*(n - 1 - i for n, i in zip(builder.grid_dim, at)))  # noqa: E731
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    for found, other in zip(all_results(interpreted), expected):
+        assert torch.equal(found, other)
 
 
 def test_under_inference_mode(form: Any) -> None:
@@ -386,47 +455,3 @@ def test_under_inference_mode(form: Any) -> None:
             numbers(1, 48, dtype=torch.bfloat16), torch.ones(4, 8, 2), torch.tensor([0]), c, c.clone()
         )
         assert form.attend(q, c, c, torch.tensor([0])).shape == (1, 16)
-
-
-def test_what_is_near() -> None:
-    """A kernel's numbers one by one; a step's by vectors, of whose millions of numbers some lie far away."""
-    exact = numbers(64, 4096)
-    noise = numbers(64, 4096, seed=1) * 0.08
-    assert not is_near(exact + noise, exact, 0.1)
-    assert vectors_are_near(exact + noise, exact, 0.1)
-    for wrong in (exact.roll(1, 0), exact.clone().index_fill_(0, torch.tensor([5]), 0.0), exact * 1.3):
-        assert not vectors_are_near(wrong, exact, 0.1)
-    exact[3, 7] = NAN
-    assert vectors_are_near(exact, exact, 0.1)
-    assert not vectors_are_near(exact.nan_to_num(), exact, 0.1)
-    assert not vectors_are_near(exact.clone().index_fill_(0, torch.tensor([5]), INF), exact, 0.1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_number_may_be_four_steps_of_itself_and_four_of_the_spread_away(dtype: torch.dtype) -> None:
-    step = torch.finfo(dtype).eps
-    ones, bound = torch.ones(4096), proven.KERNEL_TOLERANCE[dtype]
-    assert is_near(ones + 8 * step, ones, bound)
-    assert not is_near(ones + 9 * step, ones, bound)
-
-
-@pytest.mark.parametrize("compare", [is_near, vectors_are_near])
-def test_what_is_infinite_or_large_is_near_to_its_like_alone(compare: Any) -> None:
-    """A bound of infinity once made every number near: from an infinite number, or from the square of a large one."""
-    for found, expected, near in (
-        (INF, INF, True), (-INF, INF, False), (5.0, INF, False), (INF, 5.0, False), (NAN, INF, False),
-        (INF, NAN, False),
-        (3e38, 3e38, True), (-3e38, 3e38, False), (5.0, 3e38, False), (3e38, 5.0, False),
-    ):  # fmt: skip
-        others = numbers(1, 8)
-        pair = (torch.cat((others, torch.tensor([[x]])), 1) for x in (found, expected))
-        assert compare(*pair, 0.1) == near, (found, expected)
-
-
-def test_kernels_are_compared_with_what_is_not_rounded() -> None:
-    """Attention in bfloat16 loses more by its plain form than by the kernel, which was refused for that on a GPU."""
-    q, k, v = numbers(2, 8, 64, dtype=torch.bfloat16), *(cache(2, 600, 8, 64, torch.bfloat16, seed) for seed in (1, 2))
-    places = torch.tensor([599, 300])
-    (exact,) = proven.attend.exact((q, k, v, places), {})
-    assert exact.dtype == torch.float32
-    torch.testing.assert_close(exact, kernels.attend(q.double(), k.double(), v.double(), places).float())

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import pytest
@@ -16,6 +17,7 @@ from forks import Forks, python
 from workers import Pool
 
 from llama import Llama
+from llama.system import peers
 from llama.weights import fingerprint
 
 ODD = 2  # the rank that is given something else
@@ -208,6 +210,52 @@ def test_who_ends_is_named(
     assert len(lines) == 2
     assert what_1_says in second.stderr
     assert bool(second.stderr) == bool(what_1_says)
+
+
+class Notes(dict[str, str]):
+    """A store of torch's that is in this process."""
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    set, get = dict.__setitem__, dict.__getitem__
+
+
+def test_the_lowest_that_lives_speaks_of_the_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once of each: of one that has not come, of one that gives no signs any more, and not of one that has told its
+    end."""
+    lines, now = [], [0.0]
+    monkeypatch.setattr(peers, "tell", lines.append)
+    monkeypatch.setattr(peers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watches: list[Any] = [peers.Watch(rank, 4, store=Notes()) for rank in range(4)]
+    for watch in watches:
+        watch.store = watches[0].store
+
+    def spoken(seconds: float, *alive: int) -> list[str]:
+        """What is said while these processes live."""
+        lines.clear()
+        for _ in range(int(seconds)):
+            now[0] += 1
+            for rank in alive:
+                watches[rank].sign.beat += 1
+                watches[rank]._write()
+            for rank in alive:
+                watches[rank]._speak_of_silent()
+        return lines.copy()
+
+    watches[1].sign.at = "my.py, line 3"
+    late = "process 0 waits for process 3, which has not come to Llama.build for 30 s"
+    assert spoken(peers.COMING, 0, 1, 2) == []
+    assert spoken(10, 0, 1, 2) == [late]
+    watches[2].sign.end = peers.ENDED
+    cut = "which has given no sign of life for 5 s: it is stopped or cut off"
+    assert spoken(1, 0, 1, 2) == []
+    assert spoken(10, 0) == [f"process 0 waits for process 1, {cut}, in my.py, line 3"]
+    assert spoken(10, 0, 1) == []
+    assert spoken(10, 1) == [f"process 1 waits for process 0, {cut}"]
+    waiting: Any = peers.Watch(0, 2, store=Notes(), late_in="a 1")  # which has said that it waits for all
+    watches[:] = [waiting]
+    assert spoken(2 * peers.COMING, 0) == []
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Int8(InTiles):
         on_cpu = device_kind(before) == "cpu"
         takes_onednn = on_cpu and onednn_is_exact()
         if on_cpu and before.shape[1] % 8 == 0 and own_kernels.loaded() and not (takes_onednn and onednn_is_fast()):
-            ones = torch.ones(len(before), 1, dtype=torch.bfloat16)  # the scales of whole rows stay as they are
+            ones = before.new_ones(len(before), 1, dtype=torch.bfloat16)  # the scales of whole rows stay as they are
             self.hold_tiles(to_tiles(before, ones))
             return [before]
         self.packed = takes_onednn

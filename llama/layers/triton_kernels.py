@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 import triton
@@ -45,6 +45,7 @@ DOT_ROWS = 16  # least rows that tl.dot takes; fewer activation rows or query he
 KEYS = 64  # keys that attention reads at a time: 16 KB at D = 128
 SPLITS_PER_PROCESSOR = 4  # programs of attention for each multiprocessor, if there are enough keys
 MOST_SPLITS = 64  # most programs that share the keys of one group
+WARPS = 4  # of a program, where nothing else is said
 ELEMENTS = 1024  # results of one program of silu_mul, dequantize_int4 or add_parts
 
 
@@ -61,9 +62,10 @@ def overlaps(device: torch.device) -> bool:
     return device_kind(device) == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launching(device: torch.device) -> dict[str, bool]:
+def launching(device: torch.device, warps: int = WARPS) -> dict[str, Union[int, bool]]:
     """The options of each launch. Triton 3.9 warns if the first is missing."""
-    return {"enable_fp_fusion": True, "launch_pdl": overlaps(device), "OVERLAP": overlaps(device)}
+    overlap = overlaps(device)
+    return {"enable_fp_fusion": True, "num_warps": warps, "launch_pdl": overlap, "OVERLAP": overlap}
 
 
 @triton.jit
@@ -133,8 +135,7 @@ def add_norm(
             eps,
             delta is not None,
             block,
-            num_warps=min(16, max(1, block // 512)),
-            **launching(x.device),
+            **launching(x.device, min(16, max(1, block // 512))),
         )
     return h, normed
 
@@ -194,7 +195,7 @@ def rotate_and_store(
     with current(qkv.device):
         _rotate_and_store[(B, H + 2 * K)](
             qkv, rotations, positions, slots, cache_k, cache_v, q, H, K, *cache_k.stride(), *cache_v.stride(),
-            D, triton.next_power_of_2(D // 2), num_warps=1, **launching(qkv.device),
+            D, triton.next_power_of_2(D // 2), **launching(qkv.device, 1),
         )  # fmt: skip
     return q
 
@@ -299,12 +300,10 @@ def attend(
             q, cache_k, cache_v, positions, slots, out, parts, sums, math.log2(math.e) / math.sqrt(D),
             *cache_k.stride(), *cache_v.stride(), K, H // K, D, max(DOT_ROWS, triton.next_power_of_2(H // K)), size,
             KEYS,
-            splits, num_warps=4, num_stages=3, **launching(q.device),
+            splits, **launching(q.device),
         )  # fmt: skip
         if splits > 1:
-            _combine[(B * H,)](
-                parts, sums, out, D, size, splits, triton.next_power_of_2(splits), num_warps=4, **launching(q.device)
-            )
+            _combine[(B * H,)](parts, sums, out, D, size, splits, triton.next_power_of_2(splits), **launching(q.device))
     return out
 
 
@@ -324,9 +323,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     B, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(B, width)
     with current(gate_up.device):
-        _silu_mul[(B, triton.cdiv(width, ELEMENTS))](
-            gate_up, out, width, ELEMENTS, num_warps=4, **launching(gate_up.device)
-        )
+        _silu_mul[(B, triton.cdiv(width, ELEMENTS))](gate_up, out, width, ELEMENTS, **launching(gate_up.device))
     return out
 
 
@@ -570,7 +567,7 @@ def _product(
     one = B == 1 and K % (32 // kind) == 0  # a row of weights is read in whole words
     tiles = ONE[kind] if one else SEVERAL[kind]
     grid = (triton.cdiv(N, tiles.rows // (2 if gated else 1)),)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **launching(x.device)}
+    options = {"num_stages": tiles.stages, **launching(x.device, tiles.warps)}
     with current(x.device):
         if one:
             words = x.view(torch.int32), weight.view(torch.int32)
@@ -589,9 +586,7 @@ def _product(
                 **options,
             )  # fmt: skip
             if splits > 1:
-                _add_parts[(triton.cdiv(B * N, ELEMENTS),)](
-                    parts, out, B * N, splits, ELEMENTS, num_warps=4, **launching(x.device)
-                )
+                _add_parts[(triton.cdiv(B * N, ELEMENTS),)](parts, out, B * N, splits, ELEMENTS, **launching(x.device))
     return out
 
 
@@ -646,6 +641,6 @@ def dequantize_int4(
     chunks, block = out.numel() // chunk, ELEMENTS // chunk
     with current(weight.device):
         _dequantize_int4[(triton.cdiv(chunks, block),)](
-            weight, scales, zeros, out, chunks, chunk, group, block, num_warps=4, **launching(weight.device)
+            weight, scales, zeros, out, chunks, chunk, group, block, **launching(weight.device)
         )
     return out

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
+SETTINGS_BYTES = 2**20  # most bytes of a file of settings, or of a list
 COPY_BYTES = 16 * 2**20  # size of a copied piece: one that fits a processor's cache is twice as fast
 
 
@@ -138,7 +139,7 @@ def read_file(path: Path, most: Optional[int] = None, usual: str = "") -> bytes:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def read_json(path: Path, usual: str, most: int = 2**20) -> dict[str, Any]:
+def read_json(path: Path, usual: str, most: int = SETTINGS_BYTES) -> dict[str, Any]:
     """A JSON object of at most `most` bytes. ValueError if there is none; `usual` says what one has."""
     if not is_there(path):
         raise ValueError(

@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from ..system.files import check_file, is_there, listed, read_file, replace_file
+from ..system.files import SETTINGS_BYTES, check_file, is_there, listed, read_file, replace_file
 from ..system.printable import counted, escaped
 from ..system.progress import bar
 from ..weights.archive import map_tensors, read_directory
@@ -44,7 +44,7 @@ def check_checksums(folder: Path, files: Iterable[Path]) -> Result:
         return failed(name, str(error), "The list is damaged, or was made by something else than md5sum.")
     archives = [path for path in files if path not in expected and _is_archive(path)]
     problems = []
-    with _bar(sum(map(_size, [*expected, *archives]))) as done:
+    with _bar(sum(path.stat().st_size for path in [*expected, *archives] if path.exists())) as done:
         for path, what in expected.items():
             if not path.exists():
                 problems.append(f"{path.name} is missing, which {what.source} lists")
@@ -79,7 +79,7 @@ def _expected(folder: Path, files: list[Path]) -> dict[Path, Expected]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The digests and names that a list of md5sum has. ValueError for a line of another form."""
-    for line in read_file(path, 2**20, "a checklist has a few lines").decode(errors="replace").splitlines():
+    for line in read_file(path, SETTINGS_BYTES, "a checklist has a few lines").decode(errors="replace").splitlines():
         found = re.fullmatch(r"([0-9a-fA-F]{32}) [ *]([^/\\]+)", line.strip())
         if found is None and line.strip():
             raise ValueError(
@@ -96,14 +96,10 @@ def _of_hub(path: Path) -> Optional[Expected]:
     said = target.name if target.parent.name == "blobs" else ""
     note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     if not said and note.is_file():
-        lines = read_file(note, 2**16, "it has three lines").decode(errors="replace").splitlines()
+        lines = read_file(note, SETTINGS_BYTES, "it has three lines").decode(errors="replace").splitlines()
         said = lines[1].strip() if len(lines) > 1 else ""
     kind = {64: "sha256", 40: "git"}.get(len(said)) if re.fullmatch("[0-9a-f]+", said) else None
     return None if kind is None else Expected(kind, said, "the hub")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _bar(total: Optional[int] = None) -> Any:
@@ -161,9 +157,10 @@ def _tensor_name(path: Path, part: str) -> str:
     except (*ZIP_ERRORS, LookupError):
         # The directory is damaged too. Or a small part is, whose checksum is compared whenever the file is opened.
         return part
-    starts = {name: place.start for name, place in parts.items() if "/data/" in name}
-    base = min(tensor.data_ptr() for tensor in tensors.values()) - min(starts.values())
-    return next((name for name, tensor in tensors.items() if tensor.data_ptr() == base + starts.get(part, -1)), part)
+    first = min(place.start for name, place in parts.items() if "/data/" in name)
+    base = min(tensor.data_ptr() for tensor in tensors.values()) - first
+    names = {tensor.data_ptr() - base: name for name, tensor in tensors.items()}
+    return names.get(parts[part].start, part)
 
 
 def new_checklist(folder: Path) -> Path:

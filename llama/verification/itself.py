@@ -48,14 +48,12 @@ def sample(llama: Llama) -> list[int]:
 @torch.inference_mode()
 def one_pass(llama: Llama, ids: Sequence[int]) -> torch.Tensor:
     """log-probabilities of every next token: float32 (tokens, vocabulary), on the CPU."""
-    tokens = torch.tensor([list(ids)], device=llama.model.norm.weight.device)
-    return llama.model(tokens, 0)[0].float().log_softmax(-1).cpu()
+    return llama.model(torch.tensor([list(ids)]), 0)[0].float().log_softmax(-1).cpu()
 
 
 @torch.inference_mode()
 def _step_by_step(llama: Llama, ids: Sequence[int]) -> torch.Tensor:
-    place = llama.model.norm.weight.device
-    steps = [llama.model(torch.tensor([[token]], device=place), i)[0] for i, token in enumerate(ids)]
+    steps = [llama.model(torch.tensor([[token]]), i)[0] for i, token in enumerate(ids)]
     return torch.cat(steps).float().log_softmax(-1).cpu()
 
 

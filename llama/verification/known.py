@@ -146,7 +146,7 @@ def _logits(llama: Llama, known: Known, entry: dict[str, Any]) -> Result:
         return not_applicable(name, "the weights are rounded to int8 or int4")
     coarser = COARSER[llama.model.norm.weight.dtype]
     with torch.inference_mode():
-        logits = llama.model(torch.tensor([numbers["ids"]], device=llama.model.norm.weight.device), 0)[0].float().cpu()
+        logits = llama.model(torch.tensor([numbers["ids"]]), 0)[0].float().cpu()
     means = (logits.mean(-1) - torch.tensor(numbers["means"])).abs().max().item()
     first = (logits[0, : len(numbers["first"])] - torch.tensor(numbers["first"])).abs().max().item()
     bounds = numbers["means_within"] * coarser, numbers["first_within"] * coarser

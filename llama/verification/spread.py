@@ -136,7 +136,7 @@ def _unusual_alone(spread: Spread) -> list[str]:
         usual = NORMS[0] < spread.mean < NORMS[1]
         return [] if usual else [f"the mean of {name} is {spread.mean:.3g}, and that of a norm is near 1"]
     constant = int((spread.low == spread.high).sum())
-    if constant > (len(largest) // 2 if spread.in_vocabulary else 0) and spread.std >= 0:
+    if constant > (len(largest) // 2 if spread.in_vocabulary else 0):
         return [f"{constant} of {counted(len(largest), 'row')} of {name} are the same number throughout"]
     if not MATRICES[0] < spread.std < MATRICES[1]:
         return [f"the standard deviation of {name} is {spread.std:.3g}, and that of a matrix is from 0.001 to 1"]
