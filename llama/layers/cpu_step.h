@@ -1,8 +1,8 @@
 // One step of the whole model for up to MOST_ROWS rows, `Transformer.step`, in one region of threads.
 //
 // Starting and joining threads for each product, and Python between them, take longer than a small model's products. Here
-// the threads start once. A phase (a product, or attention) is shared out among them, and what one computed the others read
-// after the next barrier; all that is small, such as norms, each computes for itself. Numbers are rounded to the model's type
+// the threads start once. A phase (a product, or attention) is shared out among them, who help those that others hold up, and what
+// one computed the others read after the next barrier; all that is small, such as norms, each computes for itself. Numbers are rounded to the model's type
 // T where `model.py` rounds them, and a row's numbers depend neither on the other rows nor on the number of threads.
 //
 // Several processes may share the model, each with its part of every matrix and of the heads. They run the same step at the same
@@ -10,7 +10,10 @@
 #pragma once
 #include <omp.h>
 
+#include <atomic>
 #include <exception>
+#include <initializer_list>
+#include <memory>
 #include <vector>
 
 #include "cpu_products.h"
@@ -226,6 +229,19 @@ struct Activations {
     }
 };
 
+// Tasks of a thread that nobody has begun: the next one in the lower half, the end in the upper one.
+struct alignas(64) Tasks {
+    std::atomic<uint64_t> left{0};
+    void set(uint64_t from, uint64_t end) { left = end << 32 | from; }
+    // -> the next task, or -1
+    int64_t take() {
+        auto none = [](uint64_t tasks) { return (tasks & 0xffffffff) >= tasks >> 32; };
+        if (none(left.load(std::memory_order_relaxed))) return -1;
+        uint64_t tasks = left.fetch_add(1);
+        return none(tasks) ? -1 : (int64_t)(tasks & 0xffffffff);
+    }
+};
+
 // One thread's part of a step.
 template <typename T>
 class Worker {
@@ -233,6 +249,7 @@ class Worker {
     // What the threads write for each other.
     struct Shared {
         std::vector<float> qkv, attended, gate, delta, logits;
+        std::unique_ptr<Tasks[]> tasks;  // of each thread
         std::exception_ptr failure;  // of a message
     };
 
@@ -278,6 +295,16 @@ class Worker {
     std::vector<float> lines, more_lines;
     Activations<T> activations;
     int64_t self = 0, threads = 1;
+
+    // Calls `use` with this thread's part of the tasks, and then with what the next threads have not begun. Between two such phases
+    // lies a barrier, before which all tasks were begun.
+    template <typename Use>
+    void share_out(int64_t tasks, Use use) {
+        constexpr int64_t HELPED = 4;  // threads
+        shared.tasks[self].set(tasks * self / threads, tasks * (self + 1) / threads);
+        for (int64_t i = 0; i < std::min(threads, 1 + HELPED); i++)
+            for (int64_t task; (task = shared.tasks[(self + i) % threads].take()) >= 0;) use(task);
+    }
 
     static void wait() {
 #pragma omp barrier
@@ -334,29 +361,26 @@ class Worker {
         return true;
     }
 
-    // This thread's tiles of matrices that lie side by side in y.
+    // Matrices that lie side by side in y.
     void multiply(std::initializer_list<const Matrix*> matrices, float* y) {
-        int64_t tiles = 0, width = 0, before = 0;
+        int64_t tiles = 0, width = 0;
         for (auto* matrix : matrices) tiles += tiles_of(matrix->rows), width += matrix->rows;
-        int64_t from = tiles * self / threads, end = tiles * (self + 1) / threads;
         auto* of_tile = (Line*)lines.data();
-        for (auto* matrix : matrices) {
-            int64_t here = tiles_of(matrix->rows);
-            for (int64_t tile = std::max<int64_t>(0, from - before); tile < std::min(here, end - before); tile++) {
-                activations.multiply(*matrix, tile, of_tile);
-                int64_t height = std::min(R, matrix->rows - tile * R);
-                for (int64_t m = 0; m < asked.rows; m++)
-                    for (int64_t i = 0; i < height; i++) y[m * width + tile * R + i] = rounded<T>(of_tile[m][i]);
-            }
-            before += here, y += matrix->rows;
-        }
+        share_out(tiles, [&](int64_t tile) {
+            auto* place = y;
+            auto at = matrices.begin();
+            for (; tile >= tiles_of((*at)->rows); at++) tile -= tiles_of((*at)->rows), place += (*at)->rows;
+            activations.multiply(**at, tile, of_tile);
+            int64_t height = std::min(R, (*at)->rows - tile * R);
+            for (int64_t m = 0; m < asked.rows; m++)
+                for (int64_t i = 0; i < height; i++) place[m * width + tile * R + i] = rounded<T>(of_tile[m][i]);
+        });
     }
 
     // silu(w1 x) * w3 x
     void multiply_gated(const Matrix& w1, const Matrix& w3, float* y) {
-        int64_t tiles = tiles_of(w1.rows);
         auto *gate = (Line*)lines.data(), *up = (Line*)more_lines.data();
-        for (int64_t tile = tiles * self / threads; tile < tiles * (self + 1) / threads; tile++) {
+        share_out(tiles_of(w1.rows), [&](int64_t tile) {
             activations.multiply(w1, tile, gate);
             activations.multiply(w3, tile, up);
             int64_t height = std::min(R, w1.rows - tile * R);
@@ -365,7 +389,7 @@ class Worker {
                     float g = rounded<T>(gate[m][i]);
                     y[m * w1.rows + tile * R + i] = rounded<T>(rounded<T>(g / (1 + exponential(-g))) * rounded<T>(up[m][i]));
                 }
-        }
+        });
     }
 
     // x (size), each adjacent pair turned by its angle.
@@ -377,10 +401,9 @@ class Worker {
         }
     }
 
-    // The new keys and values of this thread's heads enter the cache.
+    // The new keys and values enter the cache.
     void store(const Layer& layer) {
-        int64_t tasks = asked.rows * model.kv_heads;
-        for (int64_t task = tasks * self / threads; task < tasks * (self + 1) / threads; task++) {
+        share_out(asked.rows * model.kv_heads, [&](int64_t task) {
             int64_t m = task / model.kv_heads, head = task % model.kv_heads, position = asked.positions[m];
             const float* key = projected(m) + (model.heads + head) * model.size;
             const float* value = key + model.kv_heads * model.size;
@@ -390,19 +413,18 @@ class Worker {
                 ((T*)layer.cache_k)[place + i] = (T)turned[i];
                 ((T*)layer.cache_v)[place + i] = (T)value[i];
             }
-        }
+        });
     }
 
-    // The queries of this thread's heads see all keys up to their position.
+    // The queries see all keys up to their position.
     void attend(const Layer& layer) {
-        int64_t tasks = asked.rows * model.heads;
-        for (int64_t task = tasks * self / threads; task < tasks * (self + 1) / threads; task++) {
+        share_out(asked.rows * model.heads, [&](int64_t task) {
             int64_t m = task / model.heads, head = task % model.heads, position = asked.positions[m];
             int64_t place = of_cache(m, head / (model.heads / model.kv_heads));
             rotate(projected(m) + head * model.size, position, turned.data());
             weigh((const T*)layer.cache_k + place, position + 1);
             sum((const T*)layer.cache_v + place, position + 1, shared.attended.data() + task * model.size);
-        }
+        });
     }
 
     // The row's queries, keys and values.
@@ -451,9 +473,10 @@ void step(const Model& model, const Asked& asked, float* logits) {
     typename Worker<T>::Shared shared{
         std::vector<float>(rows * (model.heads + 2 * model.kv_heads) * model.size), std::vector<float>(rows * model.heads * model.size),
         std::vector<float>(rows * width), std::vector<float>(rows * model.dim),
-        std::vector<float>(model.ranks > 1 ? rows * model.output.rows : 0), nullptr};
+        std::vector<float>(model.ranks > 1 ? rows * model.output.rows : 0), nullptr, nullptr};
     int64_t useful = 1 + rows * model.dim * width / SHARE;  // threads that a small model keeps busy
     int64_t count = std::min<int64_t>(omp_get_max_threads(), useful);
+    shared.tasks.reset(new Tasks[count]);
     std::vector<Worker<T>> workers;
     workers.reserve(count);
     for (int64_t i = 0; i < count; i++) workers.emplace_back(model, asked, shared, logits);
