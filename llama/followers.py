@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Optional
 
 import torch
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from . import runtime
 from .decoding.leading import Leader
@@ -59,7 +59,7 @@ class Followers:
         while not store.check([str(rank) for rank in ranks]):
             if lost := self.why_lost(LOOK):
                 raise RuntimeError(lost)
-        return _place(0, self.count, store)
+        return replace(_place(0, self.count), store=store, why_lost=self.why_lost)
 
     def follow(self, leader: Leader) -> None:
         """The processes belong to this `Llama` from now on, and end with it."""
@@ -129,8 +129,8 @@ _newest: Optional[weakref.ref[Followers]] = None
 _building = threading.Lock()
 
 
-def _place(rank: int, count: int, store: Optional[Store] = None) -> Launch:
-    return Launch(True, rank, count, rank, count, store=store)
+def _place(rank: int, count: int) -> Launch:
+    return Launch(True, rank, count, rank, count)
 
 
 @contextlib.contextmanager

@@ -252,7 +252,7 @@ def _compare_places(mine: _Place, problem: Optional[ValueError]) -> None:
     two have the same GPU, or if sizes differ: their first collective would wait for ever, or fail inside NCCL."""
     places: list[_Place] = [mine] * dist.get_world_size()
     with peers.waiting(range(len(places)), "start"):
-        dist.all_gather_object(places, mine)
+        peers.connected(lambda: dist.all_gather_object(places, mine))
     words = ""
     for rank, place in enumerate(places):
         first = next(
@@ -314,7 +314,7 @@ def _join(launch: Launch) -> None:
         _started.watch.stop()
     _joined += launch.store is None
     _started.launch = launch if launch.store is not None else None
-    _started.watch = watch = peers.begin(launch.rank, launch.world_size, launch.launcher)
+    _started.watch = watch = peers.begin(launch)
     if dist.is_initialized():
         # A store that cannot open a second connection carries no signs of life.
         with contextlib.suppress(RuntimeError, AttributeError):
@@ -339,14 +339,16 @@ def _join(launch: Launch) -> None:
         # addresses.
         _started.store = store = PrefixStore(f"llama/{turn}/group", store)
         hook = sys.excepthook
-        dist.init_process_group(
-            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIME_LIMIT
-        )
+        join = partial(dist.init_process_group, backend, store=store, rank=launch.rank, world_size=launch.world_size)
+        peers.connected(lambda: join(timeout=TIME_LIMIT))
         if launch.store is not None:
             sys.excepthook = hook  # torch has put one there that says which rank this is
     except RuntimeError as error:
         watch.stop()
         _started.watch = _started.store = None
+        dist.distributed_c10d._world.group_count = 0  # torch names groups by it: the same on processes that start anew
+        if launch.store is not None:
+            raise
         raise ValueError(
             f"process {launch.rank} cannot meet the others at MASTER_ADDR:MASTER_PORT = {address}: "
             f"{str(error).splitlines()[0]}"
@@ -373,7 +375,7 @@ def _make_groups(model_parallel_size: int) -> None:
         vars(mpu).update(_started.groups.get(model_parallel_size, {}))
     if not mpu.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines
-            mpu.initialize_model_parallel(model_parallel_size)
+            peers.connected(lambda: mpu.initialize_model_parallel(model_parallel_size))
         for group in (mpu.get_model_parallel_group(), mpu.get_data_parallel_group()):  # a new group has torch's limits
             dist.distributed_c10d._set_pg_timeout(TIME_LIMIT, group)
         _started.model_parallel = True

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,14 @@ import torch.distributed as dist
 from forks import Forks
 from helpers import run_cells
 from test_leading import TEXTS, in_many_ways
+from torch.distributed import TCPStore
 
-from llama import Llama, followers, generation
+from llama import Llama, followers, generation, runtime
+from llama.decoding import leading
+from llama.layers import parallel
 from llama.server.app import Settings
 from llama.system.interrupts import held_back
+from llama.system.launch import Launch
 
 PROMPTS, LENGTH = [[1, 5, 6], [1, 9]], 40
 
@@ -265,6 +271,77 @@ def test_builds_in_a_row(built: Built) -> None:
     gc.collect()
     assert not is_alive(pid)
     assert not dist.is_initialized()
+
+
+def follows_until(when: str, port: int, launch: Launch, build: Any, given: dict[str, Any]) -> None:
+    """What a process does that is killed before it joins the others, or meets them; or is stopped within a message."""
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    store.set(str(launch.rank), "here")
+    if when == "it joins":
+        kill_itself()
+    with runtime.placed(replace(launch, store=store)):
+        llama = build(**given)
+        if when == "it meets":
+            parallel.patient_group = kill_itself
+        leading.from_first_process = stop_in_a_message
+        llama.lead(lambda: None)
+
+
+def kill_itself() -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_in_a_message(_: Any, group: Any) -> None:
+    for size in (8, 2**26):
+        dist.broadcast(torch.empty(size, dtype=torch.uint8), 0, group=group, async_op=True)
+    time.sleep(0.3)  # the first process knows by now that both are awaited, and will send them at once
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("when", ["it joins", "it meets"])
+def test_a_process_that_dies_before_it_is_connected(when: str, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waited in its store: six hours, or a year."""
+    monkeypatch.setattr(followers, "_follow", partial(follows_until, when))
+    with pytest.raises(RuntimeError, match="the model was not built: process 1 was killed by SIGKILL"):
+        built.build()
+    assert not dist.is_initialized()
+
+
+IN_A_MESSAGE = """
+import os, signal, sys, threading, time
+from functools import partial
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_followers import follows_until, pid_of
+from llama import Llama, followers
+kept, followers._follow = followers._follow, partial(follows_until, "a message")
+llama = Llama.build(sys.argv[1], sys.argv[2], 128, 4, device="cpu", processes=2)
+pid = pid_of(llama)
+while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    time.sleep(0.01)
+def kill():
+    while llama._leader.line.is_whole:
+        time.sleep(0.01)
+    time.sleep(1)  # the message is on its way
+    os.kill(pid, signal.SIGKILL)
+threading.Thread(target=kill).start()
+try:
+    llama.embed(["a" * 2**25])
+except RuntimeError as error:
+    print(error)
+followers._follow = kept
+with Llama.build(sys.argv[1], sys.argv[2], 128, 4, device="cpu", processes=2) as llama:
+    print(llama.generate([[1, 5, 6], [1, 9]], 40, 0))
+"""
+
+
+def test_a_process_that_dies_in_a_message(built: Built, tiny: Path, tokenizer_path: str, forks: Forks) -> None:
+    """gloo waited a year for the rest of the message to be sent; and a process that ends waits for its messages."""
+    ended = forks.run(IN_A_MESSAGE, str(tiny), tokenizer_path, str(Path(__file__).parent), seconds=240)
+    assert ended.returncode == 0, ended.stderr
+    first, second = (line for line in ended.stdout.splitlines() if not line.startswith("Loaded"))
+    assert first.startswith("process 1 was killed by SIGKILL")
+    assert second == str(built.ids)
 
 
 KILLED = """

@@ -363,6 +363,25 @@ def test_a_rank_that_ends(end: str, words: str, forks: Forks) -> None:
     assert set(os.listdir("/dev/shm")) <= before
 
 
+BUSY = (
+    SCRIPT.replace("import os,", "import torch.distributed as dist, os,")
+    .replace("if os", "pids = [0] * 3\ndist.all_gather_object(pids, os.getpid())\nif os")
+    .format("""
+    while os.path.exists(f"/proc/{pids[0]}"): time.sleep(0.01)
+    os._exit(0)
+if os.environ["RANK"] == "2":
+    os._exit(0)
+""")
+)
+
+
+def test_a_rank_that_ends_while_another_is_busy(forks: Forks) -> None:
+    """The first rank waits for the second, which may itself wait elsewhere for the third."""
+    first, *_ = forks.ranks(BUSY, count=3, seconds=30)
+    assert first.returncode == 1
+    assert "rank 2 of the group has ended" in first.stderr
+
+
 def test_more_ranks_than_cores(forks: Forks) -> None:
     """None holds the core that another one needs."""
     bound = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"

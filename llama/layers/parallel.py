@@ -9,10 +9,12 @@ read it.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Optional, cast
 from weakref import WeakKeyDictionary
@@ -92,8 +94,38 @@ def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
         return x
     if group.group_name in _small and _is_small(x.dtype, x.numel()):
         return small_all_reduce(x, group.group_name)
-    dist.all_reduce(x, group=group)
+    _run(dist.all_reduce, x, group=group)
     return x
+
+
+def _run(collective: Callable[..., Any], *tensors: Any, group: dist.ProcessGroup, **more: Any) -> None:
+    """Run one of torch's collectives, and wait for its end. Raises the errors of `peers.wait_until`, if `tensors` are a
+    CPU's.
+
+    gloo waits until the group's time limit for a message of which a part was sent, or received, when the other process
+    died: as it closes the connection, it tells those only that wait for their turn.
+    """
+    if torch.compiler.is_compiling() or device_kind(tensors[0]) != "cpu":
+        collective(*tensors, group=group, **more)
+        return
+    work = collective(*tensors, group=group, async_op=True, **more)
+    try:
+        peers.wait_until(partial(_has_ended, work))
+    except BaseException:
+        if not work.is_completed():  # a group that ends waits for its messages: this one must not, unless that comes
+            threading.Thread(target=lambda: (work.wait(), group), name="llama-message", daemon=True).start()
+        raise
+
+
+def _has_ended(work: Any, seconds: float) -> bool:
+    try:
+        work.wait(timedelta(seconds=seconds))
+        return True
+    except RuntimeError:
+        if not work.is_completed():  # the message goes on
+            return False
+    work.wait()  # raises its error
+    return True
 
 
 def _room(x: torch.Tensor, group: dist.ProcessGroup) -> Optional[torch.Tensor]:
@@ -388,7 +420,7 @@ def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
     if (room := _room(x, group)) is not None:
         return torch.ops.llama_shared.gather(x.contiguous(), room, ranks)
     parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])  # gloo takes no other form
-    _gather(parts, x.contiguous(), group=group)
+    _run(_gather, parts, x.contiguous(), group=group)
     return parts.view(ranks, *x.shape).movedim(0, -2).flatten(-2)
 
 
@@ -401,7 +433,7 @@ def sum_in_order(x: torch.Tensor, group: Group) -> torch.Tensor:
         return all_reduce(x, group)
     _check_step(group)
     parts = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])
-    _gather(parts, x.contiguous(), group=group)
+    _run(_gather, parts, x.contiguous(), group=group)
     total, *others = parts.view(group_size(group), *x.shape).unbind()
     total = total.float() if x.dtype.itemsize == 2 else total
     for other in others:
@@ -414,21 +446,51 @@ def broadcast_random_state(device: torch.device, group: Group) -> None:
     if group is None:
         return
     on_gpu = device_kind(device) == "cuda"
-    state = [torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()]
     with current(device):  # NCCL, if the group has nothing else, sends from the current GPU
-        dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
+        state = _from_first(torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state(), group)
     if on_gpu:
-        torch.cuda.set_rng_state(state[0], device)
+        torch.cuda.set_rng_state(state, device)
     else:
-        torch.set_rng_state(state[0])
+        torch.set_rng_state(state)
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
     """Every rank's value, in rank order. Without a group: of all processes."""
-    values: list[Any] = [None] * dist.get_world_size(group)
+    group = _or_world(group)
     with current(chosen_device()):  # NCCL, if the group has nothing else, sends from the current GPU
-        dist.all_gather_object(values, value, group=group)
-    return values
+        mine, everyones, sizes = _room_for_all(value, group)
+        _run(_gather, everyones, mine, group=group)
+    return list(map(_unpacked, everyones.view(len(sizes), -1), sizes))
+
+
+def _packed(value: Any, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+
+
+def _unpacked(message: torch.Tensor, size: Optional[int] = None) -> Any:
+    return pickle.loads(message[:size].cpu().numpy().tobytes())
+
+
+def _from_first(value: Any, group: dist.ProcessGroup) -> Any:
+    """The value of the group's first rank, on every rank."""
+    device, sends = _talks_on(group), dist.get_rank(group) == 0
+    message = _packed(value if sends else None, device)
+    size = torch.tensor([len(message)], device=device)
+    _run(dist.broadcast, size, group=group, group_src=0)
+    message = message if sends else message.new_empty(int(size))
+    _run(dist.broadcast, message, group=group, group_src=0)
+    return value if sends else _unpacked(message)
+
+
+def _room_for_all(value: Any, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """This rank's value as a message that is as long as the longest of all ranks; room for all messages, one behind the
+    other; and their own sizes."""
+    device, ranks = _talks_on(group), dist.get_world_size(group)
+    mine = _packed(value, device)
+    sizes = torch.empty(ranks, dtype=torch.long, device=device)
+    _run(_gather, sizes, torch.tensor([len(mine)], device=device), group=group)
+    longest = int(sizes.max())
+    return F.pad(mine, (0, longest - len(mine))), mine.new_empty(ranks * longest), sizes.tolist()
 
 
 def replica() -> tuple[int, int]:
@@ -452,16 +514,17 @@ def from_first_process(value: Any, everyone: Group = None) -> Any:
     everyone = everyone or patient_group()
     if everyone is None:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=everyone)
-    return box[0]
+    return _from_first(value, everyone)
 
 
 def to_first_process(value: Any, everyone: Group) -> list[Any]:
     """Every process's value, on the first one; elsewhere nothing."""
-    values = [None] * group_size(everyone) if group_rank(everyone) == 0 else None
-    dist.gather_object(value, values, dst=0, group=everyone)
-    return values or []
+    assert everyone is not None
+    mine, everyones, sizes = _room_for_all(value, everyone)
+    parts = everyones.view(len(sizes), -1)
+    receives = dist.get_rank(everyone) == 0
+    _run(dist.gather, mine, list(parts) if receives else None, group=everyone, group_dst=0)
+    return list(map(_unpacked, parts, sizes)) if receives else []
 
 
 def patient_group() -> Group:
@@ -469,7 +532,8 @@ def patient_group() -> Group:
     if not several_processes():
         return None
     if _patient.get("world") is not world():
-        _patient.update(world=world(), group=dist.new_group(backend="gloo", timeout=timedelta(days=365)))
+        connect = partial(dist.new_group, backend="gloo", timeout=timedelta(days=365))
+        _patient.update(world=world(), group=peers.connected(connect))
     return cast(dist.ProcessGroup, _patient["group"])
 
 
@@ -479,22 +543,28 @@ _patient: dict[str, Any] = {}  # "group", which has a year's time limit, and the
 def all_alike(value: Optional[str], group: Group) -> bool:
     """Whether all processes of the group gave the same text. False if one gave None. One small collective."""
     _check_step(group)
+    group = _or_world(group)
     digest = hashlib.sha256((value or "").encode("utf-8", "surrogatepass")).digest()
     mine = torch.tensor(
         [[value is not None, int.from_bytes(digest[:7], "big")]], dtype=torch.long, device=_talks_on(group)
     )
     everyones = mine.new_empty(dist.get_world_size(group), 2)
     with peers.waiting(*members(group)):
-        _gather(everyones, mine, group=group)
+        _run(_gather, everyones, mine, group=group)
         votes = everyones.tolist()
     return all(vote == votes[0] for vote in votes) and bool(votes[0][0])
 
 
 def members(group: Group) -> tuple[list[int], str]:
     """The global ranks of a group, and its name. Without a group: of all processes."""
+    group = _or_world(group)
+    return dist.get_process_group_ranks(group), group.group_name
+
+
+def _or_world(group: Group) -> dist.ProcessGroup:
     group = group or dist.group.WORLD
     assert group is not None
-    return dist.get_process_group_ranks(group), group.group_name
+    return group
 
 
 def _needs_autograd(weight: torch.Tensor, x: torch.Tensor, group: Group) -> bool:

@@ -221,6 +221,14 @@ class Room {
 
     bool has_come(int r, uint32_t now) const { return (int32_t)(lines[r].turn.load(std::memory_order_acquire) - now) >= 0; }
 
+    int one_that_ended() const {
+        for (int r = 0; r < ranks; r++) {
+            pollfd ends{lives[r], POLLIN, 0};
+            if (r != rank && (lines[r].left.load() || poll(&ends, 1, 0) > 0)) return r;
+        }
+        return -1;
+    }
+
     void wait_for(int r, uint32_t now) {
         auto began = Clock::now(), time = began;
         while (time - began < SPIN && lines[r].core.load(std::memory_order_relaxed) != sched_getcpu()) {
@@ -232,10 +240,10 @@ class Room {
         }
         Line& line = lines[r];
         for (; time - began < limit; time = Clock::now()) {
-            pollfd ends{lives[r], POLLIN, 0};
-            bool ended = line.left.load() || poll(&ends, 1, 0) > 0;
+            int ended = one_that_ended();
             if (has_come(r, now)) return;  // it may have come before it ended
-            if (ended) fail("connection closed by peer: rank " + std::to_string(r) + " of the group has ended");
+            // No message is whole without all ranks. This one may wait elsewhere for the one that ended.
+            if (ended >= 0) fail("connection closed by peer: rank " + std::to_string(ended) + " of the group has ended");
             line.sleepers.fetch_add(1);
             uint32_t seen = line.turn.load();
             timespec patience{0, LOOK};

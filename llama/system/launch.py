@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ class Launch:
     local_world_size: int
     launcher: Optional[int] = None  # torchrun's process id
     store: Any = None  # torch's store where they meet, if no launcher says it
+    why_lost: Optional[Callable[[], str]] = None  # why one is gone of those that this process has started, or ""
 
     @staticmethod
     def read() -> Launch:

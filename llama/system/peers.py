@@ -17,20 +17,22 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Optional, TypeVar
 
 from . import pipes
-from .launch import error_file
+from .launch import Launch, error_file
 from .printable import escaped
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+T = TypeVar("T")
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 5.0  # seconds without one, after which a process seems to be stopped
 LATE = 10.0  # seconds that a process waits in a collective before it says for whom
@@ -84,11 +86,12 @@ def stack(frame: Optional[FrameType]) -> Iterator[FrameType]:
 
 @dataclass
 class Watch:
-    """Exchanges this process's signs with the others. launcher: the id of the process to end with, if there is one."""
+    """Exchanges this process's signs with the others."""
 
     rank: int
     size: int
-    launcher: Optional[int] = None
+    launcher: Optional[int] = None  # the id of the process to end with, if there is one
+    why_gone: Optional[Callable[[], str]] = None  # why one is gone of those that this process has started, or ""
     store: Optional[Store] = None
     sign: Sign = field(default_factory=Sign)
     thread: int = field(default_factory=threading.get_ident)  # the one that the user's calls run in
@@ -307,10 +310,10 @@ def is_refused(address: str) -> bool:
     return False
 
 
-def begin(rank: int, size: int, launcher: Optional[int]) -> Watch:
+def begin(launch: Launch) -> Watch:
     """Make and start this process's `watch`."""
     global watch
-    watch = Watch(rank, size, launcher)
+    watch = Watch(launch.rank, launch.world_size, launch.launcher, launch.why_lost)
     watch.start()
     return watch
 
@@ -326,6 +329,42 @@ def waiting(ranks: Sequence[int], group: str) -> Iterator[None]:
     finally:
         if here is not None:
             here.arrived()
+
+
+def wait_until(has_ended: Callable[[float], bool]) -> None:
+    """Wait for something that the other processes take part in. has_ended: waits for so many seconds at most.
+
+    RuntimeError if one of them is gone that this process has started, and torch has not noticed a second later. No
+    launcher ends this process then, and torch may wait on for hours. Ctrl-C takes effect within a second.
+    """
+    gone = ""
+    while not has_ended(BEAT):
+        if gone:
+            raise RuntimeError(f"connection closed by peer: {gone}")
+        gone = watch.why_gone() if watch is not None and watch.why_gone is not None else ""
+
+
+def connected(connect: Callable[[], T]) -> T:
+    """What `connect` returns, which meets the other processes in torch's store. Raises the errors of `wait_until`."""
+    if watch is None or watch.why_gone is None:
+        return connect()
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(connect())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="llama-connects", daemon=True)
+    thread.start()
+
+    def has_ended(seconds: float) -> bool:
+        thread.join(seconds)
+        return not thread.is_alive()
+
+    wait_until(has_ended)
+    return outcome.result()
 
 
 def tell_failure(error: BaseException) -> bool:
