@@ -297,6 +297,33 @@ def test_operators_round_to_8_bits_as_torch_does(dtype: torch.dtype) -> None:
             wrong()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_lie_column_by_column(kind: str, either_way: str) -> None:
+    """A .pth file may hold a transposed view."""
+    made, other = (
+        layer_of(weights(), kind).quantize(weight, None, CPU) for weight in (weights(), weights().t().contiguous().t())
+    )
+    assert all(torch.equal(other[name], tensor) for name, tensor in made.items())
+
+
+def test_ways_are_tried_whatever_the_defaults() -> None:
+    if not own_kernels.loaded():
+        pytest.skip("it needs a C++ compiler")
+    expected = int8.onednn_is_exact.__wrapped__()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        for bits in (8, 4):
+            assert callable(tiles.for_many.__wrapped__(bits))
+        assert int8.onednn_is_exact.__wrapped__() == expected
+        if expected:
+            int8._no_zero_points.cache_clear()
+            assert int8.onednn_is_fast.__wrapped__() in (True, False)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
 def test_tiles_by_hand() -> None:
     """33 rows make two tiles. A tile has, for each group, four columns of every row in turn, then the rows' scales and
     zeros. In 4 bits, the next four columns are the upper halves."""

@@ -1,5 +1,7 @@
 // Operators for CPUs: products with 8-bit activations, and the decode step. Compiled for the processor that it runs on
 // (-march=native).
+#include <omp.h>
+
 #include <limits>
 #include <memory>
 #include <type_traits>
@@ -155,20 +157,21 @@ void bfloat16_product(StableIValue* stack, uint64_t, uint64_t) {
     auto* to = y.numbers<BFloat16>();
     int64_t blocks = (count + SHARED - 1) / SHARED, pairs = columns / 2;
     auto rows_of = [=](int64_t block) { return std::min<int64_t>(SHARED, count - block * SHARED); };
-    std::unique_ptr<uint32_t[]> all(new uint32_t[blocks * pairs * SHARED]);
+    // Made before the region of threads, in which memory that runs out would end the process.
+    std::unique_ptr<uint32_t[]> all(new uint32_t[blocks * pairs * SHARED]), tile_of_each(new uint32_t[omp_get_max_threads() * pairs * R]);
 #pragma omp parallel if (outputs * columns * count > SHARE)
     {
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++)
             pair_rows(from + block * SHARED * columns, rows_of(block), columns, &all[block * pairs * SHARED]);
-        std::unique_ptr<uint32_t[]> w(new uint32_t[pairs * R]);
+        uint32_t* w = &tile_of_each[omp_get_thread_num() * pairs * R];
         Line lines[SHARED];
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < tiles_of(outputs); tile++) {
-            tiles.halves ? unpack_pairs<true>(tiles, tile, columns, group, of_rows, w.get())
-                         : unpack_pairs<false>(tiles, tile, columns, group, of_rows, w.get());
+            tiles.halves ? unpack_pairs<true>(tiles, tile, columns, group, of_rows, w)
+                         : unpack_pairs<false>(tiles, tile, columns, group, of_rows, w);
             for (int64_t block = 0; block < blocks; block++) {
-                multiply_some_pairs<SHARED>(&all[block * pairs * SHARED], w.get(), pairs, rows_of(block), lines);
+                multiply_some_pairs<SHARED>(&all[block * pairs * SHARED], w, pairs, rows_of(block), lines);
                 for (int64_t m = 0; m < rows_of(block); m++)
                     put(lines[m], tiles.height(tile), to + (block * SHARED + m) * outputs + tile * R);
             }
@@ -227,7 +230,7 @@ void round_int4(StableIValue* stack, uint64_t, uint64_t) {
     stack[2] = zeros.given();
 }
 
-// weight (rows, columns), maxima float32 (1, rows): the largest sizes of its full rows -> int8 of the same shape, float32 (rows,)
+// weight (rows, columns), maxima float32: (1, rows), the largest sizes of its full rows, or (1, 0) if it has these -> int8 of the same shape, float32 (rows,)
 void round_int8(StableIValue* stack, uint64_t, uint64_t) {
     Tensor weight(stack[0]), maxima(stack[1]);
     int64_t rows = weight.size(0), columns = weight.size(1);
@@ -264,7 +267,7 @@ void round_w8a8(StableIValue* stack, uint64_t, uint64_t) {
     stack[1] = scales.given();
 }
 
-// weight int8 (rows, columns), or uint8 (rows, columns / 2); scales, and for the latter zeros, bfloat16 (rows, groups), else (0, 0)
+// weight int8 (rows, columns), or uint8 (rows, columns / 2); scales, and for the latter zeros, bfloat16 (rows, groups), else any
 // -> uint8 (tiles, bytes)
 void to_tiles(StableIValue* stack, uint64_t, uint64_t) {
     Tensor weight(stack[0]), scales(stack[1]), zeros(stack[2]);

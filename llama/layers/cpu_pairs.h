@@ -1,8 +1,6 @@
 // Products of many rows in bfloat16 with a tile of weights: these become bfloat16 once for all rows, in pairs of neighbouring
 // columns, as processors multiply them.
 #pragma once
-#include <vector>
-
 #include "cpu_tiles.h"
 
 namespace {
@@ -15,7 +13,7 @@ void unpack_pairs(const Tiles& tiles, int64_t tile, int64_t columns, int64_t gro
     for_columns<HALVES>(tiles, tile, columns, group, scales, [&](int64_t c, const auto& number) {
         if (c % 2 == 0)
 #pragma omp simd
-            for (int64_t i = 0; i < R; i++) to[c / 2 * R + i] = number(i, 0) | (uint32_t)number(i, 8) << 16;
+            for (int64_t i = 0; i < R; i++) to[c / 2 * R + i] = number(i, 0) | (uint32_t)number(i, 1) << 16;
     });
 }
 

@@ -1,9 +1,9 @@
 // One step of the whole model for up to MOST_ROWS rows, `Transformer.step`, in one region of threads.
 //
 // Starting and joining threads for each product, and Python between them, take longer than a small model's products. Here
-// the threads start once. A phase (a product, or attention) is shared out among them, who help those that others hold up, and what
-// one computed the others read after the next barrier; all that is small, such as norms, each computes for itself. Numbers are rounded to the model's type
-// T where `model.py` rounds them, and a row's numbers depend neither on the other rows nor on the number of threads.
+// the threads start once. Each phase (a product, or attention) is divided among them; one that is done helps the next ones. What one
+// computed the others read after the next barrier. All that is small, such as norms, each computes for itself. Numbers are rounded to
+// the model's type T where `model.py` rounds them, and a row's numbers depend neither on the other rows nor on the number of threads.
 //
 // Several processes may share the model, each with its part of every matrix and of the heads. They run the same step at the same
 // time; one thread of each sums and gathers with the others.
@@ -159,20 +159,22 @@ void multiply_plain(const T* w, const T* x, int64_t columns, Line* lines, int64_
 constexpr int SHARING = 4;               // most rows of activations that share loaded weights
 constexpr int HEIGHT = V == 16 ? 4 : 2;  // rows of weights that share loaded activations; the sums of both fit into registers
 
-// `height` rows of plain weights times all rows of activations.
+// `height` rows of plain weights times all rows of activations, which take turns; each turn asks for `each` rows of weights ahead, until
+// none of them are left.
 template <typename T, int height, int rows = SHARING>
-void multiply_plain_rows(const T* w, const T* x, int64_t count, int64_t columns, Line* lines, int64_t first, const T* ahead, int64_t each) {
-    for (; count >= rows; count -= rows, x += rows * columns, lines += rows, ahead += each * columns)
-        multiply_plain<T, height, rows>(w, x, columns, lines, first, ahead, each);
+void multiply_plain_rows(const T* w, const T* x, int64_t count, int64_t columns, Line* lines, int64_t first, const T* ahead, int64_t each,
+                         int64_t left = height) {
+    for (; count >= rows; count -= rows, x += rows * columns, lines += rows, ahead += each * columns, left -= each)
+        multiply_plain<T, height, rows>(w, x, columns, lines, first, ahead, left > 0 ? each : 0);
     if constexpr (rows > 1)
-        if (count) multiply_plain_rows<T, height, rows - 1>(w, x, count, columns, lines, first, ahead, each);
+        if (count) multiply_plain_rows<T, height, rows - 1>(w, x, count, columns, lines, first, ahead, each, left);
 }
 
 // A tile of plain weights, of up to R rows, times `count` rows of activations. One row is multiplied fastest with one row of weights
 // at a time. Several take turns with HEIGHT rows of weights, and share the work of bringing in the next ones.
 template <typename T>
 void multiply_plain_tile(const T* w, int64_t tile_rows, const T* x, int64_t count, int64_t columns, Line* lines) {
-    int64_t r = 0, turns = (count + SHARING - 1) / SHARING, each = std::max<int64_t>(1, HEIGHT / turns);
+    int64_t r = 0, turns = (count + SHARING - 1) / SHARING, each = (HEIGHT + turns - 1) / turns;
     if (count > 1)
         for (; r + HEIGHT <= tile_rows; r += HEIGHT)
             multiply_plain_rows<T, HEIGHT>(w + r * columns, x, count, columns, lines, r, w + (r + HEIGHT) * columns, each);

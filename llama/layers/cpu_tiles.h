@@ -37,8 +37,8 @@ void fill_tile(const uint8_t* rows, const BFloat16* const* of_groups, int64_t he
     }
 }
 
-// Calls `use` with each column of a tile, and with `number(i, later)`: row i's weight in that column as bfloat16, or, where `later`
-// is 8, in the next column, if this one is even.
+// Calls `use` with each column of a tile, and with `number(i, later)`: row i's weight in that column as bfloat16, or, where `later` is
+// 1, in the next column; only from an even one on.
 template <bool HALVES, typename Use>
 void for_columns(const Tiles& tiles, int64_t tile, int64_t columns, int64_t group, const float* scales, Use use) {
     const uint8_t* w = tiles.data + tile * tiles.bytes;
@@ -56,7 +56,7 @@ void for_columns(const Tiles& tiles, int64_t tile, int64_t columns, int64_t grou
             std::memcpy(fours, numbers + c / (HALVES ? 8 : 4) * 4 * R, sizeof fours);
             int64_t shift = c % 4 * 8 + (HALVES && c % 8 >= 4 ? 4 : 0);
             use(first + c, [&](int64_t i, int later) {
-                auto n = (float)((int32_t)(fours[i] >> (shift + later) & (HALVES ? 15 : 255)) - (HALVES ? 8 : 128));
+                auto n = (float)((int32_t)(fours[i] >> (shift + 8 * later) & (HALVES ? 15 : 255)) - (HALVES ? 8 : 128));
                 return BFloat16(HALVES ? std::fmaf(n, scale[i], zero[i]) : n * scale[i]).bits;
             });
         }

@@ -182,7 +182,7 @@ def _(digits: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch
 
 @lru_cache
 def _no_zero_points(rows: int) -> torch.Tensor:
-    return torch.zeros(rows, dtype=torch.int32)
+    return torch.zeros(rows, dtype=torch.int32, device="cpu")
 
 
 @lru_cache
@@ -191,14 +191,14 @@ def onednn_is_exact() -> bool:
     if not torch.backends.mkldnn.is_available() or not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
         return False
     try:
-        weight = torch.full((64, 256), 127, dtype=torch.int8)
+        weight = torch.full((64, 256), 127, dtype=torch.int8, device="cpu")
         weight[1::2] = -127
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        scales = torch.ones(64)
+        scales = torch.ones(64, dtype=torch.float32, device="cpu")
         for rows in (1, 2, FEW_ROWS + 1):
-            digits = torch.full((2, rows, 256), -128, dtype=torch.int8)
+            digits = torch.full((2, rows, 256), -128, dtype=torch.int8, device="cpu")
             digits[0] = 1
-            digits[1, :, ::2] = 127 * (torch.arange(rows)[:, None] % 2)
+            digits[1, :, ::2] = 127 * (torch.arange(rows, device="cpu")[:, None] % 2)
             expected = (BASE * digits[0].float() + digits[1].float()) @ weight.float().t()  # all below 2^24
             if not all(torch.equal(int8_product(digits, form, scales), expected) for form in (weight, packed)):
                 return False
@@ -212,9 +212,11 @@ def onednn_is_fast() -> bool:
     """Whether oneDNN's packed int8 is faster here than tiles, or without them than its plain form. On processors that
     multiply bytes of one sign with bytes of another only, it takes 200 times as long (measured: 50 ms for a row of 768
     x 768)."""
-    weight, scales, x = torch.ones(SIDE, SIDE, dtype=torch.int8), torch.ones(SIDE), torch.ones(16, SIDE).bfloat16()
+    ones = partial(torch.ones, device="cpu")
+    weight, scales = ones(SIDE, SIDE, dtype=torch.int8), ones(SIDE, dtype=torch.float32)
+    x = ones(16, SIDE, dtype=torch.bfloat16)
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    tiles = own_kernels.loaded() and to_tiles(weight, torch.ones(SIDE, 1, dtype=torch.bfloat16))
+    tiles = own_kernels.loaded() and to_tiles(weight, ones(SIDE, 1, dtype=torch.bfloat16))
 
     def otherwise(x: torch.Tensor) -> torch.Tensor:
         if tiles is False:

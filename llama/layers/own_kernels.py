@@ -63,7 +63,6 @@ def _brought_in() -> bool:
     torch.library.register_fake("llama_cpu::round_groups", _fake_groups)
     torch.library.register_fake("llama_cpu::product", _fake_product)
     torch.library.register_fake("llama_cpu::exact_product", _fake_exact)
-    torch.library.register_fake("llama_cpu::bfloat16_product", _fake_exact)
     torch.library.register_fake("llama_cpu::attend", lambda q, k, v: q.new_empty(q.shape))
     return True
 

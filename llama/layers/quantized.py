@@ -60,6 +60,7 @@ class Quantized(nn.Module):
         rows."""
         if device_kind(device) == device_kind(weight) == "cpu" and own_kernels.loaded():
             known = weight if weight.dtype in own_kernels.TYPES else weight.float()
+            known = known if known.stride(1) == 1 else known.contiguous()
             return dict(zip(self.shard_dims, self.rounded(known, maxima)))
         made = self.empty(len(weight), weight.shape[1], device)
         for rows, block in blocks(weight, device):

@@ -98,11 +98,12 @@ def for_many(bits: int) -> Callable[..., torch.Tensor]:
     where the processor multiplies matrices of bfloat16 (AMX); where neither is fast, in digits. Each is preferred to
     the next unless it takes twice as long: then no noise decides, and every run has the same numbers."""
     group = SIDE if bits == 8 else TILE
-    numbers = torch.ones(SIDE, SIDE * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
-    of_groups = torch.ones(SIDE, SIDE // group, dtype=torch.bfloat16)
+    ones = partial(torch.ones, device="cpu")
+    numbers = ones(SIDE, SIDE * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    of_groups = ones(SIDE, SIDE // group, dtype=torch.bfloat16)
     tiles = to_tiles(numbers, of_groups) if bits == 8 else to_tiles(numbers, of_groups, of_groups)
-    given = tiles, torch.empty(1, 0), SIDE, bits, group
-    x = torch.ones(2 * FEW_ROWS[bits], SIDE).bfloat16()
+    given = tiles, ones(1, 0, dtype=torch.float32), SIDE, bits, group
+    x = ones(2 * FEW_ROWS[bits], SIDE, dtype=torch.bfloat16)
     cpu = torch.ops.llama_cpu
     best: Callable[..., torch.Tensor] = cpu.bfloat16_product
     least = least_time(partial(best, x, *given))

@@ -194,8 +194,8 @@ def quantized_layers(model: Transformer) -> dict[str, Quantized]:
 def quantized(
     checkpoint: Checkpoint, prefix: str, layer: Quantized, start: int, stop: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The stored tensors of a layer, by name, for entries start … stop along its `shard_dim`: read and rounded some
-    rows at a time."""
+    """The stored tensors of a layer, by name, for entries start … stop along its `shard_dim`: read, rounded, and its
+    pages given back."""
     name = f"{prefix}.weight"
     dim = layer.shard_dim
     maxima = None
