@@ -59,7 +59,7 @@ class Followers:
         while not store.check([str(rank) for rank in ranks]):
             if lost := self.why_lost(LOOK):
                 raise RuntimeError(lost)
-        return replace(_place(0, self.count), store=store, why_lost=self.why_lost)
+        return replace(_place(0, self.count), store=store, why_gone=self.why_lost)
 
     def follow(self, leader: Leader) -> None:
         """The processes belong to this `Llama` from now on, and end with it."""

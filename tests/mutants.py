@@ -59,7 +59,8 @@ TESTS = {
                 "packages::test_a_package_is_of_all_that_it_depends_on packages::test_a_full_disk",
     "compiler": "packages compiled::test_packaged compiled::test_a_package_for_several_processes",
     "completion": "streams options", "console": "terminal screen", "conversation": "terminal screen",
-    "convert": "convert gguf quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
+    "convert": "convert gguf added_tokens::test_convert_keeps_them_both_ways "
+               "quantization::test_stored_is_what_loading_makes quantization::test_what_is_refused",
     "cores": "cores", "cpp": "one_digit", "cpu_step": "cpu_step shared_step", "decoding/invariant": "invariant",
     "engine": "streams scheduler emulated_cuda::test_ids_are_fetched_behind_what_is_queued "
               "emulated_cuda::test_a_step_waits_for_nothing_but_its_ids memory::test_running_out_later_is_explained "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -385,6 +386,14 @@ def test_templates_that_would_run_for_ever_or_fill_the_memory(
     monkeypatch.setattr(sandbox, "MOST_SIZE", 2**17)
     monkeypatch.setattr(sandbox, "MOST_PRODUCT", 2**20)
     with pytest.raises(DialogError, match=f"the chat template (is stopped|fails): .*({message})"):
+        render(template, dialog("hi"), bos="<s>", eos="</s>", asks=True)
+
+
+@pytest.mark.parametrize(("outer", "within"), [(3, True), (4, False)])
+def test_rounds_of_all_loops_are_counted_together(outer: int, within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MOST_ROUNDS", 30)
+    template = f"{{% for i in range({outer}) %}}{{% for j in range(8) %}}{{% endfor %}}{{% endfor %}}"
+    with contextlib.nullcontext() if within else pytest.raises(DialogError, match="go more than 30 rounds"):
         render(template, dialog("hi"), bos="<s>", eos="</s>", asks=True)
 
 

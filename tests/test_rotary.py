@@ -501,3 +501,12 @@ def test_shapes_that_no_scaling_fits() -> None:
         args = ModelArgs(**{**PARAMS, "vocab_size": 400, "rope_scaling": scaling, **change})
         with pytest.raises(ValueError, match="scaled rotary positions need heads of 4 or more, not .* above 1"):
             Transformer(args)
+
+
+def test_yarns_bounds_lie_within_a_head() -> None:
+    """With base 10, a number turns once within 4096 positions at 11.3 of 8; the last one, 7, bounds it."""
+    scaling = RotaryScaling("yarn", 4.0, 4096, beta_fast=652.0, beta_slow=1.0)
+    plain = 10.0 ** -(torch.arange(4) / 4)
+    kept = 1 - torch.arange(4) / 7
+    found = scaling.frequencies(8, 10.0, torch.arange(3))
+    torch.testing.assert_close(found, plain / 4 * (1 - kept) + plain * kept)

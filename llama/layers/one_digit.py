@@ -98,8 +98,8 @@ class OneDigit(InTiles):
         flat = x.reshape(-1, x.shape[-1])
         if not self.packed:
             return in_digits(flat, self.group_columns)
-        flat = flat if flat.dtype in own_kernels.TYPES else flat.float()
-        return Digits(*torch.ops.llama_cpu.round_groups(flat.contiguous(), self.group_columns))
+        known = own_kernels.in_known_type(flat).contiguous()
+        return Digits(*torch.ops.llama_cpu.round_groups(known, self.group_columns))
 
     def product(self, x: torch.Tensor, shared: Optional[Digits] = None, any_order: bool = False) -> torch.Tensor:
         refuse_gradients(x)

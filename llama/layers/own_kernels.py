@@ -76,6 +76,11 @@ FORMS = ("plain", "w8a8", "w4a8", "int8", "int4")  # how matrices lie; a kernel 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations; a kernel gets the place in this list
 
 
+def in_known_type(x: torch.Tensor) -> torch.Tensor:
+    """x in one of TYPES."""
+    return x if x.dtype in TYPES else x.float()
+
+
 def _fake_product(
     numbers: torch.Tensor, unit: torch.Tensor, weight: torch.Tensor, outputs: int, bits: int, type: int
 ) -> torch.Tensor:

@@ -12,7 +12,7 @@ import hashlib
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -112,9 +112,15 @@ def _run(collective: Callable[..., Any], *tensors: Any, group: dist.ProcessGroup
     try:
         peers.wait_until(partial(_has_ended, work))
     except BaseException:
-        if not work.is_completed():  # a group that ends waits for its messages: this one must not, unless that comes
-            threading.Thread(target=lambda: (work.wait(), group), name="llama-message", daemon=True).start()
+        if not work.is_completed():
+            threading.Thread(target=_outlast, args=(work, group), name="llama-message", daemon=True).start()
         raise
+
+
+def _outlast(work: Any, group: dist.ProcessGroup) -> None:
+    """Keep a group as long as one of its messages, which was given up, goes on: a group that ends would wait for it."""
+    with suppress(RuntimeError):  # nobody asks any more how the message ended
+        work.wait()
 
 
 def _has_ended(work: Any, seconds: float) -> bool:

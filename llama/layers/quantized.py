@@ -59,7 +59,7 @@ class Quantized(nn.Module):
         """The stored form, on a device, of `weight` (rows, columns). maxima: as in `round`; None if `weight` has full
         rows."""
         if device_kind(device) == device_kind(weight) == "cpu" and own_kernels.loaded():
-            known = weight if weight.dtype in own_kernels.TYPES else weight.float()
+            known = own_kernels.in_known_type(weight)
             known = known if known.stride(1) == 1 else known.contiguous()
             return dict(zip(self.shard_dims, self.rounded(known, maxima)))
         made = self.empty(len(weight), weight.shape[1], device)

@@ -57,8 +57,8 @@ class InTiles(Quantized):
         many = not torch.compiler.is_compiling() and len(x) > FEW_ROWS[self.bits]
         if many and x.dtype == torch.bfloat16:
             return for_many(self.bits)(x.contiguous(), *given)
-        known = x if x.dtype in own_kernels.TYPES else x.float()
-        y: torch.Tensor = torch.ops.llama_cpu.exact_product(known.contiguous(), *given)
+        known = own_kernels.in_known_type(x).contiguous()
+        y: torch.Tensor = torch.ops.llama_cpu.exact_product(known, *given)
         return y.to(x.dtype)
 
     def _tiles(self) -> torch.Tensor:

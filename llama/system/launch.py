@@ -23,7 +23,7 @@ class Launch:
     local_world_size: int
     launcher: Optional[int] = None  # torchrun's process id
     store: Any = None  # torch's store where they meet, if no launcher says it
-    why_lost: Optional[Callable[[], str]] = None  # why one is gone of those that this process has started, or ""
+    why_gone: Optional[Callable[[], str]] = None  # why one is gone of those that this process has started, or ""
 
     @staticmethod
     def read() -> Launch:

@@ -91,7 +91,7 @@ class Watch:
     rank: int
     size: int
     launcher: Optional[int] = None  # the id of the process to end with, if there is one
-    why_gone: Optional[Callable[[], str]] = None  # why one is gone of those that this process has started, or ""
+    why_gone: Optional[Callable[[], str]] = None  # see `Launch`
     store: Optional[Store] = None
     sign: Sign = field(default_factory=Sign)
     thread: int = field(default_factory=threading.get_ident)  # the one that the user's calls run in
@@ -313,7 +313,7 @@ def is_refused(address: str) -> bool:
 def begin(launch: Launch) -> Watch:
     """Make and start this process's `watch`."""
     global watch
-    watch = Watch(launch.rank, launch.world_size, launch.launcher, launch.why_lost)
+    watch = Watch(launch.rank, launch.world_size, launch.launcher, launch.why_gone)
     watch.start()
     return watch
 
@@ -334,8 +334,9 @@ def waiting(ranks: Sequence[int], group: str) -> Iterator[None]:
 def wait_until(has_ended: Callable[[float], bool]) -> None:
     """Wait for something that the other processes take part in. has_ended: waits for so many seconds at most.
 
-    RuntimeError if one of them is gone that this process has started, and torch has not noticed a second later. No
-    launcher ends this process then, and torch may wait on for hours. Ctrl-C takes effect within a second.
+    RuntimeError if a process that this one has started is gone, and torch has not noticed it within a second. No
+    launcher ends this process then, and torch may wait on for hours. Ctrl-C takes effect within a second, unless it is
+    held back.
     """
     gone = ""
     while not has_ended(BEAT):
