@@ -392,9 +392,9 @@ def test_templates_that_would_run_for_ever_or_fill_the_memory(
 @pytest.mark.parametrize(("outer", "within"), [(3, True), (4, False)])
 def test_rounds_of_all_loops_are_counted_together(outer: int, within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MOST_ROUNDS", 30)
-    template = f"{{% for i in range({outer}) %}}{{% for j in range(8) %}}{{% endfor %}}{{% endfor %}}"
+    loops = f"{{% for i in range({outer}) %}}{{% for j in range(8) %}}{{% endfor %}}{{% endfor %}}"
     with contextlib.nullcontext() if within else pytest.raises(DialogError, match="go more than 30 rounds"):
-        render(template, dialog("hi"), bos="<s>", eos="</s>", asks=True)
+        render(loops + "{{ messages[0]['content'] }}", dialog("hi"), bos="<s>", eos="</s>", asks=True)
 
 
 def test_long_dialogs_are_within_the_limits() -> None:
