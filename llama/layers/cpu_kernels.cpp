@@ -230,7 +230,8 @@ void round_int4(StableIValue* stack, uint64_t, uint64_t) {
     stack[2] = zeros.given();
 }
 
-// weight (rows, columns), maxima float32: (1, rows), the largest sizes of its full rows, or (1, 0) if it has these -> int8 of the same shape, float32 (rows,)
+// weight (rows, columns), maxima float32: (1, rows), the largest sizes of its full rows, or (1, 0) if it has these -> int8 of the same
+// shape, float32 (rows,)
 void round_int8(StableIValue* stack, uint64_t, uint64_t) {
     Tensor weight(stack[0]), maxima(stack[1]);
     int64_t rows = weight.size(0), columns = weight.size(1);
