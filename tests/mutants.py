@@ -44,7 +44,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 OPTIONS = ["-q", "-n0", "-p", "no:cacheprovider"]
-SECONDS = int(os.environ.get('SEC','60'))  # of a mutant's tests, as they took unchanged: those after it are left out
+SECONDS = 60  # of a mutant's tests, as they took unchanged: those after it are left out
 # Sizes of what is read, multiplied or measured at a time; what was measured of others' memory; and limits far above
 # what real files and calls need. Another value makes it slower or less certain, but changes no result.
 SPEED = {
@@ -65,7 +65,7 @@ NAMES = {"min": "max", "max": "min", "all": "any", "any": "all"}
 UNSEEN = ("annotation", "returns", "decorator_list")  # fields that change no result
 SILENT = ast.JoinedStr, ast.Raise  # what words say
 DEFS = ast.FunctionDef, ast.AsyncFunctionDef
-Change = tuple[ast.AST, str, Callable[[], None]]  # of which node, what its text is afterwards, and what makes it so
+Change = tuple[ast.AST, ast.AST, Callable[[], None]]  # a node, what is to stand in its place, and what puts it there
 
 
 class Run(NamedTuple):
@@ -143,7 +143,7 @@ def changes(node: ast.AST, in_function: bool = False) -> Iterator[Change]:
             inside = in_function or isinstance(node, ast.FunctionDef)
             for other in others(child, inside):
                 put = partial(setattr, node, field) if i is None else partial(value.__setitem__, i)
-                yield child, ast.unparse(other), partial(put, other)
+                yield child, other, partial(put, other)
             yield from changes(child, inside)
 
 
@@ -466,8 +466,8 @@ def drawn(names: list[str], count: int, seed: int, skip: int, runs: list[Run]) -
                 ran[name, number].append(run)
     for name, i in random.Random(seed).sample(places, min(count, len(places)))[skip:]:
         tree = ast.parse(texts[name])
-        node, after, change = list(changes(tree))[i]
-        told = f"{name}.py:{getattr(node, 'lineno', 0)} {ast.unparse(node)} -> {after}"
+        node, other, change = list(changes(tree))[i]
+        told = f"{name}.py:{getattr(node, 'lineno', 0)} {ast.unparse(node)} -> {ast.unparse(other)}"
         around = list(parents(tree, node))
         numbers = {id(statement): number for number, (_, statement) in enumerate(statements(tree))}
         statement = next((numbers[id(part)] for part in around if id(part) in numbers), None)
