@@ -4,8 +4,8 @@ does nothing.
     python tests/mutants.py --mutants 150 --seed 1
     python tests/mutants.py --runs /tmp/runs --mutants 12 drafting rounding sampling
 
-Without names, of all files. Copies of the checkout are changed, not the checkout, one for each core. First every test
-runs once, on code whose statements say that they ran. Then, on each mutant, the tests run that ran the changed
+Without names, of all files. Copies of the checkout are changed, not the checkout: one for each process. First every
+test runs once, on code whose statements say that they ran. Then, on each mutant, the tests run that ran the changed
 statement: of each function of a test the quickest case first, until one fails, which notices it, as does whatever takes
 long. --runs keeps what the tests ran in a file, and asks again only test files that have changed. The mutants come in
 the order of the draw, so that the first n are a draw too. The numbers in SPEED are left as they are.
@@ -17,7 +17,6 @@ import argparse
 import ast
 import gc
 import hashlib
-import importlib
 import inspect
 import json
 import mmap
@@ -30,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -44,6 +44,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 OPTIONS = ["-q", "-n0", "-p", "no:cacheprovider"]
+BROKEN = 70  # how a process of ours ends that could not run any test
 SECONDS = 60  # of a mutant's tests, as they took unchanged: those after it are left out
 # Sizes of what is read, multiplied or measured at a time; what was measured of others' memory; and limits far above
 # what real files and calls need. Another value makes it slower or less certain, but changes no result.
@@ -323,16 +324,22 @@ def limited(run: Callable[[], str], folder: Folder, seconds: float) -> str:
     if not child:
         os.setsid()
         quiet(folder.path.with_suffix(".out"))
-        out.write_text(run())
+        try:
+            out.write_text(run())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(BROKEN)
         os._exit(0)
     limit = time.monotonic() + seconds
-    while not (ended := os.waitpid(child, os.WNOHANG)[0]) and time.monotonic() < limit:
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < limit:
         time.sleep(0.02)
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # and what its tests have started
-    if not ended:
+    if not ended[0]:
         os.waitpid(child, 0)
         return "took too long"
+    if os.waitstatus_to_exitcode(ended[1]) == BROKEN:
+        return f"not run: {folder.path.with_suffix('.out').read_text().splitlines()[-1]}"
     failed = out.read_text() if out.exists() else "the process ended"
     return f"noticed: {failed}" if failed else "survived"
 
@@ -351,7 +358,10 @@ def run_changed(session: pytest.Session, items: list[pytest.Item], changed: list
     for function in changed:
         function.__code__ = code
     for item, following in zip(items, [*items[1:], None]):
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        try:
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        except BaseException:
+            return item.nodeid
         if noticed.first:
             break
     return noticed.first
@@ -401,11 +411,10 @@ class Server:
 
 
 def spare(pipe: Any, folder: Folder, kernels: str) -> None:
-    """A process: run tests in forks that import the package anew, but not what it is built on."""
+    """A process: run tests in forks that import the package anew, but not torch."""
     folder.enter(kernels)
-    for name in ("torch", "transformers", "peft", "matplotlib.pyplot", "openai"):
-        with suppress(ImportError):
-            importlib.import_module(name)
+    import torch  # noqa: F401
+
     while True:
         tests, seconds = pipe.recv()
         pipe.send(limited(partial(run_afresh, tests), folder, seconds))
@@ -513,13 +522,14 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--skip", type=int, default=0, help="so many of the draw, which were run before")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--runs", metavar="FILE", help="keeps what the tests run")
     args = parser.parse_args()
     if wrong := missing():
         sys.exit("what SPEED names is not there: " + ", ".join(wrong))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
-        folders = [Folder(Path(root), i) for i in range(os.cpu_count() or 1)]
+        folders = [Folder(Path(root), i) for i in range(args.processes)]
         kernels = f"{root}/kernels"  # compiled once for all
         code = "from llama.layers import own_kernels; own_kernels.loaded()"
         subprocess.run([sys.executable, "-c", code], env={**os.environ, "LLAMA_CACHE": kernels}, cwd=ROOT, check=True)
@@ -545,7 +555,7 @@ def main() -> None:
             outcomes[result.partition(":")[0]] += 1
             survivors += [told[number]] * result.startswith("survived")
     print(json.dumps({"mutants": len(told), "seed": args.seed, **outcomes, "survivors": survivors}))
-    sys.exit(bool(survivors))
+    sys.exit(bool(survivors or outcomes["not run"]))
 
 
 if __name__ == "__main__":
