@@ -14,7 +14,7 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Error(NamedTuple):
-    """An answer that is none."""
+    """An answer that is none. Without a message it is no JSON either, as that of a proxy."""
 
     status: int
     message: str
@@ -105,7 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def fail(self, status: int, message: str, headers: Mapping[str, str] = NOTHING) -> None:
-        self.reply(status, json.dumps({"error": {"message": message, "type": "test", "code": None}}).encode(), headers)
+        content = json.dumps({"error": {"message": message, "type": "test", "code": None}}) if message else "<html>"
+        self.reply(status, content.encode(), headers)
 
     def stream(self, pieces: Pieces, is_chat: bool) -> None:
         self.send_response(200)

@@ -168,6 +168,29 @@ def test_info_and_tokenize(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "403 pieces, BOS 1, EOS 2, 401" in capsys.readouterr().out
 
 
+def test_a_token_of_two_ids(tmp_path: Path, tokenizer_path: str) -> None:
+    write_tokenizer(tmp_path, tokenizer_path, added_tokens_decoder={"404": {"content": "<|im_end|>"}})
+    with pytest.raises(ValueError, match=r"tokenizer_config.json gives '<\|im_end\|>' another id than the other files"):
+        open_tokenizer(tmp_path, None, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("told", "template"),
+    [
+        ("{{ 1 }}", "{{ 1 }}"),
+        ([{"name": "tools", "template": "x"}, 3, {"name": "default", "template": "{{ 2 }}"}], "{{ 2 }}"),
+        ([{"name": "tools", "template": "x"}], None),
+        ({"default": "x"}, None),
+    ],
+)
+def test_chat_templates(told: Any, template: Any, tmp_path: Path, tokenizer_path: str) -> None:
+    """One, or several by name, of which the default counts."""
+    write_tokenizer(tmp_path, tokenizer_path, chat_template=told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert open_tokenizer(tmp_path, None, ROWS).chat_template == template
+
+
 VALUES: list[Any] = [
     None,
     -1,

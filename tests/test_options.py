@@ -240,6 +240,8 @@ def test_wrong_arguments_of_other_calls(llama: Llama, tiny: Path) -> None:
     with pytest.raises(ValueError, match="layer=True must be from 0 to 2"):
         llama.embed(["a"], layer=True)
     assert torch.equal(llama.embed(["a"], layer=np.int64(1)), llama.embed(["a"], layer=1))  # type: ignore[arg-type]
+    assert llama.embed([]).shape == (0, 64)
+    assert llama.embed([]).dtype == torch.float32
     stride: Any = np.int32(9)
     assert llama.score(["the tree"], stride=stride) == llama.score(["the tree"], stride=9)
     with pytest.raises(DialogError, match="message 0 must be"):

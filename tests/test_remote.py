@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
@@ -136,6 +137,7 @@ def test_ctrl_c_stops_the_answer(
         (Error(429, "full", {"Retry-After": "3"}), "the server is busy; try again in 3 s"),
         (Error(429, "full"), "the server is busy; try again later"),
         (Error(400, "top_p=\x1b[2J must be less"), r"the server refused this: top_p=\x1b[2J must be less"),
+        (Error(502, ""), "something went wrong in the server: status 502 Bad Gateway"),
         (Error(500, "no memory"), "something went wrong in the server: no memory"),
         (["Half", None], "the connection was lost before the answer ended"),
         (["Half", {"error": {"message": "no memory"}}], "something went wrong in the server: no memory"),
@@ -185,6 +187,33 @@ def test_a_key(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setenv("LLAMA_API_KEY", "s3cret")
     command("complete", "a", url=server.address)
     assert capsys.readouterr().out == "Hello.\n" * 2
+
+
+def test_forks(server: OpenAI) -> None:
+    """Each goes on from the same past, with the same options."""
+    server.answers = [["Once."], ["No."], ["Yes."]]
+    one = remote.RemoteChat(client.Server(server.address), "Be kind.", top_k=5)
+    list(one.send("Hi"))
+    other = one.fork()
+    list(one.send("Really?"))
+    list(other.send("Why?"))
+    assert (server.last["top_k"], other.system, len(other.dialog)) == (5, "Be kind.", 5)
+    assert server.last["messages"] == other.dialog[:-1]
+    other.turns[0]["assistant"] += " More."
+    assert [turn["assistant"] for turn in one.turns] == ["Once.", "No."]
+
+
+def test_https(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that checks who the server is; 443 is what an address without a port means."""
+    made = []
+
+    def connection(host: str, port: Any, timeout: float, context: ssl.SSLContext) -> Any:
+        made.append((host, port, context.verify_mode, context.check_hostname))
+        return client.HTTPConnection(server.address.split("/")[2].split(":")[0], server.address.split(":")[2])
+
+    monkeypatch.setattr(client, "HTTPSConnection", connection)
+    assert client.Server("https://example.org/v1").url == "https://example.org"
+    assert made == [("example.org", None, ssl.CERT_REQUIRED, True)]
 
 
 def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

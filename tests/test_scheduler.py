@@ -396,6 +396,44 @@ def test_a_prompt_that_fails_fails_alone(llama: Llama, monkeypatch: pytest.Monke
     assert not llama._scheduler.rows
 
 
+def test_of_calls_that_are_read_together_one_fails(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [llama.generate([[1, token, 70]], 5, 0)[0][0] for token in (60, 61)]
+    llama.forget()
+    prefill, passes = llama._engine.prefill, []
+    calls = [[1, 60, 70], [1, 333, 70], [1, 61, 70]]
+
+    def failing(prompts: Any, *rest: Any, **more: Any) -> Any:
+        passes.append(len(prompts))
+        while len(passes) == 1 and len(llama._scheduler._inbox) < len(calls):
+            time.sleep(0.001)
+        if any(333 in prompt for prompt in prompts):
+            raise RuntimeError("no memory for this one")
+        return prefill(prompts, *rest, **more)
+
+    monkeypatch.setattr(llama._engine, "prefill", failing)
+    with ThreadPoolExecutor(4) as threads:
+        first = threads.submit(llama.generate, [[1, 9]], 3, 0)
+        while not passes:
+            time.sleep(0.001)
+        good, bad, fine = (threads.submit(llama.generate, [prompt], 5, 0) for prompt in calls)
+        with pytest.raises(RuntimeError, match="no memory for this one"):
+            bad.result(60)
+        assert [call.result(60)[0][0] for call in (good, fine)] == expected
+        first.result(60)
+    assert passes == [1, 3, 1, 1, 1]
+    assert not llama._scheduler.rows
+
+
+def test_a_slot_is_lent_under_a_stream_that_has_them_all(tiny: Path, tokenizer_path: str) -> None:
+    llama = Llama.build(str(tiny), tokenizer_path, 128, 1, device="cpu")
+    embedded = llama.embed(["The dog"])
+    expected = ids(llama.steps([LONG], 0, max_gen_len=9))
+    stream = iter(llama.steps([LONG], 0, max_gen_len=9))
+    first = [next(stream).token for _ in range(4)]
+    assert torch.equal(llama.embed(["The dog"]), embedded)
+    assert [*first, *ids(stream)] == expected
+
+
 @torch.no_grad()
 def test_weights_that_change_under_a_stream(tiny: Path, tokenizer_path: str) -> None:
     """What they made is read anew with the next call: the rows that run too."""
