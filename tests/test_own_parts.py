@@ -363,6 +363,20 @@ def test_overrides_that_metas_code_calls(whole: Llama, monkeypatch: pytest.Monke
     assert whole.generate(PROMPTS, 4, 0.7)[0] == [[300] * 4] * 2
 
 
+def test_a_draw_that_fails_fails_alone(whole: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(probs: torch.Tensor, p: float) -> torch.Tensor:
+        raise ZeroDivisionError("mine")
+
+    expected = whole.generate(PROMPTS[:1], 5, 0)
+    monkeypatch.setattr(llama.generation, "sample_top_p", draw)
+    stream = iter(whole.steps(PROMPTS[:1], 0, max_gen_len=5))
+    first = next(stream).token
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        whole.generate(PROMPTS[1:], 5, 0.7)
+    assert [first, *(step.token for step in stream)][:5] == expected[0][0]
+    assert not whole._scheduler.rows
+
+
 def test_a_tokenizer_with_metas_methods(whole: Llama) -> None:
     class Words:
         n_words, bos_id, eos_id, pad_id = 400, 1, 2, -1

@@ -220,6 +220,9 @@ def test_answers_of_a_form(client: Any, http: Any) -> None:
     pet = client.chat.completions.parse(**given, response_format=Pet).choices[0].message.parsed
     assert pet.name in ("Tom", "Lily")
     assert 2 <= pet.legs <= 4
+    whole = client.chat.completions.create(**given, response_format={"type": "json_object"}).choices[0]
+    assert whole.message.content.lstrip().startswith("{")
+    assert whole.finish_reason == "length" or isinstance(json.loads(whole.message.content), dict)
     body = {"prompt": STORY, "max_tokens": 40, "temperature": 1, "n": 3}
     for form, pattern in (({"regex": "[ab]{3} c"}, "[ab]{3} c"), ({"choice": [" yes", "no"]}, " yes|no")):
         for choice in http.post("/v1/completions", json={**body, **form}).json()["choices"]:
