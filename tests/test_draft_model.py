@@ -14,7 +14,7 @@ import events
 import pytest
 import torch
 from conftest import PARAMS, near, random_weights, shared, write_checkpoint
-from helpers import COLUMNS, PROMPTS, build, command, watch_prefill
+from helpers import COLUMNS, PROMPTS, build, command, watch_prefill, write_twin
 from workers import Pool
 
 from llama import Llama, memory
@@ -424,12 +424,27 @@ def test_a_draft_model_that_fails(tiny: Path, tokenizer_path: str, folders: dict
     assert model.guess([row()], [0]) == [[]]
 
 
+@pytest.mark.parametrize("rows", [400, 401, 464])
+def test_rows_that_no_id_has_are_left_out(
+    rows: int, tiny: Path, tokenizer_path: str, plain: Llama, tmp_path: Path
+) -> None:
+    """As fine-tunes are padded."""
+    folder = write_twin(tmp_path, {"vocab_size": rows, "max_position_embeddings": COLUMNS})
+    llama = with_draft(tiny, tokenizer_path, str(folder))
+    guesser = llama._scheduler.draft_model
+    assert guesser is not None
+    draft = guesser.engine.model
+    assert (draft.vocab_size, draft.output.weight.shape[0], draft.tok_embeddings.weight.shape[0]) == (400,) * 3
+    assert llama.generate(PROMPTS, 20, 0) == plain.generate(PROMPTS, 20, 0)
+
+
 @pytest.mark.parametrize(
     ("draft", "message"),
     [
         ("nowhere", "no checkpoint folder at .*nowhere"),
         ("words", "another tokenizer than the model, .*; take a draft model that was made with the model's own"),
         ("pieces", "has 512 ids, but the model has 400; take a draft model"),
+        ("few", "has 399 ids, but the model has 400"),
         ("short", "was made for 64 positions, but max_seq_len is 128; build with max_seq_len=64 or less, or without"),
     ],
 )
@@ -441,6 +456,8 @@ def test_wrong_drafts(draft: str, message: str, tiny: Path, tokenizer_path: str,
     if draft == "pieces":
         params = (folder / "params.json").read_text()
         (folder / "params.json").write_text(params.replace("-1", "512"))
+    if draft == "few":
+        folder = write_twin(tmp_path / "hf", {"vocab_size": 399})
     if draft == "short":
         command("convert", str(tiny), str(tmp_path / "hf"), to="hf", tokenizer_path=tokenizer_path)
         folder = tmp_path / "hf"
