@@ -463,9 +463,9 @@ def what_runs(kept: Optional[str], folders: list[Folder], kernels: str) -> list[
     return [Run(*run) for _, runs in known.values() for run in runs]
 
 
-def drawn(names: list[str], count: int, seed: int, skip: int, runs: list[Run]) -> Iterator[Mutant]:
+def drawn(args: argparse.Namespace, runs: list[Run]) -> Iterator[Mutant]:
     paths = sources()
-    names = names or list(paths)
+    names = args.names or list(paths)
     texts = {name: paths[name].read_text(encoding="utf-8") for name in names}
     places = [(name, i) for name, source in texts.items() for i, _ in enumerate(changes(ast.parse(source)))]
     ran: dict[tuple[str, Optional[int]], list[Run]] = defaultdict(list)  # by file and statement, and by file alone
@@ -473,7 +473,7 @@ def drawn(names: list[str], count: int, seed: int, skip: int, runs: list[Run]) -
         for name, numbers in run.statements.items():
             for number in (*numbers, None):
                 ran[name, number].append(run)
-    for name, i in random.Random(seed).sample(places, min(count, len(places)))[skip:]:
+    for name, i in random.Random(args.seed).sample(places, min(args.mutants, len(places)))[args.skip :]:
         tree = ast.parse(texts[name])
         node, other, change = list(changes(tree))[i]
         told = f"{name}.py:{getattr(node, 'lineno', 0)} {ast.unparse(node)} -> {ast.unparse(other)}"
@@ -481,7 +481,8 @@ def drawn(names: list[str], count: int, seed: int, skip: int, runs: list[Run]) -
         numbers = {id(statement): number for number, (_, statement) in enumerate(statements(tree))}
         statement = next((numbers[id(part)] for part in around if id(part) in numbers), None)
         which = next((n for n, function in enumerate(functions(tree.body)) if within(function, around)), None)
-        change()
+        if not args.unchanged:
+            change()
         tests, seconds = in_order(ran[name, statement])
         yield Mutant(told, str(paths[name].relative_to(ROOT)), ast.unparse(tree), which, tests, seconds)
 
@@ -522,6 +523,7 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--skip", type=int, default=0, help="so many of the draw, which were run before")
+    parser.add_argument("--unchanged", action="store_true", help="change nothing: all must survive")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--runs", metavar="FILE", help="keeps what the tests run")
     args = parser.parse_args()
@@ -540,7 +542,7 @@ def main() -> None:
         for folder in folders:
             context.Process(target=serve, args=(folder, kernels, asked, results)).start()
         told = []
-        for mutant in drawn(args.names, args.mutants, args.seed, args.skip, runs):
+        for mutant in drawn(args, runs):
             asked.put((len(told), mutant))
             told.append(mutant.told)
         for _ in folders:
