@@ -295,11 +295,15 @@ def test_gguf_tells_it_too(name: str, plain: Path, tmp_path: Path) -> None:
         ({"type": "linear", "factor": 8.0}, 4096, 32768),  # longchat-7b-v1.5-32k, LongLoRA
         ({"type": "linear", "factor": 8.0}, 32768, 32768),  # LLaMA-2-7B-32K states those after
         ({"type": "linear", "factor": 3.0}, 100000, 100000),
+        ({"type": "linear", "factor": 3.0}, 10000, 10000),
+        ({"type": "linear", "factor": 1e4}, 4097, 4097),
         ({"type": "dynamic", "factor": 2.0}, 4096, 8192),
         ({"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "finetuned": True}, 131072, 131072),
         ({"type": "yarn", "factor": 4.0}, 4096, 16384),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 8192, 16384),
         ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4,
           "original_max_position_embeddings": 8192}, 131072, 131072),
+        ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}, 8192, 65536),
         ({"type": "default"}, 2048, 2048),
         ({"type": "linear", "factor": 1.0}, 2048, 2048),
     ],
