@@ -157,6 +157,12 @@ def test_what_is_not_believed_is_not_loaded(
 
 
 @unix
+def test_what_belongs_to_root_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+    sealed.check_folder(Path("/usr"))
+
+
+@unix
 def test_what_is_loaded_is_what_was_checked(package: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is swapped between the two counts for nothing; and the umask opens nothing to others."""
     write = sealed.write

@@ -3,6 +3,8 @@ ever."""
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 from collections.abc import Callable
 from contextlib import closing
@@ -256,6 +258,38 @@ def test_the_lowest_that_lives_speaks_of_the_silent(monkeypatch: pytest.MonkeyPa
     waiting: Any = peers.Watch(0, 2, store=Notes(), late_in="a 1")  # which has said that it waits for all
     watches[:] = [waiting]
     assert spoken(2 * peers.COMING, 0) == []
+
+
+class Gone(Notes):
+    """One whose process has ended."""
+
+    def set(self, *_: str) -> None:
+        raise RuntimeError("no such store")
+
+
+@pytest.mark.parametrize(
+    ("how_0_ends", "launcher", "kind", "is_left"),
+    [
+        ("", None, Notes, False),
+        (peers.ENDED, None, Notes, False),
+        (peers.LOST, None, Notes, False),
+        ("failed: x", None, Notes, True),
+        ("failed: x", os.getppid(), Notes, False),
+        ("", None, Gone, True),
+    ],
+)
+def test_a_store_that_ends_with_process_0_is_left(
+    how_0_ends: str, launcher: Optional[int], kind: type[Notes], is_left: bool
+) -> None:
+    """torchrun keeps its own."""
+    store: Any = kind({"0": json.dumps({"end": how_0_ends})})
+    watch = peers.Watch(1, 2, launcher=launcher, store=store)
+    rounds = iter([False, True])
+    watch.stopped = SimpleNamespace(wait=lambda _: next(rounds))  # type: ignore[assignment]
+    watch._run()
+    assert (watch.store is None) == is_left
+    assert watch.sign.beat == 1
+    assert ("1" in store) == (kind is Notes)
 
 
 @pytest.mark.parametrize(
