@@ -514,3 +514,10 @@ def test_yarns_bounds_lie_within_a_head() -> None:
     kept = 1 - torch.arange(4) / 7
     found = scaling.frequencies(8, 10.0, torch.arange(3))
     torch.testing.assert_close(found, plain / 4 * (1 - kept) + plain * kept)
+
+
+def test_yarns_bounds_may_be_one() -> None:
+    """A number turns 100 times within 4096 positions at 6.5 of 16: those before are kept."""
+    scaling = RotaryScaling("yarn", 4.0, 4096, beta_fast=100.0, beta_slow=100.0, truncate=False)
+    expected = 10.0 ** -(torch.arange(8) / 8) / torch.tensor([1.0] * 7 + [4.0])
+    torch.testing.assert_close(scaling.frequencies(16, 10.0, torch.arange(3)), expected)
