@@ -19,6 +19,7 @@ from forks import Forks, python
 from workers import Pool
 
 from llama import Llama
+from llama.layers import agreement
 from llama.system import peers
 from llama.weights import fingerprint
 
@@ -165,6 +166,44 @@ def test_calls_that_differ(
     else:
         assert {outcome for outcome, _ in outcomes} == {first}
         assert message in first
+
+
+@pytest.mark.parametrize(
+    ("same", "rest", "shown"),
+    [
+        (0, 60, "{}" + "." * 59),  # as long as is shown
+        (24, 36, "=" * 24 + "{}" + "." * 35),
+        (25, 35, "=" * 25 + "{}" + "." * 34),
+        (24, 37, "=" * 24 + "{}" + "." * 34 + "…"),
+        (25, 36, "…" + "=" * 12 + "{}" + "." * 35),
+        (25, 60, "…" + "=" * 12 + "{}" + "." * 46 + "…"),
+    ],
+)
+def test_what_is_shown_of_values_that_differ(same: int, rest: int, shown: str) -> None:
+    """What is around the difference, of long ones."""
+    first, other = ({"a": "=" * same + mark + "." * (rest - 1), "b": "1"} for mark in "12")
+    assert agreement._difference({0: (first, "calls f (x)"), 3: (other, "calls f (y)")}) == (
+        f"the 2 processes were given different arguments: a is {shown.format(1)} on process 0, but {shown.format(2)} "
+        "on process 3; give all of them the same"
+    )
+
+
+@pytest.mark.parametrize(("count", "more"), [(4, ""), (5, ", and 1 more difference"), (6, ", and 2 more differences")])
+def test_four_differences_are_shown(count: int, more: str) -> None:
+    values = [{str(i): mark for i in range(count)} for mark in "xyx"]
+    told = agreement._difference({rank: (given, "calls f (x)") for rank, given in enumerate(values)})
+    shown = "; ".join(f"{i} is x on process 0, but y on process 1" for i in range(4))
+    assert told == f"the 3 processes were given different arguments: {shown}{more}; give all of them the same"
+
+
+@pytest.mark.parametrize("odd", [({"a": "1", "b": "2"}, "calls f (x"), ({"a": "2"}, "calls g (x")])
+def test_which_calls_differ(odd: tuple[dict[str, str], str]) -> None:
+    """By their names or those of their arguments, and not by their lines."""
+    told = agreement._difference({0: ({"a": "1"}, "calls f (x"), 1: ({"a": "1"}, "calls f (y"), 2: odd})
+    assert told == (
+        f"process 0 calls f (x, but process 2 {odd[1]}; all processes must make the same calls, and leave a stream at "
+        "the same step"
+    )
 
 
 START = """
