@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from contextlib import closing
@@ -91,17 +92,25 @@ def test_builds_that_differ(
 
 
 def test_fingerprints(tmp_path: Path) -> None:
-    """A number anywhere in a small file; at the ends of a large one, and wherever a fine-tune changes all."""
+    """A number anywhere in a small file; at the ends of a large one, in the blocks beside these, and wherever a
+    fine-tune changes all."""
     path = tmp_path / "weights"
-    size = 4 * 2**20
-    seen = set()
-    for at, width in ((0, 0), (0, 1), (size - 1, 1), (size // 3, size // 50)):
-        data = bytearray(size)
-        data[at : at + width] = b"\1" * width
-        path.write_bytes(data)
-        seen.add(fingerprint.fingerprint(path))
-    assert len(seen) == 4
-    assert all(text.startswith(f"{size} bytes with digest ") for text in seen)
+    ends, block = fingerprint.END_BYTES, fingerprint.BLOCK_BYTES
+    small, size = 2 * ends + fingerprint.BLOCKS * block, 4 * 2**20
+    places = [*((at, 1) for at in (0, ends - 1, ends, ends + block - 1)), (size // 3, size // 50)]
+    places += [(size - at, 1) for at in (ends + block, ends + 1, ends, 1)]
+    for length, changed in ((small, [(at, 1) for at in range(0, small, 5000)]), (size, places)):
+        seen = set()
+        for at, width in [(0, 0), *changed]:
+            data = bytearray(length)
+            data[at : at + width] = b"\1" * width
+            path.write_bytes(data)
+            seen.add(fingerprint.fingerprint(path))
+        assert len(seen) == 1 + len(changed)
+        assert all(re.fullmatch(f"{length} bytes with digest [0-9a-f]{{12}}", text) for text in seen)
+    assert fingerprint.fingerprints([path], "the draft model's ") == {
+        "the draft model's weights": fingerprint.fingerprint(path)
+    }
 
 
 def call_alike_but(folder: str, tokenizer_path: str, calls: tuple[str, str]) -> Any:
