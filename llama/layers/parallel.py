@@ -690,7 +690,7 @@ def is_fused(whole: torch.Tensor, layers: Sequence[nn.Module], name: str = "weig
     if len(parts) < len(layers):
         return False
     ends = [part.data_ptr() + part.nbytes for part in parts]
-    return [*(part.data_ptr() for part in parts), ends[-1]] == [whole.data_ptr(), *ends]
+    return [*(part.data_ptr() for part in parts), whole.data_ptr() + whole.nbytes] == [whole.data_ptr(), *ends]
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
