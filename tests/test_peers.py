@@ -308,6 +308,30 @@ def test_the_lowest_that_lives_speaks_of_the_silent(monkeypatch: pytest.MonkeyPa
     assert spoken(2 * peers.COMING, 0) == []
 
 
+def test_the_ends_of_others_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until all have told theirs, or for a while."""
+    now, store = [0.0], Notes({"0": json.dumps({"end": "failed: x"}), "1": "{}"})
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 2:
+            store["3"] = json.dumps({"end": peers.ENDED})
+
+    monkeypatch.setattr(peers, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    waiting: Any = peers.Watch(1, 4, store=store)  # type: ignore[arg-type]
+    waiting.wait_for_ends()
+    assert peers.PATIENCE <= now[0] < peers.PATIENCE + 0.1
+    now[0], store["2"] = 1.0, json.dumps({"end": peers.LOST})
+    del store["3"]
+    waiting.seen.clear()
+    waiting.wait_for_ends()
+    assert 2 < now[0] < 2.1
+    waiting.store = Gone()
+    waiting._look_for_launcher = lambda: Gone().set()
+    waiting.wait_for_ends()
+    assert 2 < now[0] < 2.1
+
+
 class Gone(Notes):
     """One whose process has ended."""
 
