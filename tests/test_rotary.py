@@ -516,8 +516,15 @@ def test_yarns_bounds_lie_within_a_head() -> None:
     torch.testing.assert_close(found, plain / 4 * (1 - kept) + plain * kept)
 
 
-def test_yarns_bounds_may_be_one() -> None:
-    """A number turns 100 times within 4096 positions at 6.5 of 16: those before are kept."""
-    scaling = RotaryScaling("yarn", 4.0, 4096, beta_fast=100.0, beta_slow=100.0, truncate=False)
-    expected = 10.0 ** -(torch.arange(8) / 8) / torch.tensor([1.0] * 7 + [4.0])
+@pytest.mark.parametrize(
+    ("numbers", "kept"),
+    [
+        ({"beta_fast": 100.0, "beta_slow": 100.0, "truncate": False}, 7),  # turns so often at 6.5 of 16
+        ({"beta_fast": 1000.0, "beta_slow": 655.0}, 1),  # both before the first: rounded, one is the first itself
+    ],
+)
+def test_yarns_bounds_may_be_one(numbers: dict[str, Any], kept: int) -> None:
+    """The numbers before it are kept, and those behind it are not."""
+    scaling = RotaryScaling("yarn", 4.0, 4096, **numbers)
+    expected = 10.0 ** -(torch.arange(8) / 8) / torch.tensor([1.0] * kept + [4.0] * (8 - kept))
     torch.testing.assert_close(scaling.frequencies(16, 10.0, torch.arange(3)), expected)
