@@ -15,7 +15,7 @@ from torch import nn
 from ..runtime import device_kind
 from . import own_kernels, proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
-from .quantized import STORED_ROWS, refuse_gradients
+from .quantized import STORED_ROWS, WIDENED, refuse_gradients
 from .rounding import REFINEMENTS, dequantized, pairs, to_int4, unpair
 from .tiles import InTiles, to_tiles
 
@@ -118,7 +118,7 @@ class Int4(InTiles):
             if len(x) <= STORED_ROWS:
                 return proven.product_int4(x.contiguous(), self.weight, self.scales, self.zeros)
             return F.linear(x, proven.dequantize_int4(self.weight, self.scales, self.zeros, x.dtype))
-        step = max(1, 2**22 // x.shape[1]) if device_kind(x) == "cpu" else len(self.weight)
+        step = max(1, WIDENED // x.shape[1]) if device_kind(x) == "cpu" else len(self.weight)
         parts = zip(self.weight.split(step), self.scales.split(step), self.zeros.split(step))
         return torch.cat([F.linear(x, dequantized(*part, x.dtype)) for part in parts], dim=-1)
 
