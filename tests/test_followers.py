@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import gc
 import os
@@ -28,6 +29,7 @@ from llama import Llama, followers, generation, runtime
 from llama.decoding import leading
 from llama.layers import parallel
 from llama.server.app import Settings
+from llama.system.children import Child
 from llama.system.interrupts import held_back
 from llama.system.launch import Launch
 
@@ -342,6 +344,24 @@ def test_a_process_that_dies_in_a_message(built: Built, tiny: Path, tokenizer_pa
     first, second = (line for line in ended.stdout.splitlines() if not line.startswith("Loaded"))
     assert first.startswith("process 1 was killed by SIGKILL")
     assert second == str(built.ids)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "how"),
+    [
+        (atexit.register, (os.abort,), "has ended: status 0"),  # at once: nothing of this kind runs any more
+        (os.write, (2, b"the last\n \n"), "has ended: the last"),
+        (int, ("x",), "has ended: ValueError: invalid literal for int() with base 10: 'x'"),
+        (os._exit, (3,), "has ended: status 3"),
+        (os.abort, (), "was killed by SIGABRT"),
+        (signal.raise_signal, (signal.SIGKILL,), "was killed by SIGKILL, as Linux does where memory runs out"),
+    ],
+)
+def test_how_a_child_ended(function: Any, arguments: tuple[Any, ...], how: str) -> None:
+    child = Child(function, *arguments)
+    assert child.why_ended(60) == how
+    child.end()
+    assert child.why_ended() == (how if "killed" in how else "has ended")
 
 
 KILLED = """

@@ -218,8 +218,9 @@ def test_an_output_matrix_of_its_own_counts(twins: dict[str, Path], tmp_path: Pa
     """config.json says that the two are one, and both are stored, with other numbers: as transformers 5 takes it."""
     folder = shutil.copytree(twins["tied"], tmp_path / "hf")
     rewrite(folder, lambda t: {**t, "lm_head.weight": torch.ones(400, 64)})
-    with pytest.warns(UserWarning, match="another lm_head.weight is stored, which is used"):
+    with pytest.warns(UserWarning, match="another lm_head.weight is stored, which is used") as told:
         assert (Llama.build(str(folder), None, 16, 1, device="cpu").model.output.weight == 1).all()
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def pickled(folder: Path, files: int = 1) -> Path:

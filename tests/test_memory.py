@@ -123,8 +123,16 @@ def test_free_host_memory(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory/memory.stat": f"cache 9\ntotal_inactive_file {GB}\ntotal_active_file 0\n",
     }
     assert memory._free_host_bytes(write(tmp_path / "one", one)) == 3 * GB
+    over = {**two, "sys/fs/cgroup/a/memory.max": "9\n"}
+    assert memory._free_host_bytes(write(tmp_path / "over", over)) == 0
     here = memory.free_bytes(torch.device("cpu"))
     assert here is None or here > 0
+
+
+def test_free_memory_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 9 * GB)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2 * GB)
+    assert memory.free_bytes(torch.device("mps")) == 7 * GB
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -10,6 +10,7 @@ from conftest import PARAMS, random_weights
 
 import llama.model
 from llama import ModelArgs, Transformer
+from llama.layers.parallel import is_fused, join
 from llama.model import (
     RMSNorm,
     apply_rotary_emb,
@@ -307,3 +308,21 @@ def test_a_copy_is_a_model_of_its_own() -> None:
     expected = model(tokens, 0)
     twin.layers[0].attention.wq.weight.zero_()
     assert torch.equal(model(tokens, 0), expected)
+
+
+def test_parts_of_one_matrix() -> None:
+    """One below the other, in their order, and nothing else."""
+    first, second, third = layers = [torch.nn.Linear(3, rows, bias=False) for rows in (2, 1, 4)]
+    weights = [layer.weight.clone() for layer in layers]
+    whole = join(layers, "weight")
+    assert torch.equal(whole, torch.cat(weights))
+    assert [layer.weight.requires_grad for layer in layers] == [True] * 3
+    assert is_fused(whole, layers)
+    assert is_fused(whole[2:3], [second])
+    for others in ([second, first, third], [first, second], [second, third], [first, third, third]):
+        assert not is_fused(whole, others)
+    assert not is_fused(whole.clone(), layers)
+    assert not is_fused(whole, layers, "bias")
+    assert not is_fused(whole, [*layers, torch.nn.Identity()])
+    third.weight = torch.nn.Parameter(third.weight.detach().clone())
+    assert not is_fused(whole, layers)

@@ -22,6 +22,7 @@ from helpers import PROMPTS, build
 
 from llama import ModelArgs, Transformer, runtime
 from llama.decoding import compiled, compiler, engine, packages
+from llama.layers import cpp
 from llama.system import sealed
 
 unix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no owners and modes")
@@ -157,6 +158,12 @@ def test_what_is_not_believed_is_not_loaded(
 
 
 @unix
+def test_what_belongs_to_root_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+    sealed.check_folder(Path("/usr"))
+
+
+@unix
 def test_what_is_loaded_is_what_was_checked(package: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is swapped between the two counts for nothing; and the umask opens nothing to others."""
     write = sealed.write
@@ -172,6 +179,59 @@ def test_what_is_loaded_is_what_was_checked(package: Path, loaded: list[Any], mo
     assert data == b"a shared object"
     assert not path.parent.exists()
     assert stat.S_IMODE((package.parents[1] / "new").stat().st_mode) == 0o700
+
+
+# It "compiles" what its source says, unless that is an error. What it reads, writes and waits for is its caller's.
+COMPILER = """#!/bin/sh
+cat
+for word; do
+    case "$word" in *.cpp) source=$word;; esac
+    last=$word
+done
+if LC_ALL=C grep -a error "$source" >&2; then exit 1; fi
+if grep nothing "$source"; then exit 2; fi
+cp "$source" "$last"
+[ "$(dirname "$last")" = "$TMPDIR" ]
+"""
+
+
+@unix
+def test_operators_are_compiled_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And again when the source, a header beside it, the compiler or the kept file has changed."""
+    source, compiler, loaded = tmp_path / "a.cpp", tmp_path / "compiler", []
+    cache /= "new"
+    monkeypatch.setenv("LLAMA_CACHE", str(cache))
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o700)
+    monkeypatch.setattr(runtime, "cpp_compiler", lambda: str(compiler))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(Path(path).read_text()))
+
+    def told(text: str, what: str = "parts") -> list[str]:
+        """What is printed while operators are brought in."""
+        source.write_text(text, encoding="latin-1")
+        cpp.load(source, what)
+        assert loaded.pop() == text
+        return capsys.readouterr().out.splitlines()
+
+    once = "Compiling the parts, once for this machine …"
+    assert [told("one"), told("one"), told("two"), told("one")] == [[once], [], [once], []]
+    flip(next(path for path in cache.glob("*.kernels") if b"one" in path.read_bytes()))
+    first, second = told("one")
+    assert first.startswith("The parts are compiled anew: ")
+    assert first.endswith(".kernels is damaged: its checksum is wrong; delete it")
+    assert second == once
+    (tmp_path / "a.h").write_text("more")
+    assert [told("one"), told("one"), told("three", "")] == [[once], [], []]
+    monkeypatch.setattr(runtime, "cpp_compiler", lambda: None)
+    with pytest.raises(RuntimeError, match=r"^it needs a C\+\+ compiler, on Linux; install g\+\+, or "):
+        told("one")
+    monkeypatch.setattr(runtime, "cpp_compiler", lambda: str(compiler))
+    for text, why in (("a\nan error: \xe9\nanother error", "an error: \ufffd"), ("nothing", "it ended with 2")):
+        with pytest.raises(RuntimeError, match=f"^{compiler}: {why}$"):
+            told(text)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
 @unix

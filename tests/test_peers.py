@@ -3,6 +3,9 @@ ever."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import socket
 from collections.abc import Callable
 from contextlib import closing
@@ -17,6 +20,7 @@ from forks import Forks, python
 from workers import Pool
 
 from llama import Llama
+from llama.layers import agreement
 from llama.system import peers
 from llama.weights import fingerprint
 
@@ -88,17 +92,25 @@ def test_builds_that_differ(
 
 
 def test_fingerprints(tmp_path: Path) -> None:
-    """A number anywhere in a small file; at the ends of a large one, and wherever a fine-tune changes all."""
+    """A number anywhere in a small file; at the ends of a large one, in the blocks beside these, and wherever a
+    fine-tune changes all."""
     path = tmp_path / "weights"
-    size = 4 * 2**20
-    seen = set()
-    for at, width in ((0, 0), (0, 1), (size - 1, 1), (size // 3, size // 50)):
-        data = bytearray(size)
-        data[at : at + width] = b"\1" * width
-        path.write_bytes(data)
-        seen.add(fingerprint.fingerprint(path))
-    assert len(seen) == 4
-    assert all(text.startswith(f"{size} bytes with digest ") for text in seen)
+    ends, block = fingerprint.END_BYTES, fingerprint.BLOCK_BYTES
+    small, size = 2 * ends + fingerprint.BLOCKS * block, 4 * 2**20
+    places = [*((at, 1) for at in (0, ends - 1, ends, ends + block - 1)), (size // 3, size // 50)]
+    places += [(size - at, 1) for at in (ends + block, ends + 1, ends, 1)]
+    for length, changed in ((small, [(at, 1) for at in range(0, small, 5000)]), (size, places)):
+        seen = set()
+        for at, width in [(0, 0), *changed]:
+            data = bytearray(length)
+            data[at : at + width] = b"\1" * width
+            path.write_bytes(data)
+            seen.add(fingerprint.fingerprint(path))
+        assert len(seen) == 1 + len(changed)
+        assert all(re.fullmatch(f"{length} bytes with digest [0-9a-f]{{12}}", text) for text in seen)
+    assert fingerprint.fingerprints([path], "the draft model's ") == {
+        "the draft model's weights": fingerprint.fingerprint(path)
+    }
 
 
 def call_alike_but(folder: str, tokenizer_path: str, calls: tuple[str, str]) -> Any:
@@ -163,6 +175,44 @@ def test_calls_that_differ(
     else:
         assert {outcome for outcome, _ in outcomes} == {first}
         assert message in first
+
+
+@pytest.mark.parametrize(
+    ("same", "rest", "shown"),
+    [
+        (0, 60, "{}" + "." * 59),  # as long as is shown
+        (24, 36, "=" * 24 + "{}" + "." * 35),
+        (25, 35, "=" * 25 + "{}" + "." * 34),
+        (24, 37, "=" * 24 + "{}" + "." * 34 + "…"),
+        (25, 36, "…" + "=" * 12 + "{}" + "." * 35),
+        (25, 60, "…" + "=" * 12 + "{}" + "." * 46 + "…"),
+    ],
+)
+def test_what_is_shown_of_values_that_differ(same: int, rest: int, shown: str) -> None:
+    """What is around the difference, of long ones."""
+    first, other = ({"a": "=" * same + mark + "." * (rest - 1), "b": "1"} for mark in "12")
+    assert agreement._difference({0: (first, "calls f (x)"), 3: (other, "calls f (y)")}) == (
+        f"the 2 processes were given different arguments: a is {shown.format(1)} on process 0, but {shown.format(2)} "
+        "on process 3; give all of them the same"
+    )
+
+
+@pytest.mark.parametrize(("count", "more"), [(4, ""), (5, ", and 1 more difference"), (6, ", and 2 more differences")])
+def test_four_differences_are_shown(count: int, more: str) -> None:
+    values = [{str(i): mark for i in range(count)} for mark in "xyx"]
+    told = agreement._difference({rank: (given, "calls f (x)") for rank, given in enumerate(values)})
+    shown = "; ".join(f"{i} is x on process 0, but y on process 1" for i in range(4))
+    assert told == f"the 3 processes were given different arguments: {shown}{more}; give all of them the same"
+
+
+@pytest.mark.parametrize("odd", [({"a": "1", "b": "2"}, "calls f (x"), ({"a": "2"}, "calls g (x")])
+def test_which_calls_differ(odd: tuple[dict[str, str], str]) -> None:
+    """By their names or those of their arguments, and not by their lines."""
+    told = agreement._difference({0: ({"a": "1"}, "calls f (x"), 1: ({"a": "1"}, "calls f (y"), 2: odd})
+    assert told == (
+        f"process 0 calls f (x, but process 2 {odd[1]}; all processes must make the same calls, and leave a stream at "
+        "the same step"
+    )
 
 
 START = """
@@ -256,6 +306,62 @@ def test_the_lowest_that_lives_speaks_of_the_silent(monkeypatch: pytest.MonkeyPa
     waiting: Any = peers.Watch(0, 2, store=Notes(), late_in="a 1")  # which has said that it waits for all
     watches[:] = [waiting]
     assert spoken(2 * peers.COMING, 0) == []
+
+
+def test_the_ends_of_others_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until all have told theirs, or for a while."""
+    now, store = [0.0], Notes({"0": json.dumps({"end": "failed: x"}), "1": "{}"})
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 2:
+            store["3"] = json.dumps({"end": peers.ENDED})
+
+    monkeypatch.setattr(peers, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    waiting: Any = peers.Watch(1, 4, store=store)  # type: ignore[arg-type]
+    waiting.wait_for_ends()
+    assert peers.PATIENCE <= now[0] < peers.PATIENCE + 0.1
+    now[0], store["2"] = 1.0, json.dumps({"end": peers.LOST})
+    del store["3"]
+    waiting.seen.clear()
+    waiting.wait_for_ends()
+    assert 2 < now[0] < 2.1
+    waiting.store = Gone()
+    waiting._look_for_launcher = lambda: Gone().set()
+    waiting.wait_for_ends()
+    assert 2 < now[0] < 2.1
+
+
+class Gone(Notes):
+    """One whose process has ended."""
+
+    def set(self, *_: str) -> None:
+        raise RuntimeError("no such store")
+
+
+@pytest.mark.parametrize(
+    ("how_0_ends", "launcher", "kind", "is_left"),
+    [
+        ("", None, Notes, False),
+        (peers.ENDED, None, Notes, False),
+        (peers.LOST, None, Notes, False),
+        ("failed: x", None, Notes, True),
+        ("failed: x", os.getppid(), Notes, False),
+        ("", None, Gone, True),
+    ],
+)
+def test_a_store_that_ends_with_process_0_is_left(
+    how_0_ends: str, launcher: Optional[int], kind: type[Notes], is_left: bool
+) -> None:
+    """torchrun keeps its own."""
+    store: Any = kind({"0": json.dumps({"end": how_0_ends})})
+    watch = peers.Watch(1, 2, launcher=launcher, store=store)
+    rounds = iter([False, True])
+    watch.stopped = SimpleNamespace(wait=lambda _: next(rounds))  # type: ignore[assignment]
+    watch._run()
+    assert (watch.store is None) == is_left
+    assert watch.sign.beat == 1
+    assert ("1" in store) == (kind is Notes)
 
 
 @pytest.mark.parametrize(

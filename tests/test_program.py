@@ -26,8 +26,12 @@ def main(ckpt_dir: Optional[str] = None, temperature: float = 0.6, top_p: float 
         ("--nockpt_dir", ""),  # as fire has it: False
         ("--temprature 0", "there is no flag '--temprature' (did you mean --temperature?); there are --ckpt_dir, "),
         ("--temp 0", "there is no flag '--temp' (did you mean --temperature?)"),
+        ("--tem 0", "there is no flag '--tem' (did you mean --temperature?); there are --ckpt_dir, "),
+        ("--te 0", "there is no flag '--te'; there are --ckpt_dir, "),
         ("--max-genlen=5", "there is no flag '--max-genlen=5' (did you mean --max_gen_len?)"),
         ("--ckpt_dir x 0.5 0.9 9 more", "there is no flag for 'more'; there are --ckpt_dir, "),
+        ("-m 5 --max_gen_len 6 x 0.5 0.9 more", "there is no flag for 'more'; there are --ckpt_dir, "),
+        ("--top_p=1 x 0.5 9 more and more", "there is no flag for 'more and more'; there are --ckpt_dir, "),
         ("--nope --help", "there is no flag '--nope'; there are"),
         ("--help --nope", ""),  # fire shows it
         ("x -- --trace", ""),  # fire's own

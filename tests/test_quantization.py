@@ -82,6 +82,8 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "generic":
         monkeypatch.setattr(int8, "onednn_is_exact", lambda: False)
         monkeypatch.setattr(int4.Int4, "_packed_weight", lambda self: None)
+        for module in (int8, int4):
+            monkeypatch.setattr(module, "WIDENED", 2**12)
     return request.param
 
 

@@ -295,11 +295,15 @@ def test_gguf_tells_it_too(name: str, plain: Path, tmp_path: Path) -> None:
         ({"type": "linear", "factor": 8.0}, 4096, 32768),  # longchat-7b-v1.5-32k, LongLoRA
         ({"type": "linear", "factor": 8.0}, 32768, 32768),  # LLaMA-2-7B-32K states those after
         ({"type": "linear", "factor": 3.0}, 100000, 100000),
+        ({"type": "linear", "factor": 3.0}, 10000, 10000),
+        ({"type": "linear", "factor": 1e4}, 4097, 4097),
         ({"type": "dynamic", "factor": 2.0}, 4096, 8192),
         ({"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "finetuned": True}, 131072, 131072),
         ({"type": "yarn", "factor": 4.0}, 4096, 16384),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 8192, 16384),
         ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4,
           "original_max_position_embeddings": 8192}, 131072, 131072),
+        ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}, 8192, 65536),
         ({"type": "default"}, 2048, 2048),
         ({"type": "linear", "factor": 1.0}, 2048, 2048),
     ],
@@ -510,3 +514,17 @@ def test_yarns_bounds_lie_within_a_head() -> None:
     kept = 1 - torch.arange(4) / 7
     found = scaling.frequencies(8, 10.0, torch.arange(3))
     torch.testing.assert_close(found, plain / 4 * (1 - kept) + plain * kept)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kept"),
+    [
+        ({"beta_fast": 100.0, "beta_slow": 100.0, "truncate": False}, 7),  # turns so often at 6.5 of 16
+        ({"beta_fast": 1000.0, "beta_slow": 655.0}, 1),  # both before the first: rounded, one is the first itself
+    ],
+)
+def test_yarns_bounds_may_be_one(numbers: dict[str, Any], kept: int) -> None:
+    """The numbers before it are kept, and those behind it are not."""
+    scaling = RotaryScaling("yarn", 4.0, 4096, **numbers)
+    expected = 10.0 ** -(torch.arange(8) / 8) / torch.tensor([1.0] * kept + [4.0] * (8 - kept))
+    torch.testing.assert_close(scaling.frequencies(16, 10.0, torch.arange(3)), expected)

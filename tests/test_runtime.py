@@ -17,6 +17,7 @@ from forks import Forks
 from workers import Pool
 
 from llama import Llama, runtime
+from llama.system import peers
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -403,9 +404,13 @@ def test_a_launcher_that_has_gone_already(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def leave_and_come_back(tiny: str, tokenizer_path: str) -> tuple[bool, bool, list[list[int]]]:
-    """shutdown gives everything back; the variables are still there, so the next build joins again, by another port."""
-    runtime.shutdown()
-    undone = sys.stdout is sys.__stdout__ and sys.excepthook is not runtime._report
+    """shutdown waits for all, and gives everything back; the variables are still there, so the next build joins again,
+    by another port."""
+    waits: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers.Watch, "wait_for_ends", lambda watch: waits.append(watch.sign.end))
+        runtime.shutdown()
+    undone = sys.stdout is sys.__stdout__ and sys.excepthook is not runtime._report and waits == [peers.ENDED]
     gone = not torch.distributed.is_initialized()
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     return undone, gone, Llama.build(tiny, tokenizer_path, 16, 1, 4, device="cpu").generate([[1, 5]], 4, 0)[0]

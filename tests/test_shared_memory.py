@@ -37,6 +37,7 @@ def shared(*groups: parallel.Group) -> Iterator[None]:
     for group in groups:
         parallel.share_memory(group, CPU)
     assert parallel._rooms.keys() == {group.group_name for group in groups if group is not None}
+    assert all(room is not None for room in parallel._rooms.values())
     yield
     parallel._forget_groups()
 
@@ -280,7 +281,7 @@ def unable(what: str) -> list[Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     total = parallel.all_reduce(torch.full((5,), dist.get_rank()), group).tolist()
     left = Path("/proc/self/maps").read_text().count("memfd:llama")
-    outcome = [len(parallel._rooms), total, left, told]
+    outcome = [parallel.room_of(group), total, left, told]
     parallel._forget_groups()
     return outcome
 
@@ -311,7 +312,7 @@ def wrong(*arguments: Any, check: Any = shared_memory.check) -> None:
 def test_all_ranks_or_none(what: str, words: Optional[str], pool: Pool) -> None:
     """On several machines gloo is the way, of which no line speaks."""
     told = [] if words is None else [f"Sums over several processes go over gloo, which is slow: {words}"]
-    assert pool.run(unable, what) == [[0, [6] * 5, 0, told]] * 4
+    assert pool.run(unable, what) == [[None, [6] * 5, 0, told]] * 4
 
 
 def built(folder: str, tokenizer_path: str) -> list[Any]:
@@ -319,7 +320,7 @@ def built(folder: str, tokenizer_path: str) -> list[Any]:
     for size in (4, 2, 4):
         llama = Llama.build(folder, tokenizer_path, 64, 2, size, device="cpu", quiet=True)
         name = llama.model.output.group.group_name
-        outcomes.append((name in parallel._rooms, llama.generate([[1, 5, 6], [1, 7]], 20, 0)[0]))
+        outcomes.append((parallel._rooms[name] is not None, llama.generate([[1, 5, 6], [1, 7]], 20, 0)[0]))
     return outcomes
 
 
@@ -335,7 +336,7 @@ from llama.layers import parallel
 runtime.start("cpu")
 group = parallel.world()
 parallel.share_memory(group, torch.device("cpu"))
-assert parallel._rooms
+assert parallel.room_of(group) is not None
 for turn in range(5):
     assert (parallel.all_reduce(torch.ones(1_000_000), group) == int(os.environ["WORLD_SIZE"])).all()
 if os.environ["RANK"] == "1":

@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any, Optional
 
 from ..system import peers
-from ..system.printable import clipped
+from ..system.printable import clipped, counted
 from .parallel import Group, all_alike, gather_objects, members, world
 
 SHOWN = 60  # characters of a value that an error shows
@@ -94,7 +94,7 @@ def _difference(told: Mapping[int, tuple[dict[str, str], str]]) -> str:
             f"stream "
             "at the same step"
         )
-    more = f", and {len(words) - 4} more differences" if len(words) > 4 else ""
+    more = f", and {counted(len(words) - 4, 'more difference')}" if len(words) > 4 else ""
     return (
         f"the {len(told)} processes were given different arguments: {'; '.join(words[:4])}{more}; give all of them "
         f"the same"

@@ -15,7 +15,7 @@ from torch import nn
 from ..runtime import device_kind
 from . import own_kernels, proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
-from .quantized import STORED_ROWS, refuse_gradients
+from .quantized import STORED_ROWS, WIDENED, refuse_gradients
 from .rounding import REFINEMENTS, dequantized, pairs, to_int4, unpair
 from .tiles import InTiles, to_tiles
 
@@ -30,13 +30,6 @@ class Int4(InTiles):
     zeros: Optional[nn.Parameter]  # the same
     scales_and_zeros: nn.Parameter  # bfloat16 (columns / group, rows, 2); only in torch's form
     group_columns: int
-
-    @property
-    def columns(self) -> int:
-        """The columns of this rank's matrix, whatever form it has."""
-        if self.packed:
-            return len(self.scales_and_zeros) * self.group_columns
-        return 2 * self.weight.shape[1]
 
     def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, torch.Tensor]:
         group = self.quantization.group(self.in_features)
@@ -70,7 +63,8 @@ class Int4(InTiles):
         # The product with a unit matrix shows the numbers, whatever the packed layout is.
         ones = torch.zeros_like(self.scales_and_zeros)
         ones[..., 0] = 1
-        unit = torch.eye(self.columns, dtype=torch.bfloat16, device=self.device)
+        columns = len(self.scales_and_zeros) * self.group_columns
+        unit = torch.eye(columns, dtype=torch.bfloat16, device=self.device)
         shown = [self._torchs(some, ones).t() for some in unit.split(64)]
         return {"weight": pairs(torch.cat(shown, 1).add_(8).to(torch.uint8)), "scales": scales, "zeros": zeros}
 
@@ -124,7 +118,7 @@ class Int4(InTiles):
             if len(x) <= STORED_ROWS:
                 return proven.product_int4(x.contiguous(), self.weight, self.scales, self.zeros)
             return F.linear(x, proven.dequantize_int4(self.weight, self.scales, self.zeros, x.dtype))
-        step = max(1, 2**22 // self.columns) if device_kind(x) == "cpu" else len(self.weight)
+        step = max(1, WIDENED // x.shape[1]) if device_kind(x) == "cpu" else len(self.weight)
         parts = zip(self.weight.split(step), self.scales.split(step), self.zeros.split(step))
         return torch.cat([F.linear(x, dequantized(*part, x.dtype)) for part in parts], dim=-1)
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..runtime import device_kind
 from . import kernels, own_kernels, proven
 from .parallel import ColumnParallelLinear, RowParallelLinear
-from .quantized import PIECE, STORED_ROWS, refuse_gradients
+from .quantized import PIECE, STORED_ROWS, WIDENED, refuse_gradients
 from .rounding import row_maxima, to_int8
 from .tiles import SIDE, InTiles, least_time, to_tiles
 
@@ -127,7 +127,7 @@ class Int8(InTiles):
             ones = torch.ones(len(weight), dtype=x.dtype)
             y = torch._weight_int8pack_mm(x.contiguous(), weight, ones)
         elif device_kind(weight) == "cpu":  # the whole matrix never lies in memory in the wider dtype
-            step = max(1, 2**22 // weight.shape[1])
+            step = max(1, WIDENED // weight.shape[1])
             y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(step)], dim=-1)
         else:
             product = proven.product_int8 if len(x) <= STORED_ROWS else kernels.product_int8

@@ -164,8 +164,8 @@ def sharing(group: Group, room: torch.Tensor) -> Iterator[None]:
         del _rooms[group.group_name]
 
 
-_rooms: dict[str, torch.Tensor] = {}  # name of a group -> this process's part in its shared memory
-_roomless: set[str] = set()  # names of groups whose messages all go over gloo
+# Name of a group -> this process's part in its shared memory; None for one whose messages all go over gloo.
+_rooms: dict[str, Optional[torch.Tensor]] = {}
 _world_of_rooms: Group = None  # the world of all these groups
 
 
@@ -180,9 +180,9 @@ def share_memory(group: Group, device: torch.device) -> None:
     if _world_of_rooms is not world():  # the caller has left that one, and groups of the new one have the same names
         _leave_rooms()
         _world_of_rooms = world()
-    if device_kind(device) != "cpu" or group.group_name in (*_rooms, *_roomless):
+    if device_kind(device) != "cpu" or group.group_name in _rooms:
         return
-    _roomless.add(group.group_name)
+    _rooms[group.group_name] = None
     if "cpu:gloo" not in dist.get_backend_config(group):
         return
     ranks, rank = group_size(group), group_rank(group)
@@ -203,7 +203,6 @@ def share_memory(group: Group, device: torch.device) -> None:
                 torch.ops.llama_shared.leave(room)
             return
     _rooms[group.group_name] = joined[0]
-    _roomless.remove(group.group_name)
 
 
 def _patience(group: dist.ProcessGroup) -> float:
@@ -215,9 +214,9 @@ def _leave_rooms() -> None:
     global _world_of_rooms
     _world_of_rooms = None
     for room in _rooms.values():
-        torch.ops.llama_shared.leave(room)
+        if room is not None:
+            torch.ops.llama_shared.leave(room)
     _rooms.clear()
-    _roomless.clear()
 
 
 class _Unable(Exception):
@@ -691,7 +690,7 @@ def is_fused(whole: torch.Tensor, layers: Sequence[nn.Module], name: str = "weig
     if len(parts) < len(layers):
         return False
     ends = [part.data_ptr() + part.nbytes for part in parts]
-    return [*(part.data_ptr() for part in parts), ends[-1]] == [whole.data_ptr(), *ends]
+    return [*(part.data_ptr() for part in parts), whole.data_ptr() + whole.nbytes] == [whole.data_ptr(), *ends]
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):

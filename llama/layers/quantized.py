@@ -13,6 +13,7 @@ from . import own_kernels
 from .rounding import Quantization
 
 PIECE = 2**17  # numbers that one core works on at a time, so that they stay in its cache
+WIDENED = 2**22  # numbers of a matrix that a CPU has in memory at a time in a wider dtype
 # Most rows of activations that a GPU multiplies with the stored weights; for more it dequantizes the matrix first.
 STORED_ROWS = 64
 

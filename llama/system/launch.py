@@ -34,7 +34,7 @@ class Launch:
             rank, world_size = dist.get_rank(), dist.get_world_size()
         else:
             world_size = _number("WORLD_SIZE", 1, least=1)
-            rank = _number("RANK", 0)
+            rank = _number("RANK")
             if missing and (rank > 0 or world_size > 1):
                 told = " and ".join(
                     f"{name} is {os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name not in missing
@@ -45,8 +45,8 @@ class Launch:
                 )
             if missing:
                 return ALONE
-            _number("RANK", 0, most=world_size - 1, why=f"WORLD_SIZE is {world_size}")
-            _number("MASTER_PORT", 0, most=65535)
+            _number("RANK", most=world_size - 1, why=f"WORLD_SIZE is {world_size}")
+            _number("MASTER_PORT", most=65535)
         default = world_size if "LOCAL_WORLD_SIZE" in os.environ else min(world_size, _gpus() or world_size)
         local_world_size = _number("LOCAL_WORLD_SIZE", default, least=1)
         local_rank = _number("LOCAL_RANK", rank % local_world_size)
@@ -59,7 +59,7 @@ class Launch:
 ALONE = Launch(False, 0, 1, 0, 1)
 
 
-def _number(name: str, default: int, least: int = 0, most: int = 2**31, why: str = "") -> int:
+def _number(name: str, default: int = 0, least: int = 0, most: int = 2**31, why: str = "") -> int:
     """An environment variable. ValueError if it is no whole number from `least` to `most`."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal() or not least <= int(value) <= most:

@@ -72,9 +72,11 @@ def rope_settings(scaling: RotaryScaling) -> dict[str, Any]:
 
 def stated_positions(scaling: RotaryScaling, theta: float) -> int:
     """max_position_embeddings of a config.json with `rope_settings`, so that `read_rope` finds the same scaling."""
-    before = scaling.original_max_position_embeddings
-    counts_before = scaling.kind == "dynamic" or (scaling.kind == "linear" and before <= metas_positions(theta))
-    return before if counts_before or scaling.positions is None else scaling.positions
+    before, after = scaling.original_max_position_embeddings, scaling.positions
+    counts_before = scaling.kind == "dynamic" or (
+        scaling.kind == "linear" and before <= metas_positions(theta) and after == int(scaling.factor * before)
+    )
+    return before if counts_before or after is None else after
 
 
 def meta_rope(scaling: RotaryScaling) -> dict[str, Any]:
