@@ -197,7 +197,7 @@ def test_ids_that_end(llama: Llama) -> None:
     grammar.accept(one)
     grammar.fill(bits)
     assert {2, a} <= set(set_in(bits))
-    with pytest.raises(ValueError, match="constraint: .*doesn't satisfy the grammar"):
+    with pytest.raises(ValueError, match=r"^constraint: [^<]*doesn't satisfy the grammar[^<]*(<non-verbose/>)?$"):
         grammar.accept(one + 1)
     whole = llama.steps([[1]], 0, max_gen_len=9, constraint={"choice": ["a"]})
     assert [(step.token in (one, a, 100), step.finish_reason) for step in whole] == [(True, "stop")]
