@@ -51,10 +51,7 @@ def run(template: Template, **values: Any) -> str:
     """The text of a template of `Limited`. Raises TooMuch if it goes beyond a limit, and whatever else a template
     may raise."""
     _run.end, _run.rounds = time.monotonic() + SECONDS, 0
-    try:
-        return _joined(template.generate(**values))
-    finally:
-        _run.end = math.inf
+    return _joined(template.generate(**values))
 
 
 def _joined(texts: Iterable[Any]) -> str:
