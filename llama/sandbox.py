@@ -51,16 +51,13 @@ def run(template: Template, **values: Any) -> str:
     """The text of a template of `Limited`. Raises TooMuch if it goes beyond a limit, and whatever else a template
     may raise."""
     _run.end, _run.rounds = time.monotonic() + SECONDS, 0
-    try:
-        return _joined(template.generate(**values))
-    finally:
-        _run.end = math.inf
+    return _joined(template.generate(**values))
 
 
 def _joined(texts: Iterable[Any]) -> str:
     found, size = [], 0
     for text in texts:
-        size += _size(text) if not isinstance(text, int) else len(str(text))
+        size += _size(text)
         _limit(size)
         found.append(str(text))
     return "".join(found)
@@ -77,15 +74,16 @@ def _count_round() -> str:
     _run.rounds += 1
     if _run.rounds > MOST_ROUNDS:
         raise TooMuch(f"its loops and macros go more than {MOST_ROUNDS} rounds; write a smaller template")
-    _limit(0)
-    return ""
+    return ""  # which is shown, and so checked: see `_checked`
+
+
+def _factor(value: Any) -> int:
+    """How many times as much a step may make with a value: the number itself, or its size."""
+    return max(1, abs(value)) if isinstance(value, int) else _size(value)
 
 
 def _size(value: Any) -> int:
-    """How much a step may make of a value: the number itself, or the characters and items in it, counted up to the
-    limit."""
-    if isinstance(value, int):
-        return max(1, abs(value))
+    """The characters and items in a value, counted up to the limit, and 1 at least."""
     size, inner = 0, [value]
     while inner and size <= MOST_SIZE:
         each = inner.pop()
@@ -108,9 +106,9 @@ def _limited(function: Callable[..., Any], name: str, *own: Any) -> Callable[...
     @functools.wraps(function)  # also what tells Jinja to pass the environment
     def limited(*args: Any, **named: Any) -> Any:
         if name in MULTIPLYING:
-            _limit(math.prod(map(_size, (*own, *args, *named.values()))), MOST_PRODUCT)
+            _limit(math.prod(map(_factor, (*own, *args, *named.values()))), MOST_PRODUCT)
         made = function(*args, **named)
-        _limit(1 if isinstance(made, int) else _size(made))
+        _limit(_size(made))
         return made
 
     return limited
@@ -155,7 +153,7 @@ class Limited(ImmutableSandboxedEnvironment):
     @staticmethod
     def _checked(value: Any) -> Any:
         """What is shown: a list of many long texts is short until then."""
-        _limit(1 if isinstance(value, int) else _size(value))
+        _limit(_size(value))
         return value
 
     def _parse(self, source: str, name: Any, filename: Any) -> nodes.Template:
@@ -170,9 +168,9 @@ class Limited(ImmutableSandboxedEnvironment):
         elif operator == "%" and isinstance(left, str):
             _narrow(left)
         elif operator == "*":
-            _limit(_size(left) * _size(right))
+            _limit(_factor(left) * _factor(right))
         made = super().call_binop(context, operator, left, right)
-        _limit(1 if isinstance(made, int) else _size(made))
+        _limit(_size(made))
         return made
 
     def call(self, context: Any, function: Any, *args: Any, **named: Any) -> Any:

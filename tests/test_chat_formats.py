@@ -389,12 +389,43 @@ def test_templates_that_would_run_for_ever_or_fill_the_memory(
         render(template, dialog("hi"), bos="<s>", eos="</s>", asks=True)
 
 
-@pytest.mark.parametrize(("outer", "within"), [(3, True), (4, False)])
-def test_rounds_of_all_loops_are_counted_together(outer: int, within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MOST_ROUNDS", 30)
-    loops = f"{{% for i in range({outer}) %}}{{% for j in range(8) %}}{{% endfor %}}{{% endfor %}}"
-    with contextlib.nullcontext() if within else pytest.raises(DialogError, match="go more than 30 rounds"):
+@pytest.mark.parametrize(("most", "within"), [(27, True), (26, False)])
+def test_rounds_of_all_loops_are_counted_together(most: int, within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MOST_ROUNDS", most)
+    loops = "{% for i in range(3) %}{% for j in range(8) %}{% endfor %}{% endfor %}"
+    with contextlib.nullcontext() if within else pytest.raises(DialogError, match="go more than 26 rounds"):
         render(loops + "{{ messages[0]['content'] }}", dialog("hi"), bos="<s>", eos="</s>", asks=True)
+
+
+@pytest.mark.parametrize(
+    ("within", "beyond"),
+    [
+        ("{{ 'abc' * 10 }}", "{{ 'abc' * 10 }}d"),
+        ("{{ 'abc' * 9 ~ 'def' }}", "{{ ('abc' * 10 ~ 'd')|length }}"),
+        ("{{ (range(29)|list)|length }}", "{{ (range(30)|list)|length }}"),  # a list is one more
+        ("{{ [['abc'] * 7, {1: 'abcde'}]|list|length }}", "{{ [['abc'] * 7, {1: 'abcdef'}]|list|length }}"),
+        ("{{ 2**8 }}", "{{ 2**9 }}"),
+        ("{{ (255 * 255) // 255 }}", "{{ (255 * 256) // 256 }}"),
+        ("{{ 'abc'|center(6) }}", "{{ 'abc'|center(7) }}"),
+        ("{{ ''.ljust(20) }}", "{{ ''.ljust(21) }}"),
+        ("{{ ('ab' * 10)|replace('c', 'd', 1) }}", "{{ ('ab' * 10)|replace('c', 'de', 0) }}"),
+    ],
+)
+def test_the_limits_to_the_last_character(within: str, beyond: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, most in (("MOST_SIZE", 30), ("MOST_PRODUCT", 20), ("MOST_BITS", 16)):
+        monkeypatch.setattr(sandbox, name, most)
+    assert sandbox.run(sandbox.Limited().from_string(within))
+    with pytest.raises(sandbox.TooMuch):
+        sandbox.run(sandbox.Limited().from_string(beyond))
+
+
+def test_a_template_that_was_stopped_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is counted for one at a time: what reading another one computes is not within the first one's."""
+    monkeypatch.setattr(sandbox, "SECONDS", -1.0)
+    with pytest.raises(sandbox.TooMuch, match="takes longer than -1 seconds"):
+        sandbox.run(sandbox.Limited().from_string("{% for i in [1] %}{% endfor %}"))
+    monkeypatch.undo()
+    assert sandbox.run(sandbox.Limited().from_string("{{ 'a' }}")) == "a"
 
 
 def test_long_dialogs_are_within_the_limits() -> None:

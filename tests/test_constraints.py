@@ -23,6 +23,7 @@ from workers import Pool
 from llama import Llama, Tokenizer, constraints, generation
 from llama.commands import arguments, cli
 from llama.constraints import Constraint
+from llama.loading import DEMO
 from llama.masks import Matcher, forms, matcher_of, vocabulary
 from llama.sentencepieces import (
     ADD_DUMMY_PREFIX,
@@ -184,20 +185,27 @@ def test_any_way_through_the_ids_gives_a_text(which: int, tokenizer_path: str) -
                 assert shown in ([text] if text is not None else texts)
 
 
-def test_ids_that_end(llama: Llama) -> None:
+@pytest.mark.parametrize("eos", [2, 1500])
+def test_ids_that_end(eos: int, llama: Llama) -> None:
     """EOS and stop ids come where an answer is whole, and only there; what cannot go on needs no step for them."""
-    [form] = forms(Constraint.of({"choice": ["a", "a b"]}), llama.tokenizer, [[]], {2, 1979, 5000})
-    grammar, bits = matcher_of(llama.tokenizer, form), torch.zeros(64, dtype=torch.int32)
-    one, a = llama.tokenizer.encode("a", bos=False, eos=False)[-1], 1979  # with a space, and without
-    assert (llama.tokenizer.piece(one), llama.tokenizer.piece(a)) == ("▁a", "a")
+    tokenizer = Tokenizer(str(DEMO / "tokenizer.model"))
+    tokenizer.eos_id = eos
+    [form] = forms(Constraint.of({"choice": ["a", "a b"]}), tokenizer, [[]], {eos, 1979, 5000})
+    grammar, bits = matcher_of(tokenizer, form), torch.full((66,), -1, dtype=torch.int32)
+    one, a = tokenizer.encode("a", bos=False, eos=False)[-1], 1979  # with a space, and without
+    assert (tokenizer.piece(one), tokenizer.piece(a)) == ("▁a", "a")
     grammar.fill(bits)
     assert one in set_in(bits)
-    assert {2, a}.isdisjoint(set_in(bits))  # a stop id is no way to write
+    assert {eos, a}.isdisjoint(set_in(bits))  # a stop id is no way to write
     assert not grammar.ends_with(one)
     grammar.accept(one)
     grammar.fill(bits)
-    assert {2, a} <= set(set_in(bits))
-    with pytest.raises(ValueError, match="constraint: .*doesn't satisfy the grammar"):
+    assert {eos, a} <= set(set_in(bits))
+    assert not bits[64:].any()  # ids of the model that the tokenizer has not
+    fewer = torch.zeros_like(bits[:62])
+    grammar.fill(fewer)
+    assert torch.equal(fewer, bits[:62])
+    with pytest.raises(ValueError, match=r"^constraint: [^<]*doesn't satisfy the grammar[^<]*(<non-verbose/>)?$"):
         grammar.accept(one + 1)
     whole = llama.steps([[1]], 0, max_gen_len=9, constraint={"choice": ["a"]})
     assert [(step.token in (one, a, 100), step.finish_reason) for step in whole] == [(True, "stop")]

@@ -3,6 +3,7 @@ repeats."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -349,13 +350,20 @@ def test_a_near_tie_is_left_to_single_steps(tiny_model: Counting, monkeypatch: p
     swapped.clear()
     assert tiny_model.llama.generate([[1, 20, 40], [1, 20, 30]], 120, 0)[0][1] == plain
     assert max(map(len, swapped)) == 2
-    # What drafts had left in the cache is run again as well, so that it is to the bit as if there had been none.
-    monkeypatch.setattr(Verifier, "_clear", lambda _, logits, rows: torch.zeros(len(logits), dtype=torch.bool))
-    assert tiny_model.ids([1, 20, 30], 120, True)[0] == plain
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_what_passes_have_left_is_run_again(passes: int, tiny_model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a place that is left to a single step, all that passes have left in the cache since the last such place: so
+    that it is to the bit as if there had been no drafts."""
+    plain, _ = tiny_model.ids([1, 20, 30], 120, False)
     keys = [attention.cache_k[0, :122].clone() for attention in tiny_model.llama.model.attentions()]
-    tiny_model.ids([1, 20, 30], 120, False)
-    for ours, attention in zip(keys, tiny_model.llama.model.attentions()):
-        assert torch.equal(ours, attention.cache_k[0, :122])
+    count = itertools.count(1)
+    clear = lambda _, logits, rows: torch.full((len(logits),), next(count) % passes > 0)  # noqa: E731
+    monkeypatch.setattr(Verifier, "_clear", clear)
+    assert tiny_model.ids([1, 20, 30], 120, True)[0] == plain
+    for alone, attention in zip(keys, tiny_model.llama.model.attentions()):
+        assert torch.equal(attention.cache_k[0, :122], alone)
 
 
 def drafted_ids(folder: str, tokenizer_path: str, processes: int) -> list[Any]:

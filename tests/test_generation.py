@@ -244,8 +244,10 @@ def test_logits_that_are_not_finite(temperature: float, tmp_path: Path, tokenize
     weights["layers.1.feed_forward.w2.weight"] *= 1e6
     folder = write_checkpoint(tmp_path / "big", weights)
     llama = Llama.build(str(folder), tokenizer_path, 16, 2, device="cpu", dtype="float16")
-    with pytest.raises(ValueError, match=r"prompt 0 are not finite in torch.float16; build it with dtype='float32'"):
-        llama.generate([[1, 5]], 3, temperature)
+    for length in (1, 3):
+        with pytest.raises(ValueError, match="prompt 0 are not finite in torch.float16; build it with dtype='float32'"):
+            llama.generate([[1, 5]], length, temperature)
+    assert llama.generate([[1, 5]], 0, temperature) == ([[]], None)  # no id is chosen by them
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

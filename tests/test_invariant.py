@@ -12,6 +12,7 @@ from emulated_cuda import StandIns, emulated
 from workers import Pool
 
 from llama import Llama
+from llama.decoding import invariant as attention
 from llama.layers import invariant, kernels
 from llama.layers.invariant import Products
 
@@ -145,6 +146,17 @@ def test_silu_of_rows() -> None:
     for some in (2, 7, 191, 300):
         assert torch.equal(invariant.silu_mul(x[:some]), each[:some])
     torch.testing.assert_close(each, kernels.silu_mul(x))
+
+
+@pytest.mark.parametrize(("width", "copied"), [(16, False), (32, False), (8, True), (24, True)])
+def test_keys_lie_alike_in_all_slots(width: int, copied: bool) -> None:
+    """Their products round by where rows begin in the processor's vectors of 64 bytes. No copy if they do so alike."""
+    cache = torch.randn(2, 127, 3, width)
+    for slot in range(2):
+        keys = cache[slot, :64].transpose(0, 1)
+        made = attention._aligned(keys)
+        assert torch.equal(made, keys)
+        assert made.is_contiguous() == (made.data_ptr() != keys.data_ptr()) == copied
 
 
 def test_drafts_and_chats_in_16_bits(tiny: Path, tokenizer_path: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import threading
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from conftest import golden, shared
 from helpers import chosen
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 from workers import Pool
 
 from llama import Llama, Tokenizer, completion
@@ -488,15 +488,20 @@ def test_one_row_in_bfloat16_is_multiplied_without_onednn(
     assert bool(used) == without
 
 
-def test_many_prompts_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If some prompts wait for others."""
+@pytest.mark.parametrize("prompts", [4, 5])
+def test_many_prompts_have_a_bar(prompts: int, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If some prompts wait for others. It counts those that are done."""
     bars: list[Any] = []
-    monkeypatch.setattr(completion, "bar", lambda **options: bars.append(options) or mock.MagicMock())
-    chunks: list[Any] = [{"finish_reason": None}, {"finish_reason": "stop"}]
-    for prompts in (4, 5):
-        call: Any = SimpleNamespace(requests=[0] * prompts, lanes=4)
-        assert list(completion.shown(iter(chunks), call)) == chunks
-        assert (bars[-1]["shown"], bars[-1]["total"], bars[-1]["leave"]) == (prompts == 5, prompts, False)
+
+    def bar(shown: bool, **options: Any) -> Any:
+        bars.append(tqdm(file=io.StringIO(), **options))
+        assert shown == (prompts > 4)
+        return bars[-1]
+
+    monkeypatch.setattr(completion, "bar", bar)
+    llama.text_completion(["the dog"] * prompts, max_gen_len=3)
+    llama.score_ids([[1, 5 + i] for i in range(prompts)], [[9, 8]] * prompts)
+    assert [(bar.n, bar.total, bar.leave) for bar in bars] == [(prompts, prompts, False)] * 2
 
 
 def test_repr(llama: Llama) -> None:
