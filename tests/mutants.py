@@ -44,7 +44,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = os.environ.get("LLAMA_SHARED", str(ROOT.parent / "shared"))
 OPTIONS = ["-q", "-n0", "-p", "no:cacheprovider"]
-SECONDS = int(os.environ.get('SEC','60'))  # of a mutant's tests, as they took unchanged: those after it are left out
+SECONDS = int(os.environ.get("SEC", "60"))  # of a mutant's tests, as they took unchanged: those after it are left out
 # Sizes of what is read, multiplied or measured at a time; what was measured of others' memory; and limits far above
 # what real files and calls need. Another value makes it slower or less certain, but changes no result.
 SPEED = {

@@ -309,6 +309,11 @@ WRONG: list[tuple[str, Any, int, str]] = [
         ({"n": 2, "best_of": 2}, {"n": 2, "best_of": 1}), ({"tools": []}, {"tools": [{}]}),
         ({"modalities": ["text"], "user": "me", "suffix": None}, {"modalities": ["audio"]}),
         ({"stream": True, "stream_options": {"include_usage": False}}, {"stream": True, "stream_options": {"more": 1}}),
+        (
+            {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+            {"stream_options": {"include_usage": True, "include_obfuscation": False}},
+        ),
+        ({"stream": False, "stream_options": {}}, {"stream": True, "stream_options": []}),
     ],
 )  # fmt: skip
 def test_bodies_at_their_bounds(good: Any, wrong: Any, llama: Llama) -> None:
@@ -345,6 +350,7 @@ def test_what_is_refused(path: str, body: Any, status: int, words: str, http: An
     assert reply.status_code == status
     error = reply.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
     assert words in error["message"]
     assert reply.headers["x-request-id"]
 
@@ -419,7 +425,8 @@ def test_a_full_queue(llama: Llama) -> None:
             replies = [stream.__enter__() for stream in streams]
             full = http.post("/v1/completions", json={"prompt": "a"})
             assert (full.status_code, full.headers["retry-after"]) == (429, "1")
-            assert full.json()["error"]["code"] == "queue_full"
+            error = full.json()["error"]
+            assert (error["type"], error["param"], error["code"]) == ("rate_limit_error", None, "queue_full")
             numbers = http.get("/metrics").text
             assert "llama_answers_running 3.0" in numbers
             assert "llama_answers_waiting 2.0" in numbers
@@ -434,7 +441,8 @@ def test_a_full_queue(llama: Llama) -> None:
 def test_keys_hosts_and_pages_of_other_sites(llama: Llama) -> None:
     settings = {"key": "sesame", "hosts": LOCAL_NAMES, "origins": ["https://good.example"]}
     with served(llama, **settings) as server, httpx.Client(base_url=server.url) as http:
-        assert http.get("/v1/models").status_code == 401
+        refused = http.get("/v1/models")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
         assert http.get("/v1/models", headers={"authorization": "Bearer guess"}).status_code == 401
         assert http.get("/v1/models", headers={"authorization": "Bearer sesame"}).status_code == 200
         assert http.get("/health").status_code == 200
@@ -554,6 +562,9 @@ def test_sigterm_lets_running_answers_finish() -> None:
         assert told[-1] == "data: [DONE]"
         assert len(told) > 250
         assert running.wait(30) == 0
+        assert running.stderr is not None
+        line = r"^[0-9-]{10} [0-9:,]{12} POST /v1/completions 200 [0-9.]+s id=\w+ prompt=5 cached=0 generated=300$"
+        assert re.search(line, running.stderr.read(), re.MULTILINE)
 
 
 def test_two_processes(llama: Llama) -> None:
