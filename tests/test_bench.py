@@ -83,12 +83,16 @@ def test_bench_under_torchrun(flags: list[str]) -> None:
     )
 
 
-def test_bench_in_words(flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_in_words(
+    flags: list[str], bars: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one run that does not count."""
     monkeypatch.setattr(bench, "READ_BYTES", 2**20)
     command("bench", flags[1], flags[3], prompt_tokens=4, new_tokens=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{flags[1]}: float32 on cpu, 1 process, ")
     assert [line.split()[0] for line in lines[1:7]] == ["load", "prefill", "first", "decode", "weights", "memory"]
+    assert (bars[-1].n, bars[-1].desc, bars[-1].unit) == (1 + bench.REPEATS, "Measuring", "run")
 
 
 REPORT = {

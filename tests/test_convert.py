@@ -19,7 +19,6 @@ from helpers import TWINS, environment, write_twin
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tqdm import tqdm
 from workers import Pool
 
 from llama import Llama, ModelArgs, Tokenizer
@@ -151,16 +150,11 @@ def test_what_a_config_says(dtype: Any, rope_theta: float, positions: int, tmp_p
 
 
 @pytest.mark.parametrize("to", ["hf", "meta"])
-def test_the_bar_counts_tensors(to: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bars: list[Any] = []
-
-    def bar(**options: Any) -> Any:
-        bars.append(tqdm(disable=False, **options))
-        return bars[-1]
-
-    monkeypatch.setattr("llama.commands.convert.bar", bar)
+def test_the_bar_counts_tensors(to: str, tiny: Path, tmp_path: Path, bars: list[Any]) -> None:
     convert(tiny, tmp_path / "new", to)
-    assert bars[0].n == bars[0].total == len(random_weights()) + (to == "meta")  # a table of rotations is copied too
+    shown = bars[0]
+    assert shown.n == shown.total == len(random_weights()) + (to == "meta")  # a table of rotations is copied too
+    assert (shown.desc, shown.unit, shown.leave) == ("Converting", "tensor", True)
 
 
 def test_shards_are_those_of_torch_save(tmp_path: Path) -> None:

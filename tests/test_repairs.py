@@ -191,13 +191,14 @@ def searched(gains: dict[str, tuple[float, float]], seconds: float = 60.0, check
     return faults.search([reading, reading], candidates, seconds)
 
 
-def test_what_counts_as_found() -> None:
+def test_what_counts_as_found(bars: list[Any]) -> None:
     """What is surely likelier, by enough; the most helpful first; one fault a round, and no more than there are
     rounds."""
     sure, enough = faults.SURE, faults.LEAST_GAIN
     found = searched({"a": (0.1, sure + 1), "b": (0.3, sure + 1), "c": (9.0, sure), "d": (enough, sure + 1)})
     assert [repair.fault for repair, _ in found.found] == ["b", "a"]
     assert (found.untried, found.loss, found.tokens) == (0, 1.0, 3)
+    assert [(bar.n, bar.total, bar.desc, bar.unit) for bar in bars] == [(4, 4, "Repairs", "repair")] * 3
     assert [repair.fault for repair, _ in searched({"e": (1e-9, sure + 1)}, check=repairs.EPS).found] == ["e"]
     many = searched({f"{i}": (1.0 + i, sure + 1) for i in range(9)})
     assert [repair.fault for repair, _ in many.found] == ["8", "7", "6", "5"][: faults.ROUNDS]

@@ -620,8 +620,8 @@ def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
     assert {2, 3, 4} <= {n for some in seen if 1 in some for n in some}  # came and went beside a long one
 
 
-def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:
-    """Else a run that is killed would lose what stands in the buffer."""
+def test_jsonl_writes_each_line_at_once(tmp_path: Path, bars: list[Any]) -> None:
+    """Else a run that is killed would lose what stands in the buffer. The bar goes on where an earlier run ended."""
     out = tmp_path / "out.jsonl"
 
     def lines() -> Iterator[dict[str, Any]]:
@@ -630,7 +630,9 @@ def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:
             yield {"id": number}
 
     with out.open("wb") as file:
-        jobs.write(lines(), 3, 0, file)
+        jobs.write(lines(), 5, 2, file)
+    assert [(bar.n, bar.total, bar.unit, bar.leave) for bar in bars] == [(5, 5, "line", True)]
+    assert bars[0].initial == 2
     assert out.read_text() == '{"id": 0}\n{"id": 1}\n{"id": 2}\n'
 
 

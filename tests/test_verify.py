@@ -18,13 +18,12 @@ import pytest
 import torch
 from conftest import random_weights, shared, write_checkpoint
 from helpers import command
-from tqdm import tqdm
 
 from llama import Llama, ModelArgs, Transformer
 from llama.commands import cli
 from llama.loading import DEMO
 from llama.tokenizer import Tokenizer
-from llama.verification import checksums, child, faults, itself, repairs, spread
+from llama.verification import child, faults, itself, repairs, spread
 from llama.verification.checksums import check_checksums, record
 from llama.verification.checkup import Asked, files_of, verify
 from llama.verification.known import check_perplexities, check_published, recognise
@@ -363,12 +362,8 @@ def test_files_and_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
 
 
-def test_the_bar_counts_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bar_counts_bytes(tmp_path: Path, bars: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     """What takes less than a second shows none."""
-    bars: list[Any] = []
-    monkeypatch.setattr(checksums, "bar", lambda **options: bars.append(tqdm(disable=False, **options)) or bars[-1])
     folder = with_checklist(copied(tmp_path / "a"))
     files = [path for path in folder.iterdir() if path.name != "checklist.chk"]
     assert check_checksums(folder, files).verdict == PASS
