@@ -231,6 +231,27 @@ def test_a_form(server: OpenAI, constraint: Any, fields: dict[str, Any]) -> None
     } == fields
 
 
+def test_chunks(server: OpenAI) -> None:
+    """As those of a model here, but that the last one counts the ids, which no server tells."""
+    ask = client.Server(server.address)
+    text, end = {"index": 0, "tokens": [], "finish_reason": None}, {"index": 0, "text": ""}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        server.answers = [["Once ", {"choices": None, "usage": None}, "", "upon"]]
+        assert list(ask.stream(path, {}, {"prompt": "a"})) == [
+            {**text, "text": "Once "}, {**text, "text": "upon"}, {**end, "tokens": [0] * 3, "finish_reason": "stop"},
+        ]  # fmt: skip
+        assert ask.used == 15
+    for options, reason in (({}, "context"), ({"max_gen_len": 1}, "length")):
+        server.answers = [["Hel", {"reason": "length"}]]
+        *_, last = ask.stream("/v1/completions", options, {"prompt": "a"})
+        assert last == {**end, "tokens": [0], "finish_reason": reason}
+
+
+@pytest.mark.parametrize(("value", "count"), [(0, 0), (1, 1), (2**24 - 1, 2**24 - 1), (2**24, 0), (-1, 0), (1.5, 0)])
+def test_what_counts_as_a_number_of_tokens(value: Any, count: int) -> None:
+    assert client.number_of(value) == count
+
+
 def test_a_full_context_is_told(
     server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, Optional
 
 import pytest
 import torch
 from conftest import ROOT
-from helpers import TORCHRUN, environment
+from helpers import TORCHRUN, command, environment
 
 from llama import Llama
 
@@ -30,8 +31,10 @@ import fuzz_server  # noqa: E402
 from serving import Served, served  # noqa: E402
 
 from llama.options import Prompts  # noqa: E402
-from llama.server import bodies  # noqa: E402
+from llama.server import bodies, serving  # noqa: E402
+from llama.server.app import Settings  # noqa: E402
 from llama.server.serving import LOCAL_NAMES  # noqa: E402
+from llama.system.launch import Launch  # noqa: E402
 
 STORY = "Once upon a time"
 ASKED: Any = [{"role": "user", "content": "Tell me a story."}]
@@ -542,6 +545,83 @@ def process(*options: str, ranks: int = 1, **more: Any) -> Iterator[tuple[subpro
         running.kill()
         running.stderr.close()
         running.wait()
+
+
+Found = dict[str, Any]
+
+
+@pytest.fixture
+def asked(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Found:
+    """What the command asks of `Llama.build` and of the server; neither is run."""
+    found: Found = {}
+    monkeypatch.delenv("LLAMA_API_KEY", raising=False)
+    monkeypatch.setattr(Llama, "build", lambda **options: found.update(build=options) or llama)
+    monkeypatch.setattr(serving, "check_place", lambda *place: found.update(checked=place))
+
+    def serve(model: Llama, settings: Settings, *how: Any) -> None:
+        assert model is llama
+        found.update(settings=settings, how=how)
+
+    monkeypatch.setattr(serving, "serve", serve)
+    return found
+
+
+def test_the_command(asked: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a key this machine alone is answered, and by names of its own: else pages of other sites, whose names
+    lead here, could use it."""
+    command("serve")
+    assert asked["settings"] == Settings("demo", hosts=["127.0.0.1", "localhost", "[::1]"])
+    assert asked["how"] == (*asked["checked"], 30) == ("127.0.0.1", 8000, 30)
+    assert asked["build"]["max_batch_size"] == 8
+    command("serve", "some/model", host="0.0.0.0", port=65535, max_waiting=0, grace=0, allowed_origins="https://a")
+    assert asked["settings"] == Settings("model", max_waiting=0, origins=["https://a"])
+    assert asked["how"] == ("0.0.0.0", 65535, 0)
+    command("serve", "some/model", api_key="one", served_model_name="other", grace=86400, allowed_origins='["a", "b"]')
+    assert asked["settings"] == Settings("other", "one", origins=["a", "b"])
+    assert asked["how"][-1] == 86400
+    monkeypatch.setenv("LLAMA_API_KEY", "two")
+    command("serve")
+    assert asked["settings"] == Settings("demo", "two")
+    command("serve", api_key="one", host="::1", port=0)
+    assert asked["settings"].key == "one"
+    monkeypatch.setattr(Launch, "read", lambda: SimpleNamespace(rank=1))
+    command("serve", port=1)
+    assert asked["checked"] == ("::1", 0)  # the first process alone listens
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"port": -1}, "port=-1 must be a whole number from 0 to 65535"),
+        ({"port": 65536}, "port=65536 must be"),
+        ({"max_waiting": -1}, "max_waiting=-1 must be a whole number of 0 or more"),
+        ({"grace": -0.1}, "grace=-0.1 must be a number of seconds, from 0 to 86400"),
+        ({"grace": 86400.5}, "grace=86400.5 must be"),
+        ({"grace": None}, "grace=None must be"),
+    ],
+)
+def test_what_the_command_refuses(options: dict[str, Any], told: str, asked: Found) -> None:
+    with pytest.raises(ValueError, match=told):
+        command("serve", **options)
+    assert asked == {}
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
+     ("192.168.0.1", False), ("::", False), ("example", False)],
+)  # fmt: skip
+def test_whom_an_address_lets_in(host: str, local: bool, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has no key and lets others in is told so."""
+    said: list[str] = []
+    monkeypatch.setattr(serving, "tell", said.append)
+    monkeypatch.setattr(serving, "_run", lambda *_: None)
+    assert serving.is_local(host) == local
+    serving.serve(llama, Settings("demo"), host)
+    assert said == ([] if local else [f"anybody who reaches {host} may use this server: pass an api_key to keep "
+                                      "others out"])  # fmt: skip
+    serving.serve(llama, Settings("demo", key="one"), host)
+    assert len(said) == (not local)
 
 
 def test_sigterm_lets_running_answers_finish() -> None:
