@@ -136,6 +136,8 @@ def test_ctrl_c_stops_the_answer(
         (Error(429, "full", {"Retry-After": "3"}), "the server is busy; try again in 3 s"),
         (Error(429, "full"), "the server is busy; try again later"),
         (Error(400, "top_p=\x1b[2J must be less"), r"the server refused this: top_p=\x1b[2J must be less"),
+        (Error(404, "no such model"), "the server does not have this (/v1/chat/completions): no such model"),
+        (Error(499, "closed"), "the server refused this: closed"),
         (Error(500, "no memory"), "something went wrong in the server: no memory"),
         (["Half", None], "the connection was lost before the answer ended"),
         (["Half", {"error": {"message": "no memory"}}], "something went wrong in the server: no memory"),
@@ -153,6 +155,56 @@ def test_what_goes_wrong_is_told(
     assert out == ("Half\n" if half else "") + "Hello.\n"
     assert len(server.last["messages"]) == (3 if half else 1)
     assert "\x1b[2J" not in err
+
+
+def test_a_conversation_goes_back_and_forks(server: OpenAI) -> None:
+    talk = remote.RemoteChat(client.Server(server.address), "Be kind.", seed=3)
+    with pytest.raises(ValueError, match=r"no reply that could go on; send\(\) a message first"):
+        talk.continue_reply()
+    assert talk.undo() is None
+    system = {"role": "system", "content": "Be kind."}
+    for word in "abcd":
+        list(talk.send(word))
+    other = talk.fork()
+    assert other.dialog == talk.dialog
+    assert talk.undo() == {"user": "d", "assistant": "Hello."}
+    talk.drop()
+    talk.drop(1)
+    assert talk.dialog == [system, {"role": "user", "content": "c"}, {"role": "assistant", "content": "Hello."}]
+    list(talk.continue_reply())
+    assert talk.turns == [{"user": "c", "assistant": "Hello.Hello."}]
+    talk.clear()
+    assert (talk.dialog, len(other.turns), other.options) == ([system], 4, {"seed": 3})
+    list(other.continue_reply())
+    assert server.last["seed"] == 3
+
+
+def test_the_room_in_words(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = client.Server(server.address)
+    talk = remote.RemoteConversation(remote.RemoteChat(ask))
+    assert (talk.limit, talk.context) == (LIMIT, f"0 of {LIMIT} tokens (0%)")
+    list(talk.session.send("a"))
+    assert talk.context == f"14 of {LIMIT} tokens (3%)"
+    monkeypatch.setattr(ask, "limit", None)
+    assert (talk.limit, talk.context) == (0, "14 tokens")
+
+
+@pytest.mark.parametrize(
+    ("models", "asked", "name", "limit"),
+    [
+        ([{"id": "a", "max_model_len": 9}, {"id": "b", "meta": {"n_ctx_train": 8}}], None, "a", 9),
+        ([{"id": "a", "max_model_len": 9}, {"id": "b", "meta": {"n_ctx_train": 8}}], "b", "b", 8),
+        ([{"id": "a", "max_model_len": 9}], "c", "c", None),
+        ([5, {"id": "a", "max_model_len": 0, "meta": [8]}], None, "a", None),
+        ({"id": "a"}, "c", "c", None),
+    ],
+)
+def test_the_model_that_is_asked(server: OpenAI, models: Any, asked: str | None, name: str, limit: int | None) -> None:
+    """The first unless one is named; its limit as vLLM and llama.cpp tell it."""
+    server.models = models
+    found = client.Server(f"{server.address}/v1/", model=asked)
+    assert (found.name, found.limit, found.used) == (name, limit, 0)
+    assert (found.url, found.base) == (server.address, "")
 
 
 def test_where_there_is_no_such_server(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +254,14 @@ def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "suffix": "return", "seed": 1, "max_tokens": 4, "temperature": 0, "model": "other",
     }  # fmt: skip
     assert capsys.readouterr() == ("Once uponHello.\nHello.\n", "")
+    server.answers = [["Hel", {"reason": "length"}], ["lo\n"]]
+    for count in (LIMIT - 1, LIMIT):  # of these there is room for one more, and for none
+        command("complete", "a " * count, url=server.address)
+        assert server.last.get("max_tokens") == (LIMIT - count or None)
+    assert capsys.readouterr() == ("Hel\nlo\n", "")
+    server.answers = [["Hel", {"reason": "length"}]]
+    command("complete", "a", url=server.address, max_gen_len=1)
+    assert capsys.readouterr() == ("Hel\n", "")
     server.counts, server.models = False, [{"id": "m", "meta": {"n_ctx_train": 7}}]
     server.answers = [["Hel", {"reason": "length"}]]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe\n")))
