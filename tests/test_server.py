@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any, Literal, Optional
 import pytest
 import torch
 from conftest import ROOT
+from forks import Forks
 from helpers import TORCHRUN, command, environment
 
 from llama import Llama
@@ -31,7 +33,7 @@ import fuzz_server  # noqa: E402
 from serving import Served, served  # noqa: E402
 
 from llama.options import Prompts  # noqa: E402
-from llama.server import bodies, serving  # noqa: E402
+from llama.server import app, bodies, serving  # noqa: E402
 from llama.server.app import Settings  # noqa: E402
 from llama.server.serving import LOCAL_NAMES  # noqa: E402
 from llama.system.launch import Launch  # noqa: E402
@@ -253,8 +255,16 @@ def test_models_and_tokens(client: Any, http: Any, llama: Llama) -> None:
     assert messages == llama.chat_format.encode_dialog(ASKED, llama.tokenizer)
     assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": STORY}
     told = http.get("/tokenizer_info").json()
-    assert (told["bos_token"], told["eos_token"], told["eos_token_id"]) == ("<s>", "</s>", llama.tokenizer.eos_id)
+    assert told == {
+        "tokenizer_class": "LlamaTokenizer", "chat_template": llama.tokenizer.chat_template, "vocab_size": 2048,
+        "max_model_len": 128, "bos_token": "<s>", "eos_token": "</s>", "pad_token": None,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": -1,
+    }  # fmt: skip
     assert http.get("/health").json() == {"status": "ok"}
+    card = client.models.retrieve("demo")
+    assert (card.object, card.owned_by) == ("model", "llama")
+    assert 0 <= time.time() - card.created < 3600
+    assert http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
 
 
 WRONG: list[tuple[str, Any, int, str]] = [
@@ -355,7 +365,32 @@ def test_what_is_refused(path: str, body: Any, status: int, words: str, http: An
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
     assert words in error["message"]
-    assert reply.headers["x-request-id"]
+    assert re.fullmatch("[0-9a-f]{16}", reply.headers["x-request-id"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "code"),
+    [
+        ("/v1/completions", {"prompt": "a", "model": "b"}, "model", "model_not_found"),
+        ("/v1/completions", {"prompt": "a", "colour": 1}, "colour", "unknown_field"),
+        ("/v1/completions", {"prompt": "a", "audio": 1}, "audio", "unsupported"),
+        ("/v1/completions", {"prompt": "a", "n": 0}, "n", None),
+        ("/v1/embeddings", {"input": 5}, "input", None),
+        ("/v1/completions", {"prompt": "a", "temperature": -1}, None, None),
+    ],
+)
+def test_the_field_that_is_wrong(path: str, body: Any, field: Optional[str], code: Optional[str], http: Any) -> None:
+    error = http.post(path, json=body).json()["error"]
+    assert (error["param"], error["code"]) == (field, code)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("a" * 128, True), ("a" * 129, False), ("a b", False), ("a1_.:/+=-", True), ("", False)]
+)
+def test_the_number_of_a_request(given: str, kept: bool, http: Any) -> None:
+    """The client's own if it can stand in a log."""
+    told = http.get("/health", headers={"x-request-id": given}).headers["x-request-id"]
+    assert told == given if kept else re.fullmatch("[0-9a-f]{16}", told)
 
 
 def test_bodies_that_are_none(http: Any) -> None:
@@ -364,8 +399,24 @@ def test_bodies_that_are_none(http: Any) -> None:
     assert http.post("/v1/completions", content=b"{", headers=kind).status_code == 400
     assert http.post("/v1/completions", content=b"[" * 100_000, headers=kind).status_code == 400
     assert http.post("/v1/completions", content=b'{"prompt": "a"}').status_code == 415
-    assert http.post("/v1/completions", content=b" " * (8 * 2**20 + 1), headers=kind).status_code == 413
+    for more, status in ((0, 400), (1, 413)):
+        assert http.post("/v1/completions", content=b" " * (8 * 2**20 + more), headers=kind).status_code == status
     assert http.get("/v1/completions").status_code == 405
+
+
+def test_a_body_that_does_not_end(http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
+    sent = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        yield b"{"
+        sent.wait(5)
+
+    timer = threading.Timer(0.2, sent.set)
+    timer.start()
+    reply = http.post("/v1/completions", content=body(), headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (408, "the body did not arrive within 0.05 s")
+    timer.join()
 
 
 def test_a_stream_keeps_its_connection_alive(http: Any, llama: Llama) -> None:
@@ -373,6 +424,7 @@ def test_a_stream_keeps_its_connection_alive(http: Any, llama: Llama) -> None:
     body = {"prompt": STORY, "max_tokens": 2, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
+        assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-store", "no")
         lines = reply.iter_lines()
         with llama.lock:
             other = httpx.Client(base_url=http.base_url)
@@ -439,6 +491,13 @@ def test_a_full_queue(llama: Llama) -> None:
         numbers = http.get("/metrics").text
         assert 'llama_requests_total{path="/v1/completions",status="429"} 1.0' in numbers
         assert "llama_generated_tokens_total 80.0" in numbers
+        assert "llama_prompt_tokens_total 10.0" in numbers
+        assert "llama_cached_tokens_total 0.0" in numbers
+        assert "llama_first_token_seconds_count 5.0" in numbers
+        gaps = re.search(r"llama_gap_seconds_count ([\d.]+)", numbers)
+        assert gaps is not None
+        assert 5 <= float(gaps[1]) <= 75
+        assert 'llama_request_seconds_count{path="/v1/completions"} 6.0' in numbers
 
 
 def test_keys_hosts_and_pages_of_other_sites(llama: Llama) -> None:
@@ -447,7 +506,10 @@ def test_keys_hosts_and_pages_of_other_sites(llama: Llama) -> None:
         refused = http.get("/v1/models")
         assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
         assert http.get("/v1/models", headers={"authorization": "Bearer guess"}).status_code == 401
-        assert http.get("/v1/models", headers={"authorization": "Bearer sesame"}).status_code == 200
+        assert http.get("/v1/models", headers={"authorization": "Basic sesame"}).status_code == 401
+        for key in ("Bearer sesame", "bearer  sesame"):
+            assert http.get("/v1/models", headers={"authorization": key}).status_code == 200
+        assert http.get("/").status_code == 200
         assert http.get("/health").status_code == 200
         assert http.get("/health", headers={"host": "[::1]:8000"}).status_code == 200
         reply = http.get("/health", headers={"host": "evil.example"})
@@ -645,6 +707,53 @@ def test_sigterm_lets_running_answers_finish() -> None:
         assert running.stderr is not None
         line = r"^[0-9-]{10} [0-9:,]{12} POST /v1/completions 200 [0-9.]+s id=\w+ prompt=5 cached=0 generated=300$"
         assert re.search(line, running.stderr.read(), re.MULTILINE)
+
+
+ENDS = """
+import json, os, signal, sys, threading, time
+import httpx
+from llama import Llama
+from llama.server import serving
+from llama.server.app import Settings
+
+llama = Llama.build(max_seq_len=128, device="cpu", dtype="float32", quiet=True)
+decode = llama._engine.decode
+
+def slow(*arguments):
+    time.sleep(0.05)
+    return decode(*arguments)
+
+def ask(url):
+    body = {"prompt": "a", "max_tokens": 100, "stream": True, "logit_bias": {"2": -100}}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print([line for line in lines if line][-1])
+
+def tell(text):
+    print(text)
+    threading.Thread(target=ask, args=[text.split()[-1]]).start()
+
+llama._engine.decode, serving.tell = slow, tell
+serving.serve(llama, Settings("demo"), sys.argv[1], 0, grace=0.2)
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_what_takes_too_long_at_the_end_is_told_so(host: str, forks: Forks) -> None:
+    try:
+        serving.check_place(host, 0)
+    except ValueError:
+        pytest.skip("this machine has no such address")
+    ended = forks.run(ENDS, host)
+    listens, last, end = ended.stdout.splitlines()
+    place = f"[{host}]" if ":" in host else host
+    assert re.fullmatch(rf"demo listens on http://{re.escape(place)}:[1-9]\d+", listens)
+    error = {"message": "the server ends", "type": "server_error", "param": None, "code": "ending"}
+    assert json.loads(last.removeprefix("data: ")) == {"error": error}
+    assert (end, ended.returncode) == ("ended", 0)
 
 
 def test_two_processes(llama: Llama) -> None:
