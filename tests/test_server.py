@@ -517,8 +517,9 @@ def test_keys_hosts_and_pages_of_other_sites(llama: Llama) -> None:
         for origin, told in (("https://good.example", "https://good.example"), ("https://evil.example", None)):
             reply = http.options("/v1/models", headers={"origin": origin, "access-control-request-method": "GET"})
             assert reply.headers.get("access-control-allow-origin") == told
-        with pytest.raises(openai.AuthenticationError, match="wants its key"):
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0).models.list()
+        other = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+        with other, pytest.raises(openai.AuthenticationError, match="wants its key"):
+            other.models.list()
 
 
 def test_a_model_that_fails(http: Any, server: Served, llama: Llama, caplog: pytest.LogCaptureFixture) -> None:
