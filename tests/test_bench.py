@@ -232,6 +232,10 @@ def test_rates_count_what_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 0.5, 2.0, 0.5, 0.5])
     monkeypatch.setattr(bench, "_seconds", lambda work, device: (work(), next(times))[1])
     assert bench.read_rate(torch.device("cpu"), 2**20) == 2**20 / 0.5
+    with pytest.MonkeyPatch.context() as patch:  # elsewhere a copy reads and writes
+        patch.setattr(bench, "device_kind", lambda _: "mps")
+        patch.setattr(bench, "_seconds", lambda work, device: (work(), 0.5)[1])
+        assert bench.read_rate(torch.device("cpu"), 2**20) == 2 * 2**20 / 0.5
     assert bench.matmul_rate(torch.device("cpu"), torch.float32, [(2, 3, 4), (2, 3, 5)]) == 2 * 2 * 3 * 5 / 0.5
 
 

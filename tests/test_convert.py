@@ -299,6 +299,8 @@ def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     refuse("shards=0 must be", to="meta", shards=0)
     refuse("cannot be shared by 3 shards; use 1 or 2 or 4 or 8", to="meta", shards=3)
     refuse("4 key/value heads cannot be cut into 8 shards; use a divisor of 4", to="meta", shards=8)
+    odd = write_checkpoint(tmp_path / "odd", random_weights(vocab_size=401))
+    refuse("401 ids cannot be cut into 2 shards; use a divisor", source=odd, to="meta", shards=2)
     refuse("no checkpoint folder", source=tmp_path / "gone")
     refuse("no tokenizer at", tokenizer_path=tmp_path / "tokenizer.model")
     broken = write_checkpoint(tmp_path / "broken", random_weights(), params={**PARAMS, "n_layers": 3})

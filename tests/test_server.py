@@ -32,11 +32,16 @@ pytest.importorskip("uvicorn")
 import fuzz_server  # noqa: E402
 from serving import Served, served  # noqa: E402
 
-from llama.options import Prompts  # noqa: E402
+from llama import Tokenizer  # noqa: E402
+from llama.completion import Completions  # noqa: E402
+from llama.infilling import infilling_ids, infilling_prompts  # noqa: E402
+from llama.options import Asked, Prompts  # noqa: E402
 from llama.server import app, bodies, serving  # noqa: E402
 from llama.server.app import Settings  # noqa: E402
 from llama.server.serving import LOCAL_NAMES  # noqa: E402
+from llama.server.stepper import Ended, Stepper  # noqa: E402
 from llama.system.launch import Launch  # noqa: E402
+from llama.tokenizer import AddedToken  # noqa: E402
 
 STORY = "Once upon a time"
 ASKED: Any = [{"role": "user", "content": "Tell me a story."}]
@@ -166,6 +171,8 @@ def test_logprobs_of_a_completion(client: Any, llama: Llama) -> None:
         model="demo", prompt=STORY, max_tokens=9, temperature=0, logprobs=0, stop="little"
     )
     assert "".join(stopped.choices[0].logprobs.tokens) == stopped.choices[0].text == ", there was a "
+    stopped = client.completions.create(model="demo", prompt=STORY, max_tokens=9, temperature=0, logprobs=0, stop="s a")
+    assert (stopped.choices[0].logprobs.tokens, stopped.choices[0].text) == ([",", " there", " wa"], ", there wa")
 
 
 @pytest.mark.parametrize("echo", [False, True])
@@ -357,6 +364,64 @@ def test_what_a_body_asks_for(llama: Llama) -> None:
     assert bodies.read_chat(llama, {"messages": ASKED}).asked.options.get("max_gen_len") is None
 
 
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}},
+            {"json_schema": {"type": "array"}},
+        ),
+        ({"json_schema": {"type": "array"}}, {"json_schema": {"type": "array"}}),
+        ({"regex": "a"}, {"regex": "a"}),
+    ],
+)
+def test_the_form_that_a_body_asks_for(given: Any, form: Any, llama: Llama) -> None:
+    assert bodies.read_completion(llama, {"prompt": "a", **given}).asked.options.get("constraint") == form
+    for wrong, told in (
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, 'needs {"json_schema": '),
+        ({"response_format": {"type": "json_schema"}}, 'needs {"json_schema": '),
+        ({"response_format": "json_object"}, "must be of the type text, json_object or json_schema"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "an answer has one form, not json_object, regex"),
+    ):
+        with pytest.raises(bodies.Wrong, match=told):
+            bodies.read_completion(llama, {"prompt": "a", **wrong})
+
+
+def test_a_suffix(tokenizer_path: str) -> None:
+    """Texts that are filled in, up to the id that ends that."""
+    names = enumerate(["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"], Tokenizer(tokenizer_path).n_words)
+    tokenizer = Tokenizer(tokenizer_path, added=[AddedToken(*each) for each in names])
+    model: Any = SimpleNamespace(tokenizer=tokenizer)
+    asked = bodies.read_completion(model, {"prompt": ["a", "b"], "suffix": "c", "stop_token_ids": [7], "logprobs": 2})
+    assert asked.asked.prompts() == infilling_prompts(["a", "b"], ["c", "c"], tokenizer, False)
+    assert [*asked.asked.options["stop_ids"]] == [7, infilling_ids(tokenizer).eot]
+    assert (asked.chat, asked.scored, asked.alternatives) == (False, True, 2)
+    for wrong in ({"suffix": 5}, {"prompt": [[5]]}, {"echo": True}):
+        with pytest.raises(bodies.Wrong, match="suffix must be a text that follows prompts of text, without echo"):
+            bodies.read_completion(model, {"prompt": "a", "suffix": "c", **wrong})
+
+
+def test_messages(llama: Llama) -> None:
+    """Parts of text are joined, and the newer name of the system's role is known; what is empty is not given."""
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
+    written = [{"role": "developer", "content": parts}, {**ASKED[0], "name": None, "tool_calls": []}]
+    plain = [{"role": "system", "content": "Be kind."}, ASKED[0]]
+    assert bodies.read_tokens(llama, {"messages": written}) == bodies.read_tokens(llama, {"messages": plain})
+    for wrong, told in (
+        ([5], 'message 0 must be {"role": …, "content": …}, not 5'),
+        ([*ASKED, {"content": "a"}], "message 1 must be"),
+        ([{"role": 5, "content": "a"}], "message 0 must be"),
+        ([{**ASKED[0], "name": "Tom", "audio": 1}], "message 0 has audio, name, for which Llama 2 has no format"),
+        ([{"role": "user", "content": [parts[0], "a"]}], "the content of message 0 must be a text or parts of text"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "message 0 has a part of the type 'text'"),
+        ("Hi", "messages='Hi' must be a list of messages"),
+    ):
+        with pytest.raises(bodies.Wrong, match=re.escape(told)):
+            bodies.read_tokens(llama, {"messages": wrong})
+
+
 @pytest.mark.parametrize(("path", "body", "status", "words"), WRONG)
 def test_what_is_refused(path: str, body: Any, status: int, words: str, http: Any) -> None:
     reply = http.post(path, json=body)
@@ -542,6 +607,40 @@ def test_a_model_that_fails(http: Any, server: Served, llama: Llama, caplog: pyt
     assert "a secret of the house" in caplog.text
     assert free(server)
     assert http.post("/v1/completions", json={"prompt": STORY, "max_tokens": 3, "temperature": 0}).status_code == 200
+
+
+def test_texts_that_fail(http: Any, server: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """A tokenizer of the user's own may raise anything: that answer fails, and the others go on."""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such piece")
+
+    body = {"prompt": STORY, "max_tokens": 3, "temperature": 0}
+    fine = http.post("/v1/completions", json=body).json()["choices"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Completions, "add", broken)
+        assert http.post("/v1/completions", json=body).status_code == 500
+    assert "no such piece" in caplog.text
+    assert http.post("/v1/completions", json=body).json()["choices"] == fine
+    with pytest.MonkeyPatch.context() as patch:  # an answer that has begun cannot become another one
+        patch.setattr(app, "_count", broken)
+        with pytest.raises(httpx.RemoteProtocolError):
+            http.post("/v1/completions", json={**body, "stream": True}, headers={"x-request-id": "mine-2"})
+    assert "request mine-2 broke while it was answered" in caplog.text
+    assert free(server)
+
+
+def test_answers_that_come_too_late(llama: Llama) -> None:
+    """What ends the thread ends them too."""
+    stepper = Stepper(1, 1)
+    _, running = llama.begin(Asked(lambda: Prompts([[1]]), {"max_gen_len": 1}), streams=False)
+    ended = Ended()
+    stepper.end(ended)
+    stepper.end(ValueError("another"))
+    stepper.submit(running, False)
+    stepper._run()
+    assert running.call.error is stepper.error is ended
+    assert (stepper._running, llama._scheduler.rows) == ({}, [])
 
 
 def test_the_readmes_curl(server: Served) -> None:
