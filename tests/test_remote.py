@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,53 @@ def test_ctrl_c_stops_the_answer(
     assert server.left.wait(5)
     assert talk.session.turns == [{"user": "Count", "assistant": "One, "}]
     assert "stopped; the reply is kept as far as it came" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_lost_or_too_long(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = client.Server(server.address)
+    read = client.HTTPResponse.readline
+
+    def lost(self: Any, size: int) -> bytes:
+        line: bytes = read(self, size)
+        if b"Hello" in line:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return line
+
+    monkeypatch.setattr(client.HTTPResponse, "readline", lost)
+    with pytest.raises(ValueError, match=f"the connection to {server.address} was lost: Connection reset by peer"):
+        list(ask.stream("/v1/completions", {}, {"prompt": "a"}))
+    monkeypatch.undo()
+    length = len('data: {"choices": [{"index": 0, "text": "Hello", "finish_reason": null}]}\n')
+    for most, right in ((length, True), (length - 1, False)):
+        monkeypatch.setattr(client, "MOST_LINE", most)
+        server.answers = [["Hello", None]]
+        told = "the connection was lost before" if right else f"sends a line of more than {most} bytes"
+        with pytest.raises(ValueError, match=told):
+            list(ask.stream("/v1/completions", {}, {"prompt": "a"}))
+
+
+def test_an_error_without_words(server: OpenAI) -> None:
+    """As a proxy answers where the server itself is down."""
+    for told, words in (
+        (b"<html>", "status 502 Bad Gateway"), (b"[]", "status 502 Bad Gateway"), (b'{"error": "down"}', "down"),
+        (b'{"error": {"message": "out"}}', "out"), (b'{"error": {}}', ""),
+    ):  # fmt: skip
+        response: Any = SimpleNamespace(status=502, reason="Bad Gateway", headers={}, read=lambda _, told=told: told)
+        ask = client.Server(server.address)
+        assert ask._refusal("/a", response) == f"something went wrong in the server: {words}"
+
+
+def test_https(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def connection(host: str, port: int, timeout: float, context: Any) -> Any:
+        asked.append((host, port, context.check_hostname))
+        raise OSError("no such certificate")
+
+    monkeypatch.setattr(client, "HTTPSConnection", connection)
+    with pytest.raises(OSError, match="no such certificate"):
+        client.Server("https://here:8443/")
+    assert asked == [("here", 8443, True)]
 
 
 @pytest.mark.parametrize(

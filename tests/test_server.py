@@ -751,6 +751,14 @@ def test_the_command(asked: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked["checked"] == ("::1", 0)  # the first process alone listens
 
 
+def test_a_server_without_its_packages(asked: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama.server.serving", None)
+    monkeypatch.delattr("llama.server.serving")
+    with pytest.raises(ValueError, match=r"a server needs starlette, uvicorn and prometheus-client: pip install 'lla"):
+        command("serve")
+    assert asked == {}
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

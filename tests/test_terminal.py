@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -312,6 +313,14 @@ def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFix
     assert f"forgot 2 of {count} turns" in err  # the refused message went in again
     assert "too long for max_seq_len=512; shorten it" in err
     assert len(conversation.session.turns) == count - 3
+    lines = iter([story] * 6)
+    conversation.run(lambda _: next(lines, None))
+    assert conversation.refused == story
+    conversation.session.drop(2)
+    lines = iter(["/drop"])
+    conversation.run(lambda _: next(lines, None))
+    assert f"forgot 0 of {count - 2} turns" in capsys.readouterr().err  # there is room for it by now
+    assert [turn["user"] for turn in conversation.session.turns] == [story] * (count - 1)
 
 
 def test_ctrl_c_in_a_pipe_ends_it(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -645,6 +654,34 @@ def test_jsonl_takes_up_as_many_lines_as_there_are_jobs(tmp_path: Path) -> None:
         jobs.finished(out, [])
     other = {"is_chat": True, "is_begun": True, "seed": 2, "options": {"top_k": 1}, "prompt": "b", "extra": {"id": 1}}
     assert len({job(1).digest, *(job(1, **{name: value}).digest for name, value in other.items())}) == 1 + len(other)
+
+
+def test_stdout_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file its name is told, and that nothing is lost; of stdout what the system says."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jobs, "write", full)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=f"{out} cannot be written: No space left on device; the same command goes on"):
+        answer(source, out)
+    with pytest.raises(OSError, match="No space left on device"):
+        command("complete", jsonl=source, device="cpu")
+
+
+@pytest.mark.parametrize("stride", [0, 1.5])
+def test_a_stride_is_checked_before_a_model_is_loaded(stride: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("it loaded"))
+    with pytest.raises(ValueError, match=f"stride={stride} must be a whole number of 1 or more"):
+        command("score", "a", stride=stride)
+
+
+def test_keys_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no termios."""
+    monkeypatch.setitem(sys.modules, "termios", None)
+    with keyboard.keys_wait():
+        pass
 
 
 def test_the_history_has_a_place_in_a_new_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from helpers import command
 from llama import Llama, ModelArgs, Transformer
 from llama.commands import cli
 from llama.loading import DEMO
+from llama.system.launch import Launch
 from llama.tokenizer import Tokenizer
 from llama.verification import child, faults, itself, repairs, spread
 from llama.verification.checksums import check_checksums, record
@@ -494,6 +495,12 @@ def test_published_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [result.verdict for result in check_perplexities(llama, named, text)] == [PASS, PASS]
     llama.model.output.weight.data = llama.model.output.weight + 0.01
     assert [next(check_published(llama, known)).verdict for known in (named, unnamed)] == [FAIL, NOT_APPLICABLE]
+
+
+def test_several_processes_are_started_by_verify_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launch, "read", lambda: Launch(True, 0, 2, 0, 2))
+    with pytest.raises(ValueError, match="start verify as one process, without torchrun: it starts others itself"):
+        command("verify", str(DEMO))
 
 
 def test_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
