@@ -605,6 +605,21 @@ def test_jsonl_on_a_full_disk(source: Path, tmp_path: Path) -> None:
     assert len(out.read_bytes().splitlines()) == len(LINES)
 
 
+def test_the_seeds_of_lines(tmp_path: Path) -> None:
+    """That of the command and the line's number, counting empty lines; or one of its own."""
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n\n{{"prompt": "a"}}\n{{"prompt": "a", "seed": {2**63 - 1}}}\n')
+    for seed in (0, 2**62):
+        assert [each.seed for each in jobs.read_jobs(path, {}, seed)] == [seed + 1, seed + 3, 2**63 - 1]
+    for seed in (-1, 2**62 + 1):
+        with pytest.raises(ValueError, match=f"seed={seed} must be a whole number from 0 to 2..62"):
+            jobs.read_jobs(path, {}, seed)
+    for seed in (-1, 2**63):
+        path.write_text(f'{{"prompt": "a", "seed": {seed}}}')
+        with pytest.raises(ValueError, match=f"line 1 of .*: seed={seed} must be a whole number from 0 to 2..63 - 1"):
+            jobs.read_jobs(path, {}, 1)
+
+
 def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
     """Whatever their options; the lines come in the input's order all the same."""
     running: list[int] = []
