@@ -283,6 +283,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
         400,
         "unknown temprature (did you mean temperature?)",
     ),
+    ("/v1/completions", {"prompt": "a", "temprature": 1, "colour": 1}, 400, "unknown colour, temprature; there are"),
     ("/v1/chat/completions", {"messages": ASKED, "model": "gpt-4"}, 404, "no model 'gpt-4' here; this is 'demo'"),
     ("/v1/chat/completions", {"messages": []}, 400, "a list of messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "content of message 0"),
@@ -438,6 +439,7 @@ def test_what_is_refused(path: str, body: Any, status: int, words: str, http: An
     [
         ("/v1/completions", {"prompt": "a", "model": "b"}, "model", "model_not_found"),
         ("/v1/completions", {"prompt": "a", "colour": 1}, "colour", "unknown_field"),
+        ("/v1/completions", {"prompt": "a", "temprature": 1, "colour": 1}, "colour", "unknown_field"),
         ("/v1/completions", {"prompt": "a", "audio": 1}, "audio", "unsupported"),
         ("/v1/completions", {"prompt": "a", "n": 0}, "n", None),
         ("/v1/embeddings", {"input": 5}, "input", None),
