@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,10 +258,14 @@ def test_any_width_can_be_said_in_params(dim: int, ffn: int) -> None:
 
 
 def test_metas_own_widths_are_said_in_metas_way() -> None:
-    for dim, ffn, expected in [(4096, 11008, (256, None)), (5120, 13824, (256, None)), (8192, 28672, (4096, 1.3))]:
-        params = meta_params(ModelArgs(dim=dim, vocab_size=1, ffn_dim=ffn))
+    """The largest multiple that gives them, with Meta's own multiplier only if there has to be one."""
+    for dim, ffn, expected in [
+        (4096, 11008, (256, None)), (5120, 13824, (512, None)), (8192, 28672, (4096, 1.3)), (3072, 8192, (4096, None)),
+        (2, 5, (1, None)),
+    ]:  # fmt: skip
+        params = meta_params(ModelArgs(dim=dim, n_heads=1, vocab_size=1, ffn_dim=ffn))
         assert feed_forward_width(4 * dim, *expected) == ffn
-        assert params["ffn_dim_multiplier"] == 1.3 if expected[1] else "ffn_dim_multiplier" not in params
+        assert (params["multiple_of"], params.get("ffn_dim_multiplier")) == expected
 
 
 def greedy(folder: str, processes: int) -> list[int]:
@@ -324,6 +329,12 @@ def test_a_full_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(shutil, "disk_usage", lambda path: full)
         with pytest.raises(ValueError, match=r"has 1.0 KB free, and \S+ [KM]B are to be written"):
             convert(tiny, tmp_path / "new", "hf")
+    nbytes = sum(weight.nbytes for weight in random_weights().values())
+    for free, error in ((nbytes - 1, pytest.raises(ValueError, match="are to be written")), (nbytes, nullcontext())):
+        with monkeypatch.context() as patch, error:
+            patch.setattr(shutil, "disk_usage", lambda path, free=free: full._replace(free=free))
+            convert(tiny, tmp_path / "new", "hf")
+    shutil.rmtree(tmp_path / "new")
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for to in ("hf", "meta"):
