@@ -223,7 +223,7 @@ def shown(chunks: Iterable[Chunk], call: Call) -> Iterator[Chunk]:
 def progress(call: Call) -> Any:
     """A bar of the prompts that are done, if there are more of them than slots."""
     count = len(call.requests)
-    return bar(shown=count > call.lanes, total=count, unit="prompt", delay=2, leave=False)
+    return bar(shown=count > call.lanes, total=count, unit="prompt")
 
 
 def chat_prediction(completion: Optional[CompletionPrediction], logprobs: Union[bool, int]) -> ChatPrediction:

@@ -15,7 +15,6 @@ import inspect
 import json
 import threading
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, NamedTuple, Optional
 
 import lm_eval
@@ -30,6 +29,7 @@ from .layers.parallel import is_first_process, several_processes
 from .loading import whole_length
 from .system.files import user_path
 from .system.printable import shortened
+from .system.program import nearest
 
 DEFAULT_DEVICE = "cuda:0"  # what the harness' command passes, whether there is a GPU or not
 
@@ -98,7 +98,7 @@ class LlamaLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        answers = self.answers.loglikelihood_rolling([request.args[0] for request in requests])
+        answers = self.answers.loglikelihood_rolling([text for request in requests for text in request.args])
         self._remember("loglikelihood_rolling", requests, answers)
         return answers
 
@@ -172,9 +172,8 @@ def find_tasks(wanted: str, include_path: Optional[str] = None, num_fewshot: Opt
     for word in filter(None, map(str.strip, wanted.split(","))):
         found = manager.match_tasks([word])
         if not found:
-            near = get_close_matches(word, manager.all_tasks, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"there is no task {shortened(word)}{hint}; `lm_eval ls tasks` lists the harness' own")
+            told = f"there is no task {shortened(word)}{nearest(word, manager.all_tasks)}"
+            raise ValueError(f"{told}; `lm_eval ls tasks` lists the harness' own")
         names += [name for name in found if name not in names]
     if not names:
         raise ValueError("no tasks; name some, as --tasks hellaswag,arc_easy")
@@ -183,7 +182,7 @@ def find_tasks(wanted: str, include_path: Optional[str] = None, num_fewshot: Opt
     return Tasks(names, manager)
 
 
-def evaluate(llama: Llama, tasks: Tasks, *, name: str, samples: bool = False, **how: Any) -> Any:
+def evaluate(llama: Llama, tasks: Tasks, *, name: str, samples: bool, **how: Any) -> Any:
     """The harness' results. how: as in its `simple_evaluate`."""
     model = LlamaLM(llama=llama, name=name)
     return lm_eval.simple_evaluate(

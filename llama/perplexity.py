@@ -6,10 +6,10 @@ from __future__ import annotations
 import io
 import math
 import re
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple, Optional, TypedDict
 
 from .system.printable import counted, shortened
+from .system.program import nearest
 
 if TYPE_CHECKING:
     from .generation import Llama
@@ -66,12 +66,9 @@ def parse_method(name: str) -> Method:
         return Method(name, None)
     found = re.fullmatch(r"(joined|llama\.cpp)-(\d{1,7})", str(name), flags=re.ASCII)
     if found is None or int(found[2]) < 4:
-        near = get_close_matches(str(name).lower(), METHODS, 1, 0.4)
-        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"there is no method {shortened(name)}{hint}; there are {', '.join(METHODS)}, and joined-N and llama.cpp-N "
-            f"with "
-            "windows of N tokens, 4 at least"
+            f"there is no method {shortened(name)}{nearest(str(name).lower(), METHODS)}; there are "
+            f"{', '.join(METHODS)}, and joined-N and llama.cpp-N with windows of N tokens, 4 at least"
         )
     return Method(found[1], int(found[2]))
 
@@ -105,7 +102,7 @@ def _figures(llama: Llama, pairs: list[Window], method: str, window: int, error:
         method=method, window=window, windows=len(pairs), tokens=count, nll=nll, perplexity=math.exp(mean),
         bits_per_token=mean / math.log(2),
     )  # fmt: skip
-    if error and count > 1:
+    if error:  # of two windows at least, so of two tokens
         variance = math.fsum(loss * loss for loss in losses) / count - mean * mean
         told["standard_error"] = math.sqrt(max(variance, 0) / (count - 1)) * told["perplexity"]
     return told

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the tests, on models so small that threads only cost
 
@@ -23,6 +23,7 @@ import pytest
 import torch
 from forks import Forks
 from sentencepiece import SentencePieceTrainer
+from tqdm import tqdm
 from workers import Pool
 
 from llama import ModelArgs, Tokenizer, Transformer
@@ -133,6 +134,21 @@ def write_checkpoint(
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random GQA model of 2 layers in float32."""
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), random_weights())
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The bars of tqdm that a terminal would show."""
+    made: list[Any] = []
+
+    def bar(disable: Optional[bool], **options: Any) -> Any:
+        if disable:
+            return tqdm(disable=True, **options)
+        made.append(tqdm(disable=False, **options))
+        return made[-1]
+
+    monkeypatch.setattr("tqdm.tqdm", bar)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ SPEED = {
     "MODEL_BYTES", "MOST", "MOST_BYTES", "MOST_CHARACTERS", "MOST_IDS", "MOST_LINE", "MOST_MEMORY", "MOST_STACK",
     "NCCL_BYTES", "ONE", "ON_GPU", "PASS", "PERIOD", "PIECE", "PIECE_NUMBERS", "PLAIN", "PROGRAMS", "READ_BYTES",
     "REPEATS", "RETRY", "SAMPLED", "SEVERAL", "SHORTEST_REST", "SIDE", "STAGED_BYTES", "SUM_BYTES", "TOKENS",
-    "TRIES", "UNPACKED", "WARPS", "WORKSPACE_BYTES", "WORTH",
+    "TRIES", "UNPACKED", "WARPS", "WIDENED", "WORKSPACE_BYTES", "WORTH",
 }  # fmt: skip
 OTHER: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

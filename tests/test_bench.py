@@ -83,12 +83,16 @@ def test_bench_under_torchrun(flags: list[str]) -> None:
     )
 
 
-def test_bench_in_words(flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_in_words(
+    flags: list[str], bars: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one run that does not count."""
     monkeypatch.setattr(bench, "READ_BYTES", 2**20)
     command("bench", flags[1], flags[3], prompt_tokens=4, new_tokens=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{flags[1]}: float32 on cpu, 1 process, ")
     assert [line.split()[0] for line in lines[1:7]] == ["load", "prefill", "first", "decode", "weights", "memory"]
+    assert (bars[-1].n, bars[-1].desc, bars[-1].unit) == (1 + bench.REPEATS, "Measuring", "run")
 
 
 REPORT = {
@@ -228,6 +232,10 @@ def test_rates_count_what_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 0.5, 2.0, 0.5, 0.5])
     monkeypatch.setattr(bench, "_seconds", lambda work, device: (work(), next(times))[1])
     assert bench.read_rate(torch.device("cpu"), 2**20) == 2**20 / 0.5
+    with pytest.MonkeyPatch.context() as patch:  # elsewhere a copy reads and writes
+        patch.setattr(bench, "device_kind", lambda _: "mps")
+        patch.setattr(bench, "_seconds", lambda work, device: (work(), 0.5)[1])
+        assert bench.read_rate(torch.device("cpu"), 2**20) == 2 * 2**20 / 0.5
     assert bench.matmul_rate(torch.device("cpu"), torch.float32, [(2, 3, 4), (2, 3, 5)]) == 2 * 2 * 3 * 5 / 0.5
 
 

@@ -6,12 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from tqdm import tqdm
 
 from llama.system.files import SETTINGS_BYTES
-from llama.verification import checksums
 from llama.verification.checksums import check_checksums, new_checklist, record
 from llama.verification.results import FAIL, NOT_APPLICABLE, PASS
 
@@ -90,13 +87,11 @@ def test_notes_of_the_hub(tmp_path: Path) -> None:
     assert check_checksums(tmp_path, [path]).told == "1 file as the hub (sha256) says"
 
 
-def test_the_part_that_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_part_that_is_damaged(tmp_path: Path, bars: list[Any]) -> None:
     """Its tensor's name; the part's own where the file's directory does not match it, as of a small one. The bar counts
     the bytes of the parts."""
     path = tmp_path / "a.pth"
     weights = {name: torch.full((300_000,), float(i)) for i, name in enumerate(("first", "second", "last"), 1)}
-    bars: list[Any] = []
-    monkeypatch.setattr(checksums, "bar", lambda **options: bars.append(tqdm(disable=False, **options)) or bars[-1])
     torch.save({**weights, "small": torch.arange(9.0)}, path)
     data = path.read_bytes()
     assert check_checksums(tmp_path, [path]).verdict == PASS

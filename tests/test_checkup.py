@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,25 @@ def test_room_for_a_text(trained: Optional[int], room: int, window: int, monkeyp
     rows = told(Asked(DEMO, rounded=False, processes=1, wikitext="words"))
     assert asked == [room, window]
     assert rows["wikitext"] == failed("wikitext", "no room", checkup.CANNOT_RUN)
+
+
+def test_weights_that_are_rounded_or_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = Llama.build(max_seq_len=64, device="cpu")
+    monkeypatch.setattr(Asked, "build", lambda *_, **__: llama)
+    for module, name in ((checkup.faults, "check_meaning"), (checkup, "check_published"), (itself, "check_itself")):
+        monkeypatch.setattr(module, name, lambda *_: [])
+    monkeypatch.setattr(itself, "is_quantized", lambda _: True)
+    rows = told(Asked(DEMO, rounded=True, processes=1))
+    for kind in ("int8", "int4"):
+        assert rows[kind] == not_applicable(kind, "the folder's weights are rounded already")
+    one_pass = itself.one_pass
+    for wrong in (math.nan, math.inf):
+        monkeypatch.setattr(
+            itself, "one_pass", lambda *given, wrong=wrong: one_pass(*given).clone().fill_diagonal_(wrong)
+        )
+        name = "running the model"
+        assert list(rows := told(Asked(DEMO)))[-1] == name
+        assert rows[name] == failed(name, "its numbers are NaN or infinite after a text", checkup.CANNOT_COMPUTE)
 
 
 def test_what_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from helpers import TWINS, environment, write_twin
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tqdm import tqdm
 from workers import Pool
 
 from llama import Llama, ModelArgs, Tokenizer
@@ -151,16 +151,11 @@ def test_what_a_config_says(dtype: Any, rope_theta: float, positions: int, tmp_p
 
 
 @pytest.mark.parametrize("to", ["hf", "meta"])
-def test_the_bar_counts_tensors(to: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bars: list[Any] = []
-
-    def bar(**options: Any) -> Any:
-        bars.append(tqdm(disable=False, **options))
-        return bars[-1]
-
-    monkeypatch.setattr("llama.commands.convert.bar", bar)
+def test_the_bar_counts_tensors(to: str, tiny: Path, tmp_path: Path, bars: list[Any]) -> None:
     convert(tiny, tmp_path / "new", to)
-    assert bars[0].n == bars[0].total == len(random_weights()) + (to == "meta")  # a table of rotations is copied too
+    shown = bars[0]
+    assert shown.n == shown.total == len(random_weights()) + (to == "meta")  # a table of rotations is copied too
+    assert (shown.desc, shown.unit, shown.leave) == ("Converting", "tensor", True)
 
 
 def test_shards_are_those_of_torch_save(tmp_path: Path) -> None:
@@ -263,10 +258,14 @@ def test_any_width_can_be_said_in_params(dim: int, ffn: int) -> None:
 
 
 def test_metas_own_widths_are_said_in_metas_way() -> None:
-    for dim, ffn, expected in [(4096, 11008, (256, None)), (5120, 13824, (256, None)), (8192, 28672, (4096, 1.3))]:
-        params = meta_params(ModelArgs(dim=dim, vocab_size=1, ffn_dim=ffn))
+    """The largest multiple that gives them, with Meta's own multiplier only if there has to be one."""
+    for dim, ffn, expected in [
+        (4096, 11008, (256, None)), (5120, 13824, (512, None)), (8192, 28672, (4096, 1.3)), (3072, 8192, (4096, None)),
+        (2, 5, (1, None)),
+    ]:  # fmt: skip
+        params = meta_params(ModelArgs(dim=dim, n_heads=1, vocab_size=1, ffn_dim=ffn))
         assert feed_forward_width(4 * dim, *expected) == ffn
-        assert params["ffn_dim_multiplier"] == 1.3 if expected[1] else "ffn_dim_multiplier" not in params
+        assert (params["multiple_of"], params.get("ffn_dim_multiplier")) == expected
 
 
 def greedy(folder: str, processes: int) -> list[int]:
@@ -305,6 +304,8 @@ def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     refuse("shards=0 must be", to="meta", shards=0)
     refuse("cannot be shared by 3 shards; use 1 or 2 or 4 or 8", to="meta", shards=3)
     refuse("4 key/value heads cannot be cut into 8 shards; use a divisor of 4", to="meta", shards=8)
+    odd = write_checkpoint(tmp_path / "odd", random_weights(vocab_size=401))
+    refuse("401 ids cannot be cut into 2 shards; use a divisor", source=odd, to="meta", shards=2)
     refuse("no checkpoint folder", source=tmp_path / "gone")
     refuse("no tokenizer at", tokenizer_path=tmp_path / "tokenizer.model")
     broken = write_checkpoint(tmp_path / "broken", random_weights(), params={**PARAMS, "n_layers": 3})
@@ -328,6 +329,12 @@ def test_a_full_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(shutil, "disk_usage", lambda path: full)
         with pytest.raises(ValueError, match=r"has 1.0 KB free, and \S+ [KM]B are to be written"):
             convert(tiny, tmp_path / "new", "hf")
+    nbytes = sum(weight.nbytes for weight in random_weights().values())
+    for free, error in ((nbytes - 1, pytest.raises(ValueError, match="are to be written")), (nbytes, nullcontext())):
+        with monkeypatch.context() as patch, error:
+            patch.setattr(shutil, "disk_usage", lambda path, free=free: full._replace(free=free))
+            convert(tiny, tmp_path / "new", "hf")
+    shutil.rmtree(tmp_path / "new")
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for to in ("hf", "meta"):

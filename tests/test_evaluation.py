@@ -16,7 +16,17 @@ from helpers import command, watch_prefill
 
 from llama import Llama
 from llama.harness import Answers, check_examples, side_by_side
-from llama.perplexity import chunks, detokenized, documents, joined, joined_windows, perplexity, rolling
+from llama.perplexity import (
+    _figures,
+    chunks,
+    detokenized,
+    documents,
+    joined,
+    joined_windows,
+    parse_method,
+    perplexity,
+    rolling,
+)
 
 CONTEXT = "The little dog found a red ball under the tree and ran back to the house with it. She"
 TEXT = CONTEXT + " laughed, and they played.\nOnce upon a time there was a river; nobody knew where it came from.\n" * 4
@@ -125,16 +135,28 @@ def test_windows() -> None:
     """Worked by hand."""
     ids = list(range(10, 19))
     assert rolling(ids, 1, 4) == [([1], [10, 11, 12, 13]), ([13], [14, 15, 16, 17]), ([14, 15, 16, 17], [18])]
+    assert rolling(ids[:8], 1, 4) == [([1], [10, 11, 12, 13]), ([13], [14, 15, 16, 17])]
+    assert rolling(ids[:1], 1, 4) == [([1], [10])]
     assert rolling([], 1, 4) == []
     assert joined_windows(ids, 4) == [([10], [11, 12, 13]), ([14], [15, 16, 17])]
-    assert chunks(ids, 1, 4) == [([1, 11, 12], [13]), ([1, 15, 16], [17])]
+    assert joined_windows(ids[:4], 4) == [([10], [11, 12, 13])]
+    with pytest.raises(ValueError, match="the text has 3 tokens, fewer than one window of 4"):
+        joined_windows(ids[:3], 4)
+    assert chunks(ids, 1, 4) == chunks(ids[:8], 1, 4) == [([1, 11, 12], [13]), ([1, 15, 16], [17])]
+    assert chunks(ids, 1, 3) == [([1, 11], [12]), ([1, 14], [15]), ([1, 17], [18])]
+    with pytest.raises(ValueError, match="the text has 7 tokens, and llama.cpp's method needs two windows of 4 at"):
+        chunks(ids[:7], 1, 4)
     assert joined(" a \n\n \nb") == " a \n\n\n\n\n\n\nb"  # the rows " a \n", "", "" and "b"
 
 
 def test_wikitext() -> None:
     text = " \n = A = \n \n = = B = = \n one \n = C D = \n two \n"
     assert documents(text) == [" = A = \n \n = = B = = \n one ", " = C D = \n two \n"]
+    for line in (" = = = C = = = ", " = A = = = ", " = A", "A = ", " = = = A = "):
+        assert documents(f"one\n{line}\ntwo") == [f"one\n{line}\ntwo"]
     raw = " = A = \n It 's 1 @,@ 000 , ( not two ) and \" x \" ; the boys ' N at 3 @.@ 5 ° C . \n = = B = = \n"
+    marks = "a : b ; c . d ! e ? f @-@ g [ h ] { i } ' j ' 's\n k = = = = L = = = = = = = M = = ="
+    assert detokenized(marks) == "a: b; c. d! e? f-g [h] {i} 'j''s\nk ==== L ======= M ==="
     assert detokenized(raw) == " = A =\nIt's 1,000, (not two) and \"x\"; the boys' 1 at 3.5°C.\n== B ==\n"
 
 
@@ -158,11 +180,35 @@ def test_methods(llama: Llama) -> None:
     text = " = A = \n The little dog . \n = B = \n A river \n"
     pages = [" = A =\nThe little dog. ", " = B =\nA river\n"]
     total = sum(sum(told(llama, encode(page, True, False), 1)[0]) for page in pages)
-    ours = perplexity(llama, text.replace("\n", "\r\n"), "lm-eval")
+    ours = perplexity(llama, text.replace("\n", "\r\n", 2).replace("B = \n", "B = \r"), "lm-eval")
     assert (ours["documents"], ours["words"], ours["bytes"]) == (2, 9 + 7, len(text) - 1)
     assert ours["nll"] == pytest.approx(-total, rel=1e-4)
     assert ours["word_perplexity"] == pytest.approx(math.exp(ours["nll"] / ours["words"]))
     assert ours["bits_per_byte"] == pytest.approx(math.log2(ours["byte_perplexity"]))
+
+
+def test_figures() -> None:
+    """Worked by hand; where all tokens are alike, no rounding makes their variance negative."""
+
+    def told(*losses: float, error: bool = True) -> Any:
+        model: Any = SimpleNamespace(score_ids=lambda *_: [{"logprobs": [-loss]} for loss in losses])
+        return _figures(model, [([1], [2])] * len(losses), "a method", 8, error)
+
+    figures = {"method": "a method", "window": 8, "windows": 3, "tokens": 3, "nll": 6.0, "perplexity": math.exp(2),
+               "bits_per_token": 2 / math.log(2)}  # fmt: skip
+    assert told(1.0, 2.0, 3.0, error=False) == figures
+    assert told(1.0, 2.0, 3.0) == {**figures, "standard_error": pytest.approx(math.sqrt(1 / 3) * math.exp(2))}
+    assert told(0.05, 0.05, 0.05)["standard_error"] == 0
+
+
+@pytest.mark.parametrize("name", ["joined-4", "llama.cpp-4", "joined-9999999", "llama.cpp-2048"])
+def test_the_name_of_a_method(name: str) -> None:
+    kind, _, window = name.partition("-")
+    assert parse_method(name) == (kind, int(window))
+    assert parse_method("lm-eval") == ("lm-eval", None)
+    for wrong in (f"{name}9999999", f"{name} ", f" {name}", f"{kind}-3", f"{kind}-\u0664", f"{kind}-", "llamaXcpp-9"):
+        with pytest.raises(ValueError, match="there is no method"):
+            parse_method(wrong)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from workers import Pool
 from llama import Llama
 from llama.commands.convert import convert
 from llama.loading import checkpoint_folder
+from llama.system.launch import Launch
 from llama.weights import hub as names
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -403,7 +404,9 @@ def test_a_terminal_is_asked_first(answer: str, hub: Hub, monkeypatch: pytest.Mo
     assert "fetch it? [y/N] " in shown.getvalue()
 
 
-def test_pull(hub: Hub, files: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+def test_pull(
+    hub: Hub, files: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It fetches, and the next time only what changed on the hub."""
     command("pull", NAME)
     shown = capsys.readouterr()
@@ -418,6 +421,11 @@ def test_pull(hub: Hub, files: dict[str, bytes], capsys: pytest.CaptureFixture[s
     assert checkpoint_folder(NAME).name == hub.repos[NAME].commit("main")
     with pytest.raises(ValueError, match="llama-2-7b is no name on the hub; one looks like org/name"):
         command("pull", "llama-2-7b")
+    hub.asked.clear()
+    capsys.readouterr()
+    monkeypatch.setattr(Launch, "read", lambda: Launch(True, 1, 2, 1, 2))  # one process of a node fetches for all
+    command("pull", NAME)
+    assert (hub.asked, capsys.readouterr().out) == ([], "")
 
 
 def _found(url: str, cache: str, name: Optional[str]) -> Any:

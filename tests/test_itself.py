@@ -47,6 +47,17 @@ def test_a_divergence_by_hand() -> None:
     )
 
 
+def test_both_ways_through_the_modules_are_taken(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast one for the reference, and again afterwards; Meta's beside it."""
+    fast: list[bool] = []
+    one_pass = itself.one_pass
+    monkeypatch.setattr(
+        itself, "one_pass", lambda llama, ids: fast.append(llama.model.as_built) or one_pass(llama, ids)
+    )
+    assert checked(llama, "plain modules").verdict == PASS
+    assert (fast, llama.model.as_built) == ([True, False], True)
+
+
 def test_what_is_generated_is_scored_again(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = llama.generate
     found = checked(llama, "generation")

@@ -125,6 +125,8 @@ def test_published_logits(means: float, first: float, right: bool, llama: Llama)
     if rounded is not None:
         (found,) = check_published(rounded, Known([entry], "its name"))
         assert found[1:3] == (NOT_APPLICABLE, "the weights are rounded to int8 or int4")
+        found, _ = texts_of(rounded, {"prompt": "a", "answer": "b", "source": "here"})
+        assert found[1:3] == (NOT_APPLICABLE, "the weights are rounded to int8 or int4")
 
 
 def texts_of(llama: Llama, text: dict[str, str], how: str = "its name") -> Any:

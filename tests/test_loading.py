@@ -13,7 +13,6 @@ import torch
 from conftest import PARAMS, random_weights, write_checkpoint
 from emulated_cuda import Machine, emulated
 from helpers import TWINS, write_twin
-from tqdm import tqdm
 from workers import Pool
 
 from llama import Llama, Transformer, memory
@@ -228,14 +227,12 @@ def test_ctrl_c_ends_the_threads(tiny: Path, tokenizer_path: str, monkeypatch: p
     assert not any("llama-loader" in thread.name for thread in threading.enumerate())
 
 
-def test_the_progress_counts_tensors(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama.weights import checkpoint
-
-    bars: list[Any] = []
-    monkeypatch.setattr(checkpoint, "bar", lambda **options: bars.append(tqdm(disable=False, **options)) or bars[-1])
+def test_the_progress_counts_tensors(tiny: Path, tokenizer_path: str, bars: list[Any]) -> None:
     with emulated():
         Llama.build(str(tiny), tokenizer_path, 16, 1, device="emulated")
-    assert bars[0].n == bars[0].total == len(random_weights(PARAMS))
+    (shown,) = bars
+    assert shown.n == shown.total == len(random_weights(PARAMS))
+    assert (shown.desc, shown.unit) == ("Loading", "tensor")
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])

@@ -313,6 +313,9 @@ def test_info_counts_each_process_itself(
         assert told in shown
         total = round((own + need.resident + need.temporary) / 1e6)
         assert f"while prompts are read; with 240 MB for Python and torch, {total} MB in all" in shown
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    command("info", str(tiny), tokenizer_path=tokenizer_path, max_seq_len=64, device="cpu")
+    assert "cpu does not tell" in capsys.readouterr().out
     if Path("/proc/self/statm").exists():
         monkeypatch.undo()
         assert 50e6 < memory.own_bytes() < 50e9

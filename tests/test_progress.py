@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,12 @@ def test_who_sees_a_bar(
     assert given == [disabled]
 
 
+def test_which_bars_stay(bars: list[Any]) -> None:
+    """The others come for what takes long."""
+    with progress.bar(total=7), progress.bar(total=8, stays=True):
+        assert [(bar.total, bar.delay, bar.leave) for bar in bars] == [(7, progress.PATIENCE, False), (8, 0, True)]
+
+
 def test_a_notebook_shows_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stderr is no terminal; with ipywidgets a bar is one."""
     shell = SimpleNamespace(config={"IPKernelApp": {}})
@@ -40,6 +47,15 @@ def test_a_notebook_shows_bars(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(progress, "find_spec", lambda name, spec=spec: spec)
         progress.bar(total=1)
     assert given == [("text", False), ("widget", False)]
+
+
+def test_prompts_are_counted_where_some_wait(tiny: Path, tokenizer_path: str, bars: list[Any]) -> None:
+    llama = Llama.build(str(tiny), tokenizer_path, 16, 2, device="cpu")
+    bars.clear()
+    for count in (2, 3):
+        llama.text_completion(["a"] * count, max_gen_len=1)
+        llama.score(["a"] * count, ["b"] * count)
+    assert [(bar.n, bar.total, bar.unit) for bar in bars] == [(3, 3, "prompt")] * 2
 
 
 def test_a_quiet_build(tiny: Path, tokenizer_path: str, capfd: pytest.CaptureFixture[str]) -> None:

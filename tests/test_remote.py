@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +132,53 @@ def test_ctrl_c_stops_the_answer(
     assert "stopped; the reply is kept as far as it came" in capsys.readouterr().err
 
 
+def test_an_answer_that_is_lost_or_too_long(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = client.Server(server.address)
+    read = client.HTTPResponse.readline
+
+    def lost(self: Any, size: int) -> bytes:
+        line: bytes = read(self, size)
+        if b"Hello" in line:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return line
+
+    monkeypatch.setattr(client.HTTPResponse, "readline", lost)
+    with pytest.raises(ValueError, match=f"the connection to {server.address} was lost: Connection reset by peer"):
+        list(ask.stream("/v1/completions", {}, {"prompt": "a"}))
+    monkeypatch.undo()
+    length = len('data: {"choices": [{"index": 0, "text": "Hello", "finish_reason": null}]}\n')
+    for most, right in ((length, True), (length - 1, False)):
+        monkeypatch.setattr(client, "MOST_LINE", most)
+        server.answers = [["Hello", None]]
+        told = "the connection was lost before" if right else f"sends a line of more than {most} bytes"
+        with pytest.raises(ValueError, match=told):
+            list(ask.stream("/v1/completions", {}, {"prompt": "a"}))
+
+
+def test_an_error_without_words(server: OpenAI) -> None:
+    """As a proxy answers where the server itself is down."""
+    for told, words in (
+        (b"<html>", "status 502 Bad Gateway"), (b"[]", "status 502 Bad Gateway"), (b'{"error": "down"}', "down"),
+        (b'{"error": {"message": "out"}}', "out"), (b'{"error": {}}', ""),
+    ):  # fmt: skip
+        response: Any = SimpleNamespace(status=502, reason="Bad Gateway", headers={}, read=lambda _, told=told: told)
+        ask = client.Server(server.address)
+        assert ask._refusal("/a", response) == f"something went wrong in the server: {words}"
+
+
+def test_https(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def connection(host: str, port: int, timeout: float, context: Any) -> Any:
+        asked.append((host, port, context.check_hostname))
+        raise OSError("no such certificate")
+
+    monkeypatch.setattr(client, "HTTPSConnection", connection)
+    with pytest.raises(OSError, match="no such certificate"):
+        client.Server("https://here:8443/")
+    assert asked == [("here", 8443, True)]
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
@@ -138,6 +186,8 @@ def test_ctrl_c_stops_the_answer(
         (Error(429, "full"), "the server is busy; try again later"),
         (Error(400, "top_p=\x1b[2J must be less"), r"the server refused this: top_p=\x1b[2J must be less"),
         (Error(502, ""), "something went wrong in the server: status 502 Bad Gateway"),
+        (Error(404, "no such model"), "the server does not have this (/v1/chat/completions): no such model"),
+        (Error(499, "closed"), "the server refused this: closed"),
         (Error(500, "no memory"), "something went wrong in the server: no memory"),
         (["Half", None], "the connection was lost before the answer ended"),
         (["Half", {"error": {"message": "no memory"}}], "something went wrong in the server: no memory"),
@@ -155,6 +205,56 @@ def test_what_goes_wrong_is_told(
     assert out == ("Half\n" if half else "") + "Hello.\n"
     assert len(server.last["messages"]) == (3 if half else 1)
     assert "\x1b[2J" not in err
+
+
+def test_a_conversation_goes_back_and_forks(server: OpenAI) -> None:
+    talk = remote.RemoteChat(client.Server(server.address), "Be kind.", seed=3)
+    with pytest.raises(ValueError, match=r"no reply that could go on; send\(\) a message first"):
+        talk.continue_reply()
+    assert talk.undo() is None
+    system = {"role": "system", "content": "Be kind."}
+    for word in "abcd":
+        list(talk.send(word))
+    other = talk.fork()
+    assert other.dialog == talk.dialog
+    assert talk.undo() == {"user": "d", "assistant": "Hello."}
+    talk.drop()
+    talk.drop(1)
+    assert talk.dialog == [system, {"role": "user", "content": "c"}, {"role": "assistant", "content": "Hello."}]
+    list(talk.continue_reply())
+    assert talk.turns == [{"user": "c", "assistant": "Hello.Hello."}]
+    talk.clear()
+    assert (talk.dialog, len(other.turns), other.options) == ([system], 4, {"seed": 3})
+    list(other.continue_reply())
+    assert server.last["seed"] == 3
+
+
+def test_the_room_in_words(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = client.Server(server.address)
+    talk = remote.RemoteConversation(remote.RemoteChat(ask))
+    assert (talk.limit, talk.context) == (LIMIT, f"0 of {LIMIT} tokens (0%)")
+    list(talk.session.send("a"))
+    assert talk.context == f"14 of {LIMIT} tokens (3%)"
+    monkeypatch.setattr(ask, "limit", None)
+    assert (talk.limit, talk.context) == (0, "14 tokens")
+
+
+@pytest.mark.parametrize(
+    ("models", "asked", "name", "limit"),
+    [
+        ([{"id": "a", "max_model_len": 9}, {"id": "b", "meta": {"n_ctx_train": 8}}], None, "a", 9),
+        ([{"id": "a", "max_model_len": 9}, {"id": "b", "meta": {"n_ctx_train": 8}}], "b", "b", 8),
+        ([{"id": "a", "max_model_len": 9}], "c", "c", None),
+        ([5, {"id": "a", "max_model_len": 0, "meta": [8]}], None, "a", None),
+        ({"id": "a"}, "c", "c", None),
+    ],
+)
+def test_the_model_that_is_asked(server: OpenAI, models: Any, asked: str | None, name: str, limit: int | None) -> None:
+    """The first unless one is named; its limit as vLLM and llama.cpp tell it."""
+    server.models = models
+    found = client.Server(f"{server.address}/v1/", model=asked)
+    assert (found.name, found.limit, found.used) == (name, limit, 0)
+    assert (found.url, found.base) == (server.address, "")
 
 
 def test_where_there_is_no_such_server(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +331,14 @@ def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "suffix": "return", "seed": 1, "max_tokens": 4, "temperature": 0, "model": "other",
     }  # fmt: skip
     assert capsys.readouterr() == ("Once uponHello.\nHello.\n", "")
+    server.answers = [["Hel", {"reason": "length"}], ["lo\n"]]
+    for count in (LIMIT - 1, LIMIT):  # of these there is room for one more, and for none
+        command("complete", "a " * count, url=server.address)
+        assert server.last.get("max_tokens") == (LIMIT - count or None)
+    assert capsys.readouterr() == ("Hel\nlo\n", "")
+    server.answers = [["Hel", {"reason": "length"}]]
+    command("complete", "a", url=server.address, max_gen_len=1)
+    assert capsys.readouterr() == ("Hel\n", "")
     server.counts, server.models = False, [{"id": "m", "meta": {"n_ctx_train": 7}}]
     server.answers = [["Hel", {"reason": "length"}]]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from a pipe\n")))
@@ -258,6 +366,27 @@ def test_a_form(server: OpenAI, constraint: Any, fields: dict[str, Any]) -> None
     assert {
         name: value for name, value in server.last.items() if name in ("constraint", "response_format", "choice")
     } == fields
+
+
+def test_chunks(server: OpenAI) -> None:
+    """As those of a model here, but that the last one counts the ids, which no server tells."""
+    ask = client.Server(server.address)
+    text, end = {"index": 0, "tokens": [], "finish_reason": None}, {"index": 0, "text": ""}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        server.answers = [["Once ", {"choices": None, "usage": None}, "", "upon"]]
+        assert list(ask.stream(path, {}, {"prompt": "a"})) == [
+            {**text, "text": "Once "}, {**text, "text": "upon"}, {**end, "tokens": [0] * 3, "finish_reason": "stop"},
+        ]  # fmt: skip
+        assert ask.used == 15
+    for options, reason in (({}, "context"), ({"max_gen_len": 1}, "length")):
+        server.answers = [["Hel", {"reason": "length"}]]
+        *_, last = ask.stream("/v1/completions", options, {"prompt": "a"})
+        assert last == {**end, "tokens": [0], "finish_reason": reason}
+
+
+@pytest.mark.parametrize(("value", "count"), [(0, 0), (1, 1), (2**24 - 1, 2**24 - 1), (2**24, 0), (-1, 0), (1.5, 0)])
+def test_what_counts_as_a_number_of_tokens(value: Any, count: int) -> None:
+    assert client.number_of(value) == count
 
 
 def test_a_full_context_is_told(

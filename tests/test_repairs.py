@@ -113,6 +113,25 @@ def test_exchanged_parts_and_layers() -> None:
     assert len(of(made(n_layers=9), repairs.LAYERS)) < 3 + 36
 
 
+def test_which_of_many_layers_may_be_exchanged() -> None:
+    """Neighbours, and what makes the norms smoother: the best first, and no more than twice as many as layers."""
+    model = made(n_layers=12)
+    neighbours = [(i, i + 1) for i in range(11)]
+
+    def norms(*means: float) -> list[tuple[int, int]]:
+        for layer, mean in zip(model.layers, means):
+            torch.nn.init.constant_(layer.attention_norm.weight, mean)
+        return repairs._pairs(model)
+
+    assert norms(*[1.0] * 12) == norms(*range(12)) == neighbours
+    assert norms(0, 1, 9, 3, 4, 5, 6, 7, 8, 2, 10, 11)[:12] == [*neighbours, (2, 9)]
+    wild = norms(0, 9, 2, 11, 4, 7, 6, 5, 8, 1, 10, 3)
+    assert len(set(wild)) == len(wild) == 11 + 24
+    torch.nn.init.constant_(model.layers[0].ffn_norm.weight, 9.0)  # both norms count, each by its own steps
+    torch.nn.init.constant_(model.layers[5].ffn_norm.weight, 9.0)
+    assert norms(*[1.0] * 12)[11] == (1, 5)
+
+
 def test_arrangements_of_layers() -> None:
     model = made(n_layers=11)
     for i, layer in enumerate(model.layers):
@@ -191,13 +210,14 @@ def searched(gains: dict[str, tuple[float, float]], seconds: float = 60.0, check
     return faults.search([reading, reading], candidates, seconds)
 
 
-def test_what_counts_as_found() -> None:
+def test_what_counts_as_found(bars: list[Any]) -> None:
     """What is surely likelier, by enough; the most helpful first; one fault a round, and no more than there are
     rounds."""
     sure, enough = faults.SURE, faults.LEAST_GAIN
     found = searched({"a": (0.1, sure + 1), "b": (0.3, sure + 1), "c": (9.0, sure), "d": (enough, sure + 1)})
     assert [repair.fault for repair, _ in found.found] == ["b", "a"]
     assert (found.untried, found.loss, found.tokens) == (0, 1.0, 3)
+    assert [(bar.n, bar.total, bar.desc, bar.unit) for bar in bars] == [(4, 4, "Repairs", "repair")] * 3
     assert [repair.fault for repair, _ in searched({"e": (1e-9, sure + 1)}, check=repairs.EPS).found] == ["e"]
     many = searched({f"{i}": (1.0 + i, sure + 1) for i in range(9)})
     assert [repair.fault for repair, _ in many.found] == ["8", "7", "6", "5"][: faults.ROUNDS]

@@ -272,7 +272,8 @@ def shows_keys(terminal: Terminal) -> bool:
 def test_a_chat_at_a_terminal(server: OpenAI, tmp_path: Path) -> None:
     pytest.importorskip("prompt_toolkit")
     typed = threading.Event()
-    server.answers = [["The **quick** brown fox jumps ov", typed, "er the lazy dog.\n- `", "ls`"], ["Yes."], ["No."]]
+    server.answers = [["The **quick** brown fox jumps ov", typed, "er the lazy dog.\n- `", "ls`"], ["Yes."], ["No."],
+                      [" More."], [" a time"]]  # fmt: skip
     with Terminal(["chat", "--url", server.address], tmp_path, 24, 40) as it:
         it.wait_for("/help lists")
         assert "Type a message. /help lists the commands;\n" not in it.raw.decode()  # wrapped at words
@@ -295,6 +296,10 @@ def test_a_chat_at_a_terminal(server: OpenAI, tmp_path: Path) -> None:
         it.type(" Or not?\r")
         it.wait_for("No.\n")
         assert server.last["messages"][2]["content"] == "Is so? Or not?"
+        for typed_now, shown in (("/continue\r", "No. More.\n"), ("/continue Once upon\r", "Once upon a time\n")):
+            it.wait_for(">")
+            it.type(typed_now)
+            it.wait_for(shown)
         it.wait_for(">")
         it.type("/edit\r")
         it.wait_for("Or not?")

@@ -10,16 +10,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, Optional
 
 import pytest
 import torch
 from conftest import ROOT
-from helpers import TORCHRUN, environment
+from forks import Forks
+from helpers import TORCHRUN, command, environment
 
 from llama import Llama
 
@@ -29,9 +32,16 @@ pytest.importorskip("uvicorn")
 import fuzz_server  # noqa: E402
 from serving import Served, served  # noqa: E402
 
-from llama.options import Prompts  # noqa: E402
-from llama.server import bodies  # noqa: E402
+from llama import Tokenizer  # noqa: E402
+from llama.completion import Completions  # noqa: E402
+from llama.infilling import infilling_ids, infilling_prompts  # noqa: E402
+from llama.options import Asked, Prompts  # noqa: E402
+from llama.server import app, bodies, serving  # noqa: E402
+from llama.server.app import Settings  # noqa: E402
 from llama.server.serving import LOCAL_NAMES  # noqa: E402
+from llama.server.stepper import Ended, Stepper  # noqa: E402
+from llama.system.launch import Launch  # noqa: E402
+from llama.tokenizer import AddedToken  # noqa: E402
 
 STORY = "Once upon a time"
 ASKED: Any = [{"role": "user", "content": "Tell me a story."}]
@@ -161,6 +171,8 @@ def test_logprobs_of_a_completion(client: Any, llama: Llama) -> None:
         model="demo", prompt=STORY, max_tokens=9, temperature=0, logprobs=0, stop="little"
     )
     assert "".join(stopped.choices[0].logprobs.tokens) == stopped.choices[0].text == ", there was a "
+    stopped = client.completions.create(model="demo", prompt=STORY, max_tokens=9, temperature=0, logprobs=0, stop="s a")
+    assert (stopped.choices[0].logprobs.tokens, stopped.choices[0].text) == ([",", " there", " wa"], ", there wa")
 
 
 @pytest.mark.parametrize("echo", [False, True])
@@ -253,8 +265,16 @@ def test_models_and_tokens(client: Any, http: Any, llama: Llama) -> None:
     assert messages == llama.chat_format.encode_dialog(ASKED, llama.tokenizer)
     assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": STORY}
     told = http.get("/tokenizer_info").json()
-    assert (told["bos_token"], told["eos_token"], told["eos_token_id"]) == ("<s>", "</s>", llama.tokenizer.eos_id)
+    assert told == {
+        "tokenizer_class": "LlamaTokenizer", "chat_template": llama.tokenizer.chat_template, "vocab_size": 2048,
+        "max_model_len": 128, "bos_token": "<s>", "eos_token": "</s>", "pad_token": None,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": -1,
+    }  # fmt: skip
     assert http.get("/health").json() == {"status": "ok"}
+    card = client.models.retrieve("demo")
+    assert (card.object, card.owned_by) == ("model", "llama")
+    assert 0 <= time.time() - card.created < 3600
+    assert http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
 
 
 WRONG: list[tuple[str, Any, int, str]] = [
@@ -266,6 +286,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
         400,
         "unknown temprature (did you mean temperature?)",
     ),
+    ("/v1/completions", {"prompt": "a", "temprature": 1, "colour": 1}, 400, "unknown colour, temprature; there are"),
     ("/v1/chat/completions", {"messages": ASKED, "model": "gpt-4"}, 404, "no model 'gpt-4' here; this is 'demo'"),
     ("/v1/chat/completions", {"messages": []}, 400, "a list of messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "content of message 0"),
@@ -312,6 +333,11 @@ WRONG: list[tuple[str, Any, int, str]] = [
         ({"n": 2, "best_of": 2}, {"n": 2, "best_of": 1}), ({"tools": []}, {"tools": [{}]}),
         ({"modalities": ["text"], "user": "me", "suffix": None}, {"modalities": ["audio"]}),
         ({"stream": True, "stream_options": {"include_usage": False}}, {"stream": True, "stream_options": {"more": 1}}),
+        (
+            {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+            {"stream_options": {"include_usage": True, "include_obfuscation": False}},
+        ),
+        ({"stream": False, "stream_options": {}}, {"stream": True, "stream_options": []}),
     ],
 )  # fmt: skip
 def test_bodies_at_their_bounds(good: Any, wrong: Any, llama: Llama) -> None:
@@ -342,14 +368,99 @@ def test_what_a_body_asks_for(llama: Llama) -> None:
     assert bodies.read_chat(llama, {"messages": ASKED}).asked.options.get("max_gen_len") is None
 
 
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}},
+            {"json_schema": {"type": "array"}},
+        ),
+        ({"json_schema": {"type": "array"}}, {"json_schema": {"type": "array"}}),
+        ({"regex": "a"}, {"regex": "a"}),
+    ],
+)
+def test_the_form_that_a_body_asks_for(given: Any, form: Any, llama: Llama) -> None:
+    assert bodies.read_completion(llama, {"prompt": "a", **given}).asked.options.get("constraint") == form
+    for wrong, told in (
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, 'needs {"json_schema": '),
+        ({"response_format": {"type": "json_schema"}}, 'needs {"json_schema": '),
+        ({"response_format": "json_object"}, "must be of the type text, json_object or json_schema"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "an answer has one form, not json_object, regex"),
+    ):
+        with pytest.raises(bodies.Wrong, match=told):
+            bodies.read_completion(llama, {"prompt": "a", **wrong})
+
+
+def test_a_suffix(tokenizer_path: str) -> None:
+    """Texts that are filled in, up to the id that ends that."""
+    names = enumerate(["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"], Tokenizer(tokenizer_path).n_words)
+    tokenizer = Tokenizer(tokenizer_path, added=[AddedToken(*each) for each in names])
+    model: Any = SimpleNamespace(tokenizer=tokenizer)
+    asked = bodies.read_completion(model, {"prompt": ["a", "b"], "suffix": "c", "stop_token_ids": [7], "logprobs": 2})
+    assert asked.asked.prompts() == infilling_prompts(["a", "b"], ["c", "c"], tokenizer, False)
+    assert [*asked.asked.options["stop_ids"]] == [7, infilling_ids(tokenizer).eot]
+    assert (asked.chat, asked.scored, asked.alternatives) == (False, True, 2)
+    for wrong in ({"suffix": 5}, {"prompt": [[5]]}, {"echo": True}):
+        with pytest.raises(bodies.Wrong, match="suffix must be a text that follows prompts of text, without echo"):
+            bodies.read_completion(model, {"prompt": "a", "suffix": "c", **wrong})
+
+
+def test_messages(llama: Llama) -> None:
+    """Parts of text are joined, and the newer name of the system's role is known; what is empty is not given."""
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
+    written = [{"role": "developer", "content": parts}, {**ASKED[0], "name": None, "tool_calls": []}]
+    plain = [{"role": "system", "content": "Be kind."}, ASKED[0]]
+    assert bodies.read_tokens(llama, {"messages": written}) == bodies.read_tokens(llama, {"messages": plain})
+    for wrong, told in (
+        ([5], 'message 0 must be {"role": …, "content": …}, not 5'),
+        ([*ASKED, {"content": "a"}], "message 1 must be"),
+        ([{"role": 5, "content": "a"}], "message 0 must be"),
+        ([{**ASKED[0], "name": "Tom", "audio": 1}], "message 0 has audio, name, for which Llama 2 has no format"),
+        ([{"role": "user", "content": [parts[0], "a"]}], "the content of message 0 must be a text or parts of text"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "message 0 has a part of the type 'text'"),
+        ("Hi", "messages='Hi' must be a list of messages"),
+    ):
+        with pytest.raises(bodies.Wrong, match=re.escape(told)):
+            bodies.read_tokens(llama, {"messages": wrong})
+
+
 @pytest.mark.parametrize(("path", "body", "status", "words"), WRONG)
 def test_what_is_refused(path: str, body: Any, status: int, words: str, http: Any) -> None:
     reply = http.post(path, json=body)
     assert reply.status_code == status
     error = reply.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
     assert words in error["message"]
-    assert reply.headers["x-request-id"]
+    assert re.fullmatch("[0-9a-f]{16}", reply.headers["x-request-id"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "code"),
+    [
+        ("/v1/completions", {"prompt": "a", "model": "b"}, "model", "model_not_found"),
+        ("/v1/completions", {"prompt": "a", "colour": 1}, "colour", "unknown_field"),
+        ("/v1/completions", {"prompt": "a", "temprature": 1, "colour": 1}, "colour", "unknown_field"),
+        ("/v1/completions", {"prompt": "a", "audio": 1}, "audio", "unsupported"),
+        ("/v1/completions", {"prompt": "a", "n": 0}, "n", None),
+        ("/v1/embeddings", {"input": 5}, "input", None),
+        ("/v1/completions", {"prompt": "a", "temperature": -1}, None, None),
+    ],
+)
+def test_the_field_that_is_wrong(path: str, body: Any, field: Optional[str], code: Optional[str], http: Any) -> None:
+    error = http.post(path, json=body).json()["error"]
+    assert (error["param"], error["code"]) == (field, code)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("a" * 128, True), ("a" * 129, False), ("a b", False), ("a1_.:/+=-", True), ("", False)]
+)
+def test_the_number_of_a_request(given: str, kept: bool, http: Any) -> None:
+    """The client's own if it can stand in a log."""
+    told = http.get("/health", headers={"x-request-id": given}).headers["x-request-id"]
+    assert told == given if kept else re.fullmatch("[0-9a-f]{16}", told)
 
 
 def test_bodies_that_are_none(http: Any) -> None:
@@ -358,8 +469,24 @@ def test_bodies_that_are_none(http: Any) -> None:
     assert http.post("/v1/completions", content=b"{", headers=kind).status_code == 400
     assert http.post("/v1/completions", content=b"[" * 100_000, headers=kind).status_code == 400
     assert http.post("/v1/completions", content=b'{"prompt": "a"}').status_code == 415
-    assert http.post("/v1/completions", content=b" " * (8 * 2**20 + 1), headers=kind).status_code == 413
+    for more, status in ((0, 400), (1, 413)):
+        assert http.post("/v1/completions", content=b" " * (8 * 2**20 + more), headers=kind).status_code == status
     assert http.get("/v1/completions").status_code == 405
+
+
+def test_a_body_that_does_not_end(http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
+    sent = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        yield b"{"
+        sent.wait(5)
+
+    timer = threading.Timer(0.2, sent.set)
+    timer.start()
+    reply = http.post("/v1/completions", content=body(), headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (408, "the body did not arrive within 0.05 s")
+    timer.join()
 
 
 def test_a_stream_keeps_its_connection_alive(http: Any, llama: Llama) -> None:
@@ -367,6 +494,7 @@ def test_a_stream_keeps_its_connection_alive(http: Any, llama: Llama) -> None:
     body = {"prompt": STORY, "max_tokens": 2, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
+        assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-store", "no")
         lines = reply.iter_lines()
         with llama.lock:
             other = httpx.Client(base_url=http.base_url)
@@ -422,7 +550,8 @@ def test_a_full_queue(llama: Llama) -> None:
             replies = [stream.__enter__() for stream in streams]
             full = http.post("/v1/completions", json={"prompt": "a"})
             assert (full.status_code, full.headers["retry-after"]) == (429, "1")
-            assert full.json()["error"]["code"] == "queue_full"
+            error = full.json()["error"]
+            assert (error["type"], error["param"], error["code"]) == ("rate_limit_error", None, "queue_full")
             numbers = http.get("/metrics").text
             assert "llama_answers_running 3.0" in numbers
             assert "llama_answers_waiting 2.0" in numbers
@@ -432,14 +561,25 @@ def test_a_full_queue(llama: Llama) -> None:
         numbers = http.get("/metrics").text
         assert 'llama_requests_total{path="/v1/completions",status="429"} 1.0' in numbers
         assert "llama_generated_tokens_total 80.0" in numbers
+        assert "llama_prompt_tokens_total 10.0" in numbers
+        assert "llama_cached_tokens_total 0.0" in numbers
+        assert "llama_first_token_seconds_count 5.0" in numbers
+        gaps = re.search(r"llama_gap_seconds_count ([\d.]+)", numbers)
+        assert gaps is not None
+        assert 5 <= float(gaps[1]) <= 75
+        assert 'llama_request_seconds_count{path="/v1/completions"} 6.0' in numbers
 
 
 def test_keys_hosts_and_pages_of_other_sites(llama: Llama) -> None:
     settings = {"key": "sesame", "hosts": LOCAL_NAMES, "origins": ["https://good.example"]}
     with served(llama, **settings) as server, httpx.Client(base_url=server.url) as http:
-        assert http.get("/v1/models").status_code == 401
+        refused = http.get("/v1/models")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
         assert http.get("/v1/models", headers={"authorization": "Bearer guess"}).status_code == 401
-        assert http.get("/v1/models", headers={"authorization": "Bearer sesame"}).status_code == 200
+        assert http.get("/v1/models", headers={"authorization": "Basic sesame"}).status_code == 401
+        for key in ("Bearer sesame", "bearer  sesame"):
+            assert http.get("/v1/models", headers={"authorization": key}).status_code == 200
+        assert http.get("/").status_code == 200
         assert http.get("/health").status_code == 200
         assert http.get("/health", headers={"host": "[::1]:8000"}).status_code == 200
         reply = http.get("/health", headers={"host": "evil.example"})
@@ -447,8 +587,9 @@ def test_keys_hosts_and_pages_of_other_sites(llama: Llama) -> None:
         for origin, told in (("https://good.example", "https://good.example"), ("https://evil.example", None)):
             reply = http.options("/v1/models", headers={"origin": origin, "access-control-request-method": "GET"})
             assert reply.headers.get("access-control-allow-origin") == told
-        with pytest.raises(openai.AuthenticationError, match="wants its key"):
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0).models.list()
+        other = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+        with other, pytest.raises(openai.AuthenticationError, match="wants its key"):
+            other.models.list()
 
 
 def test_a_model_that_fails(http: Any, server: Served, llama: Llama, caplog: pytest.LogCaptureFixture) -> None:
@@ -471,6 +612,40 @@ def test_a_model_that_fails(http: Any, server: Served, llama: Llama, caplog: pyt
     assert "a secret of the house" in caplog.text
     assert free(server)
     assert http.post("/v1/completions", json={"prompt": STORY, "max_tokens": 3, "temperature": 0}).status_code == 200
+
+
+def test_texts_that_fail(http: Any, server: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """A tokenizer of the user's own may raise anything: that answer fails, and the others go on."""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such piece")
+
+    body = {"prompt": STORY, "max_tokens": 3, "temperature": 0}
+    fine = http.post("/v1/completions", json=body).json()["choices"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Completions, "add", broken)
+        assert http.post("/v1/completions", json=body).status_code == 500
+    assert "no such piece" in caplog.text
+    assert http.post("/v1/completions", json=body).json()["choices"] == fine
+    with pytest.MonkeyPatch.context() as patch:  # an answer that has begun cannot become another one
+        patch.setattr(app, "_count", broken)
+        with pytest.raises(httpx.RemoteProtocolError):
+            http.post("/v1/completions", json={**body, "stream": True}, headers={"x-request-id": "mine-2"})
+    assert "request mine-2 broke while it was answered" in caplog.text
+    assert free(server)
+
+
+def test_answers_that_come_too_late(llama: Llama) -> None:
+    """What ends the thread ends them too."""
+    stepper = Stepper(1, 1)
+    _, running = llama.begin(Asked(lambda: Prompts([[1]]), {"max_gen_len": 1}), streams=False)
+    ended = Ended()
+    stepper.end(ended)
+    stepper.end(ValueError("another"))
+    stepper.submit(running, False)
+    stepper._run()
+    assert running.call.error is stepper.error is ended
+    assert (stepper._running, llama._scheduler.rows) == ({}, [])
 
 
 def test_the_readmes_curl(server: Served) -> None:
@@ -539,6 +714,91 @@ def process(*options: str, ranks: int = 1, **more: Any) -> Iterator[tuple[subpro
         running.wait()
 
 
+Found = dict[str, Any]
+
+
+@pytest.fixture
+def asked(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Found:
+    """What the command asks of `Llama.build` and of the server; neither is run."""
+    found: Found = {}
+    monkeypatch.delenv("LLAMA_API_KEY", raising=False)
+    monkeypatch.setattr(Llama, "build", lambda **options: found.update(build=options) or llama)
+    monkeypatch.setattr(serving, "check_place", lambda *place: found.update(checked=place))
+
+    def serve(model: Llama, settings: Settings, *how: Any) -> None:
+        assert model is llama
+        found.update(settings=settings, how=how)
+
+    monkeypatch.setattr(serving, "serve", serve)
+    return found
+
+
+def test_the_command(asked: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a key this machine alone is answered, and by names of its own: else pages of other sites, whose names
+    lead here, could use it."""
+    command("serve")
+    assert asked["settings"] == Settings("demo", hosts=["127.0.0.1", "localhost", "[::1]"])
+    assert asked["how"] == (*asked["checked"], 30) == ("127.0.0.1", 8000, 30)
+    assert asked["build"]["max_batch_size"] == 8
+    command("serve", "some/model", host="0.0.0.0", port=65535, max_waiting=0, grace=0, allowed_origins="https://a")
+    assert asked["settings"] == Settings("model", max_waiting=0, origins=["https://a"])
+    assert asked["how"] == ("0.0.0.0", 65535, 0)
+    command("serve", "some/model", api_key="one", served_model_name="other", grace=86400, allowed_origins='["a", "b"]')
+    assert asked["settings"] == Settings("other", "one", origins=["a", "b"])
+    assert asked["how"][-1] == 86400
+    monkeypatch.setenv("LLAMA_API_KEY", "two")
+    command("serve")
+    assert asked["settings"] == Settings("demo", "two")
+    command("serve", api_key="one", host="::1", port=0)
+    assert asked["settings"].key == "one"
+    monkeypatch.setattr(Launch, "read", lambda: SimpleNamespace(rank=1))
+    command("serve", port=1)
+    assert asked["checked"] == ("::1", 0)  # the first process alone listens
+
+
+def test_a_server_without_its_packages(asked: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama.server.serving", None)
+    monkeypatch.delattr("llama.server.serving")
+    with pytest.raises(ValueError, match=r"a server needs starlette, uvicorn and prometheus-client: pip install 'lla"):
+        command("serve")
+    assert asked == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"port": -1}, "port=-1 must be a whole number from 0 to 65535"),
+        ({"port": 65536}, "port=65536 must be"),
+        ({"max_waiting": -1}, "max_waiting=-1 must be a whole number of 0 or more"),
+        ({"grace": -0.1}, "grace=-0.1 must be a number of seconds, from 0 to 86400"),
+        ({"grace": 86400.5}, "grace=86400.5 must be"),
+        ({"grace": None}, "grace=None must be"),
+    ],
+)
+def test_what_the_command_refuses(options: dict[str, Any], told: str, asked: Found) -> None:
+    with pytest.raises(ValueError, match=told):
+        command("serve", **options)
+    assert asked == {}
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
+     ("192.168.0.1", False), ("::", False), ("example", False)],
+)  # fmt: skip
+def test_whom_an_address_lets_in(host: str, local: bool, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has no key and lets others in is told so."""
+    said: list[str] = []
+    monkeypatch.setattr(serving, "tell", said.append)
+    monkeypatch.setattr(serving, "_run", lambda *_: None)
+    assert serving.is_local(host) == local
+    serving.serve(llama, Settings("demo"), host)
+    assert said == ([] if local else [f"anybody who reaches {host} may use this server: pass an api_key to keep "
+                                      "others out"])  # fmt: skip
+    serving.serve(llama, Settings("demo", key="one"), host)
+    assert len(said) == (not local)
+
+
 def test_sigterm_lets_running_answers_finish() -> None:
     """It refuses new ones, and ends with status 0."""
     body = {"prompt": STORY, "max_tokens": 300, "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
@@ -557,6 +817,56 @@ def test_sigterm_lets_running_answers_finish() -> None:
         assert told[-1] == "data: [DONE]"
         assert len(told) > 250
         assert running.wait(30) == 0
+        assert running.stderr is not None
+        line = r"^[0-9-]{10} [0-9:,]{12} POST /v1/completions 200 [0-9.]+s id=\w+ prompt=5 cached=0 generated=300$"
+        assert re.search(line, running.stderr.read(), re.MULTILINE)
+
+
+ENDS = """
+import json, os, signal, sys, threading, time
+import httpx
+from llama import Llama
+from llama.server import serving
+from llama.server.app import Settings
+
+llama = Llama.build(max_seq_len=128, device="cpu", dtype="float32", quiet=True)
+decode = llama._engine.decode
+
+def slow(*arguments):
+    time.sleep(0.05)
+    return decode(*arguments)
+
+def ask(url):
+    body = {"prompt": "a", "max_tokens": 100, "stream": True, "logit_bias": {"2": -100}}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print([line for line in lines if line][-1])
+
+def tell(text):
+    print(text)
+    threading.Thread(target=ask, args=[text.split()[-1]]).start()
+
+llama._engine.decode, serving.tell = slow, tell
+serving.serve(llama, Settings("demo"), sys.argv[1], 0, grace=0.2)
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_what_takes_too_long_at_the_end_is_told_so(host: str, forks: Forks) -> None:
+    try:
+        serving.check_place(host, 0)
+    except ValueError:
+        pytest.skip("this machine has no such address")
+    ended = forks.run(ENDS, host)
+    listens, last, end = ended.stdout.splitlines()
+    place = f"[{host}]" if ":" in host else host
+    assert re.fullmatch(rf"demo listens on http://{re.escape(place)}:[1-9]\d+", listens)
+    error = {"message": "the server ends", "type": "server_error", "param": None, "code": "ending"}
+    assert json.loads(last.removeprefix("data: ")) == {"error": error}
+    assert (end, ended.returncode) == ("ended", 0)
 
 
 def test_two_processes(llama: Llama) -> None:

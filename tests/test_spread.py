@@ -143,7 +143,7 @@ def test_in_words() -> None:
     assert spread._in_words(weights[3:5]) == "norms have means from 2 to 3"
 
 
-def test_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_results(bars: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """How many numbers there are; tensors of integers, and without numbers, are not read. The first four faults."""
     weight, norm = torch.tensor([[1.0, 2, 3], [4, 5, 6]]), torch.ones(3)
     tensors = {f"layers.{i}.attention.wq.weight": weight for i in range(6)} | {
@@ -158,6 +158,7 @@ def test_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     model: Any = None
     finite, usual = spread.check_weights(checkpoint, model)
+    assert [(bar.n, bar.total, bar.desc, bar.unit) for bar in bars] == [(8, 8, "Weights", "tensor")]
     assert (finite.verdict, finite.told) == (PASS, "39 numbers in 7 tensors; 1 tensor of integers left out")
     assert usual.verdict == PASS
     weight[1, 1] = NAN

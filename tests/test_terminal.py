@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -312,6 +313,14 @@ def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFix
     assert f"forgot 2 of {count} turns" in err  # the refused message went in again
     assert "too long for max_seq_len=512; shorten it" in err
     assert len(conversation.session.turns) == count - 3
+    lines = iter([story] * 6)
+    conversation.run(lambda _: next(lines, None))
+    assert conversation.refused == story
+    conversation.session.drop(2)
+    lines = iter(["/drop"])
+    conversation.run(lambda _: next(lines, None))
+    assert f"forgot 0 of {count - 2} turns" in capsys.readouterr().err  # there is room for it by now
+    assert [turn["user"] for turn in conversation.session.turns] == [story] * (count - 1)
 
 
 def test_ctrl_c_in_a_pipe_ends_it(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,6 +605,21 @@ def test_jsonl_on_a_full_disk(source: Path, tmp_path: Path) -> None:
     assert len(out.read_bytes().splitlines()) == len(LINES)
 
 
+def test_the_seeds_of_lines(tmp_path: Path) -> None:
+    """That of the command and the line's number, counting empty lines; or one of its own."""
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n\n{{"prompt": "a"}}\n{{"prompt": "a", "seed": {2**63 - 1}}}\n')
+    for seed in (0, 2**62):
+        assert [each.seed for each in jobs.read_jobs(path, {}, seed)] == [seed + 1, seed + 3, 2**63 - 1]
+    for seed in (-1, 2**62 + 1):
+        with pytest.raises(ValueError, match=f"seed={seed} must be a whole number from 0 to 2..62"):
+            jobs.read_jobs(path, {}, seed)
+    for seed in (-1, 2**63):
+        path.write_text(f'{{"prompt": "a", "seed": {seed}}}')
+        with pytest.raises(ValueError, match=f"line 1 of .*: seed={seed} must be a whole number from 0 to 2..63 - 1"):
+            jobs.read_jobs(path, {}, 1)
+
+
 def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
     """Whatever their options; the lines come in the input's order all the same."""
     running: list[int] = []
@@ -620,8 +644,8 @@ def test_jsonl_runs_as_many_jobs_as_there_are_slots() -> None:
     assert {2, 3, 4} <= {n for some in seen if 1 in some for n in some}  # came and went beside a long one
 
 
-def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:
-    """Else a run that is killed would lose what stands in the buffer."""
+def test_jsonl_writes_each_line_at_once(tmp_path: Path, bars: list[Any]) -> None:
+    """Else a run that is killed would lose what stands in the buffer. The bar goes on where an earlier run ended."""
     out = tmp_path / "out.jsonl"
 
     def lines() -> Iterator[dict[str, Any]]:
@@ -630,7 +654,9 @@ def test_jsonl_writes_each_line_at_once(tmp_path: Path) -> None:
             yield {"id": number}
 
     with out.open("wb") as file:
-        jobs.write(lines(), 3, 0, file)
+        jobs.write(lines(), 5, 2, file)
+    assert [(bar.n, bar.total, bar.unit, bar.leave) for bar in bars] == [(5, 5, "line", True)]
+    assert bars[0].initial == 2
     assert out.read_text() == '{"id": 0}\n{"id": 1}\n{"id": 2}\n'
 
 
@@ -643,6 +669,34 @@ def test_jsonl_takes_up_as_many_lines_as_there_are_jobs(tmp_path: Path) -> None:
         jobs.finished(out, [])
     other = {"is_chat": True, "is_begun": True, "seed": 2, "options": {"top_k": 1}, "prompt": "b", "extra": {"id": 1}}
     assert len({job(1).digest, *(job(1, **{name: value}).digest for name, value in other.items())}) == 1 + len(other)
+
+
+def test_stdout_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file its name is told, and that nothing is lost; of stdout what the system says."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jobs, "write", full)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=f"{out} cannot be written: No space left on device; the same command goes on"):
+        answer(source, out)
+    with pytest.raises(OSError, match="No space left on device"):
+        command("complete", jsonl=source, device="cpu")
+
+
+@pytest.mark.parametrize("stride", [0, 1.5])
+def test_a_stride_is_checked_before_a_model_is_loaded(stride: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("it loaded"))
+    with pytest.raises(ValueError, match=f"stride={stride} must be a whole number of 1 or more"):
+        command("score", "a", stride=stride)
+
+
+def test_keys_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no termios."""
+    monkeypatch.setitem(sys.modules, "termios", None)
+    with keyboard.keys_wait():
+        pass
 
 
 def test_the_history_has_a_place_in_a_new_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

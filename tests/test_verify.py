@@ -18,13 +18,13 @@ import pytest
 import torch
 from conftest import random_weights, shared, write_checkpoint
 from helpers import command
-from tqdm import tqdm
 
 from llama import Llama, ModelArgs, Transformer
 from llama.commands import cli
 from llama.loading import DEMO
+from llama.system.launch import Launch
 from llama.tokenizer import Tokenizer
-from llama.verification import checksums, child, faults, itself, repairs, spread
+from llama.verification import child, faults, itself, repairs, spread
 from llama.verification.checksums import check_checksums, record
 from llama.verification.checkup import Asked, files_of, verify
 from llama.verification.known import check_perplexities, check_published, recognise
@@ -363,12 +363,8 @@ def test_files_and_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
 
 
-def test_the_bar_counts_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bar_counts_bytes(tmp_path: Path, bars: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     """What takes less than a second shows none."""
-    bars: list[Any] = []
-    monkeypatch.setattr(checksums, "bar", lambda **options: bars.append(tqdm(disable=False, **options)) or bars[-1])
     folder = with_checklist(copied(tmp_path / "a"))
     files = [path for path in folder.iterdir() if path.name != "checklist.chk"]
     assert check_checksums(folder, files).verdict == PASS
@@ -499,6 +495,12 @@ def test_published_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [result.verdict for result in check_perplexities(llama, named, text)] == [PASS, PASS]
     llama.model.output.weight.data = llama.model.output.weight + 0.01
     assert [next(check_published(llama, known)).verdict for known in (named, unnamed)] == [FAIL, NOT_APPLICABLE]
+
+
+def test_several_processes_are_started_by_verify_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launch, "read", lambda: Launch(True, 0, 2, 0, 2))
+    with pytest.raises(ValueError, match="start verify as one process, without torchrun: it starts others itself"):
+        command("verify", str(DEMO))
 
 
 def test_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def measure(llama: Llama, prompt_tokens: int, new_tokens: int, batch_size: int) 
     weight, rows = llama.model.norm.weight, make_prompts(batch_size, prompt_tokens, llama.model.vocab_size)
     from_first_process(None)  # all start together: processes that share a memory read it at the same time, as in a step
     limit = read_rate(weight.device)
-    turns = bar(iterable=range(1 + REPEATS), desc="Measuring", unit="run", delay=1.5, leave=False)
+    turns = bar(iterable=range(1 + REPEATS), desc="Measuring", unit="run")
     runs = [timed_run(llama, rows, new_tokens) for _ in turns][1:]
     first = statistics.median(run[0] for run in runs)
     step = statistics.median(run[1] for run in runs if run[1] is not None)

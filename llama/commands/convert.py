@@ -133,7 +133,7 @@ def convert(
         files = _hf_files(checkpoint, model, dtype) if to == "hf" else _meta_files(checkpoint, model, shards, dtype)
     nbytes = sum(entry.nbytes for entries in files.values() for entry in entries)
     with _new_folder(target, nbytes, target.name if to == "gguf" else "") as folder:
-        with bar(total=sum(map(len, files.values())), desc="Converting", unit="tensor") as progress:
+        with bar(total=sum(map(len, files.values())), desc="Converting", unit="tensor", stays=True) as progress:
             for name, entries in files.items():
                 write(folder / name, entries, progress)
         if to == "gguf":

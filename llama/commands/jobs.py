@@ -171,7 +171,7 @@ def run(llama: Llama, jobs: list[Job]) -> Iterator[dict[str, Any]]:
 
 def write(lines: Iterator[dict[str, Any]], total: int, done: int, out: BinaryIO) -> None:
     """Write each line as soon as it comes, and show a progress bar at a terminal."""
-    with bar(total=total, initial=done, unit="line") as progress:
+    with bar(total=total, initial=done, unit="line", stays=True) as progress:
         for line in lines:
             out.write(json_line(line).encode() + b"\n")
             out.flush()

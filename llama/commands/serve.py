@@ -34,7 +34,7 @@ def serve(args: Namespace) -> None:
     if Launch.read().rank == 0:
         serving.check_place(args.host, port)
     key = args.api_key or api_key()
-    origins = args.allowed_origins or []
+    origins = args.allowed_origins or ()
     settings = Settings(
         model=args.served_model_name or _name(args.ckpt_dir),
         key=key,

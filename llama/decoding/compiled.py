@@ -185,7 +185,7 @@ class Packaged:
         say("Compiling the decode step, once for this model's shape and this machine; it takes a minute or more …")
         with (
             packages.workspace(runtime.cache_folder()) as work,
-            bar(desc="Compiling", bar_format="{desc}: {elapsed}", leave=False) as shown,
+            bar(desc="Compiling", bar_format="{desc}: {elapsed}") as shown,
             ExitStack() as stack,
         ):
             running: dict[bool, Any] = {}

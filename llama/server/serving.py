@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -88,7 +87,7 @@ def serve(llama: Llama, settings: Settings, host: str = "127.0.0.1", port: int =
     """Answer requests until SIGTERM or Ctrl-C, on all processes. What runs then may go on for `grace` seconds."""
     if is_first_process() and not is_local(host) and settings.key is None:
         tell(f"anybody who reaches {host} may use this server: pass an api_key to keep others out")
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("llama.server").setLevel(logging.INFO)
     with _signals_end_nothing():
         llama.lead(lambda: _run(llama, settings, host, port, grace))

@@ -13,6 +13,7 @@ from typing import Any
 from .launch import is_first_process
 from .printable import printable
 
+PATIENCE = 1.5  # seconds that nobody wonders about
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -32,8 +33,8 @@ def say(line: str) -> None:
         print(printable(line))
 
 
-def bar(shown: bool = True, **options: Any) -> Any:
-    """A bar of tqdm. It disappears when it is done if leave=False."""
+def bar(shown: bool = True, stays: bool = False, **options: Any) -> Any:
+    """A bar of tqdm. Unless it stays, it is there while something takes longer than `PATIENCE`, and disappears."""
     from tqdm import tqdm  # here, since most commands end before they need it
 
     notebook = in_notebook()
@@ -41,7 +42,8 @@ def bar(shown: bool = True, **options: Any) -> Any:
         from tqdm.auto import tqdm
     told = shown and is_first_process() and not _quiet.get()
     # None shows a bar only if stderr is a terminal. A notebook's stderr is no terminal, but shows bars.
-    return tqdm(disable=(False if notebook else None) if told else True, **options)
+    hidden = (False if notebook else None) if told else True
+    return tqdm(disable=hidden, delay=0 if stays else PATIENCE, leave=stays, **options)
 
 
 def in_notebook() -> bool:

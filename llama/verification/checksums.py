@@ -104,7 +104,7 @@ def _of_hub(path: Path) -> Optional[Expected]:
 
 def _bar(total: Optional[int] = None) -> Any:
     """A bar of the bytes that were read."""
-    return bar(total=total, desc="Checksums", unit="B", unit_scale=True, delay=1.5, leave=False)
+    return bar(total=total, desc="Checksums", unit="B", unit_scale=True)
 
 
 def _digest(path: Path, kind: str, done: Any) -> str:

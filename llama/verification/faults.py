@@ -128,7 +128,7 @@ def search(readings: Sequence[Reading], candidates: Sequence[Repair], seconds: f
     with ExitStack() as kept:
         for _ in range(ROUNDS):
             gains = {}
-            for repair in bar(iterable=candidates, desc="Repairs", unit="repair", delay=1.5, leave=False):
+            for repair in bar(iterable=candidates, desc="Repairs", unit="repair"):
                 if time.monotonic() > deadline:
                     break
                 gain = few.gain(repair)

@@ -61,7 +61,7 @@ def check_weights(checkpoint: Checkpoint, model: Transformer) -> list[Result]:
     occur."""
     spreads, numbers = [], 0
     plan = {name: where for name, where in cut(model).items() if checkpoint.dtypes[name].is_floating_point}
-    for name, (shape, dim, _) in bar(iterable=plan.items(), desc="Weights", unit="tensor", delay=1.5, leave=False):
+    for name, (shape, dim, _) in bar(iterable=plan.items(), desc="Weights", unit="tensor"):
         if 0 not in shape:
             spreads.append(_measure(checkpoint, name, shape, dim))
             numbers += torch.Size(shape).numel()

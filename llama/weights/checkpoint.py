@@ -241,8 +241,8 @@ def fill(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype
 
 
 def _progress(tensors: int) -> Any:
-    """A bar that appears after a second and a half."""
-    return bar(total=tensors, desc="Loading", unit="tensor", delay=1.5, leave=False)
+    """A bar of the tensors that are there."""
+    return bar(total=tensors, desc="Loading", unit="tensor")
 
 
 class Part(NamedTuple):
