@@ -100,23 +100,6 @@ def test_the_middle(llama: Llama) -> None:
     assert llama.text_completion(["a"], 0, max_gen_len=5, logit_bias={403: 100.0})[0]["finish_reason"] == "length"
 
 
-def test_the_server(llama: Llama) -> None:
-    """`suffix` of OpenAI's completions: several prompts, scored or not, and only texts without echo."""
-    httpx, serving = pytest.importorskip("httpx"), pytest.importorskip("serving")
-    middles = llama.infill(["the little dog", "a"], ["under the tree"] * 2, 0, max_gen_len=8, logprobs=True)
-    asked = {"prompt": ["the little dog", "a"], "suffix": "under the tree", "temperature": 0, "max_tokens": 8}
-    with serving.served(llama) as server, httpx.Client(base_url=server.url, timeout=60) as http:
-        for more in ({}, {"logprobs": 0}):
-            choices = http.post("/v1/completions", json={**asked, **more}).json()["choices"]
-            assert [choice["text"] for choice in choices] == [middle["generation"] for middle in middles]
-            told = [choice["logprobs"] and choice["logprobs"]["token_logprobs"] for choice in choices]
-            assert told == ([pytest.approx(m["logprobs"], abs=1e-4) for m in middles] if more else [None, None])
-        for wrong in ({"suffix": 5}, {"prompt": [[1, 5]]}, {"echo": True}):
-            refused = http.post("/v1/completions", json={**asked, **wrong})
-            assert refused.status_code == 400
-            assert "suffix must be a text that follows prompts of text, without echo" in refused.text
-
-
 @pytest.mark.parametrize(
     ("prefixes", "suffixes", "message"),
     [

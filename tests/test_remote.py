@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import ssl
 import sys
 import threading
 from collections.abc import Iterator
@@ -287,33 +286,6 @@ def test_a_key(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setenv("LLAMA_API_KEY", "s3cret")
     command("complete", "a", url=server.address)
     assert capsys.readouterr().out == "Hello.\n" * 2
-
-
-def test_forks(server: OpenAI) -> None:
-    """Each goes on from the same past, with the same options."""
-    server.answers = [["Once."], ["No."], ["Yes."]]
-    one = remote.RemoteChat(client.Server(server.address), "Be kind.", top_k=5)
-    list(one.send("Hi"))
-    other = one.fork()
-    list(one.send("Really?"))
-    list(other.send("Why?"))
-    assert (server.last["top_k"], other.system, len(other.dialog)) == (5, "Be kind.", 5)
-    assert server.last["messages"] == other.dialog[:-1]
-    other.turns[0]["assistant"] += " More."
-    assert [turn["assistant"] for turn in one.turns] == ["Once.", "No."]
-
-
-def test_https(server: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that checks who the server is; 443 is what an address without a port means."""
-    made = []
-
-    def connection(host: str, port: Any, timeout: float, context: ssl.SSLContext) -> Any:
-        made.append((host, port, context.verify_mode, context.check_hostname))
-        return client.HTTPConnection(server.address.split("/")[2].split(":")[0], server.address.split(":")[2])
-
-    monkeypatch.setattr(client, "HTTPSConnection", connection)
-    assert client.Server("https://example.org/v1").url == "https://example.org"
-    assert made == [("example.org", None, ssl.CERT_REQUIRED, True)]
 
 
 def test_complete(server: OpenAI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
