@@ -614,12 +614,18 @@ def test_a_long_header(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q6_K"])
-def test_scales_that_are_not_finite(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "end"),
+    [
+        *((kind, b"\x00\x7e" * 105) for kind in ("Q8_0", "Q4_1", "Q6_K")),  # NaN in float16, in the last block
+        *(("Q8_0", scale + b"\1" * 32) for scale in (b"\x00\x7c", b"\x00\xfc")),  # infinity; -infinity
+    ],
+)
+def test_scales_that_are_not_finite(kind: str, end: bytes, tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     write(path, tokenizer, WIDE, kind)
     data = bytearray(path.read_bytes())
-    data[-210:] = b"\x00\x7e" * 105  # NaN in float16, in the last block
+    data[-len(end) :] = end
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a.gguf: .* has NaN or infinity in it: the file is damaged"):
         Llama.build(str(path), None, 16, 1, device="cpu")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from emulated_cuda import emulated
 from fairscale.nn.model_parallel import initialize as mpu
 from forks import Forks
 from workers import Pool
@@ -147,6 +148,15 @@ def test_the_best_device(gpus: int, mps: bool, world: int, best: str, monkeypatc
     if not gpus:
         with pytest.raises(ValueError, match="torch sees no GPU"):
             runtime.choose_device("cuda", launch)
+
+
+def test_the_gpus_that_were_used_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each: `shutdown` waits for them."""
+    monkeypatch.setattr(runtime, "_started", runtime._Started())
+    with emulated():
+        for _ in range(2):
+            assert runtime.start("emulated") == torch.device("emulated", 0)
+    assert runtime._started.gpus == [torch.device("emulated", 0)]
 
 
 def test_one_visible_gpu_is_the_processes_own(monkeypatch: pytest.MonkeyPatch) -> None:
