@@ -263,6 +263,16 @@ def test_parts_that_an_index_names_are_missed(tmp_path: Path) -> None:
     assert names._lacks_weights(names.Name("org/name"), tmp_path)
 
 
+def test_parts_that_a_gguf_file_names_are_missed(tmp_path: Path) -> None:
+    name = names.Name("org/name", gguf="Q8_0")
+    assert names._lacks_weights(name, tmp_path)
+    for i, lacks in ((1, True), (3, True), (2, False)):
+        (tmp_path / f"big-Q8_0-0000{i}-of-00003.gguf").touch()
+        assert names._lacks_weights(name, tmp_path) == lacks
+    (tmp_path / "big-Q8_0-00001-of-00003.gguf").unlink()
+    assert names._lacks_weights(name, tmp_path)
+
+
 def _refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, str]]:
     """Case -> what makes it, and what is said."""
     setattr_ = monkeypatch.setattr
