@@ -354,6 +354,34 @@ def test_several_processes_share_the_cores_and_one_prints(tiny: Path, tokenizer_
     assert results == [(max(1, cores // 4), rank == 0, 200) for rank in range(4)]
 
 
+@pytest.mark.parametrize(
+    ("there", "sharers", "stated", "store", "threads"),
+    [
+        (8, 4, "1", None, [2]),
+        (8, 4, None, None, [2]),
+        (7, 2, "1", None, [3]),
+        (3, 4, "1", None, [1]),
+        (8, 4, "2", None, []),  # the user's own
+        (8, 4, "1", "a store", []),  # no launcher has set it
+        (8, 4, None, "a store", [2]),
+    ],
+)
+def test_threads_of_one_of_several_processes(
+    there: int, sharers: int, stated: Any, store: Any, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun sets OMP_NUM_THREADS=1. Once for each start."""
+    monkeypatch.setattr(runtime, "_started", runtime._Started())
+    monkeypatch.setattr(runtime.cores, "usable", lambda: set(range(there)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if stated is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", stated)
+    found: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    for device in ("cuda", "cpu", "cpu"):
+        runtime._share_cores(torch.device(device), runtime.Launch(True, 0, 8, 0, sharers, store=store))
+    assert found == threads
+
+
 def print_from_everywhere() -> tuple[bool, bool]:
     """A caller who took stdout back keeps it, and can still print after shutdown."""
     sys.stdout = mine = io.StringIO()
