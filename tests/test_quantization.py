@@ -167,6 +167,20 @@ def test_int4_products(group: int, count: int, dtype: torch.dtype, either_way: s
     assert torch.equal(layer(x.view(1, count, 256))[0], y)
 
 
+@pytest.mark.parametrize(
+    ("rows", "group", "dtype", "packed"),
+    [(192, 32, torch.bfloat16, True), (200, 32, torch.bfloat16, False), (192, 16, torch.bfloat16, False),
+     (192, 32, torch.float32, False)],
+)  # fmt: skip
+def test_what_torch_multiplies_in_int4(
+    rows: int, group: int, dtype: torch.dtype, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_kernels, "loaded", lambda: False)
+    layer, x = layer_of(weights(rows), "int4", dtype, group), torch.randn(3, 256).to(dtype)
+    assert layer.packed == packed
+    assert_near(layer(x), x, numbers(layer), 2**-7)
+
+
 @pytest.mark.parametrize("way", ["bfloat16_product", "torch.mm", "exact_product"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_many_rows(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:

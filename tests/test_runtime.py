@@ -445,10 +445,13 @@ def leave_and_come_back(tiny: str, tokenizer_path: str) -> tuple[bool, bool, lis
     """shutdown waits for all, and gives everything back; the variables are still there, so the next build joins again,
     by another port."""
     waits: list[str] = []
+    watch = peers.watch
+    assert watch is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers.Watch, "wait_for_ends", lambda watch: waits.append(watch.sign.end))
         runtime.shutdown()
     undone = sys.stdout is sys.__stdout__ and sys.excepthook is not runtime._report and waits == [peers.ENDED]
+    undone = undone and watch.stopped.is_set()
     gone = not torch.distributed.is_initialized()
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     return undone, gone, Llama.build(tiny, tokenizer_path, 16, 1, 4, device="cpu").generate([[1, 5]], 4, 0)[0]
