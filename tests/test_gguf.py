@@ -28,6 +28,7 @@ from llama.commands.convert import convert
 from llama.gguf_tokenizer import vocabulary_metadata
 from llama.loading import DEMO
 from llama.tokenizer_files import open_tokenizer
+from llama.weights import writers
 from llama.weights.checkpoint import open_checkpoint
 from llama.weights.gguf import describe, metas_names, to_q8_0
 from llama.weights.gguf_rope import read_table
@@ -603,6 +604,25 @@ def test_a_key_twice_and_other_alignments(tokenizer: Tokenizer, tmp_path: Path) 
     path.write_bytes(data.replace(b"llama.block_count", b"general.alignment"))
     with pytest.raises(ValueError, match="it has the key 'general.alignment' twice"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "data"),
+    [
+        ("é", 8, b"\2" + bytes(7) + "é".encode()),
+        (True, 7, b"\1"),
+        (2**31, 4, struct.pack("<I", 2**31)),
+        (0.5, 6, struct.pack("<f", 0.5)),
+        (["b"], 9, struct.pack("<IQQ", 8, 1, 1) + b"b"),
+        ([-1], 9, struct.pack("<IQi", 5, 1, -1)),
+        ([0.5, 2.0], 9, struct.pack("<IQ2f", 6, 2, 0.5, 2.0)),
+    ],
+)
+def test_values_as_they_are_written(value: Any, code: int, data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    writers.write_gguf(path, [], None, {"a": value})
+    text = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", code) + data
+    assert path.read_bytes() == text + bytes(-len(text) % 32)
 
 
 def test_a_long_header(tmp_path: Path) -> None:
