@@ -44,6 +44,13 @@ MADE_UP = {
 }  # fmt: skip
 
 
+NEEDED = [
+    f"llama.{key}"
+    for key in ("embedding_length", "block_count", "attention.head_count", "feed_forward_length",
+                "attention.layer_norm_rms_epsilon")
+]  # fmt: skip
+
+
 def blocks_of(weight: torch.Tensor, kind: str) -> np.ndarray[Any, Any]:
     """A weight as the package stores it; for kinds that it cannot make, any numbers of that shape."""
     if weight.ndim == 1:
@@ -435,7 +442,10 @@ def test_tables_of_llama3s_rule(dim: int, theta: float, change: dict[str, Any]) 
         ({"llama__rope__scaling__yarn_log_multiplier": 0.5}, "yarn_log_multiplier=0.5, which is not computed"),
         ({"llama__rope__dimension_count": 4}, "llama.rope.dimension_count=4, and only all of a head, 8, is computed"),
         ({"llama__attention__sliding_window": 4096}, "llama.attention.sliding_window=4096"),
-        ({"llama__block_count": None}, "missing key 'llama.block_count'"),
+        (
+            dict.fromkeys((key.replace(".", "__") for key in NEEDED), None),
+            ", ".join(f"missing key '{key}'" for key in NEEDED),
+        ),
         ({"llama__block_count": 2**31}, "llama.block_count=2147483648 is not a whole number from 1 to 1000"),
         ({"llama__block_count": 3}, "layers.2.attention.wq.weight is missing"),
         ({"llama__block_count": 1}, "'blk.1.attn_q.weight' is unexpected"),

@@ -516,6 +516,12 @@ def test_yarns_bounds_lie_within_a_head() -> None:
     torch.testing.assert_close(found, plain / 4 * (1 - kept) + plain * kept)
 
 
+def test_numbers_that_every_rule_needs() -> None:
+    numbers = {"factor": None, "original_max_position_embeddings": None, "beta_fast": None, "beta_slow": None}
+    with pytest.raises(ValueError, match=".*".join(f"{key}=None is not a" for key in numbers)):
+        RotaryScaling("linear", **numbers)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("numbers", "kept"),
     [
