@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -461,11 +462,12 @@ def test_damaged_settings(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_settings_that_are_not_computed(settings: Any, message: str, tmp_path: Path) -> None:
-    for key in ("rope_scaling", "rope_parameters"):
+    for key, positions in product(("rope_scaling", "rope_parameters"), (64, 2**15)):
         config = {
             **SHAPE,
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
+            "max_position_embeddings": positions,
             key: settings,
             "hidden_act": "relu",
         }
