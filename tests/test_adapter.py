@@ -359,6 +359,23 @@ def test_configs_that_are_refused(change: dict[str, Any], message: str, bases: d
     assert str(folder) in str(told.value)
 
 
+def test_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only odd ones need a process. What is wrong with it is told of one, or of all."""
+    names = ["model.layers.0.q_proj", "model.layers.1.q_proj", "lm_head"]
+    plain = ["lm_head", r"(.*\.)?(q_proj)$", "head"]
+    found = [["lm_head"], names[:2], []]
+    assert patterns.matches([*plain, r".*\.[1]\..*", "(lm|x)_head"], names) == [*found, [names[1]], ["lm_head"]]
+    with pytest.raises(ValueError, match=r"^'\(a' is no regular expression: missing \), unterminated subpattern"):
+        patterns.matches(["lm_head", "(a"], names)
+    monkeypatch.setattr(patterns, "CHILD", "raise SystemExit(3)")
+    with pytest.raises(
+        ValueError, match=r"^\['a\+', 'b\+'\] is no regular expression: the process that matched it fai"
+    ):
+        patterns.matches(["a+", "b+"], names)
+    monkeypatch.setattr(patterns, "_in_a_process", None)
+    assert patterns.matches(plain, names) == found
+
+
 def test_a_pattern_that_takes_for_ever(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     folder = write_adapter(tmp_path / "adapter", changed(target_modules="([a-z_.0-9]+)+!"))

@@ -166,6 +166,19 @@ def test_small_sums(pool: Pool) -> None:
     assert pool.run(small_sums) == [expected] * 4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "numbers", "small"),
+    [
+        *((torch.float32, n, n % 4 == 0) for n in (4, 5, 64, 66)),
+        *((torch.bfloat16, n, n % 8 == 0) for n in (8, 12, 16)),
+        (torch.float32, 0, False), (torch.float32, 2**15, True), (torch.float32, 2**15 + 4, False),
+        (torch.float16, 8, False), (torch.float64, 8, False),
+    ],
+)  # fmt: skip
+def test_which_sums_are_small(dtype: torch.dtype, numbers: int, small: bool) -> None:
+    assert parallel._is_small(dtype, numbers) == small
+
+
 class Fails(Symmetric):
     def __init__(self, where: str) -> None:
         super().__init__()

@@ -475,6 +475,24 @@ def test_what_lies_in_a_file(tmp_path: Path) -> None:
             files.check_unchanged([at(place)])
 
 
+@pytest.mark.parametrize("kind", ["meta", "hf", "gguf"])
+def test_weights_that_are_edited_change_no_file(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """They are mapped."""
+    path = tmp_path / "a.gguf"
+    if kind == "gguf":
+        convert(folders["hf"], path, "gguf", dtype=torch.float32, tokenizer_path=folders["meta"] / "tokenizer.model")
+    else:
+        path = shutil.copytree(folders[kind], tmp_path / "folder")
+    files = {file: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}
+    model = Llama.build(str(path), max_seq_len=8, device="cpu").model
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    assert model.files is not None
+    assert any(low <= weight.data_ptr() < high for weight in model.parameters() for low, high, _ in model.files.ranges)
+    assert {file: file.read_bytes() for file in files} == files
+
+
 def test_files_that_are_written_to_under_a_model(tmp_path: Path, tokenizer_path: str) -> None:
     """What is mapped is read later. A file that was cut ends the process; one of the same length gives other
     weights."""

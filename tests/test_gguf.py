@@ -28,6 +28,7 @@ from llama.commands.convert import convert
 from llama.gguf_tokenizer import vocabulary_metadata
 from llama.loading import DEMO
 from llama.tokenizer_files import open_tokenizer
+from llama.weights import writers
 from llama.weights.checkpoint import open_checkpoint
 from llama.weights.gguf import describe, metas_names, to_q8_0
 from llama.weights.gguf_rope import read_table
@@ -41,6 +42,13 @@ MADE_UP = {
     "Q2_K": (80, (0.002, 0.003)), "Q3_K": (108, (5e-4,)), "Q4_K": (0, (1e-4, 8e-4)), "Q5_K": (0, (5e-5, 8e-4)),
     "Q6_K": (208, (2e-5,)),
 }  # fmt: skip
+
+
+NEEDED = [
+    f"llama.{key}"
+    for key in ("embedding_length", "block_count", "attention.head_count", "feed_forward_length",
+                "attention.layer_norm_rms_epsilon")
+]  # fmt: skip
 
 
 def blocks_of(weight: torch.Tensor, kind: str) -> np.ndarray[Any, Any]:
@@ -442,7 +450,10 @@ def test_tables_of_llama3s_rule(dim: int, theta: float, change: dict[str, Any]) 
         ({"llama__rope__scaling__yarn_log_multiplier": 0.5}, "yarn_log_multiplier=0.5, which is not computed"),
         ({"llama__rope__dimension_count": 4}, "llama.rope.dimension_count=4, and only all of a head, 8, is computed"),
         ({"llama__attention__sliding_window": 4096}, "llama.attention.sliding_window=4096"),
-        ({"llama__block_count": None}, "missing key 'llama.block_count'"),
+        (
+            dict.fromkeys((key.replace(".", "__") for key in NEEDED), None),
+            ", ".join(f"missing key '{key}'" for key in NEEDED),
+        ),
         ({"llama__block_count": 2**31}, "llama.block_count=2147483648 is not a whole number from 1 to 1000"),
         ({"llama__block_count": 3}, "layers.2.attention.wq.weight is missing"),
         ({"llama__block_count": 1}, "'blk.1.attn_q.weight' is unexpected"),
@@ -613,6 +624,25 @@ def test_a_key_twice_and_other_alignments(tokenizer: Tokenizer, tmp_path: Path) 
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("value", "code", "data"),
+    [
+        ("é", 8, b"\2" + bytes(7) + "é".encode()),
+        (True, 7, b"\1"),
+        (2**31, 4, struct.pack("<I", 2**31)),
+        (0.5, 6, struct.pack("<f", 0.5)),
+        (["b"], 9, struct.pack("<IQQ", 8, 1, 1) + b"b"),
+        ([-1], 9, struct.pack("<IQi", 5, 1, -1)),
+        ([0.5, 2.0], 9, struct.pack("<IQ2f", 6, 2, 0.5, 2.0)),
+    ],
+)
+def test_values_as_they_are_written(value: Any, code: int, data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    writers.write_gguf(path, [], None, {"a": value})
+    text = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", code) + data
+    assert path.read_bytes() == text + bytes(-len(text) % 32)
+
+
 def test_a_long_header(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     with path.open("wb") as file:
@@ -622,12 +652,18 @@ def test_a_long_header(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q6_K"])
-def test_scales_that_are_not_finite(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "end"),
+    [
+        *((kind, b"\x00\x7e" * 105) for kind in ("Q8_0", "Q4_1", "Q6_K")),  # NaN in float16, in the last block
+        *(("Q8_0", scale + b"\1" * 32) for scale in (b"\x00\x7c", b"\x00\xfc")),  # infinity; -infinity
+    ],
+)
+def test_scales_that_are_not_finite(kind: str, end: bytes, tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     write(path, tokenizer, WIDE, kind)
     data = bytearray(path.read_bytes())
-    data[-210:] = b"\x00\x7e" * 105  # NaN in float16, in the last block
+    data[-len(end) :] = end
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a.gguf: .* has NaN or infinity in it: the file is damaged"):
         Llama.build(str(path), None, 16, 1, device="cpu")

@@ -88,11 +88,20 @@ def test_the_address_of_a_models_page_is_its_name() -> None:
         assert names.parse(text) == names.parse("org/name")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [("o/n", None, None), (f"org/{'n' * 92}", None, "Q8_0"), ("org/a-b.c_d", "a--b/c.git", None), ("o/n", "v1", "b-c")],
+)
+def test_parts_of_a_name(name: tuple[str, Optional[str], Optional[str]]) -> None:
+    """Only the first has rules of the hub's own."""
+    assert names.parse(str(names.Name(*name))) == name
+
+
 @pytest.mark.parametrize("text", [
     "https://huggingface.co/org", "https://huggingface.co/org/name/tree/main", "https://example.org/org/name",
     "org", "org/", "/org/name", "~/name", "./org/name", "../name", "org/../name", "org//name", "a/b/c", "org/na me",
     "org/naïve", "org/-name", "org/name-", ".org/name", "org/name.git", "org/na--me", "org/na..me",
-    f"org/{'n' * 96}", "org/name@", "org/name@../x", "org/name@-f", "org/name@a b", "org/name\n", "C:\\org/name",
+    f"org/{'n' * 93}", "org/name@", "org/name@../x", "org/name@-f", "org/name@a b", "org/name\n", "C:\\org/name",
 ])  # fmt: skip
 def test_what_is_no_name_stays_a_path(text: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -262,6 +271,16 @@ def test_parts_that_an_index_names_are_missed(tmp_path: Path) -> None:
     assert not names._lacks_weights(names.Name("org/name"), tmp_path)
     (tmp_path / PARTS[1]).unlink()
     assert names._lacks_weights(names.Name("org/name"), tmp_path)
+
+
+def test_parts_that_a_gguf_file_names_are_missed(tmp_path: Path) -> None:
+    name = names.Name("org/name", gguf="Q8_0")
+    assert names._lacks_weights(name, tmp_path)
+    for i, lacks in ((1, True), (3, True), (2, False)):
+        (tmp_path / f"big-Q8_0-0000{i}-of-00003.gguf").touch()
+        assert names._lacks_weights(name, tmp_path) == lacks
+    (tmp_path / "big-Q8_0-00001-of-00003.gguf").unlink()
+    assert names._lacks_weights(name, tmp_path)
 
 
 def _refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, str]]:

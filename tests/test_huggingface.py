@@ -103,6 +103,9 @@ def write_config(folder: Path, change: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+NEEDED = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -122,7 +125,15 @@ def write_config(folder: Path, change: dict[str, Any]) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized .'gptq'."),
         ({"tie_word_embeddings": "yes"}, "neither true nor false"),
         ({"vocab_size": 128256}, "this is a Llama 3 model"),
-        ({"hidden_size": "absent"}, "missing key 'hidden_size'"),
+        (
+            dict.fromkeys(NEEDED, "absent"),
+            "; ".join(f"missing key '{key}'" for key in NEEDED),
+        ),
+        (
+            dict.fromkeys(["num_key_value_heads", "rms_norm_eps", "head_dim"], 0),
+            "num_key_value_heads=0 is not a whole number from 1 to 65536; rms_norm_eps=0 is not a number from 1e-12 to "
+            "1; head_dim=0 is not a whole number from 2 to 65536",
+        ),
         ({"hidden_size": None}, "hidden_size=None is not a whole number"),
         ({"hidden_size": "64"}, "hidden_size='64' is not"),
         ({"hidden_size": -64}, "hidden_size=-64 is not"),

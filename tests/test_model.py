@@ -221,6 +221,21 @@ def test_the_cache_is_no_weight() -> None:
     assert set(model.state_dict()) == set(random_weights())
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_cache_follows_weights_of_another_dtype(hooked: bool) -> None:
+    """What it holds goes on to count."""
+    model, other, ids = build(), build(torch.bfloat16), torch.tensor([[5, 6, 7, 8, 9]])
+    model(ids[:, :3], 0)
+    model.load_state_dict(other.state_dict(), assign=True)
+    if hooked:
+        model.layers[0].register_forward_hook(lambda *_: None)
+    expected = other(ids, 0)
+    torch.testing.assert_close(model(ids[:, 3:], 3), expected[:, 3:], atol=0.1, rtol=0)
+    torch.testing.assert_close(model(ids, 0), expected, atol=0.1 * hooked, rtol=0)
+    assert {attention.cache_v.dtype for attention in model.attentions()} == {torch.bfloat16}
+
+
 def test_gradients_flow_on_one_process() -> None:
     model = build().requires_grad_(True)
     tokens = torch.randint(0, 400, (2, 9))

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,36 @@ def test_what_is_not_believed_is_not_loaded(
 def test_what_belongs_to_root_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: OTHER)
     sealed.check_folder(Path("/usr"))
+
+
+@unix
+@pytest.mark.parametrize(
+    ("mode", "group", "others"),
+    [
+        (0o600, (6, "us", ["you"]), False),
+        (0o620, (5, "me", []), False),
+        (0o620, (6, "me", []), True),
+        (0o620, (5, "us", []), True),
+        (0o620, (5, "me", ["you"]), True),
+        (0o620, None, True),
+        (0o622, (5, "me", []), True),
+        (0o602, (5, "me", []), True),
+    ],
+)
+def test_a_group_of_this_user_alone_may_write(
+    mode: int, group: Any, others: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many systems make one for each user. group: its number, name and further members, if it is known."""
+
+    def found(number: int) -> Any:
+        if group is None:
+            raise KeyError(number)
+        return SimpleNamespace(gr_gid=group[0], gr_name=group[1], gr_mem=group[2])
+
+    monkeypatch.setattr(sealed.pwd, "getpwuid", lambda _: SimpleNamespace(pw_gid=5, pw_name="me"))
+    monkeypatch.setattr(sealed.grp, "getgrgid", found)
+    status: Any = SimpleNamespace(st_mode=mode, st_gid=0)
+    assert sealed._others_write(status) == others
 
 
 @unix

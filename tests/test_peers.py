@@ -310,7 +310,7 @@ def test_the_lowest_that_lives_speaks_of_the_silent(monkeypatch: pytest.MonkeyPa
 
 def test_the_ends_of_others_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until all have told theirs, or for a while."""
-    now, store = [0.0], Notes({"0": json.dumps({"end": "failed: x"}), "1": "{}"})
+    now, store = [0.0], Notes({"0": json.dumps({"end": "failed: x"}), "1": "{}", "2": "{}"})
 
     def sleep(seconds: float) -> None:
         now[0] += seconds

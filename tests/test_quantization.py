@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from workers import Pool
 
 from llama import Llama, ModelArgs, memory
 from llama.commands.convert import convert
-from llama.layers import int4, int8, kernels, own_kernels, products, quantized, rounding, tiles
-from llama.layers.parallel import ColumnParallelLinear
+from llama.layers import int4, int8, kernels, own_kernels, products, quantization, quantized, rounding, tiles
+from llama.layers.parallel import ColumnParallelLinear, RowParallelLinear
 from llama.layers.quantization import quantize_layers
 from llama.layers.quantized import Quantized
 from llama.layers.rounding import KINDS, Quantization, to_int4
@@ -163,6 +165,20 @@ def test_int4_products(group: int, count: int, dtype: torch.dtype, either_way: s
     assert y.dtype == dtype
     assert_near(y, x, numbers(layer), 2e-6 if dtype == torch.float32 else 2**-7)
     assert torch.equal(layer(x.view(1, count, 256))[0], y)
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "dtype", "packed"),
+    [(192, 32, torch.bfloat16, True), (200, 32, torch.bfloat16, False), (192, 16, torch.bfloat16, False),
+     (192, 32, torch.float32, False)],
+)  # fmt: skip
+def test_what_torch_multiplies_in_int4(
+    rows: int, group: int, dtype: torch.dtype, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_kernels, "loaded", lambda: False)
+    layer, x = layer_of(weights(rows), "int4", dtype, group), torch.randn(3, 256).to(dtype)
+    assert layer.packed == packed
+    assert_near(layer(x), x, numbers(layer), 2**-7)
 
 
 @pytest.mark.parametrize("way", ["bfloat16_product", "torch.mm", "exact_product"])
@@ -326,6 +342,25 @@ def test_ways_are_tried_whatever_the_defaults() -> None:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("layer", "columns", "fits"),
+    [
+        (partial(ColumnParallelLinear, gather_output=False), 64, True),
+        (RowParallelLinear, 128, True),
+        (RowParallelLinear, 64, False),
+    ],
+)
+def test_only_rows_that_are_cut_need_whole_groups(
+    layer: Any, columns: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "group_size", lambda _: 4)
+    with torch.device("meta"):
+        model = nn.ModuleList([layer(columns, 8)])
+    with nullcontext() if fits else pytest.raises(ValueError, match="rows of 64 numbers .* by 4 processes"):
+        quantize_layers(model, Quantization("int4", 32))
+    assert isinstance(model[0], Quantized) == fits
+
+
 def test_tiles_by_hand() -> None:
     """33 rows make two tiles. A tile has, for each group, four columns of every row in turn, then the rows' scales and
     zeros. In 4 bits, the next four columns are the upper halves."""
@@ -429,6 +464,8 @@ def test_group_sizes() -> None:
         Quantization("int4").check_parts(11008, 16)
     with pytest.raises(ValueError, match="96 numbers in int4 groups of 32 .* by 2 shards; use 1, or int8$"):
         Quantization("int4").check_parts(96, 2, "shards")
+    with pytest.raises(ValueError, match="96 numbers .* into whole groups by 4 processes; use 1 or 3, or"):
+        Quantization("int4").check_parts(96, 4)
     Quantization("int4").check_parts(96, 3)
     Quantization("int8").check_parts(96, 5)
     assert Quantization("int4", 16).group(16) == Quantization("int4", 256).group(16) == 16

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -461,11 +462,12 @@ def test_damaged_settings(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_settings_that_are_not_computed(settings: Any, message: str, tmp_path: Path) -> None:
-    for key in ("rope_scaling", "rope_parameters"):
+    for key, positions in product(("rope_scaling", "rope_parameters"), (64, 2**15)):
         config = {
             **SHAPE,
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
+            "max_position_embeddings": positions,
             key: settings,
             "hidden_act": "relu",
         }
@@ -514,6 +516,12 @@ def test_yarns_bounds_lie_within_a_head() -> None:
     kept = 1 - torch.arange(4) / 7
     found = scaling.frequencies(8, 10.0, torch.arange(3))
     torch.testing.assert_close(found, plain / 4 * (1 - kept) + plain * kept)
+
+
+def test_numbers_that_every_rule_needs() -> None:
+    numbers = {"factor": None, "original_max_position_embeddings": None, "beta_fast": None, "beta_slow": None}
+    with pytest.raises(ValueError, match=".*".join(f"{key}=None is not a" for key in numbers)):
+        RotaryScaling("linear", **numbers)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

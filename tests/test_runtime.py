@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from emulated_cuda import emulated
 from fairscale.nn.model_parallel import initialize as mpu
 from forks import Forks
 from workers import Pool
@@ -147,6 +148,15 @@ def test_the_best_device(gpus: int, mps: bool, world: int, best: str, monkeypatc
     if not gpus:
         with pytest.raises(ValueError, match="torch sees no GPU"):
             runtime.choose_device("cuda", launch)
+
+
+def test_the_gpus_that_were_used_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each: `shutdown` waits for them."""
+    monkeypatch.setattr(runtime, "_started", runtime._Started())
+    with emulated():
+        for _ in range(2):
+            assert runtime.start("emulated") == torch.device("emulated", 0)
+    assert runtime._started.gpus == [torch.device("emulated", 0)]
 
 
 def test_one_visible_gpu_is_the_processes_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +354,34 @@ def test_several_processes_share_the_cores_and_one_prints(tiny: Path, tokenizer_
     assert results == [(max(1, cores // 4), rank == 0, 200) for rank in range(4)]
 
 
+@pytest.mark.parametrize(
+    ("there", "sharers", "stated", "store", "threads"),
+    [
+        (8, 4, "1", None, [2]),
+        (8, 4, None, None, [2]),
+        (7, 2, "1", None, [3]),
+        (3, 4, "1", None, [1]),
+        (8, 4, "2", None, []),  # the user's own
+        (8, 4, "1", "a store", []),  # no launcher has set it
+        (8, 4, None, "a store", [2]),
+    ],
+)
+def test_threads_of_one_of_several_processes(
+    there: int, sharers: int, stated: Any, store: Any, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun sets OMP_NUM_THREADS=1. Once for each start."""
+    monkeypatch.setattr(runtime, "_started", runtime._Started())
+    monkeypatch.setattr(runtime.cores, "usable", lambda: set(range(there)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if stated is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", stated)
+    found: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    for device in ("cuda", "cpu", "cpu"):
+        runtime._share_cores(torch.device(device), runtime.Launch(True, 0, 8, 0, sharers, store=store))
+    assert found == threads
+
+
 def print_from_everywhere() -> tuple[bool, bool]:
     """A caller who took stdout back keeps it, and can still print after shutdown."""
     sys.stdout = mine = io.StringIO()
@@ -407,10 +445,13 @@ def leave_and_come_back(tiny: str, tokenizer_path: str) -> tuple[bool, bool, lis
     """shutdown waits for all, and gives everything back; the variables are still there, so the next build joins again,
     by another port."""
     waits: list[str] = []
+    watch = peers.watch
+    assert watch is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers.Watch, "wait_for_ends", lambda watch: waits.append(watch.sign.end))
         runtime.shutdown()
     undone = sys.stdout is sys.__stdout__ and sys.excepthook is not runtime._report and waits == [peers.ENDED]
+    undone = undone and watch.stopped.is_set()
     gone = not torch.distributed.is_initialized()
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     return undone, gone, Llama.build(tiny, tokenizer_path, 16, 1, 4, device="cpu").generate([[1, 5]], 4, 0)[0]

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +23,10 @@ import torch
 from helpers import near
 from torch.utils.hooks import RemovableHandle
 
-from llama import Llama
+from llama import Llama, cache_use
 from llama.system import openmp
 
+CPU = torch.device("cpu")
 PROMPTS = ["The little dog found", "a red ball under the tree", "Once upon a time", "She laughed"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -369,3 +371,39 @@ def test_openmp_keeps_no_threads_for_a_thread_that_waits() -> None:
             assert pool.submit(compute).result() == [True, True]
     finally:
         torch.set_num_threads(threads)
+
+
+class User:
+    """Somebody whose steps fill a cache."""
+
+
+def test_a_fork_in_the_middle_of_a_step() -> None:
+    """The thread that stepped is not there: nobody waits for it, or goes on with what it has written."""
+    use, user, begun, goes_on = cache_use.CacheUse(), User(), threading.Event(), threading.Event()
+
+    def step() -> None:
+        with suppress(RuntimeError), use.turn(CPU), use.call():
+            begun.set()
+            goes_on.wait(10)
+
+    assert not use.take(user)
+    assert use.take(user)
+    thread = threading.Thread(target=step)
+    thread.start()
+    assert begun.wait(10)
+    cache_use._in_forked_child()
+    assert not use.is_of(user)
+    with use.turn(CPU), use.call():
+        pass
+    with pytest.raises(RuntimeError, match="in the middle of a step"), use.turn(CPU), use.call(), use.call():
+        pass
+    goes_on.set()
+    thread.join()
+
+
+def test_a_turn_waits_for_the_stream_of_the_last() -> None:
+    use, waits = cache_use.CacheUse(), []
+    streams = [SimpleNamespace(wait_stream=partial(lambda i, other: waits.append((i, other)), i)) for i in range(2)]
+    for i in (0, 0, 1, 1, 0):
+        use._follow(streams[i])
+    assert waits == [(1, streams[0]), (0, streams[1])]
