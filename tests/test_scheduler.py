@@ -17,7 +17,7 @@ from typing import Any
 import events
 import pytest
 import torch
-from helpers import chosen, watch_prefill
+from helpers import chosen, near, watch_prefill
 from hypothesis import given
 from hypothesis import strategies as st
 from workers import Pool
@@ -411,6 +411,28 @@ def test_weights_that_change_under_a_stream(tiny: Path, tokenizer_path: str) -> 
     known = [token for token in tokens[:4] if token is not None]
     for (token, logprob), step in zip(rest, llama.steps([[*LONG, *known]], 0, max_gen_len=8, logprobs=True)):
         assert (token, logprob) == (step.token, pytest.approx(step.logprob, abs=1e-5))
+
+
+@torch.no_grad()
+def changed_on_one(folder: str, tokenizer_path: str) -> Any:
+    llama = Llama.build(folder, tokenizer_path, 128, 4, device="cpu")
+    _, shared = (cached(llama.steps([[*LONG, i]], 0, max_gen_len=1)) for i in (7, 8))
+    stream = iter(llama.steps([LONG], 0, max_gen_len=12, logprobs=True))
+    tokens: list[Any] = [next(stream).token for _ in range(4)]
+    if torch.distributed.get_rank() == 1:
+        llama.model.layers[1].attention.wv.weight.data.mul_(1.5)
+    llama.generate([[1, 5]], 1, 0)
+    rest = list(stream)
+    llama.forget()
+    again = llama.steps([[*LONG, *tokens]], 0, max_gen_len=8, logprobs=True)
+    return shared, *([(step.token, step.logprob) for step in steps] for steps in (rest, again))
+
+
+def test_weights_that_change_on_one_of_several_processes(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    """All read anew then; and none if no weight has changed."""
+    for shared, rest, expected in pool.run(changed_on_one, str(tiny), tokenizer_path):
+        assert shared == [len(LONG)]
+        near(rest, expected)
 
 
 def test_seeding_a_generator_under_a_queued_step(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
