@@ -336,6 +336,16 @@ def test_the_piece_follows_what_was_measured() -> None:
     assert settled(Pace(), lambda tokens: 0.040 + tokens * 0.001) == 64
 
 
+def test_a_slot_is_lent_while_all_are_in_use(llama: Llama) -> None:
+    """Its row is read anew."""
+    prompts = [[*LONG, 300 + i] for i in range(4)]
+    vectors, expected = llama.embed(["the dog"]), llama.generate(prompts, 9, 0)[0]
+    streams = [iter(llama.steps([prompt], 0, max_gen_len=9)) for prompt in prompts]
+    found = [[next(stream).token] for stream in streams]
+    assert torch.equal(llama.embed(["the dog"]), vectors)
+    assert [[*first, *ids(stream)] for first, stream in zip(found, streams)] == expected
+
+
 # Options
 
 
@@ -379,7 +389,7 @@ def test_a_grammar_has_a_bit_for_each_id(vocab_size: int) -> None:
 
 
 def test_a_prompt_that_fails_fails_alone(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = ids(llama.steps([[1, 60]], 0, max_gen_len=9))
+    expected = [ids(llama.steps([prompt], 0, max_gen_len=9)) for prompt in ([1, 60], [1, 70])]
     prefill = llama._engine.prefill
 
     def failing(prompts: Any, *rest: Any, **more: Any) -> Any:
@@ -390,9 +400,11 @@ def test_a_prompt_that_fails_fails_alone(llama: Llama, monkeypatch: pytest.Monke
     monkeypatch.setattr(llama._engine, "prefill", failing)
     stream = iter(llama.steps([[1, 60]], 0, max_gen_len=9))
     first = next(stream)
+    beside = llama.steps([[1, 70]], 0, max_gen_len=9)
+    llama._scheduler.submit(beside)  # to be read in one pass with the prompt that fails
     with pytest.raises(RuntimeError, match="no memory for this one"):
         llama.generate([[1, 333], [1, 70]], 3, 0)
-    assert [first.token, *ids(stream)] == expected
+    assert [[first.token, *ids(stream)], ids(beside)] == expected
     assert not llama._scheduler.rows
 
 
