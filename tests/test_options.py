@@ -65,6 +65,13 @@ def test_a_request_by_default() -> None:
     assert Request([1, 5], 3, Sampling(1e-9)).draws
 
 
+@pytest.mark.parametrize("penalty", [1e10, 1e-10])
+def test_bounds_are_within(penalty: float) -> None:
+    sampling = Sampling(0.0, 1.0, 0, 1.0, penalty, -1e10, 1e10)
+    assert (sampling.top_p, sampling.min_p, sampling.repetition_penalty) == (1.0, 1.0, penalty)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1e10, 1e10)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     *[({name: value}, f"{name}=.* must be a number of 0 or more")
       for name in ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -75,6 +82,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"min_p": INF}, "min_p=inf must be at most 1"),
     *[({"repetition_penalty": v}, "repetition_penalty=.* must be above 0, from 1e-10 to 1e.10; 1 does nothing")
       for v in (0, 1e-45, 1e-11, 1e11, 1e300, INF)],
+    *[({name: v}, f"{name}=.* must be a number from -1e.10 to 1e.10; 0 does nothing")
+      for name in ("presence_penalty", "frequency_penalty") for v in (-1.1e10, 1.1e10, NAN, INF, "1", None, True)],
     *[({"top_k": v}, ("top_k=.* must be a whole number of 0 or "
                      "more")) for v in (-1, 1.0, "5", None, True, torch.tensor(True))],
     *[({"max_gen_len": v}, "max_gen_len=.* must be a whole number of 0 or more")
