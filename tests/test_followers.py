@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -243,6 +245,21 @@ def test_a_process_that_dies(built: Built) -> None:
         list(stream)
     assert not dist.is_initialized()
     assert built.alone.generate(PROMPTS, LENGTH, 0) == built.ids
+
+
+def test_on_gpus_a_thread_looks_whether_one_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else ends a sum there that waits for it."""
+    told, lost = iter(["", "", "was killed or crashed"]), threading.Event()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime, "release_first", lambda *_: None)
+    monkeypatch.setattr(runtime, "lose", lost.set)
+    monkeypatch.setattr(followers, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: None))
+    watching, leader = followers.Followers(2), mock.MagicMock()
+    watching._children = [SimpleNamespace(why_ended=lambda: next(told))]  # type: ignore[list-item]
+    watching.follow(leader)
+    assert lost.wait(10)
+    assert next(told, None) is None
+    watching._is_over = True
 
 
 def test_builds_in_a_row(built: Built) -> None:

@@ -276,8 +276,9 @@ def test_folders_with_other_files(tiny: Path, tokenizer: Tokenizer, tmp_path: Pa
 # Tokenizers
 
 
-def test_the_tokenizer_is_in_the_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    write(tmp_path / "a.gguf", tokenizer)
+@pytest.mark.parametrize("told", [{}, {"tokenizer__ggml__padding_token_id": 0}])  # as unk_id, which pads nothing
+def test_the_tokenizer_is_in_the_file(told: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", tokenizer, **told)
     found = Llama.build(str(tmp_path / "a.gguf"), None, 16, 1, device="cpu").tokenizer
     for line in [*TEXT.splitlines(), "  two  spaces \t\n", "🦙 <s> </s> <unk>", ""]:
         ids = tokenizer.encode(line, True, True)

@@ -4,6 +4,7 @@ left."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -324,6 +325,19 @@ def test_a_compiler_that_fails_ends_no_caller(
     assert FAILURES[code].lower() in line.lower()
     assert llama.generate(PROMPTS[:1], 5, 0) == expected
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@unix
+def test_a_damaged_package_is_made_anew(
+    package: Path, tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it is asked for."""
+    flip(package)
+    monkeypatch.setattr(compiler, "BOOT", "print('so it was tried'); raise SystemExit(1)")
+    build(tiny, tokenizer_path, compile=True, rows=1)
+    out = capsys.readouterr().out
+    assert re.search("^A compiled step is made anew: .*checksum", out, re.MULTILINE)
+    assert "runs as it is: so it was tried" in out
 
 
 def test_the_line_that_says_most() -> None:

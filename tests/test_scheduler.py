@@ -17,7 +17,7 @@ from typing import Any
 import events
 import pytest
 import torch
-from helpers import chosen, watch_prefill
+from helpers import chosen, near, watch_prefill
 from hypothesis import given
 from hypothesis import strategies as st
 from workers import Pool
@@ -336,6 +336,16 @@ def test_the_piece_follows_what_was_measured() -> None:
     assert settled(Pace(), lambda tokens: 0.040 + tokens * 0.001) == 64
 
 
+def test_a_slot_is_lent_while_all_are_in_use(llama: Llama) -> None:
+    """Its row is read anew."""
+    prompts = [[*LONG, 300 + i] for i in range(4)]
+    vectors, expected = llama.embed(["the dog"]), llama.generate(prompts, 9, 0)[0]
+    streams = [iter(llama.steps([prompt], 0, max_gen_len=9)) for prompt in prompts]
+    found = [[next(stream).token] for stream in streams]
+    assert torch.equal(llama.embed(["the dog"]), vectors)
+    assert [[*first, *ids(stream)] for first, stream in zip(found, streams)] == expected
+
+
 # Options
 
 
@@ -379,7 +389,7 @@ def test_a_grammar_has_a_bit_for_each_id(vocab_size: int) -> None:
 
 
 def test_a_prompt_that_fails_fails_alone(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = ids(llama.steps([[1, 60]], 0, max_gen_len=9))
+    expected = [ids(llama.steps([prompt], 0, max_gen_len=9)) for prompt in ([1, 60], [1, 70])]
     prefill = llama._engine.prefill
 
     def failing(prompts: Any, *rest: Any, **more: Any) -> Any:
@@ -390,48 +400,12 @@ def test_a_prompt_that_fails_fails_alone(llama: Llama, monkeypatch: pytest.Monke
     monkeypatch.setattr(llama._engine, "prefill", failing)
     stream = iter(llama.steps([[1, 60]], 0, max_gen_len=9))
     first = next(stream)
+    beside = llama.steps([[1, 70]], 0, max_gen_len=9)
+    llama._scheduler.submit(beside)  # to be read in one pass with the prompt that fails
     with pytest.raises(RuntimeError, match="no memory for this one"):
         llama.generate([[1, 333], [1, 70]], 3, 0)
-    assert [first.token, *ids(stream)] == expected
+    assert [[first.token, *ids(stream)], ids(beside)] == expected
     assert not llama._scheduler.rows
-
-
-def test_of_calls_that_are_read_together_one_fails(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [llama.generate([[1, token, 70]], 5, 0)[0][0] for token in (60, 61)]
-    llama.forget()
-    prefill, passes = llama._engine.prefill, []
-    calls = [[1, 60, 70], [1, 333, 70], [1, 61, 70]]
-
-    def failing(prompts: Any, *rest: Any, **more: Any) -> Any:
-        passes.append(len(prompts))
-        while len(passes) == 1 and len(llama._scheduler._inbox) < len(calls):
-            time.sleep(0.001)
-        if any(333 in prompt for prompt in prompts):
-            raise RuntimeError("no memory for this one")
-        return prefill(prompts, *rest, **more)
-
-    monkeypatch.setattr(llama._engine, "prefill", failing)
-    with ThreadPoolExecutor(4) as threads:
-        first = threads.submit(llama.generate, [[1, 9]], 3, 0)
-        while not passes:
-            time.sleep(0.001)
-        good, bad, fine = (threads.submit(llama.generate, [prompt], 5, 0) for prompt in calls)
-        with pytest.raises(RuntimeError, match="no memory for this one"):
-            bad.result(60)
-        assert [call.result(60)[0][0] for call in (good, fine)] == expected
-        first.result(60)
-    assert passes == [1, 3, 1, 1, 1]
-    assert not llama._scheduler.rows
-
-
-def test_a_slot_is_lent_under_a_stream_that_has_them_all(tiny: Path, tokenizer_path: str) -> None:
-    llama = Llama.build(str(tiny), tokenizer_path, 128, 1, device="cpu")
-    embedded = llama.embed(["The dog"])
-    expected = ids(llama.steps([LONG], 0, max_gen_len=9))
-    stream = iter(llama.steps([LONG], 0, max_gen_len=9))
-    first = [next(stream).token for _ in range(4)]
-    assert torch.equal(llama.embed(["The dog"]), embedded)
-    assert [*first, *ids(stream)] == expected
 
 
 @torch.no_grad()
@@ -449,6 +423,28 @@ def test_weights_that_change_under_a_stream(tiny: Path, tokenizer_path: str) -> 
     known = [token for token in tokens[:4] if token is not None]
     for (token, logprob), step in zip(rest, llama.steps([[*LONG, *known]], 0, max_gen_len=8, logprobs=True)):
         assert (token, logprob) == (step.token, pytest.approx(step.logprob, abs=1e-5))
+
+
+@torch.no_grad()
+def changed_on_one(folder: str, tokenizer_path: str) -> Any:
+    llama = Llama.build(folder, tokenizer_path, 128, 4, device="cpu")
+    _, shared = (cached(llama.steps([[*LONG, i]], 0, max_gen_len=1)) for i in (7, 8))
+    stream = iter(llama.steps([LONG], 0, max_gen_len=12, logprobs=True))
+    tokens: list[Any] = [next(stream).token for _ in range(4)]
+    if torch.distributed.get_rank() == 1:
+        llama.model.layers[1].attention.wv.weight.data.mul_(1.5)
+    llama.generate([[1, 5]], 1, 0)
+    rest = list(stream)
+    llama.forget()
+    again = llama.steps([[*LONG, *tokens]], 0, max_gen_len=8, logprobs=True)
+    return shared, *([(step.token, step.logprob) for step in steps] for steps in (rest, again))
+
+
+def test_weights_that_change_on_one_of_several_processes(tiny: Path, tokenizer_path: str, pool: Pool) -> None:
+    """All read anew then; and none if no weight has changed."""
+    for shared, rest, expected in pool.run(changed_on_one, str(tiny), tokenizer_path):
+        assert shared == [len(LONG)]
+        near(rest, expected)
 
 
 def test_seeding_a_generator_under_a_queued_step(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,6 +333,9 @@ def test_alternatives(llama: Llama) -> None:
     for best, logprob in zip(text["top_logprobs"], text["logprobs"], strict=True):
         assert best[0]["logprob"] == pytest.approx(logprob, abs=1e-5)
         assert best[0]["logprob"] >= best[1]["logprob"] >= best[2]["logprob"]
+    dialog: Any = [{"role": "user", "content": "the tree"}]
+    [reply] = llama.chat_completion([dialog], temperature=0, max_gen_len=5, logprobs=2)
+    assert [len(best) for best in reply["top_logprobs"]] == [2] * len(reply["tokens"]) == [2] * 5
     assert "top_logprobs" not in llama.text_completion(["the tree"], temperature=0, max_gen_len=5, logprobs=True)[0]
 
 
@@ -414,6 +417,7 @@ def test_hidden_states(llama: Llama) -> None:
         table = llama.model.tok_embeddings(ids)[0]
     vectors = llama.embed(["the tree ran", "a"])
     assert vectors.shape == (2, 64)
+    assert (llama.embed([]).shape, llama.embed([]).dtype) == ((0, 64), torch.float32)
     torch.testing.assert_close(vectors[0], last.mean(0))
     torch.testing.assert_close(llama.embed(["the tree ran"], pooling="last")[0], last[-1])
     torch.testing.assert_close(llama.embed(["the tree ran"], layer=0)[0], table.mean(0))

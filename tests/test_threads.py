@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import pytest
 import torch
 from helpers import near
 from torch.utils.hooks import RemovableHandle
+from workers import Pool
 
 from llama import Llama, cache_use
 from llama.system import openmp
@@ -73,6 +74,26 @@ def test_threads_wait_for_each_other(llama: Llama) -> None:
     order = list(ways) * 4
     with ThreadPoolExecutor(8) as threads:
         near(list(threads.map(lambda name: ways[name](), order)), [expected[name] for name in order])
+
+
+def beside_a_call(folder: str, tokenizer_path: str) -> Any:
+    """On the first process a second thread comes in the middle of a call, on the others after it."""
+    llama = Llama.build(folder, tokenizer_path, 64, 2, device="cpu")
+    with ThreadPoolExecutor(1) as thread:
+        come = partial(thread.submit, llama.generate, [[1, 6]], 3, 0)
+        with llama.lock:
+            early = come() if torch.distributed.get_rank() == 0 else None
+            wait([early] if early else [], timeout=0.1)  # it gets no further than the lock
+            first = llama.generate([[1, 5]], 3, 0)
+        return first, (early or come()).result()
+
+
+def test_threads_of_several_processes_wait_for_each_other(
+    llama: Llama, tiny: Path, tokenizer_path: str, pool: Pool
+) -> None:
+    """All processes make the same calls: none begins in the middle of another one."""
+    expected = llama.generate([[1, 5]], 3, 0), llama.generate([[1, 6]], 3, 0)
+    assert pool.run(beside_a_call, str(tiny), tokenizer_path) == [expected] * 4
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
