@@ -131,6 +131,25 @@ def test_a_report_in_words() -> None:
     assert note.strip() == "(the weights fit this processor's largest cache, so more than 100% is possible)"
 
 
+def test_medians_of_runs(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the first run, which nothing was warm for."""
+    llama = Llama.build(str(tiny), tokenizer_path, 64, 2, device="cpu", dtype="bfloat16")
+    runs = [(9.0, 9.0, []), (1.0, 0.125, []), (4.0, 0.5, []), (2.0, 0.25, [])]
+    nbytes = bench.weight_bytes(llama.model)
+    for cache, fits in ((nbytes, False), (nbytes + 1, True)):
+        clock = iter(runs)
+        monkeypatch.setattr(bench, "timed_run", lambda *_, clock=clock: next(clock))
+        monkeypatch.setattr(bench, "read_rate", lambda _: 2e9)
+        monkeypatch.setattr(bench, "largest_cache", lambda cache=cache: cache)
+        assert bench.measure(llama, 12, 5, 2) == {
+            "device": "cpu", "dtype": "bfloat16", "processes": 1, "threads": torch.get_num_threads(), "batch_size": 2,
+            "prompt_tokens": 12, "new_tokens": 5, "prefill_tok_s": 12.0, "first_token_s": 2.0, "decode_tok_s": 8.0,
+            "step_s": 0.25, "weights_bytes": nbytes, "weights_GB_s": nbytes / 0.25 / 1e9, "memory_GB_s": 2.0,
+            "share_of_memory_rate": nbytes / 0.25 / 2e9, "fits_cache": fits,
+        }  # fmt: skip
+        assert next(clock, None) is None
+
+
 def test_the_largest_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "Path", lambda _: tmp_path)
     assert bench.largest_cache() == 0
