@@ -250,8 +250,10 @@ def test_a_reply_goes_on(llama: Llama, capsys: pytest.CaptureFixture[str]) -> No
     assert out.count("\n") == 3
     assert "took back: Who are you?" in err
     assert conversation.session.turns == []
-    [turn] = talk(llama, "Who are you?", "/continue Once upon", max_gen_len=4).session.turns
-    assert turn["assistant"] == "Once upon" + capsys.readouterr().out.splitlines()[1]
+    first, turn = talk(llama, "Hi", "Who are you?", "/continue Once upon", max_gen_len=4).session.turns
+    replies = capsys.readouterr().out.splitlines()
+    assert (first["user"], first["assistant"]) == ("Hi", replies[0])
+    assert (turn["user"], turn["assistant"]) == ("Who are you?", "Once upon" + replies[2])
 
 
 def test_what_cannot_be_said_or_loaded_ends_nothing(
