@@ -18,6 +18,7 @@ from helpers import NOISE, TORCHRUN, command, run
 
 from llama import Llama, ModelArgs
 from llama.commands import bench
+from llama.decoding.calls import Call
 from llama.layers.rounding import REFINEMENTS, Quantization
 from llama.model import feed_forward_width
 from llama.weights.checkpoint import quantized_layers
@@ -228,9 +229,10 @@ def test_a_timed_run_is_greedy_and_passes_eos(tiny: Path, tokenizer_path: str) -
 def test_the_times_of_a_run(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the first ids of all rows, and from there to the last ones, by the steps between."""
     llama = Llama.build(str(tiny), tokenizer_path, 64, 3, device="cpu")
-    clock = iter([1.0, 3.0, 4.0, 8.0])
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=clock.__next__))
-    assert bench.timed_run(llama, bench.make_prompts(3, 7, 400), 3)[:2] == (2.0, 2.5)
+    seen: list[Any] = []
+    monkeypatch.setattr(bench, "Call", lambda *given: (seen.append(step) or step for step in Call(*given)))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(len(seen) ** 2)))
+    assert bench.timed_run(llama, bench.make_prompts(3, 7, 400), 3)[:2] == (3**2, (9**2 - 3**2) / 2)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 400])

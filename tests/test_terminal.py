@@ -694,6 +694,14 @@ def test_a_stride_is_checked_before_a_model_is_loaded(stride: float, monkeypatch
         command("score", "a", stride=stride)
 
 
+def test_a_character_that_the_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with console.pipe_may_close():
+        console.say("é!")
+    assert written.getvalue() == b"?!"
+
+
 def test_keys_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows has no termios."""
     monkeypatch.setitem(sys.modules, "termios", None)
