@@ -112,8 +112,8 @@ folder: bfloat16 on cpu, 1 process, 1 thread
   weights   2.5 MB a step, 12.3 GB/s
   memory    23.5 GB/s in plain reads: decode takes 53% of that"""
 SEVERAL = [
-    ("bfloat16 on cpu, 1 process, 1 thread", "bfloat16, int8, compiled on cuda:0, 4 processes"),
-    ("(480 tokens)", "(480 tokens in each of 3 prompts)"), ("tok/s (12", "tok/s of 3 prompts together (12"),
+    ("bfloat16 on cpu, 1 process, 1 thread", "bfloat16, int8, compiled on cuda:0, 2 processes"),
+    ("(480 tokens)", "(480 tokens in each of 2 prompts)"), ("tok/s (12", "tok/s of 2 prompts together (12"),
     ("a step, 12.3", "a step on each process, 12.3"), ("in plain reads", "in copies on each process"),
 ]  # fmt: skip
 
@@ -121,7 +121,7 @@ SEVERAL = [
 def test_a_report_in_words() -> None:
     """Of one prompt on one process, and of several on several GPUs."""
     assert bench._in_words(REPORT) == WORDS
-    changes = {"processes": 4, "batch_size": 3, "device": "cuda:0", "quantize": "int8", "compile": True}
+    changes = {"processes": 2, "batch_size": 2, "device": "cuda:0", "quantize": "int8", "compile": True}
     words = WORDS
     for old, new in SEVERAL:
         words = words.replace(old, new)

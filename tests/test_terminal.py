@@ -325,6 +325,17 @@ def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFix
     assert [turn["user"] for turn in conversation.session.turns] == [story] * (count - 1)
 
 
+def test_a_message_that_did_not_fit_is_of_its_conversation(llama: Llama, tmp_path: Path) -> None:
+    """In another one /drop does not send it again."""
+    path, story = tmp_path / "talk.json", "the little dog ran " * 20
+    talk(llama, "Hi", f"/save {path}", max_gen_len=1)
+    for line in ("/clear", "/fork", f"/load {path}"):
+        conversation = talk(llama, *[story] * 6, max_gen_len=1)
+        assert conversation.refused == story
+        conversation.obey(line)
+        assert conversation.refused is None
+
+
 def test_ctrl_c_in_a_pipe_ends_it(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a terminal it stops the reply alone: see below."""
 
