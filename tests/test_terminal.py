@@ -618,6 +618,18 @@ def test_jsonl_on_a_full_disk(source: Path, tmp_path: Path) -> None:
     assert len(out.read_bytes().splitlines()) == len(LINES)
 
 
+def test_dialogs_of_lines_are_checked_without_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    user, assistant = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+    for messages, begun, told in (
+        ([assistant], False, "message 0 is from 'assistant'"), ([user], True, "must be from assistant, got user"),
+        ([user, assistant], False, "must be from user, got assistant"),
+    ):  # fmt: skip
+        path.write_text(json.dumps({"messages": messages, "continue_final_message": begun}))
+        with pytest.raises(ValueError, match=f"line 1 of .*{told}"):
+            jobs.read_jobs(path, {}, 1)
+
+
 def test_the_seeds_of_lines(tmp_path: Path) -> None:
     """That of the command and the line's number, counting empty lines; or one of its own."""
     path = tmp_path / "in.jsonl"

@@ -196,17 +196,18 @@ def _meta_files(
         raise ValueError(f"{model.params.vocab_size} ids cannot be cut into {shards} shards; use a divisor")
     if kv_heads % shards:
         raise ValueError(f"{kv_heads} key/value heads cannot be cut into {shards} shards; use a divisor of {kv_heads}")
-    plan, layers = cut(model), quantized_layers(model)
+    plan = {name: (shape, dim) for name, (shape, dim, _) in cut(model).items()}
+    plan.update((name, (checkpoint.shape(name, None), None)) for name in checkpoint.tables)
+    layers = quantized_layers(model)
     for layer in layers.values():
         if layer.shard_dim == 1:
             layer.quantization.check_parts(layer.in_features, shards, "shards")
     rounded = _Rounded(checkpoint, layers, shards) if checkpoint.quantization is None else None
-    plan.update({name: (checkpoint.shape(name, None), None, 1) for name in checkpoint.tables})
     dtypes = checkpoint.dtypes | checkpoint.tables
     files: dict[str, list[Entry]] = {}
     for i in range(shards):
         entries = files[f"consolidated.{i:02d}.pth"] = []
-        for name, (full, dim, _) in plan.items():
+        for name, (full, dim) in plan.items():
             shape = [n // shards if j == dim else n for j, n in enumerate(full)]
             prefix = name.rpartition(".")[0]
             read = _reader(checkpoint, name, shape, dim, i)
