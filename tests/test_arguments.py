@@ -15,7 +15,8 @@ import pytest
 import llama
 from llama import Llama
 from llama.commands import cli
-from llama.commands.arguments import REQUIRED, understand
+from llama.commands.arguments import REQUIRED, Command, Option, a_name, a_number, a_path, truth, understand
+from llama.commands.help import asked_help
 from llama.options import DEFAULTS, TOLD
 
 
@@ -179,6 +180,71 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert all(f"\n  llama {name} {example}\n" in brief for example in command.examples)
     for example in command.examples:
         read([name, *shlex.split(example.split(" >")[0])])
+
+
+def work(args: Any) -> None:
+    """Do the work. It takes a moment.
+
+    This is told below the usage, in a paragraph of its own, which is longer than a line has room for.
+    """
+
+
+MADE_UP = {
+    "work": Command(work, ["src", "dst"], {
+        "what is done": {
+            "src": Option(a_path, REQUIRED, "a file"),
+            "dst": Option(str, None, "where it goes, which may be told at some length, over more lines than one"),
+            "n": Option(a_number, 5, "how often"),
+            "form": Option(a_name, None, "which is as stored", ("a", "b", "c")),
+            "fast": Option(truth, False, "skip what takes long"),
+        },
+        "what few need": {"an_option_with_a_long_name": Option(a_name, "a", "the only one", ("a",), rare=True)},
+    }, ["a.txt --n 3", ""]),
+}  # fmt: skip
+BRIEF = """usage: llama work SRC [DST] [--OPTION VALUE …]
+Do the work. It takes a moment.
+This is told below the usage, in a paragraph of its own,
+which is longer than a line has room for.
+what is done:
+  --src PATH   a file
+  --dst TEXT   where it goes, which may be told at some
+               length, over more lines than one
+  --n N        how often (default 5)
+  --form NAME  a, b or c, which is as stored
+  --fast       skip what takes long
+and --an_option_with_a_long_name: see llama work --help all
+for example:
+  llama work a.txt --n 3
+  llama work
+"""
+WHOLE = """what is done:
+  --src PATH              a file
+  --dst TEXT              where it goes, which may be told
+                          at some length, over more lines
+                          than one
+  --n N                   how often (default 5)
+  --form NAME             a, b or c, which is as stored
+  --fast                  skip what takes long
+what few need:
+  --an_option_with_a_long_name NAME
+                          the only one (default a)
+for example:
+"""
+
+
+def test_the_layout_of_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert asked_help(MADE_UP, ["work", "-h"]) == BRIEF
+    lines = BRIEF.splitlines(keepends=True)
+    assert asked_help(MADE_UP, ["help", "work", "all"]) == "".join([*lines[:4], WHOLE, *lines[-2:]])
+    assert asked_help(MADE_UP, ["help"]) == (
+        "usage: llama COMMAND [--OPTION VALUE …]\n\n  work        Do the work\n\n"
+        "llama COMMAND --help shows the options of one, and llama --version the version.\n"
+    )
+    monkeypatch.setattr(work, "__doc__", "a" * 999)  # broken where a line ends
+    for columns, widest in ((10, 40), (41, 40), (42, 41), (111, 110), (112, 110)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, (asked_help(MADE_UP, ["work", "-h"]) or "").splitlines())) == widest
 
 
 def test_ways_to_ask_for_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from helpers import NOISE, TORCHRUN, command, run
 
 from llama import Llama, ModelArgs
 from llama.commands import bench
+from llama.decoding.calls import Call
 from llama.layers.rounding import REFINEMENTS, Quantization
 from llama.model import feed_forward_width
 from llama.weights.checkpoint import quantized_layers
@@ -111,8 +112,8 @@ folder: bfloat16 on cpu, 1 process, 1 thread
   weights   2.5 MB a step, 12.3 GB/s
   memory    23.5 GB/s in plain reads: decode takes 53% of that"""
 SEVERAL = [
-    ("bfloat16 on cpu, 1 process, 1 thread", "bfloat16, int8, compiled on cuda:0, 4 processes"),
-    ("(480 tokens)", "(480 tokens in each of 3 prompts)"), ("tok/s (12", "tok/s of 3 prompts together (12"),
+    ("bfloat16 on cpu, 1 process, 1 thread", "bfloat16, int8, compiled on cuda:0, 2 processes"),
+    ("(480 tokens)", "(480 tokens in each of 2 prompts)"), ("tok/s (12", "tok/s of 2 prompts together (12"),
     ("a step, 12.3", "a step on each process, 12.3"), ("in plain reads", "in copies on each process"),
 ]  # fmt: skip
 
@@ -120,7 +121,7 @@ SEVERAL = [
 def test_a_report_in_words() -> None:
     """Of one prompt on one process, and of several on several GPUs."""
     assert bench._in_words(REPORT) == WORDS
-    changes = {"processes": 4, "batch_size": 3, "device": "cuda:0", "quantize": "int8", "compile": True}
+    changes = {"processes": 2, "batch_size": 2, "device": "cuda:0", "quantize": "int8", "compile": True}
     words = WORDS
     for old, new in SEVERAL:
         words = words.replace(old, new)
@@ -129,6 +130,25 @@ def test_a_report_in_words() -> None:
     *same, note = bench._in_words({**REPORT, "fits_cache": True, "compile": False}).splitlines()
     assert same == WORDS.splitlines()
     assert note.strip() == "(the weights fit this processor's largest cache, so more than 100% is possible)"
+
+
+def test_medians_of_runs(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the first run, which nothing was warm for."""
+    llama = Llama.build(str(tiny), tokenizer_path, 64, 2, device="cpu", dtype="bfloat16")
+    runs = [(9.0, 9.0, []), (1.0, 0.125, []), (4.0, 0.5, []), (2.0, 0.25, [])]
+    nbytes = bench.weight_bytes(llama.model)
+    for cache, fits in ((nbytes, False), (nbytes + 1, True)):
+        clock = iter(runs)
+        monkeypatch.setattr(bench, "timed_run", lambda *_, clock=clock: next(clock))
+        monkeypatch.setattr(bench, "read_rate", lambda _: 2e9)
+        monkeypatch.setattr(bench, "largest_cache", lambda cache=cache: cache)
+        assert bench.measure(llama, 12, 5, 2) == {
+            "device": "cpu", "dtype": "bfloat16", "processes": 1, "threads": torch.get_num_threads(), "batch_size": 2,
+            "prompt_tokens": 12, "new_tokens": 5, "prefill_tok_s": 12.0, "first_token_s": 2.0, "decode_tok_s": 8.0,
+            "step_s": 0.25, "weights_bytes": nbytes, "weights_GB_s": nbytes / 0.25 / 1e9, "memory_GB_s": 2.0,
+            "share_of_memory_rate": nbytes / 0.25 / 2e9, "fits_cache": fits,
+        }  # fmt: skip
+        assert next(clock, None) is None
 
 
 def test_the_largest_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +229,10 @@ def test_a_timed_run_is_greedy_and_passes_eos(tiny: Path, tokenizer_path: str) -
 def test_the_times_of_a_run(tiny: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the first ids of all rows, and from there to the last ones, by the steps between."""
     llama = Llama.build(str(tiny), tokenizer_path, 64, 3, device="cpu")
-    clock = iter([1.0, 3.0, 4.0, 8.0])
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=clock.__next__))
-    assert bench.timed_run(llama, bench.make_prompts(3, 7, 400), 3)[:2] == (2.0, 2.5)
+    seen: list[Any] = []
+    monkeypatch.setattr(bench, "Call", lambda *given: (seen.append(step) or step for step in Call(*given)))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: float(len(seen) ** 2)))
+    assert bench.timed_run(llama, bench.make_prompts(3, 7, 400), 3)[:2] == (3**2, (9**2 - 3**2) / 2)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 400])

@@ -56,11 +56,11 @@ def told(asked: Asked) -> dict[str, Result]:
 
 
 def test_a_folder_without_a_tokenizer_or_files(tmp_path: Path, tokenizer_path: str) -> None:
-    folder = write_checkpoint(tmp_path / "model", random_weights())
+    folder = write_checkpoint(tmp_path / "model", random_weights(), 2)
     rows = told(Asked(folder, quick=True))
     assert (rows["tokenizer"].verdict, rows["tokenizer"].means) == (FAIL, checkup.NOT_ITS_OWN)
-    (weights,) = folder.glob("*.pth")
-    assert rows["files"].told.startswith(f"Meta format, 1 file of {weights.stat().st_size:,} bytes in all: names, ")
+    size = sum(path.stat().st_size for path in folder.glob("*.pth"))
+    assert rows["files"].told.startswith(f"Meta format, 2 files of {size:,} bytes in all: names, ")
     rows = told(Asked(folder, tokenizer_path=tokenizer_path, quick=True))
     assert (rows["tokenizer"].verdict, rows["tokenizer"].told.split(";")[0]) == (PASS, "400 pieces")
     demo = told(Asked(DEMO, quick=True))["tokenizer"]

@@ -24,9 +24,9 @@ from workers import Pool
 
 from llama import Llama, ModelArgs, Tokenizer
 from llama.commands import cli
-from llama.commands.convert import convert, hf_tokenizer, meta_params
+from llama.commands.convert import _new_folder, convert, hf_tokenizer, meta_params
 from llama.model import feed_forward_width
-from llama.weights.checkpoint import open_checkpoint
+from llama.weights.checkpoint import open_checkpoint, quantized
 
 TEXTS = ["The little dog", "  two  spaces\n\nand lines ", "你好,世界 é 😀", "x"]
 
@@ -281,6 +281,19 @@ def test_a_converted_model_runs_on_any_processes(tmp_path: Path, pool: Pool) -> 
         assert pool.run(greedy, str(tmp_path / "hf"), processes) == [expected] * 4
 
 
+def test_each_matrix_is_rounded_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its numbers and its scales are tensors of their own."""
+    rounded: list[tuple[str, int]] = []
+
+    def noted(checkpoint: Any, prefix: str, layer: Any, start: int, *more: Any) -> Any:
+        rounded.append((prefix, start))
+        return quantized(checkpoint, prefix, layer, start, *more)
+
+    monkeypatch.setattr("llama.commands.convert.quantized", noted)
+    convert(tiny, tmp_path / "new", "meta", 2, quantize="int8")
+    assert len(rounded) == len(set(rounded)) == 2 * (2 * 7 + 1)
+
+
 def test_folders_above_the_new_one_are_made(tiny: Path, tmp_path: Path) -> None:
     convert(tiny, tmp_path / "not" / "yet there" / "hf", "hf")
     assert open_checkpoint(tmp_path / "not" / "yet there" / "hf").shape("norm.weight", None) == [64]
@@ -346,6 +359,17 @@ def test_a_full_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert caught.value.errno == errno.EFBIG
         assert list(tmp_path.iterdir()) == []
+
+
+def test_what_went_wrong_is_told_whatever_follows(tmp_path: Path) -> None:
+    """Though the folder is gone that is to be removed."""
+
+    def fail(folder: Path) -> None:
+        folder.rmdir()
+        raise OSError("no such disk")
+
+    with pytest.raises(OSError, match="no such disk"), _new_folder(tmp_path / "new", 0) as folder:
+        fail(folder)
 
 
 SLOW = """

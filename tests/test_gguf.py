@@ -743,6 +743,9 @@ def test_q8_0_is_the_package_s(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write(tmp_path / "b.gguf", tokenizer, kind="Q8_0")
     ours, theirs = ({t.name: t for t in gguf.GGUFReader(tmp_path / name).tensors} for name in ("a.gguf", "b.gguf"))
     assert ours.keys() == theirs.keys()
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    told = [fields[f"general.{name}"].contents() for name in ("file_type", "quantization_version")]
+    assert told == [gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGML_QUANT_VERSION]
     for name, tensor in theirs.items():
         assert ours[name].tensor_type == tensor.tensor_type
         assert np.array_equal(ours[name].data, tensor.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -196,6 +197,17 @@ def test_which_texts_are_read(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> N
     assert faults.read_likeliest(demo, PROSE[:1])[0] == "the given text"
     monkeypatch.setattr(faults, "PASS_SECONDS", 0.0)
     assert faults.read_likeliest(demo)[1][1].tokens.shape == (1, 64)
+    for seconds, rows in ((8.0, 2), (7.9, 1), (99.0, 3)):  # if reading 64 tokens takes a second
+        clock = iter(range(9))
+        monkeypatch.setattr(faults, "PASS_SECONDS", seconds)
+        monkeypatch.setattr(faults, "time", SimpleNamespace(monotonic=lambda clock=clock: next(clock)))
+        assert faults.read_likeliest(demo, STORIES)[1][1].tokens.shape == (rows, 64)
+    monkeypatch.setattr(faults, "time", time)
+    monkeypatch.setattr(demo.model.params, "max_seq_len", 32)
+    assert [reading.tokens.shape[1] for reading in faults.read_likeliest(demo)[1]] == [32, 32]
+    monkeypatch.setattr(faults, "FEW", 16)
+    monkeypatch.setattr(faults, "LENGTH", 24)
+    assert [reading.tokens.shape[1] for reading in faults.read_likeliest(demo)[1]] == [16, 24]
 
 
 def searched(gains: dict[str, tuple[float, float]], seconds: float = 60.0, check: str = repairs.PARTS) -> Search:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,6 +39,7 @@ from llama.infilling import infilling_ids, infilling_prompts  # noqa: E402
 from llama.options import Asked, Prompts  # noqa: E402
 from llama.server import app, bodies, serving  # noqa: E402
 from llama.server.app import Settings  # noqa: E402
+from llama.server.replies import by_text, raw  # noqa: E402
 from llama.server.serving import LOCAL_NAMES  # noqa: E402
 from llama.server.stepper import Ended, Stepper  # noqa: E402
 from llama.system.launch import Launch  # noqa: E402
@@ -405,6 +407,18 @@ def test_a_suffix(tokenizer_path: str) -> None:
     for wrong in ({"suffix": 5}, {"prompt": [[5]]}, {"echo": True}):
         with pytest.raises(bodies.Wrong, match="suffix must be a text that follows prompts of text, without echo"):
             bodies.read_completion(model, {"prompt": "a", "suffix": "c", **wrong})
+
+
+def test_what_stands_for_an_id(llama: Llama, server: Served) -> None:
+    """Bytes of characters, also where a piece has the same text: then the likelier one counts."""
+    tokenizer = llama.tokenizer
+    byte = tokenizer.sp_model.PieceToId("<0x41>")
+    texts = {tokenizer.eos_id: b"", byte: b"A", tokenizer.sp_model.PieceToId("<0xFF>"): b"\xff"}
+    assert {i: raw(tokenizer, i) for i in texts} == texts
+    own: Any = SimpleNamespace(decode="{0[0]}".format, bos_id=1, eos_id=2)
+    assert (raw(own, 5), raw(own, 2)) == (b"5", b"2")
+    best: Any = [{"id": byte, "logprob": -1.0}, {"id": tokenizer.sp_model.PieceToId("A"), "logprob": -2.0}]
+    assert by_text(tokenizer, best) == {"A": -1.0}
 
 
 def test_messages(llama: Llama) -> None:
@@ -797,6 +811,19 @@ def test_whom_an_address_lets_in(host: str, local: bool, llama: Llama, monkeypat
                                       "others out"])  # fmt: skip
     serving.serve(llama, Settings("demo", key="one"), host)
     assert len(said) == (not local)
+
+
+def test_a_port_that_is_taken_meanwhile(llama: Llama, capfd: pytest.CaptureFixture[str]) -> None:
+    """After it was checked, while the model was loaded. The thread that steps ends too."""
+    before = set(threading.enumerate())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}; pass another --port or --host"):
+            serving.serve(llama, Settings("demo"), "127.0.0.1", port)
+    assert "ddress already in use" in capfd.readouterr().err
+    assert set(threading.enumerate()) <= before
 
 
 def test_sigterm_lets_running_answers_finish() -> None:

@@ -250,8 +250,10 @@ def test_a_reply_goes_on(llama: Llama, capsys: pytest.CaptureFixture[str]) -> No
     assert out.count("\n") == 3
     assert "took back: Who are you?" in err
     assert conversation.session.turns == []
-    [turn] = talk(llama, "Who are you?", "/continue Once upon", max_gen_len=4).session.turns
-    assert turn["assistant"] == "Once upon" + capsys.readouterr().out.splitlines()[1]
+    first, turn = talk(llama, "Hi", "Who are you?", "/continue Once upon", max_gen_len=4).session.turns
+    replies = capsys.readouterr().out.splitlines()
+    assert (first["user"], first["assistant"]) == ("Hi", replies[0])
+    assert (turn["user"], turn["assistant"]) == ("Who are you?", "Once upon" + replies[2])
 
 
 def test_what_cannot_be_said_or_loaded_ends_nothing(
@@ -321,6 +323,17 @@ def test_a_full_context_offers_a_way_out(llama: Llama, capsys: pytest.CaptureFix
     conversation.run(lambda _: next(lines, None))
     assert f"forgot 0 of {count - 2} turns" in capsys.readouterr().err  # there is room for it by now
     assert [turn["user"] for turn in conversation.session.turns] == [story] * (count - 1)
+
+
+def test_a_message_that_did_not_fit_is_of_its_conversation(llama: Llama, tmp_path: Path) -> None:
+    """In another one /drop does not send it again."""
+    path, story = tmp_path / "talk.json", "the little dog ran " * 20
+    talk(llama, "Hi", f"/save {path}", max_gen_len=1)
+    for line in ("/clear", "/fork", f"/load {path}"):
+        conversation = talk(llama, *[story] * 6, max_gen_len=1)
+        assert conversation.refused == story
+        conversation.obey(line)
+        assert conversation.refused is None
 
 
 def test_ctrl_c_in_a_pipe_ends_it(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,6 +618,18 @@ def test_jsonl_on_a_full_disk(source: Path, tmp_path: Path) -> None:
     assert len(out.read_bytes().splitlines()) == len(LINES)
 
 
+def test_dialogs_of_lines_are_checked_without_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    user, assistant = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+    for messages, begun, told in (
+        ([assistant], False, "message 0 is from 'assistant'"), ([user], True, "must be from assistant, got user"),
+        ([user, assistant], False, "must be from user, got assistant"),
+    ):  # fmt: skip
+        path.write_text(json.dumps({"messages": messages, "continue_final_message": begun}))
+        with pytest.raises(ValueError, match=f"line 1 of .*{told}"):
+            jobs.read_jobs(path, {}, 1)
+
+
 def test_the_seeds_of_lines(tmp_path: Path) -> None:
     """That of the command and the line's number, counting empty lines; or one of its own."""
     path = tmp_path / "in.jsonl"
@@ -690,6 +715,14 @@ def test_a_stride_is_checked_before_a_model_is_loaded(stride: float, monkeypatch
     monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("it loaded"))
     with pytest.raises(ValueError, match=f"stride={stride} must be a whole number of 1 or more"):
         command("score", "a", stride=stride)
+
+
+def test_a_character_that_the_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with console.pipe_may_close():
+        console.say("é!")
+    assert written.getvalue() == b"?!"
 
 
 def test_keys_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:

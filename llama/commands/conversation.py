@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -206,7 +207,7 @@ class Conversation:
 
     def do_fork(self, name: str) -> None:
         """/fork [NAME]  go on with a copy of the conversation; this one stays as it is"""
-        name = name or next(n for n in map(str, range(2, 2 + len(self.forks))) if n not in self.forks)
+        name = name or next(n for n in map(str, itertools.count(2)) if n not in self.forks)
         before = self.fork
         if name in self.forks:
             raise ValueError(f"there is a fork {name} already; /switch {name} goes there")

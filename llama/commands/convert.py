@@ -196,21 +196,21 @@ def _meta_files(
         raise ValueError(f"{model.params.vocab_size} ids cannot be cut into {shards} shards; use a divisor")
     if kv_heads % shards:
         raise ValueError(f"{kv_heads} key/value heads cannot be cut into {shards} shards; use a divisor of {kv_heads}")
-    plan, layers = cut(model), quantized_layers(model)
+    plan = {name: (shape, dim) for name, (shape, dim, _) in cut(model).items()}
+    plan.update((name, (checkpoint.shape(name, None), None)) for name in checkpoint.tables)
+    layers = quantized_layers(model)
     for layer in layers.values():
         if layer.shard_dim == 1:
             layer.quantization.check_parts(layer.in_features, shards, "shards")
     rounded = _Rounded(checkpoint, layers, shards) if checkpoint.quantization is None else None
-    plan.update({name: (checkpoint.shape(name, None), None, 1) for name in checkpoint.tables})
     dtypes = checkpoint.dtypes | checkpoint.tables
     files: dict[str, list[Entry]] = {}
     for i in range(shards):
         entries = files[f"consolidated.{i:02d}.pth"] = []
-        for name, (full, dim, _) in plan.items():
+        for name, (full, dim) in plan.items():
             shape = [n // shards if j == dim else n for j, n in enumerate(full)]
-            part = 0 if dim is None else shape[dim]
             prefix = name.rpartition(".")[0]
-            read = _reader(checkpoint, name, dim, i * part, (i + 1) * part)
+            read = _reader(checkpoint, name, shape, dim, i)
             if prefix not in layers:
                 stored = dtype or dtypes[name]
             else:
@@ -249,7 +249,7 @@ def _hf_files(checkpoint: Checkpoint, model: Transformer, dtype: Optional[torch.
     for name, (shape, dim, _) in cut(model).items():
         if checkpoint.tied and name == "output.weight":
             continue
-        read = _reader(checkpoint, name, dim, 0, 0 if dim is None else shape[dim])
+        read = _reader(checkpoint, name, shape, dim)
         if name.endswith(ROTATED):
             read = _in_hf_order(read, model.params.head_size, checkpoint)
         theirs = other_name(name, NAMES)
@@ -276,7 +276,7 @@ def _gguf_entries(checkpoint: Checkpoint, model: Transformer, dtype: torch.dtype
     for name, (shape, dim, _) in cut(model).items():
         if name not in theirs:
             continue
-        read, stored = _reader(checkpoint, name, dim, 0, 0 if dim is None else shape[dim]), dtype
+        read, stored = _reader(checkpoint, name, shape, dim), dtype
         if len(shape) == 1:
             stored = torch.float32
         elif q8_0 and shape[-1] % block.block == 0:
@@ -303,8 +303,12 @@ def _gguf_metadata(args: ModelArgs, positions: int, entries: list[Entry], tokeni
     return describe(args, positions) | told | vocabulary_metadata(tokenizer)
 
 
-def _reader(checkpoint: Checkpoint, name: str, dim: Optional[int], start: int, stop: int) -> Callable[[], torch.Tensor]:
-    return lambda: checkpoint.read(name, dim, start, stop)
+def _reader(
+    checkpoint: Checkpoint, name: str, shape: list[int], dim: Optional[int], part: int = 0
+) -> Callable[[], torch.Tensor]:
+    """What reads a part of this shape, or the whole tensor if it is not cut."""
+    size = shape[dim or 0]
+    return lambda: checkpoint.read(name, dim, part * size, (part + 1) * size)
 
 
 def _in_hf_order(read: Callable[[], torch.Tensor], head_dim: int, checkpoint: Checkpoint) -> Callable[[], torch.Tensor]:
@@ -323,7 +327,7 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
     multiple_of, multiplier = args.multiple_of, args.ffn_dim_multiplier
     if args.ffn_dim is not None:
         exact = (args.ffn_dim + 0.5) / int(8 * args.dim / 3)  # the rule rounds its product down
-        rules = [(2**power, factor) for factor in (None, 1.3) for power in range(12, -1, -1)] + [(1, exact)]
+        rules = [(2**power, factor) for factor in (None, 1.3) for power in reversed(range(13))] + [(1, exact)]
         multiple_of, multiplier = next(r for r in rules if feed_forward_width(4 * args.dim, *r) == args.ffn_dim)
     params = {
         "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads,

@@ -62,7 +62,7 @@ def _of_one(name: str, command: Command, whole: bool) -> Iterator[str]:
             yield from _entry(labels[option], column, sentence(kind))
     if rare := [f"--{o}" for o, kind in options.items() if kind.rare and not whole]:
         told = f"and {', '.join(rare)}: see llama {name} --help all"
-        yield from textwrap.wrap(told, _width(), break_on_hyphens=False)
+        yield from textwrap.wrap(told, _width())
     if command.examples:
         yield "for example:"
         yield from (f"  llama {name} {example}".rstrip() for example in command.examples)

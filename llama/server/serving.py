@@ -101,9 +101,11 @@ def _run(llama: Llama, settings: Settings, host: str, port: int, grace: float) -
     how: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False, "proxy_headers": False}
     config = uvicorn.Config(server.app, host, port, timeout_graceful_shutdown=int(grace) + 5, **how)
     running = _Uvicorn(config, server, grace)
-    running.run()
-    stepper.join()
-    if not running.started:
-        raise ValueError(f"cannot listen on {host}, port {port}: pass another one")
+    try:
+        running.run()
+    except SystemExit as error:  # uvicorn has told why
+        raise ValueError(f"cannot listen on {host}, port {port}; pass another --port or --host") from error
+    finally:
+        stepper.join()
     if stepper.failed is not None:
         raise stepper.failed

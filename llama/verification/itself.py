@@ -110,8 +110,10 @@ def _generation(llama: Llama, prompt: list[int]) -> Result:
 
 
 def _greedy(llama: Llama, prompt: list[int]) -> tuple[list[int], list[float]]:
-    tokens, scores = llama.generate([prompt], NEW_TOKENS, temperature=0, logprobs=True)
-    return tokens[0], (scores or [[]])[0]
+    [tokens], scores = llama.generate([prompt], NEW_TOKENS, temperature=0, logprobs=True)
+    assert scores is not None
+    [logprobs] = scores
+    return tokens, logprobs
 
 
 def _compiled(llama: Llama, prompt: list[int]) -> Result:

@@ -182,7 +182,7 @@ def _share_out(args: ModelArgs, model: Transformer, stack: ExitStack) -> None:
 def _exchanged_parts(model: Transformer) -> Iterator[Repair]:
     pairs = [("feed_forward", "w1", "w3"), ("attention", "wk", "wv"), ("", "attention_norm", "ffn_norm")]
     if model.params.kv_heads == model.params.n_heads:
-        pairs.insert(1, ("attention", "wq", "wk"))
+        pairs.append(("attention", "wq", "wk"))
     n = model.n_layers
     for home, a, b in pairs:
         yield Repair(PARTS, f"{a} and {b} are exchanged in all layers", 0, partial(_exchange, range(n), home, a, b))
