@@ -505,7 +505,7 @@ def test_many_prompts_have_a_bar(prompts: int, llama: Llama, monkeypatch: pytest
     monkeypatch.setattr(completion, "bar", bar)
     llama.text_completion(["the dog"] * prompts, max_gen_len=3)
     llama.score_ids([[1, 5 + i] for i in range(prompts)], [[9, 8]] * prompts)
-    assert [(bar.n, bar.total, bar.leave) for bar in bars] == [(prompts, prompts, False)] * 2
+    assert [(bar.n, bar.total) for bar in bars] == [(prompts, prompts)] * 2
 
 
 def test_repr(llama: Llama) -> None:
