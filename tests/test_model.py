@@ -211,6 +211,9 @@ def test_the_rotary_table_keeps_its_precision() -> None:
     model.to(torch.bfloat16)
     assert model.layers[0].attention.cache_k.dtype == torch.bfloat16
     assert torch.equal(model.freqs_cis, before)
+    with torch.device("meta"):
+        empty = Transformer(model.params).freqs_cis
+    assert (empty.shape, empty.dtype, empty.is_meta) == (before.shape, torch.complex64, True)
 
 
 def test_the_cache_is_no_weight() -> None:
