@@ -315,6 +315,18 @@ def test_tokenizers_that_are_refused(change: dict[str, Any], told: str, tokenize
     assert "tokenizer" in str(caught.value)
 
 
+def test_a_draft_model_may_have_more_rows(
+    tokenizer: Tokenizer, tiny: Path, tokenizer_path: str, tmp_path: Path
+) -> None:
+    """They belong to no id of the model."""
+    path = tmp_path / "a.gguf"
+    stored = write(path, tokenizer, rows=404, llama__vocab_size=404)
+    llama = Llama.build(str(tiny), tokenizer_path, 64, 1, device="cpu", draft=str(path))
+    assert llama.draft_model is not None
+    for name in ("tok_embeddings.weight", "output.weight"):
+        assert torch.equal(llama.draft_model.get_parameter(name), stored[name][:400])
+
+
 def test_added_tokens_and_rows_without_a_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Text becomes none of them by itself; what the file calls them does not matter. convert writes them back."""
     told = vocabulary_metadata(tokenizer)
