@@ -569,6 +569,8 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "nothing": (lambda d: b"", "is no GGUF file: it begins with b''"),
     "magic": (lambda d: b"GGML" + d[4:], "is no GGUF file: it begins with b'GGML'"),
     "version 1": (lambda d: put(d, 4, "I", 1), "it is of GGUF's version 1, and 2 and 3 are read"),
+    "version 4": (lambda d: put(d, 4, "I", 4), "it is of GGUF's version 4, and 2 and 3 are read"),
+    "version 2, big endian": (lambda d: put(d, 4, "I", 2 << 24), "its numbers are in big-endian order"),
     "big endian": (lambda d: put(d, 4, "I", 3 << 24), "its numbers are in big-endian order"),
     "header alone": (lambda d: d[:24], "it ends within its header"),
     "cut": (lambda d: d[: len(d) // 2], "it is cut short; download it again"),
