@@ -294,6 +294,8 @@ def test_layers_are_fairscales() -> None:
     assert isinstance(model.tok_embeddings, fairscale_layers.ParallelEmbedding)
     assert isinstance(model.output, fairscale_layers.ColumnParallelLinear)
     assert isinstance(model.layers[0].attention.wo, fairscale_layers.RowParallelLinear)
+    theirs = torch.nn.Embedding(400, 64)  # of which fairscale's has every setting
+    assert all(getattr(model.tok_embeddings, name) == getattr(theirs, name) for name in theirs.__constants__)
 
 
 def test_models_of_metas_release_run_on_these_counts() -> None:
