@@ -324,6 +324,18 @@ def test_tokenizers_that_are_refused(change: dict[str, Any], told: str, tokenize
     assert "tokenizer" in str(caught.value)
 
 
+def test_a_draft_model_may_have_more_rows(
+    tokenizer: Tokenizer, tiny: Path, tokenizer_path: str, tmp_path: Path
+) -> None:
+    """They belong to no id of the model."""
+    path = tmp_path / "a.gguf"
+    stored = write(path, tokenizer, rows=404, llama__vocab_size=404)
+    llama = Llama.build(str(tiny), tokenizer_path, 64, 1, device="cpu", draft=str(path))
+    assert llama.draft_model is not None
+    for name in ("tok_embeddings.weight", "output.weight"):
+        assert torch.equal(llama.draft_model.get_parameter(name), stored[name][:400])
+
+
 def test_added_tokens_and_rows_without_a_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Text becomes none of them by itself; what the file calls them does not matter. convert writes them back."""
     told = vocabulary_metadata(tokenizer)
@@ -566,6 +578,8 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "nothing": (lambda d: b"", "is no GGUF file: it begins with b''"),
     "magic": (lambda d: b"GGML" + d[4:], "is no GGUF file: it begins with b'GGML'"),
     "version 1": (lambda d: put(d, 4, "I", 1), "it is of GGUF's version 1, and 2 and 3 are read"),
+    "version 4": (lambda d: put(d, 4, "I", 4), "it is of GGUF's version 4, and 2 and 3 are read"),
+    "version 2, big endian": (lambda d: put(d, 4, "I", 2 << 24), "its numbers are in big-endian order"),
     "big endian": (lambda d: put(d, 4, "I", 3 << 24), "its numbers are in big-endian order"),
     "header alone": (lambda d: d[:24], "it ends within its header"),
     "cut": (lambda d: d[: len(d) // 2], "it is cut short; download it again"),

@@ -211,6 +211,9 @@ def test_the_rotary_table_keeps_its_precision() -> None:
     model.to(torch.bfloat16)
     assert model.layers[0].attention.cache_k.dtype == torch.bfloat16
     assert torch.equal(model.freqs_cis, before)
+    with torch.device("meta"):
+        empty = Transformer(model.params).freqs_cis
+    assert (empty.shape, empty.dtype, empty.is_meta) == (before.shape, torch.complex64, True)
 
 
 def test_the_cache_is_no_weight() -> None:
@@ -291,6 +294,8 @@ def test_layers_are_fairscales() -> None:
     assert isinstance(model.tok_embeddings, fairscale_layers.ParallelEmbedding)
     assert isinstance(model.output, fairscale_layers.ColumnParallelLinear)
     assert isinstance(model.layers[0].attention.wo, fairscale_layers.RowParallelLinear)
+    theirs = torch.nn.Embedding(400, 64)  # of which fairscale's has every setting
+    assert all(getattr(model.tok_embeddings, name) == getattr(theirs, name) for name in theirs.__constants__)
 
 
 def test_models_of_metas_release_run_on_these_counts() -> None:

@@ -182,6 +182,16 @@ def test_a_quiet_build_says_nothing_of_products(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("what", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_goes_into_the_unit(what: float) -> None:
+    """Of its group alone."""
+    x = torch.ones(2, 64)
+    x[0, 3] = what
+    digits, unit = in_digits(x, 32)
+    assert digits.view(4, 32).unique_consecutive(dim=1).flatten().tolist() == [0, 127, 127, 127]
+    assert unit.isfinite().tolist() == [[False, True], [True, True]]
+
+
 def test_operators_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads that built at the same time both loaded the file, which ended the process."""
     loads, begun, goes_on = [], Event(), Event()

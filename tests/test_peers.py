@@ -332,6 +332,20 @@ def test_the_ends_of_others_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert 2 < now[0] < 2.1
 
 
+@pytest.mark.parametrize(
+    ("rank", "size", "launcher", "lingers"),
+    [(0, 2, None, True), (0, 1, None, False), (1, 2, None, False), (0, 2, 7, False)],
+)
+def test_who_lingers(
+    rank: int, size: int, launcher: Optional[int], lingers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that keeps the store, if anybody reads there."""
+    slept: list[float] = []
+    monkeypatch.setattr(peers, "time", SimpleNamespace(sleep=slept.append))
+    peers.Watch(rank, size, launcher).linger()
+    assert slept == [2 * peers.BEAT] * lingers
+
+
 class Gone(Notes):
     """One whose process has ended."""
 

@@ -9,6 +9,7 @@ from typing import Optional
 import pytest
 from forks import Forks, python
 
+from llama.system import peers, program
 from llama.system.program import wrong_flag
 
 
@@ -83,6 +84,31 @@ def test_ctrl_c_in_the_first_seconds(when: str, line: str, forks: Forks) -> None
     exception."""
     ended = forks.run("import llama\nllama.Llama\n" + INTERRUPT[when] + python(*line.split()))
     assert ended == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("rank", "launched", "line"),
+    [
+        ("0", True, "me: a problem\n"),
+        ("0", False, "me: a problem\n"),
+        ("1", True, "me: a problem (on process 1 only)\n"),
+        ("1", False, ""),
+        ("x", True, "me: a problem\n"),
+    ],
+)
+def test_one_process_tells_a_problem(
+    rank: str, launched: bool, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another one only if the first has not ended all by then."""
+    variables = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in {**variables, **({"TORCHELASTIC_RUN_ID": "1"} if launched else {})}.items():
+        monkeypatch.setenv(name, value)
+    slept: list[float] = []
+    monkeypatch.setattr(program.time, "sleep", slept.append)
+    with pytest.raises(SystemExit, match="1"):
+        program.fail("a problem", "me")
+    assert tuple(capsys.readouterr()) == ("", line)
+    assert slept == [peers.PATIENCE] * (line.endswith("only)\n"))
 
 
 def test_torchrun_is_told(forks: Forks, tmp_path: Path) -> None:

@@ -507,6 +507,7 @@ def test_shapes_that_no_scaling_fits() -> None:
         args = ModelArgs(**{**PARAMS, "vocab_size": 400, "rope_scaling": scaling, **change})
         with pytest.raises(ValueError, match="scaled rotary positions need heads of 4 or more, not .* above 1"):
             Transformer(args)
+    Transformer(ModelArgs(**{**PARAMS, "vocab_size": 400, "rope_scaling": scaling, "dim": 32, "rope_theta": 1.5}))
 
 
 def test_yarns_bounds_lie_within_a_head() -> None:

@@ -382,6 +382,17 @@ def test_threads_of_one_of_several_processes(
     assert found == threads
 
 
+@pytest.mark.parametrize("threads", [None, 5])
+def test_shutdown_restores_threads(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, found = runtime._Started(), list[int]()
+    started.threads = threads
+    monkeypatch.setattr(runtime, "_started", started)
+    monkeypatch.setattr(runtime, "_first", [])
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    runtime.shutdown()
+    assert found == [5] * (threads is not None)
+
+
 def print_from_everywhere() -> tuple[bool, bool]:
     """A caller who took stdout back keeps it, and can still print after shutdown."""
     sys.stdout = mine = io.StringIO()
