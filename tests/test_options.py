@@ -193,6 +193,8 @@ def test_what_a_bias_forbids() -> None:
 def test_numbers_of_any_kind(llama: Llama) -> None:
     for given, plain in SAME:
         assert ids(llama, **given) == ids(llama, **plain), given
+    penalty: Any = Fraction(1, 2)
+    assert repr(Sampling(presence_penalty=penalty)) == repr(Sampling(presence_penalty=0.5))  # so processes compare them
 
 
 @pytest.mark.parametrize(
