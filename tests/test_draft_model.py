@@ -24,6 +24,7 @@ from llama.decoding.pace import Pace
 from llama.decoding.requests import Request
 from llama.decoding.rows import Row
 from llama.decoding.sampling import Sampling
+from llama.decoding.verifying import Verifier
 from llama.loading import DEMO
 
 TINY_PARAMS = {**PARAMS, "dim": 32, "n_layers": 1}
@@ -139,6 +140,13 @@ def test_all_that_is_reported_stays(plain: Llama, drafted: Llama) -> None:
     beside = [[Request(PROMPTS[0], 20, grammar=grammar), Request(PROMPTS[1], 20)] for grammar in grammars]
     assert followed(drafted, beside[0]) == followed(plain, beside[1])
     assert grammars[0].accepted == grammars[1].accepted
+
+
+def test_near_ties_behind_guesses_that_held(plain: Llama, drafted: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single steps decide them, and count these guesses."""
+    monkeypatch.setattr(Verifier, "_clear", lambda _, logits, places: torch.arange(len(logits)) % 2 == 0)
+    requests = [Request(prompt, 40, Sampling(0, repetition_penalty=1.4, frequency_penalty=0.5)) for prompt in PROMPTS]
+    assert followed(drafted, requests) == followed(plain, requests)
 
 
 def test_random_events(drafted: Llama, tiny: Path, tokenizer_path: str) -> None:

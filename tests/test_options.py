@@ -72,6 +72,14 @@ def test_bounds_are_within(penalty: float) -> None:
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1e10, 1e10)
 
 
+@pytest.mark.parametrize(
+    ("name", "none"), [("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0)]
+)
+def test_which_penalties_count_ids(name: str, none: float) -> None:
+    counts = [Sampling(0, **{name: none + more}).counts_ids for more in (-0.5, 0, 0.5, 1)]  # type: ignore[arg-type]
+    assert counts == [True, False, True, True]
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     *[({name: value}, f"{name}=.* must be a number of 0 or more")
       for name in ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -79,7 +87,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": INF}, "temperature=inf has no distribution"),
     ({"top_p": 1.01}, ("top_p=1.01 must be at most 1, which keeps all "
                       "ids")), ({"top_p": INF}, "top_p=inf must be at most 1"),
-    ({"min_p": INF}, "min_p=inf must be at most 1"),
+    ({"min_p": INF}, "min_p=inf must be at most 1"), ({"min_p": 1.01}, "min_p=1.01 must be at most 1"),
     *[({"repetition_penalty": v}, "repetition_penalty=.* must be above 0, from 1e-10 to 1e.10; 1 does nothing")
       for v in (0, 1e-45, 1e-11, 1e11, 1e300, INF)],
     *[({name: v}, f"{name}=.* must be a number from -1e.10 to 1e.10; 0 does nothing")
@@ -93,6 +101,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
       for v in (NAN, INF, "x", None, True, [1], 1e39, 1e308, 10**400)],
     *[({"logit_bias": {k: 1.0}}, ("logit_bias has the key .*ids are whole numbers, as "
                                  "in")) for k in ("5", True, 1.0, None)],
+    ({"logit_bias": {3: 1.0, "5": 1.0}}, "logit_bias has the key '5'"),
+    ({"logit_bias": {"5": 1.0, 3: "x"}}, "logit_bias has the key '5'"),
     *[({"logit_bias": {k: 1.0}}, "logit_bias has the id .*; ids go from 0 to 399") for k in (-1, 400, 10**5000)],
     *[({"logit_bias": v}, "logit_bias=.* must map ids") for v in ([1], "x", 5, {5})],
     ({"logit_bias": dict.fromkeys(range(400), -1e38)}, "forbids every id"),
@@ -132,6 +142,10 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (
         {"temperature": Fraction(1, 2), "repetition_penalty": np.float16(1.5)},
         {"temperature": 0.5, "repetition_penalty": 1.5},
+    ),
+    (
+        {"presence_penalty": torch.tensor(0.5), "frequency_penalty": Fraction(1, 2)},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5},
     ),
     ({"top_k": torch.tensor(5), "seed": np.uint64(7)}, {"top_k": 5, "seed": 7}),
     ({"seed": range(3, 4)}, {"seed": 3}),
@@ -179,6 +193,8 @@ def test_what_a_bias_forbids() -> None:
 def test_numbers_of_any_kind(llama: Llama) -> None:
     for given, plain in SAME:
         assert ids(llama, **given) == ids(llama, **plain), given
+    penalty: Any = Fraction(1, 2)
+    assert repr(Sampling(presence_penalty=penalty)) == repr(Sampling(presence_penalty=0.5))  # so processes compare them
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import events
 import pytest
@@ -92,6 +93,20 @@ def test_threads_share_the_steps(llama: Llama, alone: events.Alone) -> None:
         assert list(threads.map(answer, requests)) == expected
     assert max(most) > 1
     assert not llama._scheduler._waiters
+
+
+def test_a_lock_that_was_released_in_time_is_left_to_others(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a thread's first look at it, and before that thread is in the list of those who wait."""
+    expected = llama.generate([[1, 9]], 3, 0)
+    lock, looks = llama._engine._use.lock, iter([False])
+    late = mock.MagicMock(wraps=lock)
+    late.acquire.side_effect = lambda blocking=True: next(looks, True) and lock.acquire(blocking)
+    late.__enter__.side_effect, late.__exit__.side_effect = lock.__enter__, lock.__exit__
+    monkeypatch.setattr(llama._engine._use, "lock", late)
+    assert llama.generate([[1, 9]], 3, 0) == expected
+    assert not next(looks, False)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: lock.acquire(blocking=False) and lock.release() is None).result()
 
 
 def test_a_stream_that_nobody_reads_goes_on_beside_others(llama: Llama) -> None:
@@ -344,6 +359,16 @@ def test_a_slot_is_lent_while_all_are_in_use(llama: Llama) -> None:
     found = [[next(stream).token] for stream in streams]
     assert torch.equal(llama.embed(["the dog"]), vectors)
     assert [[*first, *ids(stream)] for first, stream in zip(found, streams)] == expected
+
+
+def test_what_a_lent_slot_held_is_forgotten(llama: Llama) -> None:
+    """It is the one that was used longest ago."""
+    llama.forget()
+    prompts = [[1, *[20 + i] * 40] for i in range(4)]
+    for prompt in prompts:
+        llama.generate([prompt], 2, 0)
+    llama.embed(["the dog"])
+    assert [cached(llama.steps([prompt], 0, max_gen_len=1)) for prompt in prompts[::-1]] == [[40], [40], [40], [0]]
 
 
 # Options
