@@ -193,6 +193,7 @@ def test_styles(line: str, styles: list[str]) -> None:
 )
 def test_what_may_still_grow(text: str, cut: list[str]) -> None:
     assert blocks(text) == cut
+    assert Screen.last_block(text) == cut[-1]
 
 
 def test_the_model_cannot_steer_the_terminal() -> None:
