@@ -78,6 +78,9 @@ def test_chat(client: Any, llama: Llama) -> None:
     whole = client.chat.completions.create(model="demo", messages=ASKED, temperature=0, max_tokens=20)
     assert whole.choices[0].message.content == ours["generation"]["content"]
     assert whole.choices[0].finish_reason == ours["finish_reason"]
+    assert re.fullmatch("chatcmpl-[0-9a-f]{24}", whole.id)
+    assert (whole.object, whole.model) == ("chat.completion", "demo")
+    assert 0 <= time.time() - whole.created < 3600
     read = len(llama.chat_format.encode_dialog(ASKED, llama.tokenizer))
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (read, 20, read + 20)
     usage = {"include_usage": True}
@@ -87,6 +90,7 @@ def test_chat(client: Any, llama: Llama) -> None:
         )
     )
     *pieces, last = events
+    assert {(event.object, event.id == events[0].id) for event in events} == {("chat.completion.chunk", True)}
     assert {event.usage for event in pieces} == {None}
     assert "".join(event.choices[0].delta.content or "" for event in pieces) == ours["generation"]["content"]
     assert [event.choices[0].delta.role for event in pieces] == ["assistant", *[None] * (len(pieces) - 1)]
@@ -126,7 +130,9 @@ def test_completions_go_on_from_the_prompt(asynchronous: bool, server: Served, c
 
 
 def test_a_completion_has_16_ids_if_it_says_nothing(client: Any) -> None:
-    assert client.completions.create(model="demo", prompt=STORY, temperature=0).usage.completion_tokens == 16
+    reply = client.completions.create(model="demo", prompt=STORY, temperature=0)
+    assert (reply.usage.completion_tokens, reply.object) == (16, "text_completion")
+    assert re.fullmatch("cmpl-[0-9a-f]{24}", reply.id)
 
 
 def test_several_answers(client: Any, llama: Llama) -> None:
@@ -576,6 +582,10 @@ def test_a_full_queue(llama: Llama) -> None:
         gaps = re.search(r"llama_gap_seconds_count ([\d.]+)", numbers)
         assert gaps is not None
         assert 0 < float(gaps[1]) <= 75
+        bounds = ["0.001", "0.003", "0.01", "0.03", "0.1", "0.3", "1.0", "3.0", "10.0", "30.0", "100.0", "+Inf"]
+        for name in ("first_token", "gap", "request"):
+            found = re.findall(rf'llama_{name}_seconds_bucket{{le="([^"]+)"', numbers)
+            assert found[: len(bounds)] == bounds
         assert 'llama_request_seconds_count{path="/v1/completions"} 6.0' in numbers
 
 
