@@ -488,7 +488,8 @@ def test_bodies_that_are_none(http: Any) -> None:
     assert http.post("/v1/completions", content=b'{"prompt": "a"}').status_code == 415
     for more, status in ((0, 400), (1, 413)):
         assert http.post("/v1/completions", content=b" " * (8 * 2**20 + more), headers=kind).status_code == status
-    assert http.get("/v1/completions").status_code == 405
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"):
+        assert http.get(path).status_code == 405
 
 
 def test_a_body_that_does_not_end(http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -871,6 +872,7 @@ def slow(*arguments):
 def ask(url):
     body = {"prompt": "a", "max_tokens": 100, "stream": True, "logit_bias": {"2": -100}}
     with httpx.stream("POST", f"{url}/v1/completions", json=body) as reply:
+        assert "server" not in reply.headers  # who attacks it is not told what it runs
         lines = reply.iter_lines()
         next(lines)
         os.kill(os.getpid(), signal.SIGTERM)
