@@ -126,7 +126,7 @@ def load(systems: list[System], times: int) -> None:
 
 def measure(systems: list[System], setting: Setting, repeats: int) -> None:
     """One round that does not count, then `repeats` that do. Each round begins with another system."""
-    progress = bar(total=(repeats + 1) * len(setting.profile.tasks), desc="Measuring", unit="task", leave=False)
+    progress = bar(total=(repeats + 1) * len(setting.profile.tasks), desc="Measuring", unit="task")
     for number in range(repeats + 1):
         for name, task in setting.profile.tasks.items():
             rows = bench.make_prompts(task.batch, task.prompt, setting.args.vocab_size)

@@ -20,6 +20,7 @@ from terminals import Terminal
 pytest.importorskip("rich")
 
 from rich.console import Console
+from rich.text import Text
 
 from llama.commands import screen
 from llama.commands.markdown import blocks, drawn, spans
@@ -192,6 +193,7 @@ def test_styles(line: str, styles: list[str]) -> None:
 )
 def test_what_may_still_grow(text: str, cut: list[str]) -> None:
     assert blocks(text) == cut
+    assert Screen.last_block(text) == cut[-1]
 
 
 def test_the_model_cannot_steer_the_terminal() -> None:
@@ -208,6 +210,18 @@ def test_a_new_width_of_the_terminal_begins_the_block_anew() -> None:
         write(" four")
     assert re.sub(r"\x1b\[J|\r", "", out.getvalue()).endswith("one two three\none two \nthree four")
     assert "\x1b[1A" not in out.getvalue()
+
+
+def test_a_block_may_become_shorter() -> None:
+    """No empty line stays where its last ones were."""
+    terminal, out = Emulated(40, 24), io.StringIO()
+    it = Screen(console(out))
+    for lines in ("ab", "a", "ac", "xyz", "x", "x"):
+        it._draw([Text(line) for line in lines], False)
+        terminal.feed(out.getvalue())
+        out.seek(0)
+        out.truncate()
+        assert [row.rstrip() for row in terminal.rows] == list(lines)
 
 
 def test_code_in_color_and_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
