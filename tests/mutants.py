@@ -481,6 +481,8 @@ def drawn(args: argparse.Namespace, runs: list[Run]) -> Iterator[Mutant]:
         numbers = {id(statement): number for number, (_, statement) in enumerate(statements(tree))}
         statement = next((numbers[id(part)] for part in around if id(part) in numbers), None)
         which = next((n for n, function in enumerate(functions(tree.body)) if within(function, around)), None)
+        names_of_code = [code.co_name for code in codes(compile(texts[name], name, "exec"))]
+        assert [getattr(function, "name", "") for function in functions(tree.body)] == names_of_code
         if not args.unchanged:
             change()
         tests, seconds = in_order(ran[name, statement])
