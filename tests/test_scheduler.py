@@ -141,9 +141,11 @@ def test_first_come_first_served(llama: Llama) -> None:
                 pass
 
         threads.append(threading.Thread(target=drain))
-        threads[-1].start()
-        while len(llama._scheduler._inbox) + len(llama._scheduler._waiting) < len(threads):
-            time.sleep(0.001)
+    with llama._engine.turn():  # in which no thread steps
+        for count, thread in enumerate(threads, start=1):
+            thread.start()
+            while len(llama._scheduler._inbox) < count:
+                time.sleep(0.001)
     assert len(list(streams["five"])) == 29
     for thread in threads:
         thread.join(60)
@@ -278,9 +280,10 @@ def test_long_prompts_are_read_between_the_steps_of_streams(
     thread = threading.Thread(target=lambda: tokens.extend(ids(joining)))
     for turn in range(40):
         if turn == 5:
-            thread.start()
-            while not (llama._scheduler._inbox or llama._scheduler.rows[3:] or llama._scheduler._waiting):
-                time.sleep(0.001)
+            with llama._engine.turn():  # in which no thread steps
+                thread.start()
+                while not llama._scheduler._inbox:
+                    time.sleep(0.001)
         before = len(passes)
         for stream, steps in zip(streams, found):
             steps.append(next(stream))
