@@ -287,12 +287,9 @@ def test_the_tokenizer_is_in_the_file(told: dict[str, Any], tokenizer: Tokenizer
     assert (found.bos_id, found.eos_id, found.pad_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
 
-def test_what_a_file_may_leave_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The size of the vocabulary is then that of the matrix; an id for padding that is that of unknown text is none."""
-    write(tmp_path / "a.gguf", tokenizer, llama__vocab_size=None, tokenizer__ggml__padding_token_id=0)
+def test_a_vocabulary_that_only_the_matrix_tells(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", tokenizer, llama__vocab_size=None)
     assert open_checkpoint(tmp_path / "a.gguf").args.vocab_size == 400
-    found = Llama.build(str(tmp_path / "a.gguf"), None, 16, 1, device="cpu").tokenizer
-    assert (found.pad_id, found.n_words) == (-1, 400)
 
 
 def test_a_tokenizer_that_is_given_counts(tokenizer: Tokenizer, tokenizer_path: str, tmp_path: Path) -> None:
