@@ -436,6 +436,36 @@ def test_a_prompt_that_fails_fails_alone(llama: Llama, monkeypatch: pytest.Monke
     assert not llama._scheduler.rows
 
 
+def test_a_row_whose_prefix_never_comes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for another row to read what both begin with; that one is left before it has, and it reads itself."""
+    monkeypatch.setattr(Pace, "piece", 16)
+    stream = iter(llama.steps([[1, 300]], 0, max_gen_len=40))
+    expected = ids(llama.steps([[*LONG, 7]], 0, max_gen_len=5))
+    llama.forget()
+    next(stream)
+    first, second = (llama.steps([[*LONG, i]], 0, max_gen_len=5) for i in (6, 7))
+    for call in (first, second):
+        llama._scheduler.submit(call)
+    next(stream)
+    assert second.cached == [len(LONG)]  # of which the first 16 are read
+    first.leave()
+    assert ids(second) == expected
+    assert second.cached == [0]
+
+
+def test_requests_that_are_cancelled_give_up_their_slots(llama: Llama) -> None:
+    call = llama.steps([[1, 60], [1, 61]], 0, max_gen_len=50)
+    stream = iter(call)
+    next(stream)
+    call.cancel(0)
+    assert len(llama._scheduler.running) == 1
+    assert {step.index for step in itertools.islice(stream, 4)} == {1}
+    call.cancel(1)
+    assert list(stream) == []
+    llama.generate([[1, 9]], 1, 0)
+    assert llama._scheduler.rows == []
+
+
 @torch.no_grad()
 def test_weights_that_change_under_a_stream(tiny: Path, tokenizer_path: str) -> None:
     """What they made is read anew with the next call: the rows that run too."""
