@@ -80,7 +80,7 @@ def _measure(checkpoint: Checkpoint, name: str, shape: list[int], dim: int | Non
     total, squares, count = 0.0, 0.0, 0
     for part in checkpoint.parts(name, dim, 0, 1 if dim is None else shape[dim]):
         part = part if part.ndim > 1 else part[:, None]
-        step = max(1, PIECE_NUMBERS // max(1, part[:1].numel()))
+        step = max(1, PIECE_NUMBERS // part[0].numel())
         bounds = []
         for i in range(0, len(part), step):
             piece = part[i : i + step].float().reshape(-1, part.shape[-1])
