@@ -28,7 +28,7 @@ from llama.commands.convert import _new_folder, convert, hf_tokenizer, meta_para
 from llama.model import feed_forward_width
 from llama.weights.checkpoint import open_checkpoint, quantized
 
-TEXTS = ["The little dog", "  two  spaces\n\nand lines ", "你好,世界 é 😀", "x"]
+TEXTS = ["The little dog", "  two  spaces\n\nand lines ", "你好,世界 é 😀", "x", "Well , it 's done ."]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -199,10 +199,13 @@ def test_transformers_opens_it(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = Llama.build(str(source), None, 128, 1, device="cpu")
+    told = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert told["clean_up_tokenization_spaces"] is False  # which transformers 4 would do if it were left out
     assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (1, 2)
     for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         assert ids[0].tolist() == ours.tokenizer.encode(text, bos=True, eos=False)
+        assert tokenizer.decode(ids[0], skip_special_tokens=True) == ours.tokenizer.decode(ids[0].tolist())
         generated = theirs.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         expected = ours.text_completion([text], temperature=0, max_gen_len=24)[0]["generation"]
         assert ours.tokenizer.decode(generated.tolist()).startswith(expected)

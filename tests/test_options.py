@@ -262,8 +262,9 @@ def test_wrong_arguments_of_other_calls(llama: Llama, tiny: Path) -> None:
             Llama.build(str(tiny), **{name: value})
     with pytest.raises(ValueError, match="stride=1.0 must be a whole number from 1"):
         llama.score(["a"], stride=1.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="layer=True must be from 0 to 2"):
-        llama.embed(["a"], layer=True)
+    for layer in (True, -2, 3):
+        with pytest.raises(ValueError, match=f"layer={layer} must be from 0 to 2, or -1 for all"):
+            llama.embed(["a"], layer=layer)
     assert torch.equal(llama.embed(["a"], layer=np.int64(1)), llama.embed(["a"], layer=1))  # type: ignore[arg-type]
     stride: Any = np.int32(9)
     assert llama.score(["the tree"], stride=stride) == llama.score(["the tree"], stride=9)

@@ -168,7 +168,7 @@ def score(m: Llama) -> Any:
 
 
 def embed(m: Llama) -> Any:
-    return m.embed(["a dog ran", "once"]).flatten().tolist()
+    return [m.embed(["a dog ran", "once"], layer=layer).flatten().tolist() for layer in (-1, 0, 1)]
 
 
 def forward(m: Llama) -> Any:

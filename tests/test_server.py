@@ -325,6 +325,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     ("/v1/embeddings", {"input": [[1, 2]]}, 400, "a list of texts"),
     ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, 400, "float or base64"),
     ("/detokenize", {"tokens": [-1]}, 400, "ids from 0"),
+    ("/detokenize", {"tokens": [5, 2048]}, 400, "ids from 0 to 2047"),
     ("/tokenize", {}, 400, "give prompt, or messages"),
     ("/nothing", {}, 404, "there is no address '/nothing' here"),
     ("/chat/completions", {}, 404, "no address '/chat/completions' here (did you mean /v1/chat/completions?)"),
