@@ -347,8 +347,8 @@ def limited(run: Callable[[], str], folder: Folder, seconds: float) -> str:
 def run_afresh(tests: list[str]) -> str:
     """In a process that has not imported the package."""
     noticed = Noticed()
-    pytest.main([*OPTIONS, "-x", *tests], plugins=[noticed])
-    return noticed.first
+    status = pytest.main([*OPTIONS, "-x", *tests], plugins=[noticed])
+    return noticed.first or (f"pytest ends with {status}" if status else "")  # if the package cannot be imported
 
 
 def run_changed(session: pytest.Session, items: list[pytest.Item], changed: list[FunctionType], code: CodeType) -> str:
