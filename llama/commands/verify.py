@@ -56,12 +56,12 @@ def verify(args: Namespace) -> None:
         if not args.json:
             say(_row(result.name, SHOWN[result.verdict], result.told))
     wrong = [result for result in results if result.verdict == FAIL]
-    seconds = round(time.monotonic() - began, 1)
+    took = round(time.monotonic() - began, 1)
     if args.json:
-        told = {"folder": str(folder), "verdict": "fail" if wrong else "pass", "seconds": seconds}
+        told = {"folder": str(folder), "verdict": "fail" if wrong else "pass", "seconds": took}
         say(json.dumps({**told, "checks": [result._asdict() for result in results]}) + "\n")
     else:
-        say(_summary(results, wrong, seconds))
+        say(_summary(results, wrong, took))
     if wrong:
         sys.exit(1)
     if args.record:
