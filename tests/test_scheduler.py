@@ -453,6 +453,19 @@ def test_a_row_whose_prefix_never_comes(llama: Llama, monkeypatch: pytest.Monkey
     assert second.cached == [0]
 
 
+def test_a_row_waits_for_the_longest_prefix(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "piece", 16)
+    stream = iter(llama.steps([[1, 300]], 0, max_gen_len=40))
+    llama.forget()
+    next(stream)
+    calls = [llama.steps([prompt], 0, max_gen_len=2) for prompt in ([*LONG[:40], *range(200, 240)], LONG, [*LONG, 7])]
+    for call in calls:
+        llama._scheduler.submit(call)
+    next(stream)
+    assert [call.cached for call in calls] == [[0], [40], [len(LONG)]]
+    assert [len(ids(call)) for call in calls] == [2, 2, 2]
+
+
 def test_requests_that_are_cancelled_give_up_their_slots(llama: Llama) -> None:
     call = llama.steps([[1, 60], [1, 61]], 0, max_gen_len=50)
     stream = iter(call)

@@ -823,6 +823,16 @@ def test_whom_an_address_lets_in(host: str, local: bool, llama: Llama, monkeypat
     assert len(said) == (not local)
 
 
+def test_a_port_of_a_server_that_has_just_ended() -> None:
+    """Its connections are remembered for a minute; the server's own socket may use it all the same."""
+    with socket.create_server(("127.0.0.1", 0)) as ended:
+        port = ended.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as asked:
+            ended.accept()[0].close()
+            assert asked.recv(1) == b""
+    serving.check_place("127.0.0.1", port)
+
+
 def test_a_port_that_is_taken_meanwhile(llama: Llama, capfd: pytest.CaptureFixture[str]) -> None:
     """After it was checked, while the model was loaded. The thread that steps ends too."""
     before = set(threading.enumerate())
