@@ -11,11 +11,15 @@ import io
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the tests, on models so small that threads only cost
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hugging Face Hub; test_hub.py has one of its own
 

@@ -265,7 +265,6 @@ class Folder:
 
 def quiet(path: Path) -> None:
     """What this process prints goes to a file from now on."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it, and tests send it
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
